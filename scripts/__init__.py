@@ -1,0 +1,1 @@
+"""Python code of the bundle: what the configs in `configs/` name."""
