@@ -1,0 +1,291 @@
+"""Which scans a run reads, and which side of the split each one falls on."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from monai.data import load_decathlon_datalist
+
+__all__ = ["check_batch_size", "find_scans", "make_datalist", "split_by_subject", "subject_name", "write_datalist"]
+
+# BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
+# numbers participant_field_instance_array, where the instance is the visit.
+SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)|(?:^|/)(\d+)_\d{5}_\d+_\d+(?=[./_]|$)")
+
+
+def find_scans(dataset_dir: str | os.PathLike, scan_pattern: str = "*.nii*") -> list[Path]:
+    """
+    List the scans under a folder, at any depth, sorted by their path relative to it.
+
+    Hidden files and folders (names that begin with a dot, such as the `._*` twins macOS leaves) are passed over;
+    links to folders are followed once.
+
+    Args:
+        dataset_dir: the folder that holds the scans.
+        scan_pattern: a glob on the file name (`*_FLAIR.nii.gz`), or on the last parts of the path
+            (`sub-*/anat/*.nii.gz`). One that ends in a slash matches folders, each a DICOM series (`*/FLAIR/`).
+
+    Returns:
+        Paths that begin with `dataset_dir`.
+
+    Raises:
+        FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
+        NotADirectoryError: when `dataset_dir` is a file.
+        ValueError: when `scan_pattern` is empty.
+    """
+    root = Path(dataset_dir).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(
+            f"dataset_dir '{root}' does not exist: set --dataset_dir to the folder that holds the scans."
+        )
+    if not root.is_dir():
+        raise NotADirectoryError(
+            f"dataset_dir '{root}' is not a folder: set --dataset_dir to the folder that holds the scans, "
+            "or to a datalist that ends in .json."
+        )
+    match = _compile_pattern(scan_pattern)
+    names = sorted(_walk(root, folders=scan_pattern.endswith("/")))
+    found = [name for name in names if match(name)]
+    if not found:
+        kind = "folder" if scan_pattern.endswith("/") else "file"
+        example = f", such as '{names[0]}'" if names else ""
+        raise FileNotFoundError(
+            f"scan_pattern '{scan_pattern}' matches none of the {len(names)} {kind}(s) under dataset_dir '{root}'"
+            f"{example}: set --scan_pattern to a pattern the scans' names match."
+        )
+    return [root / name for name in found]
+
+
+def _walk(root: Path, folders: bool) -> Iterator[str]:
+    """Yield the posix path, relative to root, of each file (or each folder) under root."""
+
+    def refuse(error: OSError):  # os.walk would leave an unreadable folder out in silence
+        raise error
+
+    seen = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # Sorted, so that of two links to one folder the same one is always met first.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        prefix = "" if prefix == "./" else prefix
+        yield from (prefix + name for name in (subfolders if folders else files) if not name.startswith("."))
+
+
+def _compile_pattern(scan_pattern: str) -> Callable[[str], bool]:
+    """A test of a relative posix path, part by part from the right, as `PurePath.match` does but much faster."""
+    parts = [part for part in scan_pattern.split("/") if part not in ("", ".")]
+    while parts and parts[0] == "**":  # any depth is searched already
+        parts.pop(0)
+    if not parts:
+        raise ValueError(f"scan_pattern '{scan_pattern}' names no file: set --scan_pattern to one such as '*.nii.gz'.")
+    patterns = [re.compile(fnmatch.translate(part)) for part in reversed(parts)]
+
+    def match(name: str) -> bool:
+        last = name.rsplit("/", len(patterns))[::-1]
+        return len(last) >= len(patterns) and all(p.match(part) for p, part in zip(patterns, last, strict=False))
+
+    return match
+
+
+def subject_name(name: str) -> str:
+    """
+    The subject a scan belongs to, from its relative posix path.
+
+    That is its BIDS entity (`sub-01`), its UK Biobank participant (`1234567_20253_2_0.nii.gz` → `1234567`), or, without
+    either, its file name up to the first dot.
+    """
+    found = SUBJECT.search(name)
+    return found[found.lastindex] if found else name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
+
+
+def split_by_subject(names: list[str], train_fraction: float = 0.95, seed: int = 0) -> tuple[list[int], list[int]]:
+    """
+    Split scans in two so that no subject is on both sides and neither side is empty.
+
+    The split depends on the set of names and on the seed, not on the order of the names. When no name tells the
+    subject and every file is called the same (`101/T1.nii.gz`, `102/T1.nii.gz`), the
+    first folder in which they differ is.
+
+    Args:
+        names: the scans' relative posix paths.
+        train_fraction: the share of subjects to train on, between 0 and 1.
+        seed: chooses the split.
+
+    Returns:
+        Indices into `names`: of the training scans and of the validation scans, each in order of name.
+
+    Raises:
+        ValueError: when `train_fraction` is not between 0 and 1, or when there are fewer than two subjects.
+    """
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
+    order = sorted(range(len(names)), key=names.__getitem__)
+    subject_of = {i: subject_name(names[i]) for i in order}
+    if len(names) > 1 and len(set(subject_of.values())) == 1 and not any(map(SUBJECT.search, names)):
+        shared = len(os.path.commonpath(names))
+        subject_of = {i: names[i][shared:].lstrip("/").split("/", 1)[0] for i in order}
+    subjects = sorted(set(subject_of.values()))
+    if len(subjects) < 2:
+        raise ValueError(
+            f"{len(names)} scan(s) of {len(subjects)} subject(s) cannot be split into training and validation, which "
+            "need a subject each: add scans to dataset_dir, widen scan_pattern, or raise max_scans."
+        )
+    random.Random(seed).shuffle(subjects)
+    count = min(max(round(train_fraction * len(subjects)), 1), len(subjects) - 1)
+    training = set(subjects[:count])
+    return [i for i in order if subject_of[i] in training], [i for i in order if subject_of[i] not in training]
+
+
+def make_datalist(
+    dataset_dir: str | os.PathLike,
+    scan_pattern: str = "*.nii*",
+    train_fraction: float = 0.95,
+    seed: int = 0,
+    max_scans: int | None = None,
+    batch_size: int | None = None,
+) -> dict[str, list[dict]]:
+    """
+    List the scans to train on and those to validate on.
+
+    The order and the split depend on the scans' relative names and on the seed alone, never on the file system; a
+    subject's scans stay on one side.
+
+    Args:
+        dataset_dir: the folder that holds the scans, or a datalist in the Medical Decathlon form: a JSON file whose
+            `training` and, if it has its own split, `validation` are lists of `{"image": path}`, with paths relative
+            to the file. `scan_pattern` does not apply to it, nor does `train_fraction` when it has its own split.
+        scan_pattern: a glob on the files' names, see :py:func:`find_scans`.
+        train_fraction: the share of subjects to train on, between 0 and 1.
+        seed: chooses the split, and the scans that `max_scans` keeps.
+        max_scans: keep this many scans, chosen at random. None keeps them all.
+        batch_size: when given, refuse a training side that cannot fill one batch.
+
+    Returns:
+        `{"training": [{"image": path}, ...], "validation": [...]}`.
+
+    Raises:
+        FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
+        NotADirectoryError: when `dataset_dir` is a file that does not end in .json.
+        ValueError: when the scans cannot be split, an argument is out of range, or the JSON is not a datalist.
+    """
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
+    if max_scans is not None and max_scans < 2:
+        raise ValueError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
+    root = Path(dataset_dir).expanduser()
+    if root.suffix == ".json" and root.is_file():
+        training, validation = _read_datalist(root)
+        root = Path(os.path.normpath(root.parent))
+    else:
+        training, validation = [{"image": str(path)} for path in find_scans(root, scan_pattern)], []
+
+    generator = random.Random(seed)
+    if validation:
+        training, validation = _keep_both(training, validation, max_scans, generator)
+    else:
+        items = _keep(sorted(training, key=lambda item: _relative_name(item, root)), max_scans, generator)
+        sides = split_by_subject([_relative_name(item, root) for item in items], train_fraction, seed)
+        training, validation = ([items[i] for i in side] for side in sides)
+    if batch_size is not None:
+        check_batch_size(training, batch_size, of=len(training) + len(validation))
+    return {"training": training, "validation": validation}
+
+
+def check_batch_size(training: list, batch_size: int, of: int | None = None) -> None:
+    """
+    Refuse a training side that cannot fill one batch (with several processes, give the sum of their batches).
+
+    Args:
+        training: the training side of a datalist.
+        batch_size: scans in a batch.
+        of: how many scans both sides hold, for the message.
+
+    Raises:
+        ValueError: when `training` holds fewer than `batch_size` scans.
+    """
+    if len(training) < batch_size:
+        total = f" of the {of} scans" if of is not None else " scan(s)"
+        raise ValueError(
+            f"The training side holds {len(training)}{total}, fewer than batch_size {batch_size}: lower --batch_size, "
+            "add scans, or raise --train_fraction or --max_scans."
+        )
+
+
+def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> None:
+    """
+    Write a datalist as JSON, whole or not at all, so that a run can be repeated on the same scans.
+
+    Paths are written absolute: relative ones would be read as relative to the JSON's own folder.
+
+    Args:
+        datalist: what :py:func:`make_datalist` returns.
+        path: the file to write; its folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    absolute = {
+        side: [{**item, "image": _absolute(item["image"])} for item in items] for side, items in datalist.items()
+    }
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder, so that the replacement is atomic
+    try:
+        part.write_text(json.dumps(absolute, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _absolute(image: str | list[str]) -> str | list[str]:
+    return [str(Path(i).absolute()) for i in image] if isinstance(image, list) else str(Path(image).absolute())
+
+
+def _relative_name(item: dict, root: Path) -> str:
+    """The posix path of an item's first (usually only) file, relative to root where it lies under it."""
+    image = item["image"]
+    first = image[0] if isinstance(image, list) else image
+    # Both come from the same joining of paths, so comparing text is enough, and resolving 40,000 paths is slow.
+    return first.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
+
+
+def _keep(items: list, count: int | None, generator: random.Random) -> list:
+    """A random subset of `count` items, in their own order."""
+    if count is None or count >= len(items):
+        return items
+    return [items[i] for i in sorted(generator.sample(range(len(items)), count))]
+
+
+def _keep_both(training: list, validation: list, count: int | None, generator: random.Random) -> tuple[list, list]:
+    """A random subset of `count` items in all, the two sides in their own proportion and neither empty."""
+    total = len(training) + len(validation)
+    if count is None or count >= total:
+        return training, validation
+    validating = min(max(round(count * len(validation) / total), 1), count - 1)
+    return _keep(training, count - validating, generator), _keep(validation, validating, generator)
+
+
+def _read_datalist(path: Path) -> tuple[list[dict], list[dict]]:
+    """The training and validation items of a Medical Decathlon datalist, with full paths."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"dataset_dir '{path}' is not valid JSON ({error}).") from error
+    if not isinstance(content, dict) or not content.get("training"):
+        raise ValueError(f"dataset_dir '{path}' holds no 'training' list: a datalist needs one of {{\"image\": path}}.")
+    sides = []
+    for side in ("training", "validation"):
+        entries = content.get(side) or []
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("image") for e in entries):
+            raise ValueError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
+        loaded = load_decathlon_datalist(path, is_segmentation=False, data_list_key=side) if entries else []
+        sides.append([{"image": item["image"]} for item in loaded])
+    return sides[0], sides[1]

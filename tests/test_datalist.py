@@ -1,0 +1,226 @@
+"""Listing scans and splitting them by subject."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.datalist import check_batch_size, find_scans, make_datalist, split_by_subject, subject_name, write_datalist
+
+
+def make_files(root: Path, names) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def names_of(side, root):
+    return [Path(item["image"]).relative_to(root).as_posix() for item in side]
+
+
+BIDS = [f"sub-{s:02d}/ses-{v}/anat/sub-{s:02d}_ses-{v}_FLAIR.nii.gz" for s in range(10) for v in (1, 2)]
+
+PATTERNS = [
+    ("*.nii*", ["a.nii", "b/c/d_FLAIR.nii.gz", "b/e_T1.nii.gz"]),
+    ("*.nii.gz", ["b/c/d_FLAIR.nii.gz", "b/e_T1.nii.gz"]),
+    ("*_FLAIR.nii.gz", ["b/c/d_FLAIR.nii.gz"]),
+    ("**/*.nii", ["a.nii"]),
+    ("b/*.nii.gz", ["b/e_T1.nii.gz"]),
+    ("b/*/*", ["b/c/d_FLAIR.nii.gz"]),
+    ("[de]_*.nii.gz", ["b/c/d_FLAIR.nii.gz", "b/e_T1.nii.gz"]),
+    ("c/", ["b/c"]),
+]
+
+
+@pytest.mark.parametrize(("scan_pattern", "expected"), PATTERNS)
+def test_find_scans_by_pattern_at_any_depth(tmp_path, scan_pattern, expected):
+    make_files(tmp_path, ["a.nii", "b/c/d_FLAIR.nii.gz", "b/e_T1.nii.gz", "b/notes.txt", "b/._a.nii", ".hidden/x.nii"])
+    assert find_scans(tmp_path, scan_pattern) == [tmp_path / name for name in expected]
+
+
+def test_find_scans_follows_a_link_once(tmp_path):
+    make_files(tmp_path / "elsewhere", ["a.nii"])
+    make_files(tmp_path / "scans", ["b.nii"])
+    (tmp_path / "scans/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "scans")
+    assert find_scans(tmp_path / "scans") == [tmp_path / "scans/b.nii", tmp_path / "scans/linked/a.nii"]
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"dataset_dir '.*nowhere' does not exist: set --dataset_dir"):
+        find_scans(tmp_path / "nowhere")
+
+
+def test_not_a_folder(tmp_path):
+    make_files(tmp_path, ["scan.nii"])
+    with pytest.raises(NotADirectoryError, match=r"dataset_dir '.*scan.nii' is not a folder: set --dataset_dir"):
+        find_scans(tmp_path / "scan.nii")
+
+
+def test_no_match_counts_the_files_and_shows_one(tmp_path):
+    make_files(tmp_path, ["b/x.nii.gz", "c.txt"])
+    with pytest.raises(
+        FileNotFoundError, match=r"scan_pattern '\*.mha' matches none of the 2 file.*such as 'b/x.nii.gz'"
+    ):
+        find_scans(tmp_path, "*.mha")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"none of the 0 file"):
+        find_scans(tmp_path / "empty")
+
+
+def test_empty_pattern(tmp_path):
+    with pytest.raises(ValueError, match="scan_pattern '' names no file"):
+        find_scans(tmp_path, "")
+
+
+SUBJECTS = [
+    ("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01"),
+    ("derivatives/brain_sub-AB2_FLAIR.nii.gz", "sub-AB2"),
+    ("1234567_20253_2_0.nii.gz", "1234567"),
+    ("1234567_20253_3_0/T2_FLAIR/T2_FLAIR_brain.nii.gz", "1234567"),
+    ("folder/IXI012-HH-1211.nii.gz", "IXI012-HH-1211"),
+    ("scan_3.v2.nii", "scan_3"),
+]
+
+
+@pytest.mark.parametrize(("name", "subject"), SUBJECTS)
+def test_subject_name(name, subject):
+    assert subject_name(name) == subject
+
+
+def test_sessions_of_a_subject_stay_together(tmp_path):
+    datalist = make_datalist(make_files(tmp_path, BIDS), train_fraction=0.7)
+    sides = [{subject_name(name) for name in names_of(datalist[s], tmp_path)} for s in ("training", "validation")]
+    assert [len(side) for side in sides] == [7, 3]
+    assert not sides[0] & sides[1]
+    assert len(datalist["training"]) == 14
+
+
+def test_split_depends_on_the_seed_and_the_names_alone(tmp_path):
+    shuffled = random.Random(1).sample(BIDS, len(BIDS))
+    one, two = make_files(tmp_path / "one", BIDS), make_files(tmp_path / "two", shuffled)
+
+    def sides(root, seed):
+        return [names_of(side, root) for side in make_datalist(root, train_fraction=0.7, seed=seed).values()]
+
+    assert sides(one, 3) == sides(two, 3)
+    assert len({str(sides(one, seed)) for seed in range(5)}) > 1
+
+
+def test_one_name_for_all_files_makes_the_folder_the_subject():
+    training, validation = split_by_subject([f"cohort/{s}/v{v}/T1.nii.gz" for s in (101, 102) for v in (1, 2)], 0.5)
+    assert sorted([training, validation]) == [[0, 1], [2, 3]]
+
+
+def test_neither_side_is_empty():
+    assert [len(side) for side in split_by_subject(["a.nii", "b.nii"], 0.99)] == [1, 1]
+    assert [len(side) for side in split_by_subject(["a.nii", "b.nii", "c.nii"], 0.01)] == [1, 2]
+
+
+@pytest.mark.parametrize("train_fraction", [0, 1, -0.1, 1.5])
+def test_train_fraction_out_of_range(tmp_path, train_fraction):
+    with pytest.raises(ValueError, match=r"train_fraction is .* between 0 and 1"):
+        make_datalist(make_files(tmp_path, BIDS), train_fraction=train_fraction)
+
+
+@pytest.mark.parametrize("names", [["a.nii"], ["sub-1/ses-1/sub-1_T1w.nii", "sub-1/ses-2/sub-1_T1w.nii"]])
+def test_too_few_subjects(tmp_path, names):
+    with pytest.raises(ValueError, match=r"scan\(s\) of 1 subject\(s\) cannot be split"):
+        make_datalist(make_files(tmp_path, names))
+
+
+def test_max_scans_keeps_a_seeded_subset(tmp_path):
+    make_files(tmp_path, BIDS)
+    kept = make_datalist(tmp_path, max_scans=6, seed=1)
+    assert sum(map(len, kept.values())) == 6
+    assert kept == make_datalist(tmp_path, max_scans=6, seed=1)
+    assert kept != make_datalist(tmp_path, max_scans=6, seed=2)
+    assert make_datalist(tmp_path, max_scans=1000) == make_datalist(tmp_path)
+    with pytest.raises(ValueError, match="max_scans is 1"):
+        make_datalist(tmp_path, max_scans=1)
+
+
+def test_training_side_must_fill_a_batch(tmp_path):
+    make_files(tmp_path, ["a.nii", "b.nii", "c.nii"])
+    assert len(make_datalist(tmp_path, batch_size=2)["training"]) == 2
+    with pytest.raises(ValueError, match="holds 2 of the 3 scans, fewer than batch_size 4: lower --batch_size"):
+        make_datalist(tmp_path, batch_size=4)
+    with pytest.raises(ValueError, match=r"holds 1 scan\(s\), fewer than batch_size 2"):
+        check_batch_size([{"image": "a.nii"}], 2)
+
+
+def test_decathlon_datalist_with_its_own_validation(tmp_path):
+    path = tmp_path / "dataset.json"
+    content = {
+        "name": "brains",
+        "training": [{"image": f"images/{i}.nii.gz", "label": f"labels/{i}.nii.gz"} for i in range(8)],
+        "validation": [{"image": "/elsewhere/8.nii.gz"}, {"image": "images/9.nii.gz"}],
+    }
+    path.write_text(json.dumps(content))
+    datalist = make_datalist(path)
+    assert datalist["training"] == [{"image": str(tmp_path / f"images/{i}.nii.gz")} for i in range(8)]
+    assert datalist["validation"] == [{"image": "/elsewhere/8.nii.gz"}, {"image": str(tmp_path / "images/9.nii.gz")}]
+    kept = make_datalist(path, max_scans=5)
+    assert [len(side) for side in kept.values()] == [4, 1]
+
+
+def test_decathlon_datalist_without_validation_is_split_as_the_folder_is(tmp_path):
+    make_files(tmp_path, BIDS)
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"training": [{"image": f"./{name}"} for name in reversed(BIDS)]}))
+    assert make_datalist(path, train_fraction=0.7, seed=5) == make_datalist(tmp_path, train_fraction=0.7, seed=5)
+
+
+def test_decathlon_items_of_several_channels(tmp_path):
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"training": [{"image": [f"{i}_t1.nii", f"{i}_flair.nii"]} for i in range(4)]}))
+    datalist = make_datalist(path)
+    assert len(datalist["training"]) == 3
+    assert len(datalist["validation"][0]["image"]) == 2
+
+
+BAD_DATALISTS = [
+    ("{", "is not valid JSON"),
+    ("[]", "holds no 'training' list"),
+    ('{"training": []}', "holds no 'training' list"),
+    ('{"training": ["a.nii"]}', "The 'training' of dataset_dir .* must be a list of"),
+    ('{"training": [{"image": "a.nii"}], "validation": [{"label": "b.nii"}]}', "The 'validation' of"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD_DATALISTS)
+def test_bad_datalist(tmp_path, text, sentence):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        make_datalist(tmp_path / "dataset.json")
+
+
+def test_written_datalist_is_read_back(tmp_path, monkeypatch):
+    make_files(tmp_path / "scans", BIDS)
+    monkeypatch.chdir(tmp_path)
+    write_datalist(make_datalist("scans"), "run/datalist.json")
+    assert make_datalist("run/datalist.json") == make_datalist(tmp_path / "scans")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["datalist.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "datalist.json"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_datalist({"training": [{"image": "a.nii"}]}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["datalist.json"]
+    assert path.read_text() == "old"
+
+
+def test_forty_thousand_scans_are_listed_and_split_in_seconds(tmp_path, monkeypatch):
+    names = [f"{i:07d}_20253_{visit}_0.nii.gz" for i in range(20_000) for visit in (2, 3)]
+    monkeypatch.setattr("os.walk", lambda root, **_: iter([(str(root), [], names)]))
+    start = time.perf_counter()
+    datalist = make_datalist(tmp_path)
+    assert time.perf_counter() - start < 5
+    assert len(datalist["training"]) == 38_000
