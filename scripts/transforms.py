@@ -190,7 +190,7 @@ class FitShape(SpatialResample):
     Fit a scan to a grid of `spatial_shape` voxels without distorting the anatomy.
 
     The new voxels are cubes, as small as lets the whole scan into the grid; the scan sits in the grid's centre and what
-    lies outside it takes the scan's lowest value, which is the background's. It is one resampling, tracked as MONAI's
+    lies outside it takes the channel's lowest value, which is the background's. It is one resampling, tracked as MONAI's
     `SpatialResample`: the affine stays true (a voxel keeps its place in the world) and `inverse` returns the scan's own
     grid. Before an axis loses resolution the scan is smoothed along it, or detail finer than the new voxels would come
     back as aliasing.
@@ -216,7 +216,7 @@ class FitShape(SpatialResample):
         affine, zoom = self._destination(image, shape)
         # Each new voxel spans `zoom` old ones; (zoom - 1) / 2 is the width scikit-image and MONAI's Resize use.
         sigma = np.maximum((zoom - 1) / 2, 0)
-        background = image.amin().item()
+        background = image.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * rank)  # each channel has its own
         shifted = image - background
         if sigma.any() and self.mode != "nearest":
             # SciPy's is separable and ten times faster here than MONAI's convolution, which runs on one channel.
@@ -286,8 +286,8 @@ class RandHaircutd(RandomizableTransform, MapTransform):
     """
     Shave a few voxels off the edge of the brain, as a tighter skull-strip would.
 
-    The background is what equals the image's lowest value and reaches the border of the volume; dark voxels enclosed by
-    the brain are not an edge. An image without background is returned as it is.
+    The background is what lies near the image's lowest value and reaches the border of the volume; dark voxels enclosed
+    by the brain are not an edge. An image without background is returned as it is.
 
     Input and output: `[channels, *spatial]`. All keys and channels lose the same number of voxels.
 
@@ -295,6 +295,8 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         keys: the keys that hold skull-stripped scans.
         prob: how often a scan is shaved.
         width: the fewest and the most voxels to shave off.
+        threshold: how far above the lowest value, as a share of the image's range, still counts as background.
+            Resampling leaves a faint rim around the brain; without this the haircut would take that rim alone.
 
     Raises:
         ValueError: when `width` is not a pair of whole numbers, the first at least 1 and at most the second.
@@ -305,6 +307,7 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         keys: KeysCollection,
         prob: float = 0.1,
         width: tuple[int, int] = (1, 3),
+        threshold: float = 0.05,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
@@ -312,6 +315,7 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         if len(width) != 2 or not 1 <= width[0] <= width[1]:
             raise ValueError(f"width is {width}: it must be the fewest and the most voxels to shave, from 1 up.")
         self.width = (int(width[0]), int(width[1]))
+        self.threshold = threshold
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
@@ -326,7 +330,8 @@ class RandHaircutd(RandomizableTransform, MapTransform):
     def _shave(self, image: torch.Tensor, width: int) -> torch.Tensor:
         pixels = image.as_tensor() if isinstance(image, MetaTensor) else image
         lowest = pixels.amin()
-        brain = ~_reaching_border((pixels == lowest).all(dim=0).cpu().numpy())
+        dark = pixels <= lowest + self.threshold * (pixels.amax() - lowest)
+        brain = ~_reaching_border(dark.all(dim=0).cpu().numpy())
         # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would. What
         # lies past the border of the volume is unknown, so a scan cut off there keeps that face.
         step = ndimage.generate_binary_structure(brain.ndim, min(2, brain.ndim))

@@ -35,7 +35,8 @@ CONFIG = r"""
             "upper": 99.95,
             "b_min": 0.0,
             "b_max": 1.0,
-            "clip": true
+            "clip": true,
+            "channel_wise": true
         },
         {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"}
     ],
@@ -400,6 +401,12 @@ def test_fit_pads_with_the_background(background):
     assert after.min() == background
 
 
+def test_fit_pads_each_channel_with_its_own_background():
+    image = MetaTensor(torch.cat([torch.rand(1, 12, 12, 4), 100 + torch.rand(1, 12, 12, 4)]))
+    after = FitShaped("image", 12)({"image": image})["image"]
+    assert torch.equal(after[:, 0, 0, 0].as_tensor(), image.as_tensor().flatten(1).amin(1))
+
+
 def test_fit_smooths_before_it_drops_voxels():
     """A checkerboard finer than the new voxels comes back grey, not as a coarser pattern."""
     index = np.indices((32, 32, 32)).sum(0) % 2
@@ -488,6 +495,14 @@ def test_haircut_works_on_any_background_in_2d_and_without_background():
     full = 1 + torch.rand(1, 8, 8, 8)
     full[0, 4, 4, 4] = 0
     assert torch.equal(RandHaircutd("image", prob=1)({"image": full})["image"], full)
+
+
+def test_haircut_cuts_through_the_faint_rim_that_resampling_leaves():
+    image = torch.zeros(1, 16, 16, 16)
+    image[:, 3:13, 3:13, 3:13] = 0.02
+    image[:, 4:12, 4:12, 4:12] = 1
+    after = RandHaircutd("image", prob=1, width=(1, 1))({"image": image})["image"]
+    assert after[0, :, 7, 7].nonzero().flatten().tolist() == list(range(5, 11))
 
 
 @pytest.mark.parametrize("width", [(0, 2), (3, 1), (1,)])
