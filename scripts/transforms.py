@@ -190,10 +190,10 @@ class FitShape(SpatialResample):
     Fit a scan to a grid of `spatial_shape` voxels without distorting the anatomy.
 
     The new voxels are cubes, as small as lets the whole scan into the grid; the scan sits in the grid's centre and what
-    lies outside it takes the channel's lowest value, which is the background's. It is one resampling, tracked as MONAI's
-    `SpatialResample`: the affine stays true (a voxel keeps its place in the world) and `inverse` returns the scan's own
-    grid. Before an axis loses resolution the scan is smoothed along it, or detail finer than the new voxels would come
-    back as aliasing.
+    lies outside it takes the channel's lowest value, which is the background's. It is one resampling, tracked as
+    MONAI's `SpatialResample`: the affine stays true (a voxel keeps its place in the world) and `inverse` returns the
+    scan's own grid. Before an axis loses resolution the scan is smoothed along it, or detail finer than the new voxels
+    would come back as aliasing.
 
     Input: `[channels, *spatial]`. Output: `[channels, *spatial_shape]`, float32.
 
