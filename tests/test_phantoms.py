@@ -1,0 +1,195 @@
+"""Phantom cohorts, at a coarse 8 mm to be quick."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.phantoms import brain_anatomy, brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
+
+ROOT = Path(__file__).parents[1]
+SPACING = 8.0
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Four brains with lesions, made by two processes."""
+    folder = tmp_path_factory.mktemp("cohort") / "brains"
+    assert make_brains(folder, count=4, seed=7, spacing=SPACING, lesions=1.0, workers=2) == str(folder)
+    return folder
+
+
+def test_names_and_masks_folder(cohort):
+    scans = [f"sub-000{i}_FLAIR.nii.gz" for i in (1, 2, 3, 4)]
+    assert sorted(contents(cohort)) == ["phantoms.json", *scans]
+    masks = cohort.with_name("brains_masks")
+    assert sorted(contents(masks)) == [f"sub-000{i}_lesions.nii.gz" for i in (1, 2, 3, 4)]
+
+
+def test_any_subset_is_reproducible(cohort, tmp_path):
+    make_brains(tmp_path / "third", count=1, start=3, seed=7, spacing=SPACING, lesions=1.0, workers=1)
+    name = "sub-0003_FLAIR.nii.gz"
+    assert (tmp_path / "third" / name).read_bytes() == (cohort / name).read_bytes()
+    in_memory = brain_phantom(3, seed=7, spacing=SPACING, lesions=1.0)
+    np.testing.assert_array_equal(in_memory.image, np.asarray(nib.load(cohort / name).dataobj))
+
+
+def test_seed_and_index_each_give_another_brain():
+    first = brain_phantom(1, seed=0, spacing=SPACING).image > 0
+    for index, seed in ((2, 0), (1, 1)):
+        other = brain_phantom(index, seed=seed, spacing=SPACING).image > 0
+        overlap = 2 * (first & other).sum() / (first.sum() + other.sum())
+        assert 0.7 < overlap < 0.97  # both in ICBM152 space, yet of other shapes
+
+
+def test_affine_is_true(cohort):
+    scan = nib.load(cohort / "sub-0001_FLAIR.nii.gz")
+    assert scan.get_data_dtype() == np.int16
+    assert (int(scan.header["sform_code"]), int(scan.header["qform_code"])) == (4, 4)
+    np.testing.assert_allclose(scan.get_qform(), scan.get_sform(), atol=1e-4)
+    np.testing.assert_allclose(scan.header.get_zooms(), SPACING)
+    thalamus = np.rint(nib.affines.apply_affine(np.linalg.inv(scan.affine), (-10, -20, 5))).astype(int)
+    image = np.asarray(scan.dataobj)
+    assert image[tuple(thalamus)] > 0
+    assert image[0, 0, 0] == image[-1, -1, -1] == 0
+
+
+@pytest.mark.parametrize(("spacing", "shape"), [(8.0, (25, 30, 24)), (7.3, (27, 32, 26)), (4.0, (50, 59, 48))])
+def test_spacing_changes_the_grid_and_not_the_anatomy(spacing, shape):
+    image, affine, _ = brain_phantom(1, spacing=spacing)
+    assert image.shape == shape
+    np.testing.assert_array_equal(affine[:3, 3], (-98, -134, -72))
+    litres = (image > 0).sum() * spacing**3 / 1e6
+    assert litres == pytest.approx((brain_phantom(1, spacing=6.0).image > 0).sum() * 6.0**3 / 1e6, rel=0.03)
+    assert 1.2 < litres < 2.6
+
+
+def test_contrast_is_that_of_flair():
+    for index in (1, 2):
+        anatomy = brain_anatomy(index, spacing=4.0)
+        np.testing.assert_allclose(anatomy.tissues.sum(axis=0), 1, atol=1e-3)
+        image = brain_phantom(index, spacing=4.0).image[anatomy.brain]
+        fluid, gray, white = (image[fraction > 0.85].mean() for fraction in anatomy.tissues)
+        assert fluid < 0.75 * white < white < gray < 1.6 * white
+
+
+def test_lesions_are_bright_and_in_the_brain():
+    without, _, nothing = brain_phantom(1, spacing=2.0)
+    image, _, mask = brain_phantom(1, spacing=2.0, lesions=1.0)
+    assert not nothing.any()
+    assert 0.05 < mask.sum() * 2.0**3 / 1e3 < 50  # millilitres
+    assert (image[mask > 0] > 0).all()
+    assert np.median(image[mask > 0]) > 1.1 * np.median(image[image > 0])
+    # The same person and scanner: what isn't lesion or its rim didn't change.
+    assert ((image != without) & (mask == 0)).sum() < 30 * mask.sum()
+
+
+def test_lesions_is_a_probability():
+    some = [brain_phantom(index, spacing=16.0, lesions=0.5).mask.any() for index in range(1, 13)]
+    assert 2 < sum(some) < 10
+
+
+def test_a_finished_cohort_is_reused(cohort):
+    before = {path: path.stat().st_mtime_ns for path in cohort.iterdir()}
+    make_brains(cohort, count=4, seed=7, spacing=SPACING, lesions=1.0)
+    assert {path: path.stat().st_mtime_ns for path in cohort.iterdir()} == before
+
+
+def test_an_interrupted_cohort_is_continued_and_a_finished_one_grows(tmp_path):
+    make_brains(tmp_path / "whole", count=4, spacing=SPACING, workers=1)
+    make_brains(tmp_path / "parts", count=3, spacing=SPACING, workers=1)
+    (tmp_path / "parts" / "sub-0002_FLAIR.nii.gz").unlink()
+    kept = (tmp_path / "parts" / "sub-0001_FLAIR.nii.gz").stat().st_mtime_ns
+    make_brains(tmp_path / "parts", count=4, spacing=SPACING, workers=1)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert (tmp_path / "parts" / "sub-0001_FLAIR.nii.gz").stat().st_mtime_ns == kept
+
+
+def test_a_lost_mask_comes_back(cohort):
+    mask = cohort.with_name("brains_masks") / "sub-0002_lesions.nii.gz"
+    before = mask.read_bytes()
+    mask.unlink()
+    make_brains(cohort, count=4, seed=7, spacing=SPACING, lesions=1.0)
+    assert mask.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 8}, {"spacing": 7.0}, {"lesions": 0.5}, {"count": 3}, {"start": 2}])
+def test_another_cohort_is_not_overwritten(cohort, change):
+    arguments = {"count": 4, "seed": 7, "spacing": SPACING, "lesions": 1.0} | change
+    with pytest.raises(FileExistsError, match="another cohort"):
+        make_brains(cohort, **arguments)
+
+
+def test_a_folder_of_other_scans_is_refused(tmp_path):
+    (tmp_path / "sub-01").mkdir()
+    (tmp_path / "sub-01" / "T1.nii.gz").touch()
+    with pytest.raises(FileExistsError, match="folder of its own"):
+        make_brains(tmp_path, count=1, spacing=SPACING)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"count": 0}, "count is 0, but must be a whole number, 1 or more"),
+        ({"count": 2.5}, "count is 2.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"start": -1}, "start is -1"),
+        ({"spacing": 0}, "spacing .* is 0"),
+        ({"spacing": "two"}, "spacing .* is 'two'"),
+        ({"lesions": 1.5}, "lesions .* is 1.5"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_brains(**({"output_dir": tmp_path / "brains", "count": 1} | change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_dir_must_be_a_folder_and_masks_must_be_apart(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"output_dir is .*file"):
+        make_brains(tmp_path / "file", count=1)
+    with pytest.raises(ValueError, match="mask_dir"):
+        make_brains(tmp_path / "brains", count=1, lesions=0.5, mask_dir=tmp_path / "brains")
+
+
+def test_ellipsoids(tmp_path):
+    image, affine, mask = ellipsoid_phantom(1, size=(24, 32, 20), spacing=3.0)
+    assert image.shape == mask.shape == (24, 32, 20)
+    np.testing.assert_allclose(nib.affines.apply_affine(affine, (11.5, 15.5, 9.5)), 0)  # world zero is the centre
+    assert image[mask > 0].mean() > 1.5 * image[mask == 0].mean()
+    assert (ellipsoid_phantom(2, size=(24, 32, 20)).mask != mask).any()
+
+    make_ellipsoids(tmp_path / "e", count=2, size=16, mask_dir=tmp_path / "m", workers=1)
+    assert nib.load(tmp_path / "e" / "sub-0002_ellipsoid.nii.gz").shape == (16, 16, 16)
+    assert sorted(contents(tmp_path / "m")) == ["sub-0001_mask.nii.gz", "sub-0002_mask.nii.gz"]
+    with pytest.raises(ValueError, match="size is"):
+        make_ellipsoids(tmp_path / "f", count=2, size=(16, 16))
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "scripts.phantoms", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    done = run("ellipsoids", "--output_dir", tmp_path / "e", "--count", 2, "--size", "8,8,12", "--seed", 5)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "phantoms.json").read_text())["seed"] == 5
+    assert nib.load(tmp_path / "e" / "sub-0001_ellipsoid.nii.gz").shape == (8, 8, 12)
+
+
+def test_command_line_makes_nothing_when_an_option_is_misspelt(tmp_path):
+    failed = run("brains", "--output_dir", tmp_path / "b", "--count", 2, "--sede", 5)
+    assert failed.returncode != 0 and "--sede" in failed.stderr
+    assert not (tmp_path / "b").exists()
