@@ -167,7 +167,9 @@ def brain_anatomy(index: int, seed: int = 0, spacing: float = 2.0) -> Anatomy:
             return ((points * half) @ linear.T + shift + moved_by) / half
 
         # Only voxels near the brain are worth the work, a third of the grid; 4 mm is enough to find them.
-        near = torch.from_numpy(_sample(atlas.brain, to_atlas(control, displacement.flatten(2)[0].T))[0] > 0.05)
+        step = int(CONTROL_SPACING) // _atlas_stride(spacing)
+        coarse = atlas.brain[:, :, ::step, ::step, ::step].contiguous()
+        near = torch.from_numpy(_sample(coarse, to_atlas(control, displacement.flatten(2)[0].T))[0] > 0.05)
         near = near.float().reshape(1, *CONTROL_SHAPE)
         near = F.max_pool3d(near, kernel_size=3, stride=1, padding=1)[0].numpy() > 0
         nearest = [np.rint(np.arange(n) * spacing / CONTROL_SPACING).astype(int) for n in shape]
