@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> Path:
+    """Write a file under a temporary name beside ``path``, flush it to disk, then rename it.
+
+    Args:
+        path: where the file belongs; the folder must exist.
+        write: is called with the temporary name (same ending as ``path``) and writes the file.
+    """
+    path = Path(path)
+    # the ending stays, since writers such as nibabel and matplotlib choose the format by it
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(str(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
