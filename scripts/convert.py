@@ -55,7 +55,8 @@ def load_published_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"'{path}' cannot be loaded as weights ({reason}): it is damaged, or holds Python objects that could run code."
+            f"'{path}' cannot be loaded as weights ({reason}): "
+            "it is damaged, or holds Python objects that could run code."
         ) from error
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("checkpoint"), Mapping):
         checkpoint = checkpoint["checkpoint"]
@@ -178,7 +179,11 @@ def _is_shared(decoder, group: int, later: list[int], options: Mapping[str, Any]
         return stated
     if isinstance(stated, (list, tuple)) and level < len(stated):
         return bool(stated[level])
-    names = [n.removeprefix(f"{group}.{later[0]}.") for n in decoder if n.startswith(f"{group}.{later[0]}.convs_q.")] if later else []
+    names = (
+        [n.removeprefix(f"{group}.{later[0]}.") for n in decoder if n.startswith(f"{group}.{later[0]}.convs_q.")]
+        if later
+        else []
+    )
     return len(later) > 1 and all(
         torch.equal(decoder[f"{group}.{i}.{n}"], decoder[f"{group}.{later[0]}.{n}"]) for i in later[1:] for n in names
     )
@@ -243,7 +248,9 @@ def _refuse_leftovers(used: set[str], graphs: Mapping[str, Mapping[str, Tensor]]
     # a no-skip block computes no ReZero product, whatever the file holds for it
     left = [name for name in left if not name.endswith("rezero_alpha")]
     if left:
-        raise ConversionError(f"the checkpoint holds tensors that this network has no place for: {', '.join(left[:5])}.")
+        raise ConversionError(
+            f"the checkpoint holds tensors that this network has no place for: {', '.join(left[:5])}."
+        )
 
 
 def main(checkpoint: str, output_dir: str) -> None:

@@ -19,9 +19,9 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> Path
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(str(temporary))
-        with open(temporary, "rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

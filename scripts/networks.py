@@ -32,6 +32,8 @@ from scripts.blocks import (
 )
 
 OUTPUT_STD_RANGE = (1e-2, 1.0)
+# in a range of 2, as tanh has it; see VDVAE.set_template
+TEMPLATE_INPUT_STD = 0.05
 OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "identity": (-math.inf, math.inf)}
 
 
@@ -198,10 +200,12 @@ class VDVAE(nn.Module):
         std_form: how standard deviations come from the network: ``"sigmoid"`` or ``"exp"``.
         output_activation: ``"tanh"``, ``"sigmoid"`` or ``"identity"``; scans should be scaled to its range.
         predict_scale: False: the output has unit variance.
-        zero_posterior: start the posterior nets' last convolutions at zero, so that every KL divergence starts at
-            about zero. The published network does so for its priors only.
-        template: predict deviations from a voxel-wise mean and standard deviation (see :meth:`set_template`), which
+        template: see and predict deviations from a voxel-wise mean and standard deviation (:meth:`set_template`), which
             live in buffers; needs ``spatial_shape``. The published network starts from the output activation of zero.
+        init: ``"pytorch"``, the published start, or ``"variance_preserving"``: signals keep their size from the input
+            through the latents to the output, every KL divergence but the first starts at zero, and noise from later
+            latents starts small. PyTorch's default loses about half the signal at every convolution, so that the
+            coarsest latents of a deep network neither see the scan nor show in the reconstruction.
         checkpoint_levels: recompute the activations of this many of the finest levels in the backward pass instead of
             keeping them.
 
@@ -233,8 +237,8 @@ class VDVAE(nn.Module):
         std_form: str = "sigmoid",
         output_activation: str = "tanh",
         predict_scale: bool = True,
-        zero_posterior: bool = False,
         template: bool = False,
+        init: str = "pytorch",
         checkpoint_levels: int = 0,
     ) -> None:
         super().__init__()
@@ -332,7 +336,6 @@ class VDVAE(nn.Module):
                             widths[k],
                             *latent_args,
                             separate_heads,
-                            zero_posterior,
                             std_form,
                             batch_norm,
                         )
@@ -347,7 +350,6 @@ class VDVAE(nn.Module):
                         widths[k],
                         *latent_args,
                         separate_heads,
-                        zero_posterior,
                         std_form,
                         rezero,
                         batch_norm,
@@ -376,10 +378,13 @@ class VDVAE(nn.Module):
         if template:
             nn.init.zeros_(self.output.weight)
             shape = (1, in_channels, *self.spatial_shape)
-            self.register_buffer("loc_offset", torch.zeros(shape))
-            self.register_buffer("loc_gain", torch.ones(shape))
-            self.register_buffer("scale_offset", torch.zeros(shape))
+            self.register_buffer("template_mean", torch.zeros(shape))
+            self.register_buffer("template_std", torch.ones(shape))
         self.template = template
+        if _choice("init", init, ("pytorch", "variance_preserving")) == "variance_preserving":
+            for module in self.modules():
+                if hasattr(module, "preserve_variance"):
+                    module.preserve_variance(scale)
         # volumes travel channels-last: on CPUs and GPUs alike the fast layout for convolutions
         self.memory_format = torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
         self.to(memory_format=self.memory_format)
@@ -410,13 +415,17 @@ class VDVAE(nn.Module):
     def _encode_features(self, x: Tensor) -> list[Tensor]:
         if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"input of shape {list(x.shape)}: expected [batch, {self.in_channels}, ...] with {self.spatial_dims} spatial axes."
+                f"input of shape {list(x.shape)}: expected [batch, {self.in_channels}, ...] "
+                f"with {self.spatial_dims} spatial axes."
             )
         shape = self._check_shape(x.shape[2:])
         if self.template and shape != self.spatial_shape:
             raise ValueError(
                 f"input of shape {list(x.shape)}: this network's template has spatial_shape {self.spatial_shape}."
             )
+        if self.template:
+            # what is left to tell is how the scan deviates; where scans hardly vary, noise is not blown up
+            x = ((x - self.template_mean) / self.template_std.clamp_min(TEMPLATE_INPUT_STD)).clamp(-5, 5)
         return self.encoder(x.contiguous(memory_format=self.memory_format), self._run)
 
     def _grid(self, batch: int, spatial_shape: Sequence[int]) -> tuple[int, ...]:
@@ -425,26 +434,42 @@ class VDVAE(nn.Module):
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output distribution, in fp32 also under autocast: loc and scale, ``[batch, in_channels, *spatial]``."""
         out = gelu_conv(x, self.output).float()
-        loc = out[:, : self.in_channels]
+        loc, s = out[:, : self.in_channels], out[:, self.in_channels :]
         if self.template:
-            loc = self.loc_offset + self.loc_gain * loc
+            offset, gain, s_offset = self._template_offsets()
+            loc = offset + gain * loc
+            s = s_offset + s if self.predict_scale else s
         if self.output_activation == "tanh":
             loc = torch.tanh(loc)
         elif self.output_activation == "sigmoid":
             loc = torch.sigmoid(loc)
-        if not self.predict_scale:
-            return loc, torch.ones_like(loc)
-        s = out[:, self.in_channels :]
-        if self.template:
-            s = self.scale_offset + s
-        return loc, standard_deviation(s, OUTPUT_STD_RANGE, self.std_form)
+        scale = standard_deviation(s, OUTPUT_STD_RANGE, self.std_form) if self.predict_scale else torch.ones_like(loc)
+        return loc, scale
+
+    def _template_offsets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the output convolution's zero stands for before the activations, and its unit for the mean."""
+        mean, std = self.template_mean, self.template_std
+        if self.output_activation == "tanh":
+            mean = mean.clamp(-0.999, 0.999)
+            offset, slope = torch.atanh(mean), 1 - mean.square()
+        elif self.output_activation == "sigmoid":
+            mean = mean.clamp(0.0005, 0.9995)
+            offset, slope = torch.logit(mean), mean * (1 - mean)
+        else:
+            offset, slope = mean, torch.ones_like(mean)
+        # where the activation is nearly flat (background) a full gain would make it blow up on the first step
+        gain = (std / slope).clamp_max(1.0)
+        lo, hi = OUTPUT_STD_RANGE
+        if self.std_form == "sigmoid":
+            return offset, gain, torch.logit(((std - lo) / (hi - lo)).clamp(1e-5, 1 - 1e-5))
+        return offset, gain, (2 * std.log()).clamp(lo, hi)
 
     @torch.no_grad()
     def set_template(self, mean: Tensor, std: Tensor) -> None:
-        """Let the output distribution start as a Gaussian for each voxel.
+        """Let the network see and predict deviations from a Gaussian for each voxel.
 
-        The network then predicts deviations from it, in units of about one standard deviation: its first prediction is
-        this Gaussian, and voxels that vary much and little pull equally hard on the weights.
+        Its first prediction is this Gaussian, and its output counts in units of about one standard deviation, so that
+        voxels that vary much and voxels that vary little pull equally hard on the weights.
 
         Args:
             mean, std: of the training scans, ``[in_channels, *spatial_shape]``, in the units of the network's input.
@@ -454,24 +479,8 @@ class VDVAE(nn.Module):
         """
         if not self.template:
             raise ValueError("network_def: set_template needs template: true.")
-        lo, hi = OUTPUT_STD_RANGE
-        std = std.to(self.loc_offset).clamp(lo, hi)
-        mean = mean.to(self.loc_offset)
-        if self.output_activation == "tanh":
-            mean = mean.clamp(-0.999, 0.999)
-            offset, slope = torch.atanh(mean), 1 - mean.square()
-        elif self.output_activation == "sigmoid":
-            mean = mean.clamp(0.0005, 0.9995)
-            offset, slope = torch.logit(mean), mean * (1 - mean)
-        else:
-            offset, slope = mean, torch.ones_like(mean)
-        self.loc_offset.copy_(offset)
-        # where the activation is nearly flat (background) a full gain would make it blow up on the first step
-        self.loc_gain.copy_((std / slope).clamp_max(1.0))
-        if self.std_form == "sigmoid":
-            self.scale_offset.copy_(torch.logit(((std - lo) / (hi - lo)).clamp(1e-3, 1 - 1e-3)))
-        else:
-            self.scale_offset.copy_(2 * std.log()).clamp_(lo, hi)
+        self.template_mean.copy_(mean)
+        self.template_std.copy_(std).clamp_(*OUTPUT_STD_RANGE)
 
     def forward(self, x: Tensor, temperature: float = 1.0) -> VDVAEOutput:
         """Reconstruct scans from latents drawn from the posterior.

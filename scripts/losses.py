@@ -1,0 +1,71 @@
+"""The objective: negative ELBO in nats a scan, and the weight penalty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from scripts.networks import VDVAEOutput
+
+
+def negative_log_likelihood(loc: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """Of scans under independent Gaussians a voxel, in nats a scan: ``[batch]``, computed in fp32.
+
+    Args:
+        loc, scale, target: ``[batch, channels, *spatial]``.
+    """
+    z = (target.float() - loc.float()) / scale.float()
+    nll = 0.5 * z.square() + scale.float().log() + 0.5 * math.log(2 * math.pi)
+    return nll.flatten(1).sum(1)
+
+
+def bits_per_dim(nats: Tensor, scan: Tensor) -> Tensor:
+    """Nats a scan as bits a voxel and channel.
+
+    Args:
+        nats: any shape.
+        scan: ``[batch, channels, *spatial]``, for the number of its voxels.
+    """
+    return nats / (scan[0].numel() * math.log(2))
+
+
+def weight_penalty(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Sum over weight tensors (two or more dimensions) of the mean square."""
+    return torch.stack([p.square().mean() for p in parameters if p.ndim >= 2]).sum()
+
+
+class ELBOLoss(nn.Module):
+    """``mean over batch [ NLL + beta * sum of the latents' KL ]``, in nats.
+
+    ``beta`` rises linearly from 0 to 1 over the first ``kl_warmup`` updates. While the decoder cannot yet read the
+    latents, the full KL makes the posterior equal the prior, from which it takes thousands of updates to recover.
+
+    Args:
+        kl_warmup: updates until the KL counts in full; 0 (the published objective) counts it in full from the start.
+    """
+
+    def __init__(self, kl_warmup: int = 0) -> None:
+        super().__init__()
+        if kl_warmup < 0:
+            raise ValueError(f"kl_warmup is {kl_warmup}: it must be 0 or more updates.")
+        self.kl_warmup = kl_warmup
+
+    def beta(self, update: int) -> float:
+        """Weight of the KL for update number ``update``, counted from 0."""
+        return min(1.0, update / self.kl_warmup) if self.kl_warmup else 1.0
+
+    def forward(self, output: VDVAEOutput, target: Tensor, update: int) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            output: of the network.
+            target: the scans, ``[batch, channels, *spatial]``.
+            update: number of the update, from 0.
+
+        Returns:
+            the loss, a scalar in nats a scan, and the negative log-likelihoods, ``[batch]``.
+        """
+        nll = negative_log_likelihood(output.loc, output.scale, target)
+        return (nll + self.beta(update) * output.kl.sum(1)).mean(), nll

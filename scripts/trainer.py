@@ -1,0 +1,257 @@
+"""The training and validation steps of the very deep VAE, on MONAI's engines."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from ignite.metrics import Metric
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from scripts.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.networks import VDVAEOutput
+
+logger = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_SKIPS = 50
+
+
+class TrainingStalledError(RuntimeError):
+    """So many updates in a row were skipped that training cannot recover by itself."""
+
+
+def scan_batch(batchdata: dict[str, Any], device=None, non_blocking: bool = False, **kwargs) -> tuple[Tensor, Tensor]:
+    """MONAI's ``prepare_batch``: the scans are input and target at once."""
+    scans = batchdata[Keys.IMAGE].to(device=device, non_blocking=non_blocking, **kwargs)
+    # plain tensors: metadata slows every operation of the network down and is not needed in it
+    scans = scans.as_tensor() if hasattr(scans, "as_tensor") else scans
+    return scans, scans
+
+
+def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = None):
+    """Autocast for a device: bfloat16 on CPUs and on GPUs that have it, else float16."""
+    if dtype is None:
+        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def step_quantities(output: VDVAEOutput, nll: Tensor, scans: Tensor) -> dict[str, Tensor]:
+    """What is reported of a batch, each scan by itself.
+
+    Returns:
+        ``nll`` and ``kl`` in nats and ``bits_per_dim`` of their sum, ``mse`` in the network's units: ``[batch]`` each;
+        ``kl_per_latent``: ``[batch, latents]`` in nats, top first.
+    """
+    kl = output.kl.detach()
+    nll = nll.detach()
+    return {
+        "nll": nll,
+        "kl": kl.sum(1),
+        "bits_per_dim": bits_per_dim(nll + kl.sum(1), scans),
+        "mse": (output.loc.detach().float() - scans.float()).square().flatten(1).mean(1),
+        "kl_per_latent": kl,
+    }
+
+
+class VDVAETrainer(SupervisedTrainer):
+    """MONAI's ``SupervisedTrainer`` whose step minimises the negative ELBO and guards every update.
+
+    Args:
+        loss_function: :class:`scripts.losses.ELBOLoss`.
+        weight_penalty: factor of the mean squares of the weight tensors; 0 leaves them out.
+        max_grad_norm: gradients are clipped to this norm.
+        skip_grad_norm: an update whose gradients' norm is above this is skipped, after ``skip_warmup`` updates.
+        skip_warmup: number of first updates that are clipped but not skipped for their size.
+        amp_dtype: ``torch.float16`` or ``torch.bfloat16``; default what the device can do, bfloat16 first.
+        accumulation_steps: batches whose gradients make one update.
+
+    Updates whose gradients are not finite are skipped always. Under float16 the loss scaler lowers its scale on each.
+    ``engine.state`` gains ``updates`` (tried so far, skipped ones included) and ``skipped``.
+
+    Raises:
+        TrainingStalledError: 50 updates in a row were skipped.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: DataLoader,
+        network: torch.nn.Module,
+        optimizer: Optimizer,
+        loss_function: ELBOLoss,
+        weight_penalty: float = 1e-4,
+        max_grad_norm: float = 100.0,
+        skip_grad_norm: float = 1e12,
+        skip_warmup: int = 50,
+        amp: bool = False,
+        amp_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
+        non_blocking: bool = True,
+        key_train_metric: dict[str, Metric] | None = None,
+        additional_metrics: dict[str, Metric] | None = None,
+        metric_cmp_fn: Callable = lambda current, best: current < best,
+        train_handlers: Sequence | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            prepare_batch=scan_batch,
+            non_blocking=non_blocking,
+            key_train_metric=key_train_metric,
+            additional_metrics=additional_metrics,
+            metric_cmp_fn=metric_cmp_fn,
+            train_handlers=train_handlers,
+            decollate=False,
+            amp=amp,
+            optim_set_to_none=True,
+            accumulation_steps=accumulation_steps,
+        )
+        self.weight_penalty = weight_penalty
+        self.max_grad_norm = max_grad_norm
+        self.skip_grad_norm = skip_grad_norm
+        self.skip_warmup = skip_warmup
+        self.amp_dtype = amp_dtype
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        kind = self.state.device.type
+        needs_scaling = amp and autocast(self.state.device, True, amp_dtype).fast_dtype == torch.float16
+        # a loss in nats is large: starting low saves the first updates from overflow
+        self.scaler = torch.amp.GradScaler(kind, init_scale=1.0, enabled=needs_scaling)
+        self.state.updates = 0
+        self.state.skipped = 0
+        self._skips_in_a_row = 0
+
+    def _iteration(self, engine: VDVAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
+        state = engine.state
+        scans, _ = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
+        position = (state.iteration - 1) % state.epoch_length
+        first = position % engine.accumulation_steps == 0
+        last = (position + 1) % engine.accumulation_steps == 0 or position + 1 == state.epoch_length
+
+        engine.network.train()
+        if first:
+            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        # gradients travel between processes once an update, not once a batch
+        waits = isinstance(engine.network, DistributedDataParallel) and not last
+        with engine.network.no_sync() if waits else contextlib.nullcontext():
+            with autocast(state.device, engine.amp, engine.amp_dtype):
+                output = engine.inferer(scans, engine.network)
+            engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+            loss, nll = engine.loss_function(output, scans, state.updates)
+            if engine.weight_penalty:
+                loss = loss + engine.weight_penalty * weight_penalty(engine.parameters)
+            engine.fire_event(IterationEvents.LOSS_COMPLETED)
+            engine.scaler.scale(loss / engine.accumulation_steps).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+
+        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss.detach()}
+        state.output |= step_quantities(output, nll, scans)
+        if last:
+            state.output["grad_norm"] = self._update()
+        state.output["scans_per_second"] = len(scans) / (time.perf_counter() - start)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return state.output
+
+    def _update(self) -> float:
+        """Clip, then step or skip. Returns the norm of the gradients before clipping.
+
+        The gradients are the same on every process, and so is the decision.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        finite = norm < float("inf")  # false for NaN too
+        huge = norm > self.skip_grad_norm and self.state.updates >= self.skip_warmup
+        self.state.updates += 1
+        if finite and not huge:
+            self.scaler.step(self.optimizer)
+            self._skips_in_a_row = 0
+        else:
+            self.state.skipped += 1
+            self._skips_in_a_row += 1
+            logger.warning(
+                "Update %d skipped: the gradients' norm is %g (%d skipped so far).",
+                self.state.updates,
+                norm,
+                self.state.skipped,
+            )
+        self.scaler.update()
+        if self._skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
+            raise TrainingStalledError(
+                f"{MAX_CONSECUTIVE_SKIPS} updates in a row were skipped because the gradients were not finite or "
+                f"their norm was above skip_grad_norm ({self.skip_grad_norm:g}; the last was {norm:g}): lower "
+                "--learning_rate, raise --skip_grad_norm, or train without --amp, from the last checkpoint."
+            )
+        return norm
+
+
+class VDVAEEvaluator(SupervisedEvaluator):
+    """MONAI's ``SupervisedEvaluator`` that reports the ELBO and its parts.
+
+    Every run draws the same noise for the latents, so that two epochs differ by the weights alone.
+
+    Args:
+        seed: of that noise.
+        temperature: of the posterior; 1 gives the ELBO.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        val_data_loader: DataLoader,
+        network: torch.nn.Module,
+        seed: int = 0,
+        temperature: float = 1.0,
+        amp: bool = False,
+        amp_dtype: torch.dtype | None = None,
+        non_blocking: bool = True,
+        key_val_metric: dict[str, Metric] | None = None,
+        additional_metrics: dict[str, Metric] | None = None,
+        metric_cmp_fn: Callable = lambda current, best: current < best,
+        val_handlers: Sequence | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network,
+            prepare_batch=scan_batch,
+            non_blocking=non_blocking,
+            key_val_metric=key_val_metric,
+            additional_metrics=additional_metrics,
+            metric_cmp_fn=metric_cmp_fn,
+            val_handlers=val_handlers,
+            decollate=False,
+            amp=amp,
+        )
+        self.seed = seed
+        self.temperature = temperature
+        self.amp_dtype = amp_dtype
+
+    def _iteration(self, engine: VDVAEEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
+        state = engine.state
+        scans, _ = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
+        devices = [state.device] if state.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), engine.mode(engine.network):
+            torch.manual_seed(engine.seed + state.iteration)
+            with autocast(state.device, engine.amp, engine.amp_dtype):
+                output = engine.inferer(scans, engine.network, engine.temperature)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        nll = negative_log_likelihood(output.loc, output.scale, scans)
+        state.output = {Keys.IMAGE: scans, Keys.PRED: output} | step_quantities(output, nll, scans)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return state.output
