@@ -114,14 +114,14 @@ def reconstructions(
     for image, loc, scale, name in zip(map(_array, images), map(_array, locs), map(_array, scales), names, strict=True):
         for c in range(len(image)):
             title = name if len(image) == 1 else f"{name}, channel {c + 1}"
-            groups.append((title, [image[c], loc[c], scale[c], np.abs(image[c] - loc[c])]))
-    box = _foreground_box([row[0] for _, row in groups])
-    groups = [(title, [v[box] for v in row]) for title, row in groups]
-    low, high = _finite_range(value_range, [v for _, volumes in groups for v in volumes[:2]])
+            groups.append((title, [image[c], loc[c], scale[c], np.abs(image[c] - loc[c])], image[0]))
+    box = _foreground_box([row[0] for _, row, _ in groups])
+    groups = [(title, [v[box] for v in row], first[box]) for title, row, first in groups]
+    low, high = _finite_range(value_range, [v for _, row, _ in groups for v in row[:2]])
     gray = {"cmap": "gray", "vmin": low, "vmax": high}
     styles = [gray, gray, *({"cmap": cmap, "vmin": 0.0} for cmap in ("viridis", "magma"))]
     for column in (2, 3):
-        styles[column]["vmax"] = _robust_max([volumes[column] for _, volumes in groups])
+        styles[column]["vmax"] = _robust_max([row[column] for _, row, _ in groups])
     headings = ["scan", "reconstruction", "predicted standard deviation", "absolute difference"]
     return _save(path, _columns(groups, headings, styles, bars={2: headings[2], 3: headings[3]}))
 
@@ -148,9 +148,10 @@ def progressive(
     volumes = [_array(v)[(slice(None), *box)] for v in (*recons, image)]
     channels = len(volumes[-1])
     low, high = _finite_range(value_range, volumes)
-    groups = [("" if channels == 1 else f"channel {c + 1}", [v[c] for v in volumes]) for c in range(channels)]
+    titles = [""] if channels == 1 else [f"channel {c + 1}" for c in range(channels)]
+    groups = [(title, [v[c] for v in volumes], volumes[-1][0]) for c, title in enumerate(titles)]
     styles = [{"cmap": "gray", "vmin": low, "vmax": high}] * len(volumes)
-    return _save(path, _columns(groups, [*labels, "scan"], styles, middle_of=-1))
+    return _save(path, _columns(groups, [*labels, "scan"], styles))
 
 
 def samples(
@@ -299,7 +300,7 @@ def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mappin
         values = points[:, 1]
         if name not in LINEAR and values.min() > 0 and values.max() > 20 * values.min():
             axes.set_yscale("log")
-        elif len(points) >= 20:
+        elif name not in LINEAR and len(points) >= 20:
             shown = np.concatenate([values[points[:, 0] >= 0.05 * points[:, 0].max()], list(lines.values())])
             margin = 0.06 * (np.ptp(shown) or abs(shown[0]) or 1.0)
             axes.set_ylim(shown.min() - margin, shown.max() + margin)
@@ -416,39 +417,37 @@ class _Sheet:
 
 
 def _columns(
-    groups: Sequence[tuple[str, Sequence[np.ndarray]]],
+    groups: Sequence[tuple[str, Sequence[np.ndarray], np.ndarray]],
     headings: Sequence[str],
     styles: Sequence[Mapping],
     bars: Mapping[int, str] | None = None,
-    middle_of: int = 0,
 ) -> Figure:
     """Groups of rows, one row a plane, one column a volume.
 
     Args:
-        groups: title and volumes ``[*spatial]`` of each group.
+        groups: title and volumes ``[*spatial]`` of each group, and the volume whose foreground says where to cut them.
         headings, styles: of each column; the style goes to ``imshow``.
         bars: label of the colour bar below a column.
-        middle_of: the column whose foreground says where to cut.
     """
-    volumes = [volume for _, row in groups for volume in row]
+    volumes = [volume for _, row, _ in groups for volume in row]
     cuts = PLANES[volumes[0].ndim]
     extent = _extent(volumes)
     gap = 2 * GAP
     inch = min(MAX_PANEL, (MAX_WIDTH - 2 * MARGIN) / len(headings) - gap) / extent
     width = extent * inch
     heights = [max(plane(v, axis).shape[0] for v in volumes) * inch for _, axis in cuts]
-    titles = sum(LINE for title, _ in groups if title)
+    titles = sum(LINE for title, _, _ in groups if title)
     total = 1.3 * LINE + titles + len(groups) * (sum(heights) + len(cuts) * GAP) + (BAR if bars else 0) + LINE
     sheet = _Sheet(2 * MARGIN + len(headings) * (width + gap) - gap, total)
     lefts = [MARGIN + column * (width + gap) for column in range(len(headings))]
     for x, heading in zip(lefts, headings, strict=True):
         sheet.text(x + width / 2, 0.7 * LINE, _shorten(heading, width))
     y = 1.3 * LINE
-    for title, row in groups:
+    for title, row, guide in groups:
         if title:
             sheet.text(MARGIN, y + LINE / 2, _shorten(title, sheet.width - 2 * MARGIN), ha="left", colour="tab:cyan")
             y += LINE
-        centre = middle(row[middle_of])
+        centre = middle(guide)
         for (name, axis), height in zip(cuts, heights, strict=True):
             if axis is not None:
                 sheet.text(MARGIN / 2, y + height / 2, name, rotation=90, size=8.5, colour="0.7")
