@@ -34,7 +34,8 @@ from scripts.blocks import (
 OUTPUT_STD_RANGE = (1e-2, 1.0)
 # in a range of 2, as tanh has it; see VDVAE.set_template
 TEMPLATE_INPUT_STD = 0.05
-OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "identity": (-math.inf, math.inf)}
+# what scans are scaled to for each output activation
+OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "identity": (-1.0, 1.0)}
 
 
 class VDVAEOutput(NamedTuple):
@@ -367,12 +368,14 @@ class VDVAE(nn.Module):
             groups.append(group)
         self.decoder = Decoder(groups)
         self.num_latents = total_latents - len(off)
-        self.latent_levels = tuple(
-            levels - 1 - g
+        latents = [
+            (levels - 1 - g, block.z_projection.weight.shape[1])
             for g, group in enumerate(groups)
             for block in group
             if isinstance(block, (FirstLatent, StochasticBlock))
-        )
+        ]
+        self.latent_levels = tuple(level for level, _ in latents)
+        self.latent_channels = tuple(channels for _, channels in latents)
 
         self.output = make_conv(spatial_dims, widths[0], in_channels * (2 if predict_scale else 1))
         if template:
@@ -391,6 +394,21 @@ class VDVAE(nn.Module):
 
     def _decoder_block(self, k, width, widths, hidden, kernels, variants) -> ResidualBlock:
         return ResidualBlock(self.spatial_dims, width, widths[k], hidden[k], kernels[k], skip=k > 0, **variants)
+
+    def latent_grids(self, spatial_shape: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+        """``(channels, *grid)`` of each latent, top first.
+
+        Args:
+            spatial_shape: of the scans; default the network's.
+        """
+        shape = spatial_shape or self.spatial_shape
+        if shape is None:
+            raise ValueError("network_def: give spatial_shape, here or in the constructor.")
+        shape = self._check_shape(shape)
+        return [
+            (channels, *(size // 2**level for size in shape))
+            for channels, level in zip(self.latent_channels, self.latent_levels, strict=True)
+        ]
 
     def _check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         shape = tuple(int(s) for s in shape)

@@ -12,6 +12,8 @@ import torch
 from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.engines.workflow import Workflow
+from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -99,6 +101,7 @@ class VDVAETrainer(SupervisedTrainer):
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         non_blocking: bool = True,
+        inferer: Inferer | None = None,
         key_train_metric: dict[str, Metric] | None = None,
         additional_metrics: dict[str, Metric] | None = None,
         metric_cmp_fn: Callable = lambda current, best: current < best,
@@ -113,6 +116,7 @@ class VDVAETrainer(SupervisedTrainer):
             loss_function=loss_function,
             prepare_batch=scan_batch,
             non_blocking=non_blocking,
+            inferer=inferer,
             key_train_metric=key_train_metric,
             additional_metrics=additional_metrics,
             metric_cmp_fn=metric_cmp_fn,
@@ -168,6 +172,11 @@ class VDVAETrainer(SupervisedTrainer):
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
+    def run(self) -> None:
+        """Train, from where the state stands until ``max_epochs``."""
+        # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
+        Workflow.run(self)
+
     def _update(self) -> float:
         """Clip, then step or skip. Returns the norm of the gradients before clipping.
 
@@ -220,6 +229,7 @@ class VDVAEEvaluator(SupervisedEvaluator):
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         non_blocking: bool = True,
+        inferer: Inferer | None = None,
         key_val_metric: dict[str, Metric] | None = None,
         additional_metrics: dict[str, Metric] | None = None,
         metric_cmp_fn: Callable = lambda current, best: current < best,
@@ -231,6 +241,7 @@ class VDVAEEvaluator(SupervisedEvaluator):
             network=network,
             prepare_batch=scan_batch,
             non_blocking=non_blocking,
+            inferer=inferer,
             key_val_metric=key_val_metric,
             additional_metrics=additional_metrics,
             metric_cmp_fn=metric_cmp_fn,
@@ -255,3 +266,12 @@ class VDVAEEvaluator(SupervisedEvaluator):
         state.output = {Keys.IMAGE: scans, Keys.PRED: output} | step_quantities(output, nll, scans)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
+
+    def run(self, global_epoch: int = 1) -> None:
+        """Evaluate once; ``global_epoch`` 0, before any training, does not count for the best metric."""
+        if global_epoch > 0:
+            super().run(global_epoch)
+            return
+        best = self.state.best_metric, self.state.best_metric_epoch
+        super().run(1)
+        self.state.best_metric, self.state.best_metric_epoch = best

@@ -1,0 +1,315 @@
+"""What happens around the training step: seeds, records, progress, figures."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.data.utils import set_rnd
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from scripts import figures
+from scripts.checkpoints import unwrap
+from scripts.files import write_whole
+from scripts.networks import VDVAE
+
+logger = logging.getLogger(__name__)
+
+
+def first_of(values: Any) -> float:
+    """A number from a number or from the mean of a tensor."""
+    return float(values.float().mean()) if isinstance(values, Tensor) else float(values)
+
+
+def step_scalars(output: dict[str, Any]) -> dict[str, float]:
+    """What the progress bar and TensorBoard show of one batch."""
+    names = ("loss", "bits_per_dim", "nll", "kl", "mse", "grad_norm", "scans_per_second")
+    return {name: first_of(output[name]) for name in names if name in output}
+
+
+class EpochSeeds:
+    """Seed everything random at the start of each epoch from (seed, epoch, rank) alone.
+
+    The order of the scans, their augmentation and the latents' noise of an epoch then do not depend on what ran
+    before it, so that a run resumed after any epoch goes on exactly as it would have.
+
+    Args:
+        seed: of the run.
+        dataset: whose random transforms are seeded; a data loader's workers seed their copies from PyTorch's state.
+        rank: of this process; each draws other noise.
+    """
+
+    def __init__(self, seed: int, dataset: Dataset, rank: int = 0) -> None:
+        self.seed = seed
+        self.dataset = dataset
+        self.rank = rank
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        # SeedSequence spreads neighbouring numbers over unrelated streams
+        state = np.random.SeedSequence([self.seed, engine.state.epoch, self.rank]).generate_state(1)
+        seed = int(state[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        set_rnd(self.dataset, seed)
+
+
+class Progress:
+    """A progress bar over all updates, with loss, bits per dim and scans per second, on standard error."""
+
+    def attach(self, engine: Engine) -> None:
+        bar = ProgressBar(
+            desc="Epoch",
+            bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
+            file=sys.stderr,
+        )
+        shown = ("loss", "bits_per_dim", "scans_per_second")
+        bar.attach(engine, output_transform=lambda output: {k: step_scalars(output)[k] for k in shown})
+
+
+class History:
+    """The record of a run: every quantity against updates, for training and validation.
+
+    It is part of the checkpoint, and written to ``history.csv`` (one row a quantity, part and epoch) as it grows.
+
+    Args:
+        path: of the CSV file.
+        trainer: whose count of updates is the abscissa.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.rows: list[tuple[str, str, int, int, float]] = []
+        self._trainer: Engine | None = None
+        self._grad_norms: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer, and through :meth:`watch` to the evaluator."""
+        self._trainer = engine
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._note_update)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._note_training)
+
+    def watch(self, evaluator: Engine) -> None:
+        """Record the metrics of each run of an evaluator."""
+        evaluator.add_event_handler(Events.COMPLETED, self._note_validation)
+
+    def _note_update(self, engine: Engine) -> None:
+        if "grad_norm" in engine.state.output:
+            self._grad_norms.append(engine.state.output["grad_norm"])
+
+    def _note_training(self, engine: Engine) -> None:
+        state = engine.state
+        norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
+        self._grad_norms = []
+        scalars = dict(state.metrics)
+        scalars |= {
+            "grad_norm": float(np.median(norms)) if norms else float("nan"),
+            "skipped": state.skipped,
+            "learning_rate": engine.optimizer.param_groups[0]["lr"],
+            "beta": engine.loss_function.beta(state.updates),
+        }
+        self._note("training", scalars)
+
+    def _note_validation(self, engine: Engine) -> None:
+        self._note("validation", engine.state.metrics)
+
+    def _note(self, part: str, scalars: dict[str, float]) -> None:
+        state = self._trainer.state
+        self.rows += [(part, name, state.epoch, state.updates, float(value)) for name, value in scalars.items()]
+        lines = ["part,quantity,epoch,update,value", *(f"{p},{n},{e},{u},{v:.8g}" for p, n, e, u, v in self.rows)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, lambda path: Path(path).write_text("\n".join(lines) + "\n"))
+
+    def series(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
+        """``{quantity: {"training": [(update, value)], "validation": ...}}``."""
+        series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        for part, name, _, update, value in self.rows:
+            series.setdefault(name, {}).setdefault(part, []).append((update, value))
+        return series
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = [tuple(row) for row in state["rows"]]
+
+
+def log_epoch(engine: Engine) -> None:
+    """One line on an epoch, for MONAI's ``StatsHandler``: the four numbers that tell whether training goes well."""
+    metrics = engine.state.metrics
+    numbers = ", ".join(
+        f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in ("bits_per_dim", "nll", "kl", "mse")
+    )
+    # an evaluator's own count of epochs is the trainer's while it validates
+    part = "training" if hasattr(engine, "optimizer") else "validation"
+    engine.logger.info("Epoch %d %s: %s", engine.state.epoch, part, numbers)
+
+
+class Figures:
+    """Draw what the averaged network does, every ``figure_interval`` epochs and at the end.
+
+    Into ``output_dir``: ``reconstructions``, ``progressive`` (from the coarsest level alone to all), ``samples`` at
+    several temperatures (also as NIfTI), ``curves`` and ``kl_per_latent``, each a PNG named by its epoch.
+
+    Args:
+        network: the averaged network.
+        dataset: of held-out scans, of which the first ``figure_scans`` are drawn.
+        history: the run's record.
+        temperatures: of the samples; 3 each.
+        device: to run the network on.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        network: VDVAE,
+        dataset: Dataset,
+        history: History,
+        value_range: Sequence[float],
+        figure_interval: int = 1,
+        figure_scans: int = 4,
+        temperatures: Sequence[float] = (0.4, 0.7, 1.0),
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.network = unwrap(network)
+        self.dataset = dataset
+        self.history = history
+        self.value_range = tuple(value_range)
+        self.figure_interval = figure_interval
+        self.figure_scans = figure_scans
+        self.temperatures = tuple(temperatures)
+        self.device = torch.device(device)
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Attach after validation, so that the curves are complete."""
+        if self.figure_interval > 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state = engine.state
+        if state.epoch % self.figure_interval and state.epoch != state.max_epochs:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.draw(f"epoch={state.epoch:04d}")
+
+    @torch.no_grad()
+    def draw(self, suffix: str) -> None:
+        """Draw every figure, with this ending to its name."""
+        was_training = self.network.training
+        self.network.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            self._draw_reconstructions(suffix)
+            self._draw_samples(suffix)
+        self._draw_record(suffix)
+        self.network.train(was_training)
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.output_dir / f"{name}_{suffix}.png"
+
+    def _draw_reconstructions(self, suffix: str) -> None:
+        items = [self.dataset[i]["image"] for i in range(min(self.figure_scans, len(self.dataset)))]
+        names = [scan_name(item) for item in items]
+        scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
+        # one scan at a time: a figure must not need more memory than a training step
+        outputs = [self.network(scan[None].to(self.device), temperature=0.0) for scan in scans]
+        locs = torch.cat([output.loc.cpu() for output in outputs])
+        scales = torch.cat([output.scale.cpu() for output in outputs])
+        figures.reconstructions(
+            self._path("reconstructions", suffix), scans, locs, scales, names, value_range=self.value_range
+        )
+        latents = self.network.encode(scans[:1].to(self.device), temperature=0.0)
+        levels = self.network.latent_levels
+        recons, labels = [], []
+        for level in sorted(set(levels), reverse=True):
+            known = sum(other >= level for other in levels)
+            recons.append(self.network.decode(latents[:known], temperature=0.0)[0][0].cpu())
+            labels.append("x".join(str(size) for size in latents[known - 1].shape[2:]))
+        figures.progressive(self._path("progressive", suffix), scans[0], recons, labels, value_range=self.value_range)
+
+    def _draw_samples(self, suffix: str) -> None:
+        affine = getattr(self.dataset[0]["image"], "affine", torch.eye(4)).cpu().numpy()
+        samples = {}
+        for temperature in self.temperatures:
+            drawn = [self.network.decode([], temperature)[0][0].cpu() for _ in range(3)]
+            samples[temperature] = torch.stack(drawn)
+            for index, sample in enumerate(drawn):
+                image = nib.Nifti1Image(
+                    np.moveaxis(sample.numpy(), 0, -1).squeeze(-1)
+                    if len(sample) == 1
+                    else np.moveaxis(sample.numpy(), 0, -1),
+                    affine,
+                )
+                name = f"sample_temperature={temperature:g}_{index}.nii.gz"
+                write_whole(self.output_dir / name, lambda path, image=image: nib.save(image, path))
+        figures.samples(self._path("samples", suffix), samples, value_range=self.value_range)
+
+    def _draw_record(self, suffix: str) -> None:
+        series = self.history.series()
+        scalars = {name: parts for name, parts in series.items() if not name.startswith(("kl_z", "kl_per_dim_z"))}
+        if not scalars:
+            return
+        figures.curves(self._path("curves", suffix), scalars)
+        part = "validation" if "validation" in series.get("kl_z00", {}) else "training"
+        table = [series[f"kl_z{i:02d}"][part] for i in range(self.network.num_latents)]
+        updates = [update for update, _ in table[0]]
+        kl = np.array([[value for _, value in row] for row in table]).T
+        dims = [int(np.prod(grid)) for grid in self.network.latent_grids()]
+        figures.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, list(self.network.latent_levels))
+
+
+def scan_name(image: Any) -> str:
+    """The file name that a loaded scan carries, or a dash."""
+    name = getattr(image, "meta", {}).get("filename_or_obj", "")
+    return Path(str(name)).name.split(".")[0] or "-"
+
+
+def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: Sequence[float], count: int = 8) -> None:
+    """Save augmented training scans as NIfTI and as one PNG, ``preview.png``, before training starts.
+
+    Args:
+        output_dir: made if needed.
+        dataset: with augmentation.
+        value_range: of its scans.
+        count: number of scans.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
+    for index, item in enumerate(items):
+        array = torch.as_tensor(item).as_subclass(Tensor).numpy()
+        image = nib.Nifti1Image(array[0] if len(array) == 1 else np.moveaxis(array, 0, -1), np.asarray(item.affine))
+        write_whole(folder / f"preview_{index}.nii.gz", lambda path, image=image: nib.save(image, path))
+    scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
+    figures.batch(folder / "preview.png", scans, [scan_name(item) for item in items], value_range=tuple(value_range))
+    logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")
+
+
+def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
+    """Say where a run's results are."""
+    for what, path in (
+        ("Weights (averaged)", Path(ckpt_dir) / "model.pt"),
+        ("Checkpoint to resume from", Path(ckpt_dir) / "checkpoint.pt"),
+        ("Figures", Path(output_dir) / "figures"),
+        ("Numbers", Path(output_dir) / "history.csv"),
+        ("TensorBoard", Path(output_dir) / "tensorboard"),
+    ):
+        logger.info("%s: %s", what, path)

@@ -1,0 +1,118 @@
+"""The settings of a run: what the command line may say, and what is kept of it."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from scripts.files import write_whole
+
+# what `python -m monai.bundle run` takes itself
+MONAI_ARGUMENTS = {
+    "run_id",
+    "init_id",
+    "final_id",
+    "meta_file",
+    "config_file",
+    "logging_file",
+    "tracking",
+    "args_file",
+    "workflow_type",
+    "workflow_name",
+    "bundle_root",
+    "_meta_",
+}
+
+
+def end_errors_with_their_sentence() -> None:
+    """Let the last line of a traceback be the error's own sentence, which MONAI's config parser wraps in others."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.__excepthook__(kind, error, trace)
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        print(f"\nError: {root}", file=sys.stderr)
+
+    sys.excepthook = show
+
+
+def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config files of this command merged with what the command line overrides, unresolved.
+
+    Args:
+        arguments: of ``python -m monai.bundle run``; default this program's. Without a ``--config_file`` among them
+            (a program that loads the bundle by itself) the result is empty.
+
+    Raises:
+        ValueError: the command line sets a key that no config file has. MONAI would add it, and nothing would happen.
+    """
+    options = _options(sys.argv[1:] if arguments is None else arguments)
+    if "config_file" not in options:
+        return {}
+    config = ConfigParser.load_config_files(_literal(options["config_file"]))
+    for key, value in options.items():
+        top = key.replace("::", "#").split("#")[0]
+        if top in MONAI_ARGUMENTS:
+            if top == "bundle_root":
+                config[top] = value
+            continue
+        if top not in config:
+            known = [name for name in config if name != "imports"]
+            nearest = difflib.get_close_matches(top, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"--{key}: no config file has the key '{top}'; the nearest that exists is '{nearest}'.")
+        config[key] = _literal(value)
+    return config
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    """``--key value`` and ``--key=value`` pairs."""
+    options: dict[str, str] = {}
+    for index, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = arguments[index + 1] if index + 1 < len(arguments) else ""
+        options[key] = value
+    return options
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def claim_output_dir(output_dir: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Make sure that a run can write, and leave the config there that repeats it (``config.json``).
+
+    Raises:
+        NotADirectoryError, PermissionError: ``output_dir`` cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"output_dir '{folder}' is not a folder: set --output_dir to one.") from error
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir '{folder}' cannot be made ({error.strerror}): set --output_dir to a folder you can write to."
+        ) from error
+    try:
+        write_whole(folder / "config.json", lambda path: Path(path).write_text(json.dumps(config, indent=4) + "\n"))
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir '{folder}' cannot be written to ({error.strerror}): set --output_dir to a folder you can "
+            "write to."
+        ) from error
