@@ -1,0 +1,77 @@
+"""The objective, against torch's own distributions."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from scripts.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.networks import VDVAEOutput
+
+
+def prediction(*shape, latents=3):
+    generator = torch.Generator().manual_seed(0)
+    loc, target = torch.randn(2, *shape, generator=generator)
+    scale = torch.rand(shape, generator=generator) + 0.01
+    return VDVAEOutput(loc, scale, torch.rand(shape[0], latents, generator=generator)), target
+
+
+SHAPES = [(2, 1, 4, 4, 4), (1, 2, 3, 4, 5), (3, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_negative_log_likelihood_is_that_of_torch(shape):
+    output, target = prediction(*shape)
+    expected = -Normal(output.loc, output.scale).log_prob(target).flatten(1).sum(1)
+    found = negative_log_likelihood(output.loc, output.scale, target)
+    assert found.shape == shape[:1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_negative_log_likelihood_is_computed_in_fp32(dtype):
+    loc, scale, target = (torch.full((1, 1, 64, 64), v, dtype=dtype) for v in (0.0, 0.5, 1.0))
+    found = negative_log_likelihood(loc, scale, target)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(64 * 64 * (2 + math.log(0.5) + 0.5 * math.log(2 * math.pi)), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_per_dim(shape):
+    voxels = math.prod(shape[1:])
+    nats = torch.full((shape[0],), voxels * math.log(2))
+    torch.testing.assert_close(bits_per_dim(nats, torch.zeros(shape)), torch.ones(shape[0]))
+    # a uniform guess over 256 values costs 8 bits
+    assert bits_per_dim(torch.tensor(voxels * math.log(256)), torch.zeros(shape)).item() == pytest.approx(8)
+
+
+def test_weight_penalty_is_the_mean_square_of_each_weight_and_of_no_bias():
+    weight, matrix = torch.full((2, 3, 1, 1, 1), 2.0), torch.tensor([[1.0, 3.0]])
+    bias, alpha = torch.full((7,), 100.0), torch.tensor(100.0)
+    assert weight_penalty([weight, bias, matrix, alpha]).item() == pytest.approx(4.0 + 5.0)
+
+
+def test_weight_penalty_has_a_gradient():
+    weight = torch.full((2, 2), 3.0, requires_grad=True)
+    weight_penalty([weight]).backward()
+    torch.testing.assert_close(weight.grad, torch.full((2, 2), 2 * 3.0 / 4))
+
+
+BETAS = [(0, 0, 1.0), (0, 100, 1.0), (10, 0, 0.0), (10, 5, 0.5), (10, 10, 1.0), (10, 1000, 1.0)]
+
+
+@pytest.mark.parametrize(("kl_warmup", "update", "beta"), BETAS)
+def test_elbo_weighs_the_kl_by_beta(kl_warmup, update, beta):
+    output, target = prediction(2, 1, 4, 4, 4)
+    loss = ELBOLoss(kl_warmup)
+    assert loss.beta(update) == pytest.approx(beta)
+    found, nll = loss(output, target, update)
+    torch.testing.assert_close(nll, negative_log_likelihood(output.loc, output.scale, target))
+    torch.testing.assert_close(found, (nll + beta * output.kl.sum(1)).mean())
+    assert found.shape == ()
+
+
+def test_a_negative_warmup_is_refused():
+    with pytest.raises(ValueError, match="kl_warmup is -1"):
+        ELBOLoss(-1)
