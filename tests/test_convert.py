@@ -291,7 +291,7 @@ def test_a_missing_tensor_is_named(graph, name):
 def test_an_empty_part_is_refused(graph):
     checkpoint = published(build())
     checkpoint[graph] = {}
-    with pytest.raises(ConversionError, match="lacks|no residual block"):
+    with pytest.raises(ConversionError, match=r"lacks|no residual block"):
         convert(checkpoint)
 
 
