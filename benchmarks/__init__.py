@@ -1,0 +1,1 @@
+"""What a training step costs: throughput and memory, measured and estimated."""

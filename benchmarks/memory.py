@@ -1,0 +1,244 @@
+"""Memory of a training step, measured in a process of its own or estimated without allocating.
+
+python -m benchmarks.memory --size 128 --checkpoint_levels 8
+python -m benchmarks.memory --size 256 --checkpoint_levels 9 --estimate
+python -m benchmarks.memory --size 64 --compare
+python -m benchmarks.memory --table
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+
+import fire
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from benchmarks.step import TrainingStep, network_def
+from scripts.networks import VDVAE
+
+GIB = 2**30
+TABLE_SIZES = (32, 64, 128, 256)
+CARDS = (8, 12, 16, 24, 40, 80)
+# CUDA context, cuDNN workspace and fragmentation; a card of n GB offers about n GiB
+GPU_OVERHEAD = 1.5 * GIB
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes that the tensors seen by operations held at one time.
+
+    Works on fake tensors. What an operation needs inside itself is not seen.
+    ``torch.distributed._tools.mem_tracker.MemTracker`` gives the same peak and takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._live: set[int] = set()
+
+    def track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._live:
+            self._live.add(key)
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._free, key, storage.nbytes()).atexit = False
+
+    def _free(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.current -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self.track(value)
+        return result
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def fake_parameters(network: nn.Module) -> None:
+    """Give a network that was made on the meta device parameters and buffers of the active fake mode.
+
+    ``Module.to_empty`` cannot: it fails to swap fake tensors.
+    """
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty_strided(parameter.shape, parameter.stride())
+            module.register_parameter(name, nn.Parameter(fake))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_strided(buffer.shape, buffer.stride()))
+
+
+def estimate_step(
+    size: int, batch_size: int, precision: str, checkpoint_levels: int, ema: bool = False
+) -> dict[str, int]:
+    """Bytes at the peak of a training step, from fake tensors.
+
+    Args:
+        size, batch_size: of the scans.
+        precision: ``"fp32"`` or ``"bf16"``.
+        checkpoint_levels: of the network.
+        ema: count a running average of the weights too.
+
+    Returns:
+        ``parameters``; ``gradients`` of all of them; ``optimizer``, its state; ``ema``; ``activations``, all else that
+        lives at the peak; and the sum, ``peak``. Where the peak comes before the last gradients exist, they count here
+        in full and the activations are that much less.
+    """
+    with torch.device("meta"):
+        network = VDVAE(**network_def(size), checkpoint_levels=checkpoint_levels)
+    with FakeTensorMode():
+        fake_parameters(network)
+        step = TrainingStep(network, torch.empty(batch_size, 1, *[size] * 3), precision)
+        step.fill_optimizer_state()
+        state = [value for values in step.optimizer.state.values() for value in values.values()]
+        memory = PeakMemory()
+        for tensor in (*step.parameters, *state, step.scans):
+            memory.track(tensor)
+        with memory:
+            step()
+    weights = _bytes(step.parameters)
+    optimizer = _bytes(state)
+    return {
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer": optimizer,
+        "ema": weights * ema,
+        "activations": memory.peak - 2 * weights - optimizer,
+        "peak": memory.peak + weights * ema,
+    }
+
+
+def _resident() -> int:
+    """The most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_here(size: int, batch_size: int, precision: str, checkpoint_levels: int, threads: int) -> dict[str, float]:
+    """Run one training step in this process.
+
+    Returns:
+        ``before`` and ``peak``, the most memory held before the network was made and at all, in bytes; ``seconds``.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    before = _resident()
+    network = VDVAE(**network_def(size), checkpoint_levels=checkpoint_levels)
+    step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3), precision)
+    step.fill_optimizer_state()
+    start = time.perf_counter()
+    step()
+    return {"before": before, "peak": _resident(), "seconds": time.perf_counter() - start}
+
+
+def measure_step(*args) -> dict[str, float]:
+    """:func:`measure_here` in a process of its own.
+
+    Blocks of 1 MB or more go back to the system when they are freed, unless the environment says otherwise: by itself
+    glibc keeps those below 32 MB, and 64³ then holds 2.7 GiB for 1.1 GiB of tensors.
+    """
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+    code = f"import json; from benchmarks.memory import measure_here; print(json.dumps(measure_here{args!r}))"
+    run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare_steps(
+    size: int, batch_size: int, precision: str, checkpoint_levels: int, threads: int, updates: int
+) -> None:
+    """Time steps with and without checkpointing in turn, and print the ratio of the medians."""
+    torch.set_num_threads(threads)
+    scans = torch.rand(batch_size, 1, *[size] * 3)
+    network = VDVAE(**network_def(size))
+    step = TrainingStep(network, scans, precision)
+    seconds: dict[int, list[float]] = {0: [], checkpoint_levels: []}
+    for update in range(updates + 1):
+        for levels, times in seconds.items():
+            network.checkpoint_levels = levels
+            start = time.perf_counter()
+            step()
+            if update > 0:  # the first warms up
+                times.append(time.perf_counter() - start)
+    without, with_checkpoints = (statistics.median(times) for times in seconds.values())
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    print(f"without checkpointing {without:.2f} s a step, with {checkpoint_levels} levels {with_checkpoints:.2f} s")
+    print(f"ratio {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}, {updates} updates)")
+
+
+def print_table(sizes: tuple[int, ...], ema: bool) -> None:
+    """Print as Markdown which size trains on which card, batch 1."""
+    print("| size | precision | checkpointing | GiB |" + "".join(f" {card} GB |" for card in CARDS))
+    print("|---|---|---|---|" + "---|" * len(CARDS))
+    for size in sizes:
+        levels = len(network_def(size)["channels"])
+        for precision in ("fp32", "bf16"):
+            for checkpoint_levels in (0, levels):
+                peak = estimate_step(size, 1, precision, checkpoint_levels, ema)["peak"]
+                fits = ["yes" if peak + GPU_OVERHEAD <= card * GIB else "-" for card in CARDS]
+                row = (f"{size}³", precision, "on" if checkpoint_levels else "off", f"{peak / GIB:.1f}", *fits)
+                print("| " + " | ".join(row) + " |", flush=True)
+
+
+def main(
+    size: int | None = None,
+    batch_size: int = 1,
+    precision: str = "fp32",
+    checkpoint_levels: int = 0,
+    threads: int = 2,
+    updates: int = 3,
+    ema: bool = False,
+    estimate: bool = False,
+    compare: bool = False,
+    table: bool = False,
+) -> None:
+    """Print the peak memory of a training step, the optimizer's state of an earlier step included.
+
+    Args:
+        size: voxels an axis of the scans; default 32, and with --table all.
+        batch_size: scans a step.
+        precision: fp32, or bf16 for autocast.
+        checkpoint_levels: of how many of the finest levels to recompute the activations.
+        threads: that PyTorch may use.
+        updates: with --compare, steps of each kind.
+        ema: with --estimate and --table, count a running average of the weights too.
+        estimate: from fake tensors, without allocating, instead of measured.
+        compare: time steps without and with checkpointing (all levels unless given) instead.
+        table: print as Markdown which size fits which GPU instead.
+    """
+    if table:
+        print_table(TABLE_SIZES if size is None else (size,), ema)
+        return
+    size = size or 32
+    if compare:
+        levels = checkpoint_levels or len(network_def(size)["channels"])
+        compare_steps(size, batch_size, precision, levels, threads, updates)
+    elif estimate:
+        parts = estimate_step(size, batch_size, precision, checkpoint_levels, ema)
+        for name, amount in parts.items():
+            print(f"{name:<12}{amount / 2**20:>10,.0f} MiB")
+    else:
+        step = measure_step(size, batch_size, precision, checkpoint_levels, threads)
+        peak, above = step["peak"] / GIB, (step["peak"] - step["before"]) / GIB
+        print(f"peak resident memory {peak:.2f} GiB, {above:.2f} GiB more than before the network was made")
+        print(f"{batch_size} x {size}³, {precision}, {checkpoint_levels} levels checkpointed: {step['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

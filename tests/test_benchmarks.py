@@ -1,0 +1,102 @@
+"""The benchmarks run on the smallest network; numbers are checked where they do not depend on the machine."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.memory import PeakMemory, estimate_step
+from benchmarks.memory import main as memory
+from benchmarks.step import TrainingStep, network_def
+from benchmarks.throughput import forward_costs
+from benchmarks.throughput import main as throughput
+from scripts.networks import VDVAE
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="choose one of 8, 32, 64, 128, 256"):
+        network_def(48)
+
+
+def test_forward_flops():
+    gflop, counts = forward_costs(32)
+    assert gflop == pytest.approx(28.2, abs=0.05)
+    assert sum(count * shape.gflop(1) for shape, count in counts.items()) == pytest.approx(gflop)
+
+
+def test_throughput_prints_rates_and_share(capsys):
+    throughput(size=8, batch_size=2, threads=1, updates=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("forward 0.0 GFLOP a scan; 2 updates of 2 scans of 8³")
+    assert [line[:16].strip() for line in lines[2:]] == ["scans a second", "matmul GFLOP/s", "share of matmul"]
+    for line in lines[2:]:
+        low, median, high = numbers(line)
+        assert 0 <= low <= median <= high
+
+
+def test_shapes_prints_a_row_a_shape(capsys):
+    throughput(size=8, batch_size=1, threads=1, shapes=True)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "→" in line]
+    assert len(rows) == len(forward_costs(8)[1])
+    assert lines[-1].startswith("all convolutions of a step:")
+
+
+def test_measured_memory():
+    command = [sys.executable, "-m", "benchmarks.memory", "--size", "8", "--checkpoint_levels", "4", "--threads", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, above = numbers(run.stdout.splitlines()[0])
+    assert 0.1 < peak < 4
+    assert above < peak
+    assert "4 levels checkpointed" in run.stdout
+
+
+@pytest.mark.parametrize(("checkpoint_levels", "precision"), [(0, "fp32"), (4, "bf16")])
+def test_fake_tensors_hold_what_real_ones_do(checkpoint_levels, precision):
+    network = VDVAE(**network_def(8), checkpoint_levels=checkpoint_levels)
+    step = TrainingStep(network, torch.rand(32, 1, 8, 8, 8), precision)
+    step.fill_optimizer_state()
+    state = [value for values in step.optimizer.state.values() for value in values.values()]
+    real = PeakMemory()
+    for tensor in (*step.parameters, *state, step.scans):
+        real.track(tensor)
+    with real:
+        step()
+    assert estimate_step(8, 32, precision, checkpoint_levels)["peak"] == pytest.approx(real.peak, rel=0.05)
+
+
+def test_estimate_prints_the_parts(capsys):
+    memory(size=8, batch_size=64, ema=True, estimate=True)
+    parts = dict(line.removesuffix(" MiB").split() for line in capsys.readouterr().out.splitlines())
+    assert list(parts) == ["parameters", "gradients", "optimizer", "ema", "activations", "peak"]
+    assert int(parts["peak"]) > 0
+
+
+def test_compare_prints_the_ratio(capsys):
+    memory(size=8, threads=1, updates=1, compare=True)
+    assert re.search(r"^ratio \d+\.\d\d \(", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
+    # without checkpointing 11 GiB, with 4
+    monkeypatch.setattr("benchmarks.memory.estimate_step", lambda *args: {"peak": (4 if args[3] else 11) * 2**30})
+    memory(size=8, table=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "| size | precision | checkpointing | GiB | 8 GB | 12 GB | 16 GB | 24 GB | 40 GB | 80 GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| 8³ | fp32 | off | 11.0 | - | - | yes | yes | yes | yes |",
+        "| 8³ | fp32 | on | 4.0 | yes | yes | yes | yes | yes | yes |",
+        "| 8³ | bf16 | off | 11.0 | - | - | yes | yes | yes | yes |",
+        "| 8³ | bf16 | on | 4.0 | yes | yes | yes | yes | yes | yes |",
+    ]
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="choose fp32 or bf16"):
+        memory(size=8, precision="fp8", estimate=True)
