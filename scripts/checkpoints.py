@@ -61,7 +61,7 @@ class CheckpointHandler:
     Args:
         ckpt_dir: made if needed.
         network: the network in training.
-        average: the handler that keeps its moving average.
+        average: the handler that keeps its moving average, with a schedule (``momentum_warmup``).
         validator: the evaluator whose best metric says when to write ``best_model.pt``.
         extras: what else belongs to the run (split, config), written as it is.
         stateful: objects with ``state_dict`` and ``load_state_dict``, by name.
@@ -114,7 +114,8 @@ class CheckpointHandler:
             "skipped": state.skipped,
             "best_metric": best,
             "best_metric_epoch": None if self.validator is None else self.validator.state.best_metric_epoch,
-            **{name: item.state_dict() for name, item in self._stateful().items()},
+            "average_updates": self.average.momentum_scheduler.event_index,
+            **{name: item.state_dict() for name, item in self.stateful.items()},
             **self.extras,
         }
         path = self._save(checkpoint, LATEST)
@@ -122,10 +123,6 @@ class CheckpointHandler:
             self._save(checkpoint, f"checkpoint_epoch={state.epoch}.pt")
         self._save(self.average.ema_model.state_dict(), "model.pt")
         logger.info("Saved '%s'.", path)
-
-    def _stateful(self) -> dict[str, Any]:
-        # the average's schedule comes into being when its handler is attached to the trainer
-        return {**self.stateful, "average_momentum": self.average.momentum_scheduler}
 
     def _save(self, content: dict[str, Any], name: str) -> Path:
         return write_whole(self.ckpt_dir / name, lambda path: torch.save(content, path))
@@ -167,7 +164,8 @@ class CheckpointHandler:
         if self.validator is not None and checkpoint["best_metric"] is not None:
             self.validator.state.best_metric = checkpoint["best_metric"]
             self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
-        for name, item in self._stateful().items():
+        self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
+        for name, item in self.stateful.items():
             item.load_state_dict(checkpoint[name])
         logger.info("Resuming from '%s' after epoch %d, update %d.", path, state.epoch, state.updates)
 

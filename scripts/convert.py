@@ -3,7 +3,7 @@
     python -m scripts.convert CHECKPOINT --output_dir D
 
 writes ``D/model.pt``, a state dict for ``scripts.networks.VDVAE``, and ``D/network.json``, an overlay with the
-``network_def`` (and the scans' shape and output range) for ``configs/train.json`` and ``configs/inference.json``.
+``network_def`` (and the scans' shape, where the file says it) for the configs ``train.json`` and ``inference.json``.
 The architecture is read off the tensors; the options stored in the file only fill in what no tensor shows.
 """
 
@@ -11,26 +11,35 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import re
+import sys
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import fire
 import torch
 from torch import Tensor
 
-from scripts.blocks import ResidualBlock
+from scripts.blocks import LATENT_STD_RANGE, ResidualBlock
 from scripts.files import write_whole
-from scripts.networks import VDVAE
+from scripts.networks import OUTPUT_STD_RANGE, VDVAE
 
 ENCODER, DECODER, OUTPUT = (
     "bottom_up_graph_1_state_dict",
     "top_down_generative_graph_state_dict",
     "top_down_x_mu_graph_state_dict",
 )
-PATH_TYPES = [pathlib.PurePosixPath, pathlib.PosixPath, pathlib.PureWindowsPath, pathlib.WindowsPath, torch.device]
+# by the names that files hold: Python 3.13 has its paths elsewhere, and only Windows can make a WindowsPath
+PATH_TYPES = [
+    torch.device,
+    *(
+        (kind, f"{module}.{prefix}{system}Path")
+        for system, kind in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
+        for module in ("pathlib", "pathlib._local")
+        for prefix in ("Pure", "")
+    ),
+]
 
 
 class ConversionError(ValueError):
@@ -53,7 +62,7 @@ def load_published_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         with torch.serialization.safe_globals(PATH_TYPES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"'{path}' cannot be loaded as weights ({reason}): "
             "it is damaged, or holds Python objects that could run code."
@@ -84,8 +93,21 @@ def convert(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
             "this checkpoint has separate nets for mean and variance of each latent, whose variance nets the published "
             "code pads differently from all others: it cannot be converted to a network that computes the same."
         )
-    args = _read_architecture(encoder, decoder, output, options)
-    network = VDVAE(**args)
+    for name, bounds in (
+        ("scale_hidden_clamp_bounds", LATENT_STD_RANGE),
+        ("scale_output_clamp_bounds", OUTPUT_STD_RANGE),
+    ):
+        if tuple(options.get(name, bounds)) != bounds:
+            raise ConversionError(f"this checkpoint has {name} {options[name]}: only {list(bounds)} can be converted.")
+    try:
+        args = _read_architecture(encoder, decoder, output, options)
+        network = VDVAE(**args)
+    except ConversionError:
+        raise
+    except KeyError as error:
+        raise ConversionError(f"the checkpoint lacks {error}, from which the architecture is read.") from error
+    except ValueError as error:
+        raise ConversionError(f"the checkpoint's architecture cannot be built: {error}") from error
     state = _translate(network, encoder, decoder, output)
     try:
         network.load_state_dict(state)
@@ -106,9 +128,8 @@ def _indices(names: Mapping[str, Tensor], prefix: str) -> list[int]:
 
 def _read_architecture(encoder, decoder, output, options: Mapping[str, Any]) -> dict[str, Any]:
     levels = len(_indices(encoder, ""))
-    spatial_dims = next(t.ndim for name, t in encoder.items() if name.endswith("convolutions.0.weight")) - 2
     first = encoder["0.0.convolutions.0.weight"]
-    # only the last level of a strided encoder has blocks without a resampler, so the first level tells the variant
+    spatial_dims = first.ndim - 2
     plain = len(_indices(encoder, "0.0.convolutions.")) == 2
     args: dict[str, Any] = {
         "spatial_dims": spatial_dims,
@@ -154,7 +175,7 @@ def _read_architecture(encoder, decoder, output, options: Mapping[str, Any]) -> 
         kernels.append(middle.shape[-1])
         counts.append(count)
         latent_channels.append(decoder[f"{group}.{stochastic[0]}.conv_z.weight"].shape[1] if stochastic else 1)
-        shared.append(_is_shared(decoder, group, [i for i in stochastic if i > start], options, k))
+        shared.append(_is_shared(decoder, group, [i for i in stochastic if i > start]))
     args |= {
         "decoder_channels": widths[::-1],
         "decoder_hidden_channels": hidden[::-1],
@@ -172,21 +193,16 @@ def _read_architecture(encoder, decoder, output, options: Mapping[str, Any]) -> 
     return args
 
 
-def _is_shared(decoder, group: int, later: list[int], options: Mapping[str, Any], level: int) -> bool:
+def _is_shared(decoder, group: int, later: list[int]) -> bool:
     """Whether the later latents of a group hold the same tensors."""
-    stated = options.get("latent_feature_maps_per_resolution_weight_sharing")
-    if isinstance(stated, bool):
-        return stated
-    if isinstance(stated, (list, tuple)) and level < len(stated):
-        return bool(stated[level])
-    names = (
-        [n.removeprefix(f"{group}.{later[0]}.") for n in decoder if n.startswith(f"{group}.{later[0]}.convs_q.")]
-        if later
-        else []
+    if len(later) < 2:
+        return False
+    parts = ("convs_p.", "convs_q.", "conv_z.")
+    first, *others = (
+        {name.removeprefix(block): t for name, t in decoder.items() if name.startswith(tuple(block + p for p in parts))}
+        for block in (f"{group}.{i}." for i in later)
     )
-    return len(later) > 1 and all(
-        torch.equal(decoder[f"{group}.{i}.{n}"], decoder[f"{group}.{later[0]}.{n}"]) for i in later[1:] for n in names
-    )
+    return all(first.keys() == other.keys() and all(torch.equal(first[n], other[n]) for n in first) for other in others)
 
 
 def _translate(network: VDVAE, encoder, decoder, output) -> dict[str, Tensor]:
@@ -255,7 +271,10 @@ def _refuse_leftovers(used: set[str], graphs: Mapping[str, Mapping[str, Tensor]]
 
 def main(checkpoint: str, output_dir: str) -> None:
     """Write ``model.pt`` and ``network.json`` for a checkpoint of the published code."""
-    state, args = convert(load_published_checkpoint(checkpoint))
+    try:
+        state, args = convert(load_published_checkpoint(checkpoint))
+    except (ConversionError, FileNotFoundError) as error:
+        sys.exit(f"Error: {error}")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     shape = args.pop("spatial_shape", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers.tqdm_logger import ProgressBar
-from monai.data.utils import set_rnd
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,6 +21,7 @@ from scripts import figures
 from scripts.checkpoints import unwrap
 from scripts.files import write_whole
 from scripts.networks import VDVAE
+from scripts.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +32,14 @@ def first_of(values: Any) -> float:
 
 
 def step_scalars(output: dict[str, Any]) -> dict[str, float]:
-    """What the progress bar and TensorBoard show of one batch."""
-    names = ("loss", "bits_per_dim", "nll", "kl", "mse", "grad_norm", "scans_per_second")
+    """What is shown of one batch."""
+    names = ("loss", "bits_per_dim", "nll", "kl", "mse", "grad_norm", "skipped", "learning_rate", "scans_per_second")
     return {name: first_of(output[name]) for name in names if name in output}
+
+
+def update_scalars(output: dict[str, Any]) -> dict[str, float]:
+    """The same under names of their own in TensorBoard, where the plain ones are the means over epochs."""
+    return {f"update/{name}": value for name, value in step_scalars(output).items()}
 
 
 class EpochSeeds:
@@ -61,11 +65,7 @@ class EpochSeeds:
     def __call__(self, engine: Engine) -> None:
         # SeedSequence spreads neighbouring numbers over unrelated streams
         state = np.random.SeedSequence([self.seed, engine.state.epoch, self.rank]).generate_state(1)
-        seed = int(state[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        set_rnd(self.dataset, seed)
+        seed_everything(int(state[0]), self.dataset)
 
 
 class Progress:
@@ -95,6 +95,7 @@ class History:
         self.path = Path(path)
         self.rows: list[tuple[str, str, int, int, float]] = []
         self._trainer: Engine | None = None
+        self._losses: list[float] = []
         self._grad_norms: list[float] = []
 
     def attach(self, engine: Engine) -> None:
@@ -107,22 +108,28 @@ class History:
         """Record the metrics of each run of an evaluator."""
         evaluator.add_event_handler(Events.COMPLETED, self._note_validation)
 
+    def epoch(self, own: int) -> int:
+        """The trainer's epoch, for handlers of an evaluator, whose ``own`` count starts at 1."""
+        return own if self._trainer is None else self._trainer.state.epoch
+
     def _note_update(self, engine: Engine) -> None:
+        self._losses.append(first_of(engine.state.output["loss"]))
         if "grad_norm" in engine.state.output:
             self._grad_norms.append(engine.state.output["grad_norm"])
 
     def _note_training(self, engine: Engine) -> None:
         state = engine.state
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
-        self._grad_norms = []
         scalars = dict(state.metrics)
         scalars |= {
+            "loss": float(np.mean(self._losses)),
             "grad_norm": float(np.median(norms)) if norms else float("nan"),
             "skipped": state.skipped,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
             "beta": engine.loss_function.beta(state.updates),
         }
         self._note("training", scalars)
+        self._losses, self._grad_norms = [], []
 
     def _note_validation(self, engine: Engine) -> None:
         self._note("validation", engine.state.metrics)
@@ -156,7 +163,7 @@ def log_epoch(engine: Engine) -> None:
     )
     # an evaluator's own count of epochs is the trainer's while it validates
     part = "training" if hasattr(engine, "optimizer") else "validation"
-    engine.logger.info("Epoch %d %s: %s", engine.state.epoch, part, numbers)
+    logger.info("Epoch %d %s: %s", engine.state.epoch, part, numbers)
 
 
 class Figures:

@@ -147,8 +147,14 @@ def _stochastic_step(block, x, feature, z, temperature, enters_level, keep_poste
     return x, kl, q if keep_posterior else None
 
 
+def _sequence(name: str, values: object) -> None:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"network_def: {name} is {values!r}: it must be a list.")
+
+
 def _per_level(name: str, values: Sequence[int] | None, default: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
     """Check a per-level list against the number of levels, which ``default`` has."""
+    _sequence(name, default if values is None else values)
     values = tuple(default if values is None else values)
     if len(values) != len(default):
         raise ValueError(
@@ -198,7 +204,8 @@ class VDVAE(nn.Module):
         separate_heads: mean and standard deviation of a latent from two nets instead of one.
         shared: on which levels all latents but the first share their nets; one value or a list.
         latents_off: indices of latents that are switched off, counted from the coarsest; 0 cannot be.
-        std_form: how standard deviations come from the network: ``"sigmoid"`` or ``"exp"``.
+        std_form: how standard deviations come from the network: ``"sigmoid"`` or ``"exp"`` (whose bounds are of the
+            log-variance, as published, so that the output's is never below 1).
         output_activation: ``"tanh"``, ``"sigmoid"`` or ``"identity"``; scans should be scaled to its range.
         predict_scale: False: the output has unit variance.
         template: see and predict deviations from a voxel-wise mean and standard deviation (:meth:`set_template`), which
@@ -243,6 +250,19 @@ class VDVAE(nn.Module):
         checkpoint_levels: int = 0,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("spatial_dims", spatial_dims),
+            ("in_channels", in_channels),
+            ("checkpoint_levels", checkpoint_levels),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"network_def: {name} is {value!r}: it must be a whole number.")
+        for name, value in (
+            ("channels", channels),
+            ("latents_off", latents_off),
+            ("spatial_shape", spatial_shape or ()),
+        ):
+            _sequence(name, value)
         if spatial_dims not in (2, 3):
             raise ValueError(f"network_def: spatial_dims is {spatial_dims}: it must be 2 or 3.")
         if in_channels < 1:
@@ -265,9 +285,12 @@ class VDVAE(nn.Module):
             ensure_tuple_rep(encoder_blocks, levels) if isinstance(encoder_blocks, int) else encoder_blocks,
             channels,
         )
-        shared = tuple(shared) if isinstance(shared, Sequence) else (shared,) * levels
+        shared = (shared,) * levels if isinstance(shared, bool) else shared
+        _sequence("shared", shared)
         if len(shared) != levels:
             raise ValueError(f"network_def: shared has {len(shared)} entries but channels has {levels}.")
+        if any(not isinstance(value, bool) for value in shared):
+            raise ValueError(f"network_def: shared is {list(shared)}: every entry must be true or false.")
         if num_latents[-1] == 0:
             raise ValueError("network_def: num_latents ends in 0: the coarsest level needs a latent, the first of all.")
         total_latents = sum(num_latents)

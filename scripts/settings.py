@@ -31,6 +31,8 @@ MONAI_ARGUMENTS = {
     "bundle_root",
     "_meta_",
 }
+# how errors begin that MONAI raises from ours
+MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 
 
 def end_errors_with_their_sentence() -> None:
@@ -39,7 +41,7 @@ def end_errors_with_their_sentence() -> None:
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
         root = error
-        while root.__cause__ is not None:
+        while root.__cause__ is not None and str(root).startswith(MONAI_WRAPPINGS):
             root = root.__cause__
         print(f"\nError: {root}", file=sys.stderr)
 
@@ -54,7 +56,8 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             (a program that loads the bundle by itself) the result is empty.
 
     Raises:
-        ValueError: the command line sets a key that no config file has. MONAI would add it, and nothing would happen.
+        ValueError: the command line sets a key that no config file has (MONAI would add it, and nothing would happen),
+            or a JSON word such as ``false``, which MONAI takes for a text.
     """
     options = _options(sys.argv[1:] if arguments is None else arguments)
     if "config_file" not in options:
@@ -70,6 +73,11 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             known = [name for name in config if name != "imports"]
             nearest = difflib.get_close_matches(top, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"--{key}: no config file has the key '{top}'; the nearest that exists is '{nearest}'.")
+        if value in ("true", "false", "null"):
+            spelling = {"true": "True", "false": "False", "null": "None"}[value]
+            raise ValueError(
+                f"--{key} {value}: write {spelling}; on the command line '{value}' is a text, which is true."
+            )
         config[key] = _literal(value)
     return config
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scripts.networks import VDVAE
+from scripts.seeds import seed_everything
 
 
 def voxel_statistics(dataset: Dataset, max_scans: int = 512, smoothing: float = 0.4) -> tuple[Tensor, Tensor]:
@@ -39,13 +40,16 @@ def voxel_statistics(dataset: Dataset, max_scans: int = 512, smoothing: float = 
     return mean.float(), torch.as_tensor(gaussian_filter(variance.numpy(), sigma)).sqrt().float()
 
 
-def start_from_scans(network: VDVAE, dataset: Dataset) -> VDVAE:
+def start_from_scans(network: VDVAE, dataset: Dataset, seed: int = 0) -> VDVAE:
     """The same network, its template (if it has one) that of these scans.
 
     Args:
         network: before it is wrapped for several processes.
-        dataset: training scans without augmentation, see :func:`voxel_statistics`.
+        dataset: what the network will see, augmented if training is: an augmented scan lies far outside of what the
+            others vary, and its gradients would drown theirs.
+        seed: of the augmentation.
     """
     if network.template:
+        seed_everything(seed, dataset)
         network.set_template(*voxel_statistics(dataset))
     return network

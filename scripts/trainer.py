@@ -168,6 +168,8 @@ class VDVAETrainer(SupervisedTrainer):
         state.output |= step_quantities(output, nll, scans)
         if last:
             state.output["grad_norm"] = self._update()
+        state.output["skipped"] = state.skipped
+        state.output["learning_rate"] = engine.optimizer.param_groups[0]["lr"]
         state.output["scans_per_second"] = len(scans) / (time.perf_counter() - start)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output

@@ -1,0 +1,65 @@
+"""What the command line may say, and what is kept of it."""
+
+import json
+
+import pytest
+
+from scripts.settings import claim_output_dir, command_line_config
+
+CONFIG = "configs/train.json"
+
+
+def test_overrides_are_merged_into_the_config():
+    config = command_line_config(["run", "training", "--config_file", CONFIG, "--epochs", "3", "--seed=7"])
+    assert config["epochs"] == 3
+    assert config["seed"] == 7
+    assert config["batch_size"] == 8
+
+
+def test_overlays_are_merged():
+    config = command_line_config(["run", "--config_file", f"['{CONFIG}','configs/size_64.json']"])
+    assert config["spatial_shape"] == [64, 64, 64]
+    assert len(config["network_def"]["channels"]) == 7
+    assert config["network_def"]["template"] is True
+
+
+def test_another_program_has_no_command_line():
+    assert command_line_config(["serve", "--port", "80"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--agument", "False"], ["--agument", "nearest", "'augment'"]),
+        (["--dataset-dir", "x"], ["--dataset-dir", "'dataset_dir'"]),
+        (["--netwrk_def#rezero", "True"], ["netwrk_def", "'network_def'"]),
+        (["--augment", "false"], ["--augment false", "write False"]),
+        (["--amp=true"], ["--amp true", "write True"]),
+        (["--max_scans", "null"], ["--max_scans null", "write None"]),
+    ],
+)
+def test_a_misspelt_key_or_word_is_named(arguments, words):
+    with pytest.raises(ValueError) as error:
+        command_line_config(["run", "training", "--config_file", CONFIG, *arguments])
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("key", ["network_def#rezero", "train#trainer#max_epochs", "network_def::strided"])
+def test_keys_inside_a_section_may_be_new(key):
+    assert command_line_config(["run", "--config_file", CONFIG, f"--{key}", "True"])[key] is True
+
+
+def test_the_config_is_left_in_the_output_folder(tmp_path):
+    claim_output_dir(tmp_path / "a" / "b", {"epochs": 3})
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text()) == {"epochs": 3}
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"output_dir.*set --output_dir"):
+        claim_output_dir(tmp_path / "x", {})
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused():
+    with pytest.raises(PermissionError, match="output_dir '/proc/nothing' cannot be made"):
+        claim_output_dir("/proc/nothing", {})

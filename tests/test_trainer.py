@@ -1,0 +1,205 @@
+"""The training step: what it minimises, what it skips, what it reports."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.data import DataLoader, Dataset
+from torch.testing import assert_close
+
+from scripts.losses import ELBOLoss, negative_log_likelihood, weight_penalty
+from scripts.metrics import additional_metrics, elbo_metrics, key_metric
+from scripts.networks import VDVAE
+from scripts.template import start_from_scans, voxel_statistics
+from scripts.trainer import TrainingStalledError, VDVAEEvaluator, VDVAETrainer
+
+
+def tiny(**arguments) -> VDVAE:
+    torch.manual_seed(0)
+    sizes = {"channels": [4, 6], "num_latents": [1, 2], "latent_channels": [2, 3], "kernel_sizes": [3, 2]}
+    return VDVAE(3, 1, spatial_shape=[8, 8, 8], **sizes, **arguments)
+
+
+def loader(count: int = 4, batch_size: int = 2, poison: int | None = None) -> DataLoader:
+    scans = torch.rand(count, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    if poison is not None:
+        scans[poison, 0, 0, 0, 0] = float("nan")
+    return DataLoader(Dataset([{"image": scan} for scan in scans]), batch_size=batch_size)
+
+
+def trainer(network: VDVAE, data: DataLoader | None = None, epochs: int = 1, lr: float = 1e-2, **arguments):
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    data = data or loader()
+    loss = arguments.pop("loss_function", ELBOLoss())
+    return VDVAETrainer("cpu", epochs, data, network, optimizer, loss, **arguments)
+
+
+def weights(network: VDVAE) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in network.parameters()])
+
+
+def test_a_step_is_the_clipped_gradient_of_the_objective():
+    network, reference = tiny(), tiny()
+    engine = trainer(network, loader(count=2), max_grad_norm=5.0, weight_penalty=0.1)
+    torch.manual_seed(3)
+    engine.run()
+
+    scans = torch.stack([item["image"] for item in loader(count=2).dataset.data])
+    torch.manual_seed(3)
+    # the loader draws one number when it is made into an iterator
+    torch.empty((), dtype=torch.int64).random_()
+    output = reference(scans)
+    nll = negative_log_likelihood(output.loc, output.scale, scans)
+    (nll.mean() + output.kl.sum(1).mean() + 0.1 * weight_penalty(reference.parameters())).backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 5.0)
+    assert norm > 5
+    assert engine.state.output["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p -= 1e-2 * p.grad
+    assert_close(weights(network), weights(reference), rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_a_larger_batch():
+    # temperature and order apart, two batches of 2 hold what one of 4 holds: use the posterior's mean throughout
+    class Mean(VDVAE):
+        def forward(self, x, temperature=0.0):
+            return super().forward(x, 0.0)
+
+    results = []
+    for batch_size, steps in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        network = Mean(3, 1, [4, 6], [1, 2], [2, 3], [3, 2], spatial_shape=[8, 8, 8])
+        engine = trainer(network, loader(batch_size=batch_size), accumulation_steps=steps)
+        engine.run()
+        assert engine.state.updates == 1
+        results.append(weights(network))
+    assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_nan_in_a_batch_is_skipped_and_counted(caplog):
+    network = tiny()
+    engine = trainer(network, loader(count=6, poison=2), skip_warmup=0)
+    engine.run()
+    assert engine.state.updates == 3
+    assert engine.state.skipped == 1
+    assert torch.isfinite(weights(network)).all()
+    assert "Update 2 skipped" in caplog.text
+
+
+@pytest.mark.parametrize(("warmup", "skipped"), [(0, 4), (3, 1), (4, 0)])
+def test_huge_updates_are_skipped_after_the_warmup(warmup, skipped):
+    engine = trainer(tiny(), loader(count=8), skip_grad_norm=1e-6, skip_warmup=warmup)
+    engine.run()
+    assert engine.state.skipped == skipped
+
+
+def test_fifty_skips_in_a_row_end_the_run_with_a_sentence():
+    engine = trainer(tiny(), loader(count=60, batch_size=1), skip_grad_norm=1e-6, skip_warmup=0)
+    with pytest.raises(TrainingStalledError, match=r"50 updates in a row.*--learning_rate"):
+        engine.run()
+    assert engine.state.updates == 50
+
+
+def test_amp_on_the_cpu_is_bfloat16_and_close_to_full_precision():
+    norms = {}
+    for amp in (False, True):
+        engine = trainer(tiny(), amp=amp, weight_penalty=0.0)
+        torch.manual_seed(0)
+        engine.run()
+        assert not engine.scaler.is_enabled()
+        norms[amp] = engine.state.output["grad_norm"]
+        assert engine.state.output["pred"].loc.dtype == torch.float32
+        assert engine.state.output["pred"].kl.dtype == torch.float32
+    assert norms[True] != norms[False]
+    assert norms[True] == pytest.approx(norms[False], rel=0.1)
+
+
+def test_float16_gradients_are_unscaled_before_clipping():
+    norms = {}
+    for scale in (None, 256.0):
+        engine = trainer(tiny(), loader(count=2), amp=True, amp_dtype=torch.float16 if scale else torch.bfloat16)
+        if scale:
+            engine.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        torch.manual_seed(0)
+        engine.run()
+        norms[scale] = engine.state.output["grad_norm"]
+    assert norms[256.0] == pytest.approx(norms[None], rel=0.1)
+
+
+def test_beta_weighs_the_kl():
+    norms = []
+    for kl_warmup in (0, 100):
+        engine = trainer(tiny(), loader(count=2), loss_function=ELBOLoss(kl_warmup), weight_penalty=0.0)
+        torch.manual_seed(0)
+        engine.run()
+        output = engine.state.output
+        expected = output["nll"].mean() + (output["kl"].mean() if kl_warmup == 0 else 0)
+        assert_close(output["loss"], expected)
+        norms.append(output["grad_norm"])
+    assert norms[0] != norms[1]
+
+
+def test_the_evaluator_weighs_every_scan_alike():
+    network = tiny().eval()
+    metrics = elbo_metrics(network)
+    results = []
+    for batch_size in (5, 2):
+        metrics = elbo_metrics(network)
+        evaluator = VDVAEEvaluator(
+            "cpu",
+            loader(count=5, batch_size=batch_size),
+            network,
+            temperature=0.0,
+            key_val_metric=key_metric(metrics),
+            additional_metrics=additional_metrics(metrics),
+        )
+        evaluator.run()
+        results.append(dict(evaluator.state.metrics))
+    assert results[0].keys() == {
+        *("bits_per_dim", "nll", "kl", "mse"),
+        *(f"kl{part}_z{i:02d}" for i in range(3) for part in ("", "_per_dim")),
+    }
+    for name, value in results[0].items():
+        assert value == pytest.approx(results[1][name], rel=1e-5)
+    first = results[0]
+    assert first["kl"] == pytest.approx(sum(first[f"kl_z{i:02d}"] for i in range(3)), rel=1e-6)
+    assert first["bits_per_dim"] == pytest.approx((first["nll"] + first["kl"]) / 512 / math.log(2), rel=1e-6)
+    # the first latent: 3 channels on 4 x 4 x 4
+    assert first["kl_per_dim_z00"] == pytest.approx(first["kl_z00"] / (3 * 64), rel=1e-6)
+
+
+def test_two_evaluations_draw_the_same_noise():
+    evaluator = VDVAEEvaluator("cpu", loader(), tiny(), key_val_metric=key_metric(elbo_metrics(tiny())))
+    values = []
+    for _ in range(2):
+        torch.rand(7)
+        evaluator.run()
+        values.append(evaluator.state.metrics["bits_per_dim"])
+    assert values[0] == values[1]
+
+
+def test_the_template_is_the_mean_and_deviation_of_the_scans():
+    dataset = loader(count=6).dataset
+    scans = torch.stack([item["image"] for item in dataset])
+    mean, std = voxel_statistics(dataset, smoothing=0.0)
+    assert_close(mean, scans.mean(0))
+    assert_close(std, scans.std(0, correction=0))
+    network = start_from_scans(tiny(template=True), dataset)
+    assert_close(network(scans).loc[0], scans.mean(0), rtol=1e-3, atol=1e-3)
+    assert start_from_scans(untouched := tiny(), dataset) is untouched
+
+
+def test_from_the_template_the_first_update_lowers_the_loss():
+    """The output starts as a Gaussian a voxel, and training goes on from there."""
+    data = loader(count=16, batch_size=4)
+    network = start_from_scans(tiny(template=True, init="variance_preserving"), data.dataset)
+    metrics = elbo_metrics(network)
+    evaluator = VDVAEEvaluator("cpu", data, network, key_val_metric=key_metric(metrics))
+    evaluator.run()
+    before = evaluator.state.metrics["bits_per_dim"]
+    VDVAETrainer("cpu", 5, data, network, torch.optim.Adamax(network.parameters(), 2e-3), ELBOLoss()).run()
+    evaluator.run()
+    assert evaluator.state.metrics["bits_per_dim"] < before
