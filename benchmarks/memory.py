@@ -32,6 +32,7 @@ TABLE_SIZES = (32, 64, 128, 256)
 CARDS = (8, 12, 16, 24, 40, 80)
 # CUDA context, cuDNN workspace and fragmentation; a card of n GB offers about n GiB
 GPU_OVERHEAD = 1.5 * GIB
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 class PeakMemory(TorchDispatchMode):
@@ -152,9 +153,9 @@ def measure_step(*args) -> dict[str, float]:
     """:func:`measure_here` in a process of its own.
 
     Blocks of 1 MB or more go back to the system when they are freed, unless the environment says otherwise: by itself
-    glibc keeps those below 32 MB, and 64³ then holds 2.7 GiB for 1.1 GiB of tensors.
+    glibc keeps those below 32 MB, and 64³ then holds 2.7 GiB for 1.0 GiB of tensors.
     """
-    environment = {"MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+    environment = {**MALLOC, **os.environ}
     code = f"import json; from benchmarks.memory import measure_here; print(json.dumps(measure_here{args!r}))"
     run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
@@ -238,6 +239,7 @@ def main(
         peak, above = step["peak"] / GIB, (step["peak"] - step["before"]) / GIB
         print(f"peak resident memory {peak:.2f} GiB, {above:.2f} GiB more than before the network was made")
         print(f"{batch_size} x {size}³, {precision}, {checkpoint_levels} levels checkpointed: {step['seconds']:.1f} s")
+        print(" ".join(f"{name}={os.environ.get(name, value)}" for name, value in MALLOC.items()))
 
 
 if __name__ == "__main__":
