@@ -12,6 +12,7 @@ from benchmarks.memory import main as memory
 from benchmarks.step import TrainingStep, network_def
 from benchmarks.throughput import forward_costs
 from benchmarks.throughput import main as throughput
+from benchmarks.throughput import seconds
 from scripts.networks import VDVAE
 
 
@@ -40,7 +41,9 @@ def test_throughput_prints_rates_and_share(capsys):
         assert 0 <= low <= median <= high
 
 
-def test_shapes_prints_a_row_a_shape(capsys):
+def test_shapes_prints_a_row_a_shape(capsys, monkeypatch):
+    # one call each instead of 0.2 s of them
+    monkeypatch.setattr("benchmarks.throughput.seconds", lambda function, at_least: seconds(function))
     throughput(size=8, batch_size=1, threads=1, shapes=True)
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if "→" in line]
