@@ -11,9 +11,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
+from torch.utils.data import Dataset
 
 from scripts.files import write_whole
 from scripts.networks import VDVAE
+from scripts.template import start_from_scans
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +41,62 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint '{path}' does not exist: set --ckpt_dir to the run to resume from.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"checkpoint '{path}' cannot be read ({reason}): it is damaged; resume from an older one or start anew."
-        ) from error
+    checkpoint = _load(path)
     if not isinstance(checkpoint, dict) or not {"network", "average", "optimizer", "epoch"} <= checkpoint.keys():
         raise CheckpointError(f"checkpoint '{path}' was not written by this bundle's training: it cannot be resumed.")
     return checkpoint
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"'{path}' cannot be read ({reason}): it is damaged; use an older one.") from error
+
+
+def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"'{path}' is of another architecture than network_def ({_first_difference(state, network.state_dict())}): "
+            "use the config that it was trained with, or another file."
+        ) from error
+
+
+def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
+    """The same network with the weights of a ``model.pt``, a state dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or of another architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights '{path}' do not exist: set --weights to a model.pt.")
+    state = _load(path)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
+    _load_state(network, state, path)
+    return network
+
+
+def start_network(
+    network: VDVAE, dataset: Dataset, seed: int = 0, weights: str | os.PathLike | None = None, resume: bool = False
+) -> VDVAE:
+    """A network as training starts with it: from given weights, or from the statistics of the scans.
+
+    Args:
+        network: before it is wrapped for several processes.
+        dataset: what it will see.
+        seed: of the dataset's augmentation.
+        weights: a ``model.pt``.
+        resume: leave the network alone, since a checkpoint will be loaded.
+    """
+    if resume:
+        return network
+    return start_from_scans(network, dataset, seed) if weights is None else load_weights(network, weights)
 
 
 class CheckpointHandler:
@@ -145,15 +193,8 @@ class CheckpointHandler:
             raise CheckpointError(
                 f"checkpoint '{path}' has {checkpoint['epoch']} epochs already: set --epochs above that to go on."
             )
-        try:
-            self.network.load_state_dict(checkpoint["network"])
-            self.average.ema_model.load_state_dict(checkpoint["average"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"checkpoint '{path}' is of another architecture than network_def "
-                f"({_first_difference(checkpoint['network'], self.network.state_dict())}): "
-                "use the config that it was trained with, or another --ckpt_dir."
-            ) from error
+        _load_state(self.network, checkpoint["network"], path)
+        _load_state(self.average.ema_model, checkpoint["average"], path)
         if not restore_optimizer:
             logger.info("Starting anew from the weights of '%s' (epoch %d).", path, checkpoint["epoch"])
             return

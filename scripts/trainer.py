@@ -18,6 +18,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from scripts.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
@@ -71,6 +72,7 @@ class VDVAETrainer(SupervisedTrainer):
 
     Args:
         loss_function: :class:`scripts.losses.ELBOLoss`.
+        lr_scheduler: moves on with every update, not with every batch.
         weight_penalty: factor of the mean squares of the weight tensors; 0 leaves them out.
         max_grad_norm: gradients are clipped to this norm.
         skip_grad_norm: an update whose gradients' norm is above this is skipped, after ``skip_warmup`` updates.
@@ -93,6 +95,7 @@ class VDVAETrainer(SupervisedTrainer):
         network: torch.nn.Module,
         optimizer: Optimizer,
         loss_function: ELBOLoss,
+        lr_scheduler: LRScheduler | None = None,
         weight_penalty: float = 1e-4,
         max_grad_norm: float = 100.0,
         skip_grad_norm: float = 1e12,
@@ -126,6 +129,7 @@ class VDVAETrainer(SupervisedTrainer):
             optim_set_to_none=True,
             accumulation_steps=accumulation_steps,
         )
+        self.lr_scheduler = lr_scheduler
         self.weight_penalty = weight_penalty
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
@@ -164,12 +168,12 @@ class VDVAETrainer(SupervisedTrainer):
             engine.scaler.scale(loss / engine.accumulation_steps).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
-        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss.detach()}
+        learning_rate = engine.optimizer.param_groups[0]["lr"]
+        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss.detach(), "learning_rate": learning_rate}
         state.output |= step_quantities(output, nll, scans)
         if last:
             state.output["grad_norm"] = self._update()
         state.output["skipped"] = state.skipped
-        state.output["learning_rate"] = engine.optimizer.param_groups[0]["lr"]
         state.output["scans_per_second"] = len(scans) / (time.perf_counter() - start)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
@@ -202,6 +206,8 @@ class VDVAETrainer(SupervisedTrainer):
                 self.state.skipped,
             )
         self.scaler.update()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
         if self._skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
             raise TrainingStalledError(
                 f"{MAX_CONSECUTIVE_SKIPS} updates in a row were skipped because the gradients were not finite or "

@@ -79,6 +79,16 @@ def test_accumulation_equals_a_larger_batch():
     assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+def test_the_learning_rate_moves_on_with_updates_not_with_batches():
+    network = tiny()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1e-3 * (update + 1))
+    VDVAETrainer(
+        "cpu", 1, loader(count=8), network, optimizer, ELBOLoss(), lr_scheduler=scheduler, accumulation_steps=2
+    ).run()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
+
+
 def test_a_nan_in_a_batch_is_skipped_and_counted(caplog):
     network = tiny()
     engine = trainer(network, loader(count=6, poison=2), skip_warmup=0)
