@@ -69,12 +69,13 @@ class EpochSeeds:
 
 
 class Progress:
-    """A progress bar over all updates, with loss, bits per dim and scans per second, on standard error."""
+    """A progress bar for each epoch, with loss, bits per dim and scans per second, on standard error."""
 
     def attach(self, engine: Engine) -> None:
+        """Attach first, so that the bar's line ends before others write theirs."""
         bar = ProgressBar(
-            desc="Epoch",
-            bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
+            persist=True,
+            bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]",
             file=sys.stderr,
         )
         shown = ("loss", "bits_per_dim", "scans_per_second")
@@ -88,7 +89,6 @@ class History:
 
     Args:
         path: of the CSV file.
-        trainer: whose count of updates is the abscissa.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
