@@ -10,9 +10,8 @@ import torch
 from benchmarks.memory import PeakMemory, estimate_step
 from benchmarks.memory import main as memory
 from benchmarks.step import TrainingStep, network_def
-from benchmarks.throughput import forward_costs
+from benchmarks.throughput import forward_costs, seconds
 from benchmarks.throughput import main as throughput
-from benchmarks.throughput import seconds
 from scripts.networks import VDVAE
 
 
