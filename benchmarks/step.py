@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from scripts.losses import ELBOLoss, weight_penalty
 from scripts.networks import VDVAE
 
-# finest level first; 8 is for tests
-SIZES = {
-    8: {"channels": [4, 6, 8, 10], "num_latents": [1, 2, 2, 1], "kernel_sizes": [3, 3, 2, 1]},
-    32: {
-        "channels": [20, 40, 60, 80, 100, 120],
-        "num_latents": [2, 5, 4, 3, 2, 1],
-        "kernel_sizes": [3, 3, 3, 3, 2, 1],
-    },
-    64: {
-        "channels": [20, 40, 60, 80, 100, 120, 140],
-        "num_latents": [2, 6, 5, 4, 3, 2, 1],
-        "kernel_sizes": [3, 3, 3, 3, 3, 2, 1],
-    },
-    128: {
-        "channels": [20, 40, 60, 80, 100, 120, 140, 160],
-        "num_latents": [2, 7, 6, 5, 4, 3, 2, 1],
-        "kernel_sizes": [3, 3, 3, 3, 3, 3, 2, 1],
-    },
-    256: {
-        "channels": [20, 40, 60, 80, 100, 120, 140, 160, 180],
-        "num_latents": [2, 8, 7, 6, 5, 4, 3, 2, 1],
-        "kernel_sizes": [3, 3, 3, 3, 3, 3, 3, 2, 1],
-    },
+CONFIGS = Path(__file__).parent.parent / "configs"
+SIZES = (8, 32, 64, 128, 256)
+# for tests
+TINY = {
+    "spatial_shape": [8, 8, 8],
+    "network_def#channels": [4, 6, 8, 10],
+    "network_def#num_latents": [1, 2, 2, 1],
+    "network_def#latent_channels": [20, 20, 20, 200],
+    "network_def#kernel_sizes": [3, 3, 2, 1],
 }
 
 
 def network_def(size: int) -> dict:
-    """Arguments of :class:`scripts.networks.VDVAE` for scans of ``size`` voxels an axis.
+    """Arguments of :class:`scripts.networks.VDVAE` for scans of ``size`` voxels an axis, as the configs give them.
+
+    The number of checkpointed levels, which the benchmarks set, is left out.
 
     Raises:
         ValueError: there is no such size.
     """
     if size not in SIZES:
         raise ValueError(f"size is {size}: choose one of {', '.join(map(str, SIZES))}.")
-    levels = len(SIZES[size]["channels"])
-    return {
-        "spatial_dims": 3,
-        "in_channels": 1,
-        "spatial_shape": [size] * 3,
-        "latent_channels": [20] * (levels - 1) + [200],
-        **SIZES[size],
-    }
+    parser = ConfigParser()
+    overlay = CONFIGS / f"size_{size}.json"
+    parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
+    parser.update(TINY if size == 8 else {})
+    arguments = {name: value for name, value in parser["network_def"].items() if not name.startswith("_")}
+    del arguments["checkpoint_levels"]
+    return arguments | {"spatial_shape": parser["spatial_shape"]}
 
 
 class TrainingStep:

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,25 +103,34 @@ def _literal(text: str) -> Any:
         return text
 
 
-def claim_output_dir(output_dir: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Make sure that a run can write, and leave the config there that repeats it (``config.json``).
+def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool) -> None:
+    """Make sure, before anything is read, that a run can write and overwrites no other.
 
     Raises:
         NotADirectoryError, PermissionError: ``output_dir`` cannot be made or written to.
+        FileExistsError: ``ckpt_dir`` holds the checkpoint of a run, and this one does not resume it.
     """
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(f"output_dir '{folder}' is not a folder: set --output_dir to one.") from error
     except OSError as error:
         raise PermissionError(
-            f"output_dir '{folder}' cannot be made ({error.strerror}): set --output_dir to a folder you can write to."
+            f"output_dir '{folder}' cannot be written to ({error.strerror}): "
+            "set --output_dir to a folder that you can write to."
         ) from error
-    try:
-        write_whole(folder / "config.json", lambda path: Path(path).write_text(json.dumps(config, indent=4) + "\n"))
-    except OSError as error:
-        raise PermissionError(
-            f"output_dir '{folder}' cannot be written to ({error.strerror}): set --output_dir to a folder you can "
-            "write to."
-        ) from error
+    checkpoint = Path(ckpt_dir) / "checkpoint.pt"
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(
+            f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: go on with it by --resume True, "
+            "or set --output_dir to another folder."
+        )
+
+
+def save_config(output_dir: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Leave the config that repeats a run in its folder, as ``config.json``."""
+    text = json.dumps(config, indent=4) + "\n"
+    write_whole(Path(output_dir) / "config.json", lambda path: Path(path).write_text(text))

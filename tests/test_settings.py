@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.settings import claim_output_dir, command_line_config
+from scripts.settings import claim_output_dir, command_line_config, save_config
 
 CONFIG = "configs/train.json"
 
@@ -50,16 +50,28 @@ def test_keys_inside_a_section_may_be_new(key):
 
 
 def test_the_config_is_left_in_the_output_folder(tmp_path):
-    claim_output_dir(tmp_path / "a" / "b", {"epochs": 3})
-    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text()) == {"epochs": 3}
+    save_config(tmp_path, {"epochs": 3})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"epochs": 3}
+
+
+def test_an_output_folder_is_made(tmp_path):
+    claim_output_dir(tmp_path / "a" / "b", tmp_path / "c", resume=False)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(NotADirectoryError, match=r"output_dir.*set --output_dir"):
-        claim_output_dir(tmp_path / "x", {})
+        claim_output_dir(tmp_path / "x", tmp_path, resume=False)
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused():
-    with pytest.raises(PermissionError, match="output_dir '/proc/nothing' cannot be made"):
-        claim_output_dir("/proc/nothing", {})
+def test_an_output_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    with pytest.raises(PermissionError, match="output_dir '/proc/nothing' cannot be written to"):
+        claim_output_dir("/proc/nothing", tmp_path, resume=False)
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoint.pt").write_text("")
+    with pytest.raises(FileExistsError, match="go on with it by --resume True"):
+        claim_output_dir(tmp_path, tmp_path, resume=False)
+    claim_output_dir(tmp_path, tmp_path, resume=True)
