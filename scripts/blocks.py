@@ -147,6 +147,11 @@ def gaussian_noise(like: Tensor) -> Tensor:
     return torch.randn(shape, device=like.device, dtype=torch.float32).movedim(-1, 1)
 
 
+def memory_order(x: Tensor) -> Tensor:
+    """``[batch, values]`` of a channels-last tensor, in the order of its memory."""
+    return x.movedim(1, -1).flatten(1)
+
+
 def double(x: Tensor) -> Tensor:
     """Nearest-neighbour doubling of every spatial axis."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -309,17 +314,20 @@ class LatentBlock(nn.Module):
 
     def kl_divergence(self, q: Posterior, p_mean: Tensor | None = None, p_s: Tensor | None = None) -> Tensor:
         """KL(q || p) in nats, summed over the latent: ``[batch]``. Without ``p_mean`` the prior is N(0, I)."""
-        variance = q.std.square()
+        # on views in the order of their memory: else the gradients, which begin as one value expanded, are not
+        # channels-last, and every operation on them and the convolutions behind copy
+        mean, std = memory_order(q.mean), memory_order(q.std)
+        variance = std.square()
         if p_mean is None:
-            kl = 0.5 * (variance + q.mean.square() - 1) - q.std.log()
+            kl = 0.5 * (variance + mean.square() - 1) - std.log()
         else:
-            p_std = standard_deviation(p_s, LATENT_STD_RANGE, self.std_form)
+            p_std = standard_deviation(memory_order(p_s), LATENT_STD_RANGE, self.std_form)
             denominator = p_std.square()
             if self.std_form == "sigmoid":
                 denominator = denominator.clamp_min(1e-5)
-            distance = variance + (q.mean - p_mean.float()).square()
-            kl = 0.5 * (distance / denominator - 1) + p_std.log() - q.std.log()
-        return kl.flatten(1).sum(1)
+            distance = variance + (mean - memory_order(p_mean).float()).square()
+            kl = 0.5 * (distance / denominator - 1) + p_std.log() - std.log()
+        return kl.sum(1)
 
 
 class FirstLatent(LatentBlock):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scripts.blocks import LATENT_STD_RANGE, ResidualBlock
-from scripts.files import write_whole
+from scripts.files import write_text, write_whole
 from scripts.networks import OUTPUT_STD_RANGE, VDVAE
 
 ENCODER, DECODER, OUTPUT = (
@@ -282,7 +282,7 @@ def main(checkpoint: str, output_dir: str) -> None:
     args["spatial_shape"] = "@spatial_shape"
     overlay["network_def"] = {"_target_": "scripts.networks.VDVAE", **args}
     write_whole(folder / "model.pt", lambda path: torch.save(state, path))
-    write_whole(folder / "network.json", lambda path: Path(path).write_text(json.dumps(overlay, indent=4) + "\n"))
+    write_text(folder / "network.json", json.dumps(overlay, indent=4) + "\n")
     print(f"Wrote '{folder / 'model.pt'}' ({len(state)} tensors) and '{folder / 'network.json'}'.")
 
 

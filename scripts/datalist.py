@@ -12,6 +12,8 @@ from pathlib import Path
 
 from monai.data import load_decathlon_datalist
 
+from scripts.files import write_text
+
 __all__ = ["check_batch_size", "find_scans", "make_datalist", "split_by_subject", "subject_name", "write_datalist"]
 
 # BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
@@ -237,12 +239,7 @@ def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> 
     absolute = {
         side: [{**item, "image": _absolute(item["image"])} for item in items] for side, items in datalist.items()
     }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder, so that the replacement is atomic
-    try:
-        part.write_text(json.dumps(absolute, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, json.dumps(absolute, indent=1) + "\n")
 
 
 def _absolute(image: str | list[str]) -> str | list[str]:

@@ -26,3 +26,13 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> Path
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
+    """:func:`write_whole` of bytes that are there already."""
+    return write_whole(path, lambda temporary: Path(temporary).write_bytes(data))
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """:func:`write_whole` of a text, as UTF-8."""
+    return write_bytes(path, text.encode())

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from scripts import figures
 from scripts.checkpoints import unwrap
-from scripts.files import write_whole
+from scripts.files import write_text, write_whole
 from scripts.networks import VDVAE
 from scripts.seeds import seed_everything
 
@@ -139,7 +139,7 @@ class History:
         self.rows += [(part, name, state.epoch, state.updates, float(value)) for name, value in scalars.items()]
         lines = ["part,quantity,epoch,update,value", *(f"{p},{n},{e},{u},{v:.8g}" for p, n, e, u, v in self.rows)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, lambda path: Path(path).write_text("\n".join(lines) + "\n"))
+        write_text(self.path, "\n".join(lines) + "\n")
 
     def series(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """``{quantity: {"training": [(update, value)], "validation": ...}}``."""
@@ -259,14 +259,7 @@ class Figures:
             drawn = [self.network.decode([], temperature)[0][0].cpu() for _ in range(3)]
             samples[temperature] = torch.stack(drawn)
             for index, sample in enumerate(drawn):
-                image = nib.Nifti1Image(
-                    np.moveaxis(sample.numpy(), 0, -1).squeeze(-1)
-                    if len(sample) == 1
-                    else np.moveaxis(sample.numpy(), 0, -1),
-                    affine,
-                )
-                name = f"sample_temperature={temperature:g}_{index}.nii.gz"
-                write_whole(self.output_dir / name, lambda path, image=image: nib.save(image, path))
+                save_nifti(self.output_dir / f"sample_temperature={temperature:g}_{index}.nii.gz", sample, affine)
         figures.samples(self._path("samples", suffix), samples, value_range=self.value_range)
 
     def _draw_record(self, suffix: str) -> None:
@@ -289,6 +282,13 @@ def scan_name(image: Any) -> str:
     return Path(str(name)).name.split(".")[0] or "-"
 
 
+def save_nifti(path: str | os.PathLike, scan: Tensor, affine: Any) -> None:
+    """Write ``[channels, *spatial]`` as NIfTI, several channels as the last axis."""
+    array = np.moveaxis(scan.as_subclass(Tensor).numpy(), 0, -1)
+    array = array[..., 0] if array.shape[-1] == 1 else array
+    write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary))
+
+
 def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: Sequence[float], count: int = 8) -> None:
     """Save augmented training scans as NIfTI and as one PNG, ``preview.png``, before training starts.
 
@@ -302,9 +302,7 @@ def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: S
     folder.mkdir(parents=True, exist_ok=True)
     items = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
     for index, item in enumerate(items):
-        array = torch.as_tensor(item).as_subclass(Tensor).numpy()
-        image = nib.Nifti1Image(array[0] if len(array) == 1 else np.moveaxis(array, 0, -1), np.asarray(item.affine))
-        write_whole(folder / f"preview_{index}.nii.gz", lambda path, image=image: nib.save(image, path))
+        save_nifti(folder / f"preview_{index}.nii.gz", item, item.affine)
     scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
     figures.batch(folder / "preview.png", scans, [scan_name(item) for item in items], value_range=tuple(value_range))
     logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")

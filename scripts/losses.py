@@ -34,7 +34,8 @@ def bits_per_dim(nats: Tensor, scan: Tensor) -> Tensor:
 
 def weight_penalty(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum over weight tensors (two or more dimensions) of the mean square."""
-    return torch.stack([p.square().mean() for p in parameters if p.ndim >= 2]).sum()
+    norms = ((torch.linalg.vector_norm(p), p.numel()) for p in parameters if p.ndim >= 2)
+    return torch.stack([norm.square() / count for norm, count in norms]).sum()
 
 
 class ELBOLoss(nn.Module):

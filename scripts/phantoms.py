@@ -35,6 +35,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from scripts.files import write_bytes, write_text
+
 __all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "make_brains", "make_ellipsoids"]
 
 logger = logging.getLogger(__name__)
@@ -500,7 +502,7 @@ def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) ->
             "so that they never mix with other scans."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, (json.dumps(request, indent=2) + "\n").encode())
+    write_text(path, json.dumps(request, indent=2) + "\n")
 
 
 def _write_phantom(
@@ -509,8 +511,8 @@ def _write_phantom(
     image, affine, mask = phantom(index)
     # The mask goes first: a scan that exists then has its mask.
     if mask_path is not None:
-        _write_whole(mask_path, _nifti(mask, affine, code))
-    _write_whole(image_path, _nifti(image, affine, code))
+        write_bytes(mask_path, _nifti(mask, affine, code))
+    write_bytes(image_path, _nifti(image, affine, code))
 
 
 def _nifti(array: np.ndarray, affine: np.ndarray, code: int) -> bytes:
@@ -520,16 +522,6 @@ def _nifti(array: np.ndarray, affine: np.ndarray, code: int) -> bytes:
     nifti.header.set_xyzt_units("mm")
     # No time stamp: the same phantom is the same file, byte for byte.
     return gzip.compress(nifti.to_bytes(), compresslevel=1, mtime=0)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    # The process id keeps two programs that make the same cohort apart; the ending keeps scan patterns from matching.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- checks

@@ -15,7 +15,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from scripts.files import write_whole
+from scripts.files import write_text
 
 # what `python -m monai.bundle run` takes itself
 MONAI_ARGUMENTS = {
@@ -132,5 +132,4 @@ def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike,
 
 def save_config(output_dir: str | os.PathLike, config: dict[str, Any]) -> None:
     """Leave the config that repeats a run in its folder, as ``config.json``."""
-    text = json.dumps(config, indent=4) + "\n"
-    write_whole(Path(output_dir) / "config.json", lambda path: Path(path).write_text(text))
+    write_text(Path(output_dir) / "config.json", json.dumps(config, indent=4) + "\n")
