@@ -1,7 +1,7 @@
 """Memory of a training step, measured in a process of its own or estimated without allocating.
 
-python -m benchmarks.memory --size 128 --checkpoint_levels 8
-python -m benchmarks.memory --size 256 --checkpoint_levels 9 --estimate
+python -m benchmarks.memory --size 128
+python -m benchmarks.memory --size 256 --estimate
 python -m benchmarks.memory --size 64 --compare
 python -m benchmarks.memory --table
 """
@@ -87,14 +87,14 @@ def fake_parameters(network: nn.Module) -> None:
 
 
 def estimate_step(
-    size: int, batch_size: int, precision: str, checkpoint_levels: int, ema: bool = False
+    size: int, batch_size: int, precision: str, checkpoint_levels: int | None, ema: bool = False
 ) -> dict[str, int]:
     """Bytes at the peak of a training step, from fake tensors.
 
     Args:
         size, batch_size: of the scans.
         precision: ``"fp32"`` or ``"bf16"``.
-        checkpoint_levels: of the network.
+        checkpoint_levels: of the network; None: as its config has it.
         ema: count a running average of the weights too.
 
     Returns:
@@ -103,7 +103,7 @@ def estimate_step(
         in full and the activations are that much less.
     """
     with torch.device("meta"):
-        network = VDVAE(**network_def(size), checkpoint_levels=checkpoint_levels)
+        network = VDVAE(**network_def(size, checkpoint_levels))
     with FakeTensorMode():
         fake_parameters(network)
         step = TrainingStep(network, torch.empty(batch_size, 1, *[size] * 3), precision)
@@ -132,7 +132,9 @@ def _resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure_here(size: int, batch_size: int, precision: str, checkpoint_levels: int, threads: int) -> dict[str, float]:
+def measure_here(
+    size: int, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int
+) -> dict[str, float]:
     """Run one training step in this process.
 
     Returns:
@@ -141,7 +143,7 @@ def measure_here(size: int, batch_size: int, precision: str, checkpoint_levels: 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     before = _resident()
-    network = VDVAE(**network_def(size), checkpoint_levels=checkpoint_levels)
+    network = VDVAE(**network_def(size, checkpoint_levels))
     step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3), precision)
     step.fill_optimizer_state()
     start = time.perf_counter()
@@ -162,7 +164,7 @@ def measure_step(*args) -> dict[str, float]:
 
 
 def compare_steps(
-    size: int, batch_size: int, precision: str, checkpoint_levels: int, threads: int, updates: int
+    size: int, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int, updates: int
 ) -> None:
     """Time steps with and without checkpointing in turn, and print the ratio of the medians."""
     torch.set_num_threads(threads)
@@ -201,7 +203,7 @@ def main(
     size: int | None = None,
     batch_size: int = 1,
     precision: str = "fp32",
-    checkpoint_levels: int = 0,
+    checkpoint_levels: int | None = None,
     threads: int = 2,
     updates: int = 3,
     ema: bool = False,
@@ -215,7 +217,7 @@ def main(
         size: voxels an axis of the scans; default 32, and with --table all.
         batch_size: scans a step.
         precision: fp32, or bf16 for autocast.
-        checkpoint_levels: of how many of the finest levels to recompute the activations.
+        checkpoint_levels: of how many of the finest levels to recompute the activations; default the config's.
         threads: that PyTorch may use.
         updates: with --compare, steps of each kind.
         ema: with --estimate and --table, count a running average of the weights too.
@@ -235,10 +237,11 @@ def main(
         for name, amount in parts.items():
             print(f"{name:<12}{amount / 2**20:>10,.0f} MiB")
     else:
+        shown = network_def(size, checkpoint_levels)["checkpoint_levels"]
         step = measure_step(size, batch_size, precision, checkpoint_levels, threads)
         peak, above = step["peak"] / GIB, (step["peak"] - step["before"]) / GIB
         print(f"peak resident memory {peak:.2f} GiB, {above:.2f} GiB more than before the network was made")
-        print(f"{batch_size} x {size}³, {precision}, {checkpoint_levels} levels checkpointed: {step['seconds']:.1f} s")
+        print(f"{batch_size} x {size}³, {precision}, {shown} levels checkpointed: {step['seconds']:.1f} s")
         print(" ".join(f"{name}={os.environ.get(name, value)}" for name, value in MALLOC.items()))
 
 

@@ -23,10 +23,11 @@ TINY = {
 }
 
 
-def network_def(size: int) -> dict:
+def network_def(size: int, checkpoint_levels: int | None = None) -> dict:
     """Arguments of :class:`scripts.networks.VDVAE` for scans of ``size`` voxels an axis, as the configs give them.
 
-    The number of checkpointed levels, which the benchmarks set, is left out.
+    Args:
+        checkpoint_levels: another number than the config's.
 
     Raises:
         ValueError: there is no such size.
@@ -38,7 +39,8 @@ def network_def(size: int) -> dict:
     parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
     parser.update(TINY if size == 8 else {})
     arguments = {name: value for name, value in parser["network_def"].items() if not name.startswith("_")}
-    del arguments["checkpoint_levels"]
+    if checkpoint_levels is not None:
+        arguments["checkpoint_levels"] = checkpoint_levels
     return arguments | {"spatial_shape": parser["spatial_shape"]}
 
 

@@ -84,9 +84,9 @@ def matmul_rate(matrices: torch.Tensor, at_least: float = 0.5) -> float:
     return 2e-9 * a.shape[0] ** 3 / seconds(lambda: a @ b, at_least)
 
 
-def print_throughput(size: int, batch_size: int, updates: int, precision: str, checkpoint_levels: int) -> None:
+def print_throughput(size: int, batch_size: int, updates: int, precision: str, checkpoint_levels: int | None) -> None:
     gflop, _ = forward_costs(size)
-    network = VDVAE(**network_def(size), checkpoint_levels=checkpoint_levels)
+    network = VDVAE(**network_def(size, checkpoint_levels))
     step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3), precision)
     matrices = torch.rand(2, 2048, 2048)
     step()  # the first allocates
@@ -162,7 +162,7 @@ def main(
     threads: int = 2,
     updates: int = 5,
     precision: str = "fp32",
-    checkpoint_levels: int = 0,
+    checkpoint_levels: int | None = None,
     shapes: bool = False,
 ) -> None:
     """Print scans a second of full training steps and their share of the matrix multiplication rate.
@@ -173,7 +173,7 @@ def main(
         threads: that PyTorch may use.
         updates: measured, after one that is not.
         precision: fp32, or bf16 for autocast.
-        checkpoint_levels: of how many of the finest levels to recompute the activations.
+        checkpoint_levels: of how many of the finest levels to recompute the activations; default the config's.
         shapes: print the rate of each convolution shape of the network instead.
     """
     torch.set_num_threads(threads)

@@ -61,7 +61,7 @@ def test_measured_memory():
 
 @pytest.mark.parametrize(("checkpoint_levels", "precision"), [(0, "fp32"), (4, "bf16")])
 def test_fake_tensors_hold_what_real_ones_do(checkpoint_levels, precision):
-    network = VDVAE(**network_def(8), checkpoint_levels=checkpoint_levels)
+    network = VDVAE(**network_def(8, checkpoint_levels))
     step = TrainingStep(network, torch.rand(32, 1, 8, 8, 8), precision)
     step.fill_optimizer_state()
     state = [value for values in step.optimizer.state.values() for value in values.values()]
