@@ -83,7 +83,12 @@ def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
 
 
 def start_network(
-    network: VDVAE, dataset: Dataset, seed: int = 0, weights: str | os.PathLike | None = None, resume: bool = False
+    network: VDVAE,
+    dataset: Dataset,
+    seed: int = 0,
+    augmented: bool = False,
+    weights: str | os.PathLike | None = None,
+    resume: bool = False,
 ) -> VDVAE:
     """A network as training starts with it: from given weights, or from the statistics of the scans.
 
@@ -91,12 +96,13 @@ def start_network(
         network: before it is wrapped for several processes.
         dataset: what it will see.
         seed: of the dataset's augmentation.
+        augmented: whether the dataset has any.
         weights: a ``model.pt``.
         resume: leave the network alone, since a checkpoint will be loaded.
     """
     if resume:
         return network
-    return start_from_scans(network, dataset, seed) if weights is None else load_weights(network, weights)
+    return start_from_scans(network, dataset, seed, augmented) if weights is None else load_weights(network, weights)
 
 
 class CheckpointHandler:

@@ -502,7 +502,8 @@ class VDVAE(nn.Module):
         gain = (std / slope).clamp_max(1.0)
         lo, hi = OUTPUT_STD_RANGE
         if self.std_form == "sigmoid":
-            return offset, gain, torch.logit(((std - lo) / (hi - lo)).clamp(1e-5, 1 - 1e-5))
+            # nearer to the bound the sigmoid hardly has a gradient left, and a voxel could never learn to vary more
+            return offset, gain, torch.logit(((std - lo) / (hi - lo)).clamp(3e-4, 1 - 3e-4))
         return offset, gain, (2 * std.log()).clamp(lo, hi)
 
     @torch.no_grad()

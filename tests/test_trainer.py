@@ -202,6 +202,26 @@ def test_the_template_is_the_mean_and_deviation_of_the_scans():
     assert start_from_scans(untouched := tiny(), dataset) is untouched
 
 
+def test_an_augmented_data_set_is_read_until_its_voxels_are_known():
+    class Flicker:
+        reads = 0
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return {"image": torch.full((1, 8, 8, 8), float(self.reads % 2))}
+
+    data = Flicker()
+    mean, std = voxel_statistics(data, max_scans=100, augmented=True)
+    assert data.reads == 100
+    assert_close(mean, torch.full((1, 8, 8, 8), 0.5))
+    assert_close(std, torch.full((1, 8, 8, 8), 0.5))
+    voxel_statistics(data, max_scans=3)
+    assert data.reads == 103
+
+
 def test_from_the_template_the_first_update_lowers_the_loss():
     """The output starts as a Gaussian a voxel, and training goes on from there."""
     data = loader(count=16, batch_size=4)
