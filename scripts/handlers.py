@@ -161,9 +161,12 @@ def log_epoch(engine: Engine) -> None:
     numbers = ", ".join(
         f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in ("bits_per_dim", "nll", "kl", "mse")
     )
-    # an evaluator's own count of epochs is the trainer's while it validates
-    part = "training" if hasattr(engine, "optimizer") else "validation"
-    logger.info("Epoch %d %s: %s", engine.state.epoch, part, numbers)
+    if hasattr(engine, "optimizer"):
+        logger.info("Epoch %d training: %s", engine.state.epoch, numbers)
+    elif engine.state.global_epoch == 0:
+        logger.info("Before training, validation: %s", numbers)
+    else:
+        logger.info("Epoch %d validation: %s", engine.state.global_epoch, numbers)
 
 
 class Figures:

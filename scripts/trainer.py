@@ -277,6 +277,7 @@ class VDVAEEvaluator(SupervisedEvaluator):
 
     def run(self, global_epoch: int = 1) -> None:
         """Evaluate once; ``global_epoch`` 0, before any training, does not count for the best metric."""
+        self.state.global_epoch = global_epoch
         if global_epoch > 0:
             super().run(global_epoch)
             return
