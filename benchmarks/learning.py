@@ -10,7 +10,6 @@ table and draws ``learning.png``: bits per dim and mean squared error against up
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 
 import fire
@@ -94,8 +93,8 @@ def draw(table: dict[str, dict[str, dict[int, float]]], gaussian: dict[str, floa
         axes.set(xlabel="updates", title=f"validation: {label}")
         axes.grid(alpha=0.3)
         axes.legend()
-        if quantity == "kl":
-            axes.set_yscale("symlog", linthresh=math.e)
+        if quantity != "bits_per_dim":
+            axes.set_yscale("log")
     folder.mkdir(parents=True, exist_ok=True)
     return write_whole(folder / "learning.png", lambda path: figure.savefig(path, dpi=100))
 
