@@ -12,16 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import fire
 import torch
 from torch import Tensor
 
 from scripts.blocks import LATENT_STD_RANGE, ResidualBlock
+from scripts.command_line import run
 from scripts.files import write_text, write_whole
 from scripts.networks import OUTPUT_STD_RANGE, VDVAE
 
@@ -269,12 +268,9 @@ def _refuse_leftovers(used: set[str], graphs: Mapping[str, Mapping[str, Tensor]]
         )
 
 
-def main(checkpoint: str, output_dir: str) -> None:
+def write_bundle_weights(checkpoint: str, output_dir: str) -> None:
     """Write ``model.pt`` and ``network.json`` for a checkpoint of the published code."""
-    try:
-        state, args = convert(load_published_checkpoint(checkpoint))
-    except (ConversionError, FileNotFoundError) as error:
-        sys.exit(f"Error: {error}")
+    state, args = convert(load_published_checkpoint(checkpoint))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     shape = args.pop("spatial_shape", None)
@@ -287,4 +283,4 @@ def main(checkpoint: str, output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m scripts.convert", write_bundle_weights)

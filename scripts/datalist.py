@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
+import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from monai.data import load_decathlon_datalist
+from monai.utils import ensure_tuple
 
 from scripts.files import write_text
 
-__all__ = ["check_batch_size", "find_scans", "make_datalist", "split_by_subject", "subject_name", "write_datalist"]
+__all__ = [
+    "check_batch_size",
+    "find_scans",
+    "make_datalist",
+    "session_name",
+    "split_by_subject",
+    "subject_name",
+    "subject_names",
+    "write_datalist",
+]
+
+logger = logging.getLogger(__name__)
 
 # BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
 # numbers participant_field_instance_array, where the instance is the visit.
 SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)|(?:^|/)(\d+)_\d{5}_\d+_\d+(?=[./_]|$)")
+SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?=[./_]|$)")
+WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")
+SIDES = ("training", "validation", "testing")
 
 
-def find_scans(dataset_dir: str | os.PathLike, scan_pattern: str = "*.nii*") -> list[Path]:
+def find_scans(
+    dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*"
+) -> list[Path] | list[list[Path]]:
     """
     List the scans under a folder, at any depth, sorted by their path relative to it.
 
@@ -32,9 +49,12 @@ def find_scans(dataset_dir: str | os.PathLike, scan_pattern: str = "*.nii*") -> 
         dataset_dir: the folder that holds the scans.
         scan_pattern: a glob on the file name (`*_FLAIR.nii.gz`), or on the last parts of the path
             (`sub-*/anat/*.nii.gz`). One that ends in a slash matches folders, each a DICOM series (`*/FLAIR/`).
+            A list of patterns makes each scan of several files, its channels: those for which the same text stands in
+            place of the wildcards, in folders of the same name above (`["*_T1w.nii.gz", "*_FLAIR.nii.gz"]`). A scan
+            that lacks a channel is left out, and the log says so.
 
     Returns:
-        Paths that begin with `dataset_dir`.
+        Paths that begin with `dataset_dir`; with a list of patterns, lists of as many.
 
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
@@ -51,17 +71,45 @@ def find_scans(dataset_dir: str | os.PathLike, scan_pattern: str = "*.nii*") -> 
             f"dataset_dir '{root}' is not a folder: set --dataset_dir to the folder that holds the scans, "
             "or to a datalist that ends in .json."
         )
+    if isinstance(scan_pattern, str):
+        return [root / name for name in _find(root, scan_pattern).values()]
+    channels = [_find(root, pattern) for pattern in scan_pattern]
+    if not channels:
+        raise ValueError("scan_pattern is an empty list: give one pattern for each channel.")
+    everywhere = set(channels[0]).intersection(*channels[1:])
+    if not everywhere:
+        raise FileNotFoundError(
+            f"No scan under dataset_dir '{root}' has all channels: the patterns {list(scan_pattern)} match "
+            f"{', '.join(str(len(channel)) for channel in channels)} file(s), but never with the same text in place of "
+            f"their wildcards, as '{next(iter(channels[0].values()))}' and '{next(iter(channels[-1].values()))}' show."
+        )
+    lacking = sorted({names[key] for names in channels for key in names if key not in everywhere})
+    if lacking:
+        logger.warning(
+            "%d file(s) are left out, since the scan that they belong to lacks another channel: %s%s",
+            len(lacking),
+            ", ".join(lacking[:5]),
+            ", ..." if len(lacking) > 5 else "",
+        )
+    found = sorted([names[key] for names in channels] for key in everywhere)
+    return [[root / name for name in names] for names in found]
+
+
+def _find(root: Path, scan_pattern: str) -> dict[tuple[str, ...], str]:
+    """Relative posix paths that match, in order, each under what stands in place of the wildcards."""
     match = _compile_pattern(scan_pattern)
     names = sorted(_walk(root, folders=scan_pattern.endswith("/")))
-    found = [name for name in names if match(name)]
+    found = {key: name for name in names if (key := match(name)) is not None}
     if not found:
         kind = "folder" if scan_pattern.endswith("/") else "file"
         example = f", such as '{names[0]}'" if names else ""
+        dicom = not scan_pattern.endswith("/") and any(name.lower().endswith(".dcm") for name in names)
         raise FileNotFoundError(
             f"scan_pattern '{scan_pattern}' matches none of the {len(names)} {kind}(s) under dataset_dir '{root}'"
-            f"{example}: set --scan_pattern to a pattern the scans' names match."
+            f"{example}: set --scan_pattern to a pattern the scans' names match"
+            + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
         )
-    return [root / name for name in found]
+    return found
 
 
 def _walk(root: Path, folders: bool) -> Iterator[str]:
@@ -84,20 +132,40 @@ def _walk(root: Path, folders: bool) -> Iterator[str]:
         yield from (prefix + name for name in (subfolders if folders else files) if not name.startswith("."))
 
 
-def _compile_pattern(scan_pattern: str) -> Callable[[str], bool]:
-    """A test of a relative posix path, part by part from the right, as `PurePath.match` does but much faster."""
+def _compile_pattern(scan_pattern: str) -> Callable[[str], tuple[str, ...] | None]:
+    """
+    A function of a relative posix path: None if it does not match, part by part from the right as `PurePath.match`
+    does; else the folders above what the pattern speaks of, then what stands in place of each wildcard.
+    """
     parts = [part for part in scan_pattern.split("/") if part not in ("", ".")]
     while parts and parts[0] == "**":  # any depth is searched already
         parts.pop(0)
     if not parts:
         raise ValueError(f"scan_pattern '{scan_pattern}' names no file: set --scan_pattern to one such as '*.nii.gz'.")
-    patterns = [re.compile(fnmatch.translate(part)) for part in reversed(parts)]
+    expressions = [_expression(part) for part in parts]
+    depth = len(parts)
 
-    def match(name: str) -> bool:
-        last = name.rsplit("/", len(patterns))[::-1]
-        return len(last) >= len(patterns) and all(p.match(part) for p, part in zip(patterns, last, strict=False))
+    def match(name: str) -> tuple[str, ...] | None:
+        pieces = name.split("/")
+        if len(pieces) < depth:
+            return None
+        found = [e.fullmatch(piece) for e, piece in zip(expressions, pieces[-depth:], strict=True)]
+        return None if None in found else ("/".join(pieces[:-depth]), *(text for m in found for text in m.groups()))
 
     return match
+
+
+def _expression(part: str) -> re.Pattern:
+    """A glob on one part of a path, as a regular expression whose groups are its wildcards."""
+
+    def translate(text: str) -> str:
+        if text[0] == "[":
+            return f"([{'^' if text[1] == '!' else ''}{text[1:-1].removeprefix('!')}])"
+        return {"*": "(.*)", "?": "(.)"}[text]
+
+    # every other piece is a wildcard
+    pieces = [translate(text) if i % 2 else re.escape(text) for i, text in enumerate(WILDCARD.split(part))]
+    return re.compile("".join(pieces), re.DOTALL)
 
 
 def subject_name(name: str) -> str:
@@ -111,18 +179,42 @@ def subject_name(name: str) -> str:
     return found[found.lastindex] if found else name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
 
 
-def split_by_subject(names: list[str], train_fraction: float = 0.95, seed: int = 0) -> tuple[list[int], list[int]]:
+def subject_names(names: Sequence[str]) -> list[str]:
+    """
+    The subject of each scan of a cohort.
+
+    When no name tells the subject and every file is called the same (`101/T1.nii.gz`, `102/T1.nii.gz`), the first
+    folder in which they differ is.
+
+    Args:
+        names: the scans' relative posix paths.
+    """
+    subjects = [subject_name(name) for name in names]
+    if len(names) > 1 and len(set(subjects)) == 1 and not any(map(SUBJECT.search, names)):
+        shared = len(os.path.commonpath(names))
+        subjects = [name[shared:].lstrip("/").split("/", 1)[0] for name in names]
+    return subjects
+
+
+def session_name(name: str) -> str | None:
+    """The session of a scan: its BIDS entity (`ses-2`), or its UK Biobank instance (`2`), from its path; else None."""
+    found = SESSION.search(name)
+    return found[found.lastindex] if found else None
+
+
+def split_by_subject(
+    names: Sequence[str], train_fraction: float = 0.95, seed: int = 0, subjects: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
     """
     Split scans in two so that no subject is on both sides and neither side is empty.
 
-    The split depends on the set of names and on the seed, not on the order of the names. When no name tells the
-    subject and every file is called the same (`101/T1.nii.gz`, `102/T1.nii.gz`), the
-    first folder in which they differ is.
+    The split depends on the set of names and on the seed, not on the order of the names.
 
     Args:
         names: the scans' relative posix paths.
         train_fraction: the share of subjects to train on, between 0 and 1.
         seed: chooses the split.
+        subjects: of each scan, by default what :py:func:`subject_names` finds.
 
     Returns:
         Indices into `names`: of the training scans and of the validation scans, each in order of name.
@@ -133,25 +225,22 @@ def split_by_subject(names: list[str], train_fraction: float = 0.95, seed: int =
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
     order = sorted(range(len(names)), key=names.__getitem__)
-    subject_of = {i: subject_name(names[i]) for i in order}
-    if len(names) > 1 and len(set(subject_of.values())) == 1 and not any(map(SUBJECT.search, names)):
-        shared = len(os.path.commonpath(names))
-        subject_of = {i: names[i][shared:].lstrip("/").split("/", 1)[0] for i in order}
-    subjects = sorted(set(subject_of.values()))
-    if len(subjects) < 2:
+    subjects = subject_names(names) if subjects is None else subjects
+    all_subjects = sorted(set(subjects))
+    if len(all_subjects) < 2:
         raise ValueError(
-            f"{len(names)} scan(s) of {len(subjects)} subject(s) cannot be split into training and validation, which "
-            "need a subject each: add scans to dataset_dir, widen scan_pattern, or raise max_scans."
+            f"{len(names)} scan(s) of {len(all_subjects)} subject(s) cannot be split into training and validation, "
+            "which need a subject each: add scans to dataset_dir, widen scan_pattern, or raise max_scans."
         )
-    random.Random(seed).shuffle(subjects)
-    count = min(max(round(train_fraction * len(subjects)), 1), len(subjects) - 1)
-    training = set(subjects[:count])
-    return [i for i in order if subject_of[i] in training], [i for i in order if subject_of[i] not in training]
+    random.Random(seed).shuffle(all_subjects)
+    count = min(max(round(train_fraction * len(all_subjects)), 1), len(all_subjects) - 1)
+    training = set(all_subjects[:count])
+    return [i for i in order if subjects[i] in training], [i for i in order if subjects[i] not in training]
 
 
 def make_datalist(
     dataset_dir: str | os.PathLike,
-    scan_pattern: str = "*.nii*",
+    scan_pattern: str | Sequence[str] = "*.nii*",
     train_fraction: float = 0.95,
     seed: int = 0,
     max_scans: int | None = None,
@@ -166,15 +255,17 @@ def make_datalist(
     Args:
         dataset_dir: the folder that holds the scans, or a datalist in the Medical Decathlon form: a JSON file whose
             `training` and, if it has its own split, `validation` are lists of `{"image": path}`, with paths relative
-            to the file. `scan_pattern` does not apply to it, nor does `train_fraction` when it has its own split.
-        scan_pattern: a glob on the files' names, see :py:func:`find_scans`.
+            to the file, or a list of paths, one a channel. An item may name its `subject`. `testing` is passed on.
+            `scan_pattern` does not apply to it, nor does `train_fraction` when it has its own split.
+        scan_pattern: a glob on the files' names, or a list of them, one a channel; see :py:func:`find_scans`.
         train_fraction: the share of subjects to train on, between 0 and 1.
         seed: chooses the split, and the scans that `max_scans` keeps.
         max_scans: keep this many scans, chosen at random. None keeps them all.
         batch_size: when given, refuse a training side that cannot fill one batch.
 
     Returns:
-        `{"training": [{"image": path}, ...], "validation": [...]}`.
+        `{"training": [{"image": path, "subject": name}, ...], "validation": [...]}`, and `testing` if there is one.
+        Items have a `session` where their names tell it; `image` is a list for several channels.
 
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
@@ -187,21 +278,24 @@ def make_datalist(
         raise ValueError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
     root = Path(dataset_dir).expanduser()
     if root.suffix == ".json" and root.is_file():
-        training, validation = _read_datalist(root)
+        sides = _read_datalist(root)
         root = Path(os.path.normpath(root.parent))
     else:
-        training, validation = [{"image": str(path)} for path in find_scans(root, scan_pattern)], []
+        sides = {"training": [{"image": _as_text(found)} for found in find_scans(root, scan_pattern)]}
+    sides = _with_entities(sides, root)
+    training, validation = sides["training"], sides.get("validation", [])
 
     generator = random.Random(seed)
     if validation:
         training, validation = _keep_both(training, validation, max_scans, generator)
     else:
         items = _keep(sorted(training, key=lambda item: _relative_name(item, root)), max_scans, generator)
-        sides = split_by_subject([_relative_name(item, root) for item in items], train_fraction, seed)
-        training, validation = ([items[i] for i in side] for side in sides)
+        names, subjects = [_relative_name(item, root) for item in items], [item["subject"] for item in items]
+        split = split_by_subject(names, train_fraction, seed, subjects)
+        training, validation = ([items[i] for i in side] for side in split)
     if batch_size is not None:
         check_batch_size(training, batch_size, of=len(training) + len(validation))
-    return {"training": training, "validation": validation}
+    return {**sides, "training": training, "validation": validation}
 
 
 def check_batch_size(training: list, batch_size: int, of: int | None = None) -> None:
@@ -246,12 +340,32 @@ def _absolute(image: str | list[str]) -> str | list[str]:
     return [str(Path(i).absolute()) for i in image] if isinstance(image, list) else str(Path(image).absolute())
 
 
+def _as_text(found: Path | list[Path]) -> str | list[str]:
+    return [str(path) for path in found] if isinstance(found, list) else str(found)
+
+
+def _with_entities(sides: dict[str, list[dict]], root: Path) -> dict[str, list[dict]]:
+    """The same items with their subject and, if the name tells one, their session, where the items don't say so."""
+    items = [item for side in sides.values() for item in side]
+    names = [_relative_name(item, root) for item in items]
+    entities = []
+    for name, subject in zip(names, subject_names(names), strict=True):
+        session = session_name(name)
+        entities.append({"subject": subject, **({"session": session} if session else {})})
+    known = iter(entities)
+    kept = ("image", "subject", "session")
+    return {
+        side: [
+            {"image": item["image"], **next(known), **{k: item[k] for k in kept if k in item}} for item in side_items
+        ]
+        for side, side_items in sides.items()
+    }
+
+
 def _relative_name(item: dict, root: Path) -> str:
     """The posix path of an item's first (usually only) file, relative to root where it lies under it."""
-    image = item["image"]
-    first = image[0] if isinstance(image, list) else image
     # Both come from the same joining of paths, so comparing text is enough, and resolving 40,000 paths is slow.
-    return first.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
+    return ensure_tuple(item["image"])[0].removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
 
 
 def _keep(items: list, count: int | None, generator: random.Random) -> list:
@@ -270,19 +384,19 @@ def _keep_both(training: list, validation: list, count: int | None, generator: r
     return _keep(training, count - validating, generator), _keep(validation, validating, generator)
 
 
-def _read_datalist(path: Path) -> tuple[list[dict], list[dict]]:
-    """The training and validation items of a Medical Decathlon datalist, with full paths."""
+def _read_datalist(path: Path) -> dict[str, list[dict]]:
+    """The sides of a Medical Decathlon datalist, with full paths."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"dataset_dir '{path}' is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not content.get("training"):
         raise ValueError(f"dataset_dir '{path}' holds no 'training' list: a datalist needs one of {{\"image\": path}}.")
-    sides = []
-    for side in ("training", "validation"):
+    sides = {}
+    for side in SIDES:
         entries = content.get(side) or []
         if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("image") for e in entries):
             raise ValueError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
-        loaded = load_decathlon_datalist(path, is_segmentation=False, data_list_key=side) if entries else []
-        sides.append([{"image": item["image"]} for item in loaded])
-    return sides[0], sides[1]
+        if entries:
+            sides[side] = load_decathlon_datalist(path, is_segmentation=False, data_list_key=side)
+    return sides

@@ -292,25 +292,6 @@ def save_nifti(path: str | os.PathLike, scan: Tensor, affine: Any) -> None:
     write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary))
 
 
-def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: Sequence[float], count: int = 8) -> None:
-    """Save augmented training scans as NIfTI and as one PNG, ``preview.png``, before training starts.
-
-    Args:
-        output_dir: made if needed.
-        dataset: with augmentation.
-        value_range: of its scans.
-        count: number of scans.
-    """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
-    for index, item in enumerate(items):
-        save_nifti(folder / f"preview_{index}.nii.gz", item, item.affine)
-    scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
-    figures.batch(folder / "preview.png", scans, [scan_name(item) for item in items], value_range=tuple(value_range))
-    logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")
-
-
 def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     """Say where a run's results are."""
     for what, path in (

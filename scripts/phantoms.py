@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from scripts.command_line import run
 from scripts.files import write_bytes, write_text
 
 __all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "make_brains", "make_ellipsoids"]
@@ -580,28 +581,8 @@ def _check_ellipsoids(index: int, seed: int, size: int | Sequence[int], spacing:
 
 
 def main() -> None:
-    """The command line. Fire reads the arguments; nothing is made until all of them are understood."""
-    import fire
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    # Fire calls a function first and complains about a misspelt option afterwards; so give it one that only notes.
-    def noted(make: Callable[..., str]) -> Callable[..., list]:
-        @wraps(make)
-        def note(*args, **kwargs):
-            return [make, args, kwargs]
-
-        return note
-
-    commands = {"brains": noted(make_brains), "ellipsoids": noted(make_ellipsoids)}
-    request = fire.Fire(commands, name="python -m scripts.phantoms", serialize=lambda _: None)
-    if not isinstance(request, list):
-        sys.exit("Say which phantoms to make, brains or ellipsoids; --help says more.")
-    make, args, kwargs = request
-    try:
-        print(make(*args, **kwargs))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    """The command line of this module."""
+    print(run("python -m scripts.phantoms", {"brains": make_brains, "ellipsoids": make_ellipsoids}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Reading a scan, checking it, fitting it to the network's grid; and the augmentations MONAI and TorchIO lack."""
+"""Reading a scan, checking it, fitting it to the network's grid and scaling it; and the way back."""
 
 from __future__ import annotations
 
-import logging
+import gzip
 import math
+import os
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,15 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.transforms import (
-    InvertibleTransform,
-    LoadImaged,
-    MapTransform,
-    RandomizableTransform,
-    RandTorchIOd,
-    SpatialResample,
-)
+from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, SpatialResample
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple, ensure_tuple_rep
-from nibabel.orientations import io_orientation
 from scipy import ndimage
 
-__all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RandHaircutd", "RandTorchIOScand", "ScanError"]
+from scripts.geometry import TOLERANCE, HeaderError, describe, differences, header_problems, world_axes
 
-logger = logging.getLogger(__name__)
+__all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError"]
+
+ADVICE = "replace it or leave it out with --scan_pattern"
 
 
 class ScanError(ValueError):
@@ -51,22 +47,74 @@ class LoadScand(LoadImaged):
         super().__init__(keys, image_only=True, ensure_channel_first=ensure_channel_first, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        paths = {key: ensure_tuple(data[key]) for key in self.key_iterator(dict(data))}
         try:
-            return super().__call__(data, reader)
+            d = super().__call__(data, reader)
+            for key, files in paths.items():
+                d[key].meta["header_problems"] = header_problems(files)
+            return d
         except MemoryError:
             raise
         except Exception as error:
-            paths = [path for key in self.key_iterator(dict(data)) for path in ensure_tuple(data[key])]
-            missing = [path for path in paths if not Path(path).expanduser().exists()]
-            names = ", ".join(f"'{path}'" for path in missing or paths)
-            if missing:
-                raise ScanError(
-                    f"{names} does not exist: it was moved or deleted after the scans were listed."
-                ) from error
-            raise ScanError(
-                f"{names} cannot be read as an image ({_reason(error)}): it is truncated or not an image; "
-                "replace it or leave it out with --scan_pattern."
-            ) from error
+            raise ScanError(_why_unreadable([Path(p).expanduser() for p in sum(paths.values(), ())], error)) from error
+
+
+def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:
+    """One sentence on files that no reader could read."""
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            return f"'{path}' is a link to '{path.readlink()}', which does not exist: mend the link, or {ADVICE}."
+        if not path.exists():
+            return f"'{path}' does not exist: it was moved or deleted after the scans were listed."
+        if not os.access(path, os.R_OK):
+            return f"'{path}' may not be read by this user: change its permissions, or {ADVICE}."
+        if path.is_dir():
+            return f"'{path}' holds no readable DICOM series itself ({_reason(error)}): {ADVICE}."
+        if path.stat().st_size == 0:
+            return f"'{path}' is an empty file (0 bytes): {ADVICE}."
+        found, suffix = content_suffix(path), "".join(path.suffixes[-2:])
+        if found is not None and not suffix.lower().endswith(found.lstrip(".")):  # .mgz is gzip too
+            return f"'{path}' holds {found} data, which its name hides: rename it to end in {found}, or {ADVICE}."
+    names = ", ".join(f"'{path}'" for path in paths)
+    if "channel-wise concatenation" in str(error):
+        return (
+            f"{names} cannot be the channels of one scan, since their grids or affines differ: "
+            "resample them to one grid first."
+        )
+    if isinstance(error, HeaderError):
+        return f"{names} {error}: {ADVICE}."
+    if "dtype([('R'" in str(error):
+        return (
+            f"{names} is a colour image (RGB), which has no intensity: convert it to one number a voxel, or {ADVICE}."
+        )
+    return f"{names} cannot be read as an image ({_reason(error)}): it is truncated or not an image; {ADVICE}."
+
+
+def content_suffix(path: Path) -> str | None:
+    """The suffix that belongs to what a file holds, where its first bytes tell."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        head = file.read(352)
+    if head.startswith(b"\x1f\x8b"):
+        try:
+            with gzip.open(path) as file:
+                return ".nii.gz" if _is_nifti(file.read(352)) else ".gz"
+        except (OSError, EOFError, zlib.error):
+            return ".gz"
+    if _is_nifti(head):
+        return ".nii"
+    if head.startswith(b"NRRD"):
+        return ".nrrd"
+    if head.startswith(b"ObjectType"):
+        return ".mha"
+    if head[128:132] == b"DICM":
+        return ".dcm"
+    return None
+
+
+def _is_nifti(head: bytes) -> bool:
+    return head[344:347] == b"n+1" or head[4:7] == b"n+2"
 
 
 def _reason(error: BaseException) -> str:
@@ -79,10 +127,14 @@ def _reason(error: BaseException) -> str:
 
 class CheckScand(MapTransform):
     """
-    Refuse a scan that would poison training: wrong number of channels or axes, empty, NaN or infinite voxels, constant.
+    Refuse a scan that would poison training, and note where its geometry is not what is expected.
 
-    It belongs before `Orientationd`, which fails obscurely on some of these. Input and output:
-    `[channels, *spatial]`, unchanged.
+    Refused are: a wrong number of channels or axes, an empty scan, NaN or infinite voxels, a constant channel, a
+    singular affine. What is noted goes into the scan's metadata: `geometry` (see
+    :py:func:`scripts.geometry.describe`) and `differences`, a list of half sentences;
+    :py:func:`scripts.cache.read_cohort` acts on them.
+
+    It belongs right after loading, while the geometry is the file's. Input and output: `[channels, *spatial]`.
 
     Args:
         keys: the keys that hold a loaded scan, channel first.
@@ -90,12 +142,12 @@ class CheckScand(MapTransform):
         spatial_dims: how many spatial axes a scan must have. None accepts any.
         spacing: the voxel size in mm expected along each axis (right, anterior, superior, whatever the order they are
             stored in), or one for all. None expects nothing.
-        spacing_policy: `warn` or `fail`, for a scan whose spacing differs from `spacing`.
-        spacing_tolerance: the relative difference that still counts as equal.
+        field_of_view: the extent in mm expected, likewise.
+        orientation: the stored axes expected, such as `RAS`. None expects nothing.
+        tolerance: the relative difference of sizes that still counts as equal.
 
     Raises:
         ScanError: when the scan is refused.
-        ValueError: when `spacing_policy` is neither `warn` nor `fail`.
     """
 
     def __init__(
@@ -104,76 +156,68 @@ class CheckScand(MapTransform):
         channels: int = 1,
         spatial_dims: int | None = 3,
         spacing: Sequence[float] | float | None = None,
-        spacing_policy: str = "warn",
-        spacing_tolerance: float = 0.01,
+        field_of_view: Sequence[float] | float | None = None,
+        orientation: str | None = None,
+        tolerance: float = TOLERANCE,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if spacing_policy not in ("warn", "fail"):
-            raise ValueError(f"spacing_policy is '{spacing_policy}': it must be 'warn' or 'fail'.")
         self.channels = channels
         self.spatial_dims = spatial_dims
-        self.spacing = spacing
-        self.spacing_policy = spacing_policy
-        self.spacing_tolerance = spacing_tolerance
+        self.expected = {
+            "spacing": spacing,
+            "field_of_view": field_of_view,
+            "orientation": orientation,
+            "tolerance": tolerance,
+        }
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
-            name = _scan_name(d[key], key)
-            self._check_shape(d[key].shape, name)
-            self._check_voxels(d[key], name)
-            self._check_spacing(d[key], name)
+            image = d[key]
+            name = _scan_name(image, key)
+            self._check_shape(image.shape, name)
+            self._check_voxels(image, name)
+            if isinstance(image, MetaTensor):
+                self._check_affine(image, name)
+                geometry = describe(image)
+                image.meta["geometry"] = geometry
+                image.meta["differences"] = [
+                    *image.meta.get("header_problems", []),
+                    *differences(geometry, **self.expected),
+                ]
         return d
 
     def _check_shape(self, shape: torch.Size, name: str) -> None:
         found = tuple(shape)
         if math.prod(found) == 0:
-            raise ScanError(f"'{name}' is empty (shape {found[1:]}): replace it or leave it out with --scan_pattern.")
+            raise ScanError(f"'{name}' is empty (shape {found[1:]}): {ADVICE}.")
         if found[0] != self.channels:
             raise ScanError(
                 f"'{name}' has {found[0]} channels or time points of shape {found[1:]} where {self.channels} is "
-                "expected, as a 4D file does: give one volume a scan, or leave it out with --scan_pattern."
+                f"expected, as a 4D file does: give one volume a scan, or {ADVICE}."
             )
         if self.spatial_dims is not None and len(found) - 1 != self.spatial_dims:
             raise ScanError(
                 f"'{name}' has {len(found) - 1} spatial axes (shape {found[1:]}) where {self.spatial_dims} are "
-                "expected: leave it out with --scan_pattern."
+                f"expected: {ADVICE}."
             )
 
     def _check_voxels(self, image: torch.Tensor, name: str) -> None:
         pixels = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
-        advice = "replace it or leave it out with --scan_pattern."
         low, high = (pixels.flatten(1).amin(1), pixels.flatten(1).amax(1))  # NaN and infinity both show in these
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             bad = int(pixels.numel() - torch.isfinite(pixels).sum())
-            raise ScanError(f"'{name}' has {bad} NaN or infinite voxel(s) of {pixels.numel()}: {advice}")
+            raise ScanError(f"'{name}' has {bad} NaN or infinite voxel(s) of {pixels.numel()}: {ADVICE}.")
         if (low == high).any():
             value = float(low[low == high][0])
-            raise ScanError(f"'{name}' is constant (every voxel is {value:g}): {advice}")
+            raise ScanError(f"'{name}' is constant (every voxel is {value:g}): {ADVICE}.")
 
-    def _check_spacing(self, image: torch.Tensor, name: str) -> None:
+    def _check_affine(self, image: MetaTensor, name: str) -> None:
         rank = image.ndim - 1
-        affine = to_affine_nd(rank, image.affine.numpy()) if isinstance(image, MetaTensor) else np.eye(rank + 1)
+        affine = to_affine_nd(rank, image.affine.numpy())
         if not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine) == rank + 1):
-            raise ScanError(
-                f"'{name}' has no usable affine in its header, so its voxel size is unknown: "
-                "replace it or leave it out with --scan_pattern."
-            )
-        if self.spacing is None:
-            return
-        found = np.asarray(affine_to_spacing(affine, r=rank), dtype=float)
-        axes = io_orientation(affine)[:, 0].astype(int)  # the RAS axis each stored axis runs along
-        found = found[np.argsort(axes)]
-        expected = np.asarray(ensure_tuple_rep(self.spacing, rank), dtype=float)
-        if not np.allclose(found, expected, rtol=self.spacing_tolerance, atol=0):
-            message = (
-                f"'{name}' has voxels of {_millimetres(found)} where {_millimetres(expected)} are expected: "
-                "check its header, or set the expected spacing to match."
-            )
-            if self.spacing_policy == "fail":
-                raise ScanError(message)
-            logger.warning(message)
+            raise ScanError(f"'{name}' has a singular affine in its header, so its voxel size is unknown: {ADVICE}.")
 
 
 def _scan_name(image: torch.Tensor, key: Hashable) -> str:
@@ -181,21 +225,18 @@ def _scan_name(image: torch.Tensor, key: Hashable) -> str:
     return str(meta.get(ImageMetaKey.FILENAME_OR_OBJ, key))
 
 
-def _millimetres(spacing: np.ndarray) -> str:
-    return "×".join(f"{s:.3g}" for s in spacing) + " mm"
-
-
 class FitShape(SpatialResample):
     """
-    Fit a scan to a grid of `spatial_shape` voxels without distorting the anatomy.
+    Fit a scan to a grid of `spatial_shape` voxels along the world's axes, without distorting the anatomy.
 
     The new voxels are cubes, as small as lets the whole scan into the grid; the scan sits in the grid's centre and what
-    lies outside it takes the channel's lowest value, which is the background's. It is one resampling, tracked as
-    MONAI's `SpatialResample`: the affine stays true (a voxel keeps its place in the world) and `inverse` returns the
+    lies outside it takes the channel's lowest value, which is the background's. A scan that was acquired at an angle is
+    turned upright, and its voxels grow only if its foreground would not fit otherwise. It is one resampling, tracked
+    as MONAI's `SpatialResample`: the affine stays true (a voxel keeps its place in the world) and `inverse` returns the
     scan's own grid. Before an axis loses resolution the scan is smoothed along it, or detail finer than the new voxels
     would come back as aliasing.
 
-    Input: `[channels, *spatial]`. Output: `[channels, *spatial_shape]`, float32.
+    Input: `[channels, *spatial]`. Output: `[channels, *spatial_shape]`, float32, its axes in the order of the input's.
 
     Args:
         spatial_shape: voxels along each axis of the result, or one number for all.
@@ -213,11 +254,11 @@ class FitShape(SpatialResample):
         image = img if isinstance(img, MetaTensor) else MetaTensor(img)
         rank = image.ndim - 1
         shape = np.array(ensure_tuple_rep(self.spatial_shape, rank))
-        affine, zoom = self._destination(image, shape)
-        # Each new voxel spans `zoom` old ones; (zoom - 1) / 2 is the width scikit-image and MONAI's Resize use.
-        sigma = np.maximum((zoom - 1) / 2, 0)
         background = image.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * rank)  # each channel has its own
         shifted = image - background
+        affine, zoom = self._destination(shifted, shape)
+        # Each new voxel spans `zoom` old ones; (zoom - 1) / 2 is the width scikit-image and MONAI's Resize use.
+        sigma = np.maximum((zoom - 1) / 2, 0)
         if sigma.any() and self.mode != "nearest":
             # SciPy's is separable and ten times faster here than MONAI's convolution, which runs on one channel.
             pixels = shifted.float().cpu().numpy()
@@ -231,20 +272,36 @@ class FitShape(SpatialResample):
         old_shape = np.array(image.shape[1:])
         old = to_affine_nd(rank, image.affine.numpy().astype(float))
         spacing = affine_to_spacing(old, r=rank)
-        new_spacing = old_shape * spacing / shape
+        axes = world_axes(old)
+        centre = old[:rank, :rank] @ ((old_shape - 1) / 2) + old[:rank, rank]
+        extent = old_shape * spacing
+        if not np.allclose(old[:rank, :rank], axes * spacing, atol=1e-3 * spacing.min()):
+            extent = np.maximum(extent, _foreground_extent(image, old, axes, centre))
+        new_spacing = extent / shape
         if self.keep_aspect:
             new_spacing = np.full(rank, new_spacing.max())
-        zoom = new_spacing / spacing
         new = np.eye(rank + 1)
-        new[:rank, :rank] = old[:rank, :rank] * zoom
-        centre = old[:rank, :rank] @ ((old_shape - 1) / 2) + old[:rank, rank]
+        new[:rank, :rank] = axes * new_spacing
         new[:rank, rank] = centre - new[:rank, :rank] @ ((shape - 1) / 2)
-        return new, zoom
+        return new, new_spacing / spacing
 
     def inverse(self, data: torch.Tensor) -> torch.Tensor:
         # On the way back every voxel lies within the grid, to half a voxel: its edge must not fade to zero.
         data.applied_operations[-1][TraceKeys.EXTRA_INFO]["padding_mode"] = "border"
         return super().inverse(data)
+
+
+def _foreground_extent(image: MetaTensor, affine: np.ndarray, axes: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """How large (mm) a box about `centre`, along the world's axes, holds all above 5 % of the brightest voxel."""
+    step = 3  # every third voxel is enough, with three voxels' margin
+    rank = len(centre)
+    pixels = image.as_tensor().amax(0).cpu().numpy()
+    voxels = step * np.argwhere(pixels[(slice(None, None, step),) * rank] > 0.05 * pixels.max())
+    if not len(voxels):
+        return np.zeros(rank)
+    world = voxels @ affine[:rank, :rank].T + affine[:rank, rank] - centre
+    margin = step * affine_to_spacing(affine, r=rank).max()
+    return 2 * (np.abs(world @ axes).max(axis=0) + margin)
 
 
 class FitShaped(MapTransform, InvertibleTransform):
@@ -282,101 +339,63 @@ class FitShaped(MapTransform, InvertibleTransform):
         return d
 
 
-class RandHaircutd(RandomizableTransform, MapTransform):
+class RobustScaled(MapTransform, InvertibleTransform):
     """
-    Shave a few voxels off the edge of the brain, as a tighter skull-strip would.
+    Clip each channel to two of its percentiles and scale these to a range. It can be undone, but for the clipping.
 
-    The background is what lies near the image's lowest value and reaches the border of the volume; dark voxels enclosed
-    by the brain are not an edge. An image without background is returned as it is.
-
-    Input and output: `[channels, *spatial]`. All keys and channels lose the same number of voxels.
+    Input and output: `[channels, *spatial]`, float32. `inverse` gives the scan's own units back, to whatever image has
+    the trace of this transform (a reconstruction, say).
 
     Args:
-        keys: the keys that hold skull-stripped scans.
-        prob: how often a scan is shaved.
-        width: the fewest and the most voxels to shave off.
-        threshold: how far above the lowest value, as a share of the image's range, still counts as background.
-            Resampling leaves a faint rim around the brain; without this the haircut would take that rim alone.
+        keys: the keys that hold scans.
+        lower, upper: the percentiles, 0 to 100. Every scan that has any background at all keeps it at `b_min` exactly,
+            so long as more than `lower` percent of its voxels are background.
+        b_min, b_max: what they become.
 
     Raises:
-        ValueError: when `width` is not a pair of whole numbers, the first at least 1 and at most the second.
+        ScanError: when the two percentiles of a channel are equal.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        prob: float = 0.1,
-        width: tuple[int, int] = (1, 3),
-        threshold: float = 0.05,
+        lower: float = 0.05,
+        upper: float = 99.95,
+        b_min: float = 0.0,
+        b_max: float = 1.0,
         allow_missing_keys: bool = False,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob)
-        if len(width) != 2 or not 1 <= width[0] <= width[1]:
-            raise ValueError(f"width is {width}: it must be the fewest and the most voxels to shave, from 1 up.")
-        self.width = (int(width[0]), int(width[1]))
-        self.threshold = threshold
+        super().__init__(keys, allow_missing_keys)
+        self.lower, self.upper = lower, upper
+        self.b_min, self.b_max = b_min, b_max
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
-        self.randomize(None)
-        if not self._do_transform:
-            return d
-        width = int(self.R.randint(self.width[0], self.width[1] + 1))
         for key in self.key_iterator(d):
-            d[key] = self._shave(d[key], width)
+            image = d[key].float()
+            # NumPy selects where PyTorch sorts: eight times faster on a volume
+            values = image.detach().cpu().numpy().reshape(len(image), -1)
+            low, high = np.percentile(values, (self.lower, self.upper), axis=1)
+            if not (high > low).all():
+                raise ScanError(
+                    f"'{_scan_name(image, key)}' has the same value at its {self.lower} and {self.upper} percentiles: "
+                    f"it shows nothing to learn from; {ADVICE}."
+                )
+            gain, offset = (self.b_max - self.b_min) / (high - low), low
+            clipped = torch.minimum(torch.maximum(image, _per_channel(low, image)), _per_channel(high, image))
+            scaled = (clipped - _per_channel(offset, image)) * _per_channel(gain, image) + self.b_min
+            self.push_transform(scaled, extra_info={"gain": gain.tolist(), "offset": offset.tolist()})
+            d[key] = scaled
         return d
 
-    def _shave(self, image: torch.Tensor, width: int) -> torch.Tensor:
-        pixels = image.as_tensor() if isinstance(image, MetaTensor) else image
-        lowest = pixels.amin()
-        dark = pixels <= lowest + self.threshold * (pixels.amax() - lowest)
-        brain = ~_reaching_border(dark.all(dim=0).cpu().numpy())
-        # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would. What
-        # lies past the border of the volume is unknown, so a scan cut off there keeps that face.
-        step = ndimage.generate_binary_structure(brain.ndim, min(2, brain.ndim))
-        brain = ndimage.binary_erosion(brain, step, iterations=width, border_value=1)
-        return torch.where(torch.from_numpy(brain).to(pixels.device), image, lowest)
-
-
-def _reaching_border(mask: np.ndarray) -> np.ndarray:
-    """The connected parts of a mask that touch the border of the volume."""
-    parts, count = ndimage.label(mask)
-    touching = np.zeros(count + 1, dtype=bool)
-    for axis in range(mask.ndim):
-        for end in (0, -1):
-            touching[np.take(parts, end, axis=axis)] = True
-    touching[0] = False  # label 0 is what is not in the mask
-    return touching[parts]
-
-
-class RandTorchIOScand(RandTorchIOd):
-    """
-    MONAI's `RandTorchIOd` that keeps the scan's metadata.
-
-    Some TorchIO transforms return a bare tensor; then the affine and the file name would be lost, and a batch of scans
-    of which some were transformed could not be collated. TorchIO sees the scan without its affine: what it takes in mm
-    are voxels here. It draws from PyTorch's own generator, which `monai.utils.set_determinism` seeds.
-
-    Input and output: `[channels, x, y, z]`; a 2D scan (`[channels, x, y]`) is returned as it is.
-
-    Args:
-        keys: the keys that hold scans.
-        name: the TorchIO transform, such as `RandomMotion`.
-        prob: how often it is applied.
-        kwargs: what the TorchIO transform takes.
-    """
-
-    def __init__(self, keys: KeysCollection, name: str, prob: float = 0.1, **kwargs: Any) -> None:
-        super().__init__(keys, name=name, p=prob, **kwargs)
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
-        images = {key: d[key] for key in self.key_iterator(d) if d[key].ndim == 4}
-        if not images:
-            return d
-        bare = {key: image.as_tensor() if isinstance(image, MetaTensor) else image for key, image in images.items()}
-        for key, changed in self.trans(bare).items():
-            image = images[key]
-            d[key] = MetaTensor(changed).copy_meta_from(image) if isinstance(image, MetaTensor) else changed
+        for key in self.key_iterator(d):
+            image = d[key]
+            info = self.pop_transform(image)[TraceKeys.EXTRA_INFO]
+            d[key] = (image - self.b_min) / _per_channel(info["gain"], image) + _per_channel(info["offset"], image)
         return d
+
+
+def _per_channel(values: Sequence[float], image: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))

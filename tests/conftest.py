@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
+from monai.data import MetaTensor
 
 from scripts.phantoms import make_brains
 
@@ -28,3 +32,17 @@ def run_bundle(*arguments: object, run_id: str = "training", configs=TINY, cwd: 
     return subprocess.run(
         [*words, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def brain(size=16, spacing=1.0, channels=1):
+    """A ball of smooth tissue on an empty background, in [0, 1]."""
+    axis = (np.arange(size) - (size - 1) / 2) / (size / 2)
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
+    tissue = 0.6 + 0.3 * np.sin(4 * x) * np.cos(3 * y) + 0.1 * z
+    image = np.where(x**2 + y**2 + z**2 < 0.7**2, tissue, 0).astype(np.float32)
+    return MetaTensor(np.repeat(image[None], channels, 0), affine=torch.diag(torch.tensor([spacing] * 3 + [1.0])))
+
+
+def save(path, array, affine=None):
+    nib.save(nib.Nifti1Image(np.asarray(array, dtype=np.float32), np.eye(4) if affine is None else affine), path)
+    return str(path)

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from scripts.blocks import FirstLatent, LatentOff, ResidualBlock, StochasticBlock
-from scripts.convert import DECODER, ENCODER, OUTPUT, ConversionError, convert, load_published_checkpoint, main
+from scripts.convert import (
+    DECODER,
+    ENCODER,
+    OUTPUT,
+    ConversionError,
+    convert,
+    load_published_checkpoint,
+    write_bundle_weights,
+)
 from scripts.losses import negative_log_likelihood
 from scripts.networks import VDVAE
 
@@ -356,8 +364,8 @@ def test_damaged_files_are_refused_by_name(kind, tmp_path):
     path = damaged(kind, tmp_path)
     with pytest.raises(ConversionError, match=r"'.*x\.pt'"):
         load_published_checkpoint(path)
-    with pytest.raises(SystemExit, match=r"Error: .*x\.pt"):
-        main(str(path), str(tmp_path / "out"))
+    with pytest.raises(ConversionError, match=r"x\.pt"):
+        write_bundle_weights(str(path), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from scripts.datalist import check_batch_size, find_scans, make_datalist, split_by_subject, subject_name, write_datalist
+from scripts.datalist import (
+    check_batch_size,
+    find_scans,
+    make_datalist,
+    session_name,
+    split_by_subject,
+    subject_name,
+    write_datalist,
+)
 
 
 def make_files(root: Path, names) -> Path:
@@ -162,8 +170,11 @@ def test_decathlon_datalist_with_its_own_validation(tmp_path):
     }
     path.write_text(json.dumps(content))
     datalist = make_datalist(path)
-    assert datalist["training"] == [{"image": str(tmp_path / f"images/{i}.nii.gz")} for i in range(8)]
-    assert datalist["validation"] == [{"image": "/elsewhere/8.nii.gz"}, {"image": str(tmp_path / "images/9.nii.gz")}]
+    assert [item["image"] for item in datalist["training"]] == [str(tmp_path / f"images/{i}.nii.gz") for i in range(8)]
+    assert [item["image"] for item in datalist["validation"]] == [
+        "/elsewhere/8.nii.gz",
+        str(tmp_path / "images/9.nii.gz"),
+    ]
     kept = make_datalist(path, max_scans=5)
     assert [len(side) for side in kept.values()] == [4, 1]
 
@@ -173,6 +184,60 @@ def test_decathlon_datalist_without_validation_is_split_as_the_folder_is(tmp_pat
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps({"training": [{"image": f"./{name}"} for name in reversed(BIDS)]}))
     assert make_datalist(path, train_fraction=0.7, seed=5) == make_datalist(tmp_path, train_fraction=0.7, seed=5)
+
+
+def test_bids_entities_are_kept(tmp_path):
+    item = make_datalist(make_files(tmp_path, BIDS))["training"][0]
+    assert item == {"image": str(tmp_path / BIDS[0]), "subject": "sub-00", "session": "ses-1"}
+    assert [session_name(name) for name in ("1234567_20253_3_0.nii.gz", "a.nii")] == ["3", None]
+
+
+def test_a_datalist_may_name_the_subjects_and_a_testing_side(tmp_path):
+    path = tmp_path / "dataset.json"
+    training = [{"image": f"{i}.nii", "subject": f"twin {i // 2}"} for i in range(8)]
+    path.write_text(json.dumps({"training": training, "testing": [{"image": "t.nii"}]}))
+    datalist = make_datalist(path, train_fraction=0.5)
+    assert {len(datalist[side]) for side in ("training", "validation")} == {4}
+    subjects = [{item["subject"] for item in datalist[side]} for side in ("training", "validation")]
+    assert not subjects[0] & subjects[1]
+    assert datalist["testing"] == [{"image": str(tmp_path / "t.nii"), "subject": "t"}]
+
+
+CHANNELS = [
+    (["*_T1w.nii.gz", "*_FLAIR.nii.gz"], "sub-{}/anat/sub-{}_T1w.nii.gz", "sub-{}/anat/sub-{}_FLAIR.nii.gz"),
+    (["T1/*.nii", "FLAIR/*.nii"], "T1/{}.nii", "FLAIR/{}.nii"),
+    (["*_20252_2_0.nii.gz", "*_20253_2_0.nii.gz"], "{}_20252_2_0.nii.gz", "{}_20253_2_0.nii.gz"),
+    (["t1/", "flair/"], "{}/t1/1.dcm", "{}/flair/1.dcm"),
+]
+
+
+@pytest.mark.parametrize(("patterns", "t1", "flair"), CHANNELS)
+def test_a_pattern_per_channel(tmp_path, patterns, t1, flair, caplog):
+    make_files(tmp_path, [name.format(s, s) for name in (t1, flair) for s in ("01", "02", "03")])
+    make_files(tmp_path, [t1.format("04", "04")])  # lacks the second
+    found = find_scans(tmp_path, patterns)
+    assert [len(channels) for channels in found] == [2, 2, 2]
+    for s, (one, two) in zip(("01", "02", "03"), found, strict=True):
+        assert s in str(one)
+        assert str(two).replace("FLAIR", "T1").replace("flair", "t1") == str(one).replace("T1w", "T1") or "2025" in str(
+            one
+        )
+    assert "1 file(s) are left out, since the scan that they belong to lacks another channel" in caplog.text
+    datalist = make_datalist(tmp_path, patterns)
+    assert all(len(item["image"]) == 2 for side in datalist.values() for item in side)
+
+
+def test_channels_that_never_meet(tmp_path):
+    make_files(tmp_path, ["a_T1.nii", "b_FLAIR.nii"])
+    with pytest.raises(
+        FileNotFoundError, match=r"No scan .* has all channels: .* match 1, 1 file\(s\), but never with"
+    ):
+        find_scans(tmp_path, ["*_T1.nii", "*_FLAIR.nii"])
+
+
+def test_dicom_files_are_pointed_at_their_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"for DICOM series to one of their folders.*such as '\*/'"):
+        find_scans(make_files(tmp_path, ["patient/series/1.dcm"]))
 
 
 def test_decathlon_items_of_several_channels(tmp_path):

@@ -1,0 +1,170 @@
+"""The random transforms that MONAI and TorchIO lack, or that need a hand to fit in."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, RandomizableTransform, RandTorchIOd, Resample
+from monai.transforms.utils import create_grid
+from scipy import ndimage
+
+__all__ = ["RandElasticd", "RandHaircutd", "RandTorchIOScand"]
+
+
+class RandElasticd(RandomizableTransform, MapTransform):
+    """
+    Bend a scan by a smooth random displacement, in 2D or 3D.
+
+    The displacement is that of MONAI's `Rand3DElasticd`: white noise in [-1, 1] an axis and voxel, smoothed by a
+    Gaussian and multiplied by the magnitude. That one resamples every scan whatever its `prob`, has no 2D form with
+    the same arguments, and smooths by a dense convolution, which took most of its time.
+
+    Input and output: `[channels, *spatial]`; what comes from outside is 0. All keys are bent alike.
+
+    Args:
+        keys: the keys that hold scans of one shape.
+        prob: how often a scan is bent.
+        sigma_range: of the Gaussian, in voxels.
+        magnitude_range: of the displacement, in voxels before smoothing.
+        mode: the interpolation, `bilinear` (trilinear in 3D) or `nearest`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        prob: float = 0.1,
+        sigma_range: tuple[float, float] = (1, 3),
+        magnitude_range: tuple[float, float] = (3, 5),
+        mode: str = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        self.sigma_range = sigma_range
+        self.magnitude_range = magnitude_range
+        self.resample = Resample(mode=mode, padding_mode="zeros")
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return d
+        shape = d[self.first_key(d)].shape[1:]
+        sigma, magnitude = (self.R.uniform(*r) for r in (self.sigma_range, self.magnitude_range))
+        noise = self.R.uniform(-1, 1, (len(shape), *shape)).astype(np.float32)
+        # cut off at 3 sigma: what is left out weighs 0.3 %
+        smooth = ndimage.gaussian_filter(noise, (0, *[sigma] * len(shape)), mode="constant", truncate=3)
+        grid = torch.as_tensor(create_grid(shape, dtype=np.float32))
+        grid[: len(shape)] += magnitude * torch.from_numpy(smooth)
+        for key in self.key_iterator(d):
+            d[key] = self.resample(d[key], grid.to(d[key].device))
+        return d
+
+
+class RandHaircutd(RandomizableTransform, MapTransform):
+    """
+    Shave a few voxels off the edge of the brain, as a tighter skull-strip would.
+
+    The background is what lies near the image's lowest value and reaches the border of the volume; dark voxels enclosed
+    by the brain are not an edge. An image without background is returned as it is.
+
+    Input and output: `[channels, *spatial]`. All keys and channels lose the same number of voxels.
+
+    Args:
+        keys: the keys that hold skull-stripped scans.
+        prob: how often a scan is shaved.
+        width: the fewest and the most voxels to shave off.
+        threshold: how far above the lowest value, as a share of the image's range, still counts as background.
+            Resampling leaves a faint rim around the brain; without this the haircut would take that rim alone.
+
+    Raises:
+        ValueError: when `width` is not a pair of whole numbers, the first at least 1 and at most the second.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        prob: float = 0.1,
+        width: tuple[int, int] = (1, 3),
+        threshold: float = 0.05,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        if len(width) != 2 or not 1 <= width[0] <= width[1]:
+            raise ValueError(f"width is {width}: it must be the fewest and the most voxels to shave, from 1 up.")
+        self.width = (int(width[0]), int(width[1]))
+        self.threshold = threshold
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return d
+        width = int(self.R.randint(self.width[0], self.width[1] + 1))
+        for key in self.key_iterator(d):
+            d[key] = self._shave(d[key], width)
+        return d
+
+    def _shave(self, image: torch.Tensor, width: int) -> torch.Tensor:
+        pixels = image.as_tensor() if isinstance(image, MetaTensor) else image
+        lowest = pixels.amin()
+        dark = pixels <= lowest + self.threshold * (pixels.amax() - lowest)
+        brain = ~_reaching_border(dark.all(dim=0).cpu().numpy())
+        # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would. What
+        # lies past the border of the volume is unknown, so a scan cut off there keeps that face.
+        step = ndimage.generate_binary_structure(brain.ndim, min(2, brain.ndim))
+        brain = ndimage.binary_erosion(brain, step, iterations=width, border_value=1)
+        return torch.where(torch.from_numpy(brain).to(pixels.device), image, lowest)
+
+
+def _reaching_border(mask: np.ndarray) -> np.ndarray:
+    """The connected parts of a mask that touch the border of the volume."""
+    parts, count = ndimage.label(mask)
+    touching = np.zeros(count + 1, dtype=bool)
+    for axis in range(mask.ndim):
+        for end in (0, -1):
+            touching[np.take(parts, end, axis=axis)] = True
+    touching[0] = False  # label 0 is what is not in the mask
+    return touching[parts]
+
+
+class RandTorchIOScand(RandomizableTransform, MapTransform):
+    """
+    A TorchIO transform through MONAI's `RandTorchIOd`, keeping the scan's metadata.
+
+    Some TorchIO transforms return a bare tensor; then the affine and the file name would be lost, and a batch of scans
+    of which some were transformed could not be collated. TorchIO sees the scan without its affine: what it takes in mm
+    are voxels here. It draws from PyTorch's own generator, which `monai.utils.set_determinism` seeds.
+
+    Input and output: `[channels, x, y, z]`; a 2D scan (`[channels, x, y]`) is returned as it is.
+
+    Args:
+        keys: the keys that hold scans.
+        name: the TorchIO transform, such as `RandomMotion`.
+        prob: how often it is applied.
+        kwargs: what the TorchIO transform takes.
+    """
+
+    def __init__(self, keys: KeysCollection, name: str, prob: float = 0.1, **kwargs: Any) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self.name = name
+        self.torchio = RandTorchIOd(keys, name=name, p=1.0, **kwargs)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        self.randomize(None)
+        images = {key: d[key] for key in self.key_iterator(d) if d[key].ndim == 4}
+        if not self._do_transform or not images:
+            return d
+        bare = {key: image.as_tensor() if isinstance(image, MetaTensor) else image for key, image in images.items()}
+        for key, changed in self.torchio(bare).items():
+            image = images[key]
+            d[key] = MetaTensor(changed).copy_meta_from(image) if isinstance(image, MetaTensor) else changed
+        return d

@@ -1,0 +1,237 @@
+"""Preprocessed scans on disk: each is computed once, and served only while its file and the settings are the same."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import monai
+import torch
+from joblib import Parallel, cpu_count, delayed
+from monai.data import MetaTensor, PersistentDataset
+from monai.utils import ensure_tuple
+from tqdm import tqdm
+
+from scripts import geometry, transforms
+from scripts.files import write_text, write_whole
+from scripts.transforms import ScanError
+
+__all__ = ["ScanCache", "read_cohort"]
+
+logger = logging.getLogger(__name__)
+
+# formats that keep their voxels in a second file beside the one that is named
+WITH_COMPANIONS = (".hdr", ".img", ".mhd", ".nhdr")
+POLICIES = ("warn", "skip", "fail")
+NAMED = 5  # scans that a warning names; the rest are counted
+TASKS_PER_PROCESS = 24  # a process takes several seconds to start
+
+
+class ScanCache(PersistentDataset):
+    """
+    A data set of preprocessed scans, each in a file of its own.
+
+    A file's name is a hash of where the scan is, of its size and times of modification, of the transforms and their
+    settings, of their source code and of MONAI's version. So another file or another setting is another name, and
+    nothing stale is served. Files appear whole, by a rename: a process that is killed while it writes leaves none, and
+    several may write at once. A file that cannot be read is computed anew.
+
+    Its items are `{"image": MetaTensor [channels, *spatial], float32}` with the affine of the grid and the scan's path
+    as `filename_or_obj`.
+
+    Args:
+        data: a list of `{"image": path, ...}`, see :py:func:`scripts.datalist.make_datalist`.
+        transform: a `Compose` of what is deterministic, :py:class:`scripts.transforms.CheckScand` among them.
+        cache_dir: folder of the files, made if need be. None computes each scan anew each time.
+        half_precision: keep 16 bits a voxel: half the disk, and intensities in [0, 1] to within 0.00025.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict[str, Any]],
+        transform: Callable,
+        cache_dir: str | os.PathLike | None,
+        half_precision: bool = False,
+    ) -> None:
+        super().__init__(data, transform, cache_dir)
+        self.half_precision = half_precision
+        steps = list(self.transform.flatten().transforms)  # without Compose, whose own random state differs each time
+        code = [Path(module.__file__).read_bytes() for module in (transforms, geometry)]
+        self.settings = joblib.hash([steps, code, monai.__version__, half_precision])
+
+    def path(self, index: int) -> Path | None:
+        """Where a scan's file is, or will be; None without a `cache_dir`."""
+        if self.cache_dir is None:
+            return None
+        image = self.data[index]["image"]
+        state = [_state(Path(file)) for file in ensure_tuple(image)]
+        return self.cache_dir / f"{joblib.hash([image, state, self.settings])}.pt"
+
+    def notes(self, index: int) -> dict[str, Any]:
+        """
+        What :py:class:`scripts.transforms.CheckScand` noted of a scan: `geometry` and `differences`.
+
+        Raises:
+            ScanError: when the scan cannot be used.
+        """
+        entry = self._entry(index, mmap=True)
+        return {"geometry": entry["geometry"], "differences": entry["differences"]}
+
+    def _transform(self, index: int) -> dict[str, MetaTensor]:
+        entry = self._entry(index)
+        meta = {"filename_or_obj": entry["name"]}
+        return {"image": MetaTensor(entry["image"].float(), affine=entry["affine"], meta=meta)}
+
+    def _entry(self, index: int, mmap: bool = False) -> dict[str, Any]:
+        path = self.path(index)
+        if path is not None and path.is_file():
+            try:
+                return torch.load(path, weights_only=True, mmap=mmap)
+            except (RuntimeError, EOFError, pickle.UnpicklingError):
+                warnings.warn(f"The cached scan '{path}' is damaged; it is computed anew.", stacklevel=2)
+        entry = self._compute(index)
+        if path is not None:
+            write_whole(path, lambda temporary: torch.save(entry, temporary))
+        return entry
+
+    def _compute(self, index: int) -> dict[str, Any]:
+        try:
+            image = self.transform({"image": self.data[index]["image"]})["image"]
+        except RuntimeError as error:  # Compose wraps the sentence in its own
+            raise error.__cause__ if isinstance(error.__cause__, ScanError) else error from None
+        return {
+            "image": image.as_tensor().to(torch.float16 if self.half_precision else torch.float32).contiguous(),
+            "affine": image.affine,
+            "name": str(image.meta["filename_or_obj"]),
+            "geometry": image.meta["geometry"],
+            "differences": image.meta["differences"],
+        }
+
+
+def _state(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, size and times of a file and of what belongs to it: a series' slices, a header's voxels."""
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file())
+    elif path.suffix in WITH_COMPANIONS:
+        files = sorted(path.parent.glob(f"{path.stem}.*"))
+    else:
+        files = [path]
+    # the time of the last change of the inode is there too: `cp -p` and `rsync -t` keep the other
+    status = [(file.name, file.stat()) for file in files if file.exists()]
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in status]
+
+
+def read_cohort(
+    datalist: dict[str, list[dict]],
+    transform: Callable,
+    cache_dir: str | os.PathLike | None,
+    half_precision: bool = False,
+    policy: str = "warn",
+    workers: int = 1,
+    skipped_file: str | os.PathLike | None = None,
+) -> dict[str, list[dict]]:
+    """
+    Read every scan of a run once, fill the cache with it, and say which scans cannot or should not be used.
+
+    Args:
+        datalist: `{"training": [{"image": path}, ...], "validation": [...]}`.
+        transform, cache_dir, half_precision: see :py:class:`ScanCache`.
+        policy: what becomes of a scan that cannot be used, or whose geometry differs from what is expected. `warn`:
+            the first ends the run, of the second the log tells. `skip`: both are left out, and written to
+            `skipped_file` with the reason. `fail`: either ends the run.
+        workers: processes that read scans.
+        skipped_file: a CSV file, written when `policy` is `skip` and something is left out.
+
+    Returns:
+        The datalist without what is skipped.
+
+    Raises:
+        ScanError: as `policy` says, or when nothing of a side is left.
+        ValueError: when `policy` is none of the three.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"scan_policy is '{policy}': it must be one of {', '.join(POLICIES)}.")
+    kept, skipped, geometries, noted = {}, [], [], []
+    for side, items in datalist.items():
+        kept[side] = []
+        dataset = ScanCache(items, transform, cache_dir, half_precision)
+        for item, notes in zip(items, _read_all(dataset, workers, side), strict=True):
+            if isinstance(notes, ScanError):
+                if policy != "skip":
+                    raise notes
+                skipped.append((side, item["image"], str(notes)))
+                continue
+            name = ", ".join(map(str, ensure_tuple(item["image"])))
+            sentences = [f"'{name}': {difference}." for difference in notes["differences"]]
+            if sentences and policy == "fail":
+                raise ScanError(f"{sentences[0]} scan_policy is 'fail', so nothing was trained.")
+            if sentences and policy == "skip":
+                skipped.append((side, item["image"], " ".join(sentences)))
+                continue
+            noted += sentences
+            geometries.append((name, notes["geometry"]))
+            kept[side].append(item)
+    _warn_of("differ from what is expected, or have odd headers", noted)
+    _warn_of_mixed_sizes(geometries)
+    if skipped:
+        _report_skipped(skipped, skipped_file)
+    for side, items in kept.items():
+        if datalist[side] and not items:
+            raise ScanError(f"No scan of the {side} side can be used: the first reason is {skipped[0][2]}")
+    return kept
+
+
+def _read_all(dataset: ScanCache, workers: int, side: str) -> Iterator[dict[str, Any] | ScanError]:
+    """The notes on each scan, in order, or why it cannot be used; what is not cached is read in parallel."""
+    paths = [dataset.path(index) for index in range(len(dataset))]
+    missing = [index for index, path in enumerate(paths) if path is None or not path.is_file()]
+    found: dict[int, dict[str, Any] | ScanError] = {}
+    if missing:
+        processes = max(1, min(workers, cpu_count(), 1 + len(missing) // TASKS_PER_PROCESS))
+        done = Parallel(n_jobs=processes, return_as="generator")(delayed(_try)(dataset, index) for index in missing)
+        bar = tqdm(done, total=len(missing), desc=f"reading {side} scans", unit="scan", file=sys.stderr)
+        found = dict(zip(missing, bar, strict=True))
+    for index in range(len(dataset)):
+        yield found[index] if index in found else _try(dataset, index)
+
+
+def _try(dataset: ScanCache, index: int) -> dict[str, Any] | ScanError:
+    try:
+        return dataset.notes(index)
+    except ScanError as error:
+        return ScanError(str(error))  # without its causes, which do not all travel between processes
+
+
+def _warn_of(what: str, sentences: Sequence[str]) -> None:
+    if sentences:
+        more = f" And {len(sentences) - NAMED} more." if len(sentences) > NAMED else ""
+        logger.warning("%d scan(s) %s: %s%s", len(sentences), what, " ".join(sentences[:NAMED]), more)
+
+
+def _warn_of_mixed_sizes(geometries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    names, described = [name for name, _ in geometries], [g for _, g in geometries]
+    mixed = geometry.mixed_voxel_sizes(described)
+    if mixed:
+        usual = geometry.usual_voxel_size(described)
+        sentences = [f"'{names[i]}': {'; '.join(geometry.differences(described[i], spacing=usual))}." for i in mixed]
+        _warn_of(f"of {len(names)} have other voxel sizes than most", sentences)
+
+
+def _report_skipped(skipped: Sequence[tuple[str, Any, str]], path: str | os.PathLike | None) -> None:
+    _warn_of("are left out", [reason for _, _, reason in skipped])
+    if path is not None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["side", "image", "reason"])
+        writer.writerows((side, ";".join(map(str, ensure_tuple(image))), reason) for side, image, reason in skipped)
+        write_text(path, text.getvalue())
+        logger.warning("All of them, with the reason: '%s'.", path)

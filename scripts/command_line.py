@@ -1,0 +1,42 @@
+"""What every `python -m scripts.<tool>` shares: reading its command line, and ending errors with a sentence."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import fire
+
+
+def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
+    """
+    Call a function with the arguments that the command line gives, and return what it returns.
+
+    Nothing is called until every argument is understood (Fire by itself calls first and complains of a misspelt option
+    afterwards). A `ValueError` or `OSError` ends the program with its message and exit code 1.
+
+    Args:
+        program: how the program is called, such as `python -m scripts.phantoms`.
+        commands: the function, or several by name, of which the first argument chooses one.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    def noted(function: Callable) -> Callable[..., list]:
+        @wraps(function)
+        def note(*args, **kwargs):
+            return [function, args, kwargs]
+
+        return note
+
+    named = {name: noted(f) for name, f in commands.items()} if isinstance(commands, dict) else noted(commands)
+    request = fire.Fire(named, name=program, serialize=lambda _: None)
+    if not isinstance(request, list):
+        sys.exit(f"Say which of {', '.join(commands)}; --help says more.")
+    function, args, kwargs = request
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
