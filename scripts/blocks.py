@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,11 +19,16 @@ LATENT_STD_RANGE = (1e-3, 1.0)
 
 
 class Posterior(NamedTuple):
-    """One latent of a batch, ``z ~ N(mean, std^2)``; each tensor is ``[batch, latent_channels, *grid]``."""
+    """One latent of a batch, ``z ~ N(mean, std^2)``; each tensor is ``[batch, latent_channels, *grid]``.
+
+    ``prior_mean`` and ``prior_std`` are those of the prior given the latents above; None for the first: N(0, I).
+    """
 
     z: Tensor
     mean: Tensor
     std: Tensor
+    prior_mean: Tensor | None = None
+    prior_std: Tensor | None = None
 
 
 class _GELUConv(torch.autograd.Function):
@@ -138,13 +145,35 @@ def standard_deviation(s: Tensor, bounds: tuple[float, float], form: str) -> Ten
     return lo + (hi - lo) * torch.sigmoid(s) if form == "sigmoid" else torch.exp(0.5 * s.clamp(lo, hi))
 
 
+_scan_generators: ContextVar[Sequence[torch.Generator] | None] = ContextVar("scan_generators", default=None)
+
+
+@contextmanager
+def noise_from(generators: Sequence[torch.Generator] | None) -> Iterator[None]:
+    """Draw the noise of each scan of a batch from a generator (on the CPU) of its own.
+
+    What a scan draws then does not depend on which others are in its batch. None leaves it to PyTorch's own generator.
+    """
+    token = _scan_generators.set(generators)
+    try:
+        yield
+    finally:
+        _scan_generators.reset(token)
+
+
 def gaussian_noise(like: Tensor) -> Tensor:
     """Standard normal noise shaped like a channels-last tensor.
 
     Drawn with the channels as the last axis in memory: on a CPU eight times faster than ``randn_like`` of such a one.
     """
-    shape = (like.shape[0], *like.shape[2:], like.shape[1])
-    return torch.randn(shape, device=like.device, dtype=torch.float32).movedim(-1, 1)
+    shape = (*like.shape[2:], like.shape[1])
+    generators = _scan_generators.get()
+    if generators is None:
+        return torch.randn((like.shape[0], *shape), device=like.device, dtype=torch.float32).movedim(-1, 1)
+    if len(generators) != like.shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {like.shape[0]}: give one for each scan.")
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return noise.to(like.device, non_blocking=True).movedim(-1, 1)
 
 
 def memory_order(x: Tensor) -> Tensor:
@@ -312,20 +341,20 @@ class LatentBlock(nn.Module):
         z = mean if temperature == 0 else mean + temperature * std * gaussian_noise(mean)
         return Posterior(z, mean, std)
 
-    def kl_divergence(self, q: Posterior, p_mean: Tensor | None = None, p_s: Tensor | None = None) -> Tensor:
-        """KL(q || p) in nats, summed over the latent: ``[batch]``. Without ``p_mean`` the prior is N(0, I)."""
+    def kl_divergence(self, q: Posterior) -> Tensor:
+        """KL(q || p) in nats, summed over the latent: ``[batch]``."""
         # on views in the order of their memory: else the gradients, which begin as one value expanded, are not
         # channels-last, and every operation on them and the convolutions behind copy
         mean, std = memory_order(q.mean), memory_order(q.std)
         variance = std.square()
-        if p_mean is None:
+        if q.prior_mean is None:
             kl = 0.5 * (variance + mean.square() - 1) - std.log()
         else:
-            p_std = standard_deviation(memory_order(p_s), LATENT_STD_RANGE, self.std_form)
+            p_std = memory_order(q.prior_std)
             denominator = p_std.square()
             if self.std_form == "sigmoid":
                 denominator = denominator.clamp_min(1e-5)
-            distance = variance + (mean - memory_order(p_mean).float()).square()
+            distance = variance + (mean - memory_order(q.prior_mean)).square()
             kl = 0.5 * (distance / denominator - 1) + p_std.log() - std.log()
         return kl.sum(1)
 
@@ -428,8 +457,9 @@ class StochasticBlock(LatentBlock):
         kl = q = None
         if z is None and features is not None:
             q_mean, q_s, _ = self.posterior(features, x)
-            q = self.draw(q_mean, q_s, temperature)
-            kl = self.kl_divergence(q, p_mean, p_s)
+            p_std = standard_deviation(p_s, LATENT_STD_RANGE, self.std_form)
+            q = self.draw(q_mean, q_s, temperature)._replace(prior_mean=p_mean.float(), prior_std=p_std)
+            kl = self.kl_divergence(q)
             z = q.z
         elif z is None:
             z = self.draw(p_mean, p_s, temperature).z

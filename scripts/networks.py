@@ -75,7 +75,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The latents from the coarsest on, each followed by a residual block; doubling between levels.
 
-    ``groups[g]`` holds the blocks of one level, coarsest level first; ``levels[g]`` is that level.
+    ``groups[g]`` holds the blocks of one level, coarsest level first.
     """
 
     def __init__(self, groups: Sequence[Sequence[nn.Module]]) -> None:
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         features: Sequence[Tensor] | None,
         latents: Sequence[Tensor],
         grid: Sequence[int],
-        temperature: float,
+        temperature: float | Sequence[float],
         run: Callable[..., tuple],
         keep_posteriors: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[Posterior]]:
@@ -97,16 +97,17 @@ class Decoder(nn.Module):
             features: the encoder's, finest first: latents come from the posterior. None: they come from the prior.
             latents: the first of them, already known, top first.
             grid: ``[batch, *coarsest grid]``, the shape of a latent drawn from N(0, I).
-            temperature: multiplies the standard deviation of what is drawn.
+            temperature: multiplies the standard deviation of what is drawn; one number, or one a level, coarsest first.
             run: ``run(level, function, *args)`` calls the function (and may checkpoint it).
             keep_posteriors: return z, mean and std of each latent too, which holds on to their memory.
         """
         known = list(latents)
+        temperatures = ensure_tuple_rep(temperature, len(self.groups))
         kls: list[Tensor] = []
         posteriors: list[Posterior] = []
         x = None
         for group, blocks in enumerate(self.groups):
-            level = len(self.groups) - 1 - group
+            level, temperature = len(self.groups) - 1 - group, temperatures[group]
             feature = None if features is None else features[level]
             for position, block in enumerate(blocks):
                 enters_level = group > 0 and position == 0
@@ -524,12 +525,13 @@ class VDVAE(nn.Module):
         self.template_mean.copy_(mean)
         self.template_std.copy_(std).clamp_(*OUTPUT_STD_RANGE)
 
-    def forward(self, x: Tensor, temperature: float = 1.0) -> VDVAEOutput:
+    def forward(self, x: Tensor, temperature: float | Sequence[float] = 1.0) -> VDVAEOutput:
         """Reconstruct scans from latents drawn from the posterior.
 
         Args:
             x: ``[batch, in_channels, *spatial]``, in the range of ``output_activation``.
-            temperature: multiplies the posterior's standard deviations; 0 gives its mean.
+            temperature: multiplies the posterior's standard deviations; 0 gives its mean. One number, or one a level,
+                coarsest first.
 
         Raises:
             ValueError: an axis is not a multiple of 2^(K-1), or the shape is not the network's.
@@ -538,17 +540,26 @@ class VDVAE(nn.Module):
         y, kls, _ = self.decoder(features, [], self._grid(x.shape[0], x.shape[2:]), temperature, self._run)
         return VDVAEOutput(*self._predict(y), torch.stack(kls, dim=1))
 
-    def posterior(self, x: Tensor, temperature: float = 1.0) -> list[Posterior]:
-        """The latents of scans with the mean and standard deviation of their posterior, top first.
+    def infer(self, x: Tensor, temperature: float | Sequence[float] = 1.0) -> tuple[VDVAEOutput, list[Posterior]]:
+        """What :meth:`forward` gives, and the latents that it was made from, with their distributions, top first.
 
         Args:
             x, temperature: as for :meth:`forward`.
         """
         features = self._encode_features(x)
         grid = self._grid(x.shape[0], x.shape[2:])
-        return self.decoder(features, [], grid, temperature, self._run, keep_posteriors=True)[2]
+        y, kls, posteriors = self.decoder(features, [], grid, temperature, self._run, keep_posteriors=True)
+        return VDVAEOutput(*self._predict(y), torch.stack(kls, dim=1)), posteriors
 
-    def encode(self, x: Tensor, temperature: float = 1.0) -> list[Tensor]:
+    def posterior(self, x: Tensor, temperature: float | Sequence[float] = 1.0) -> list[Posterior]:
+        """The latents of scans with the mean and standard deviation of their posterior, top first.
+
+        Args:
+            x, temperature: as for :meth:`forward`.
+        """
+        return self.infer(x, temperature)[1]
+
+    def encode(self, x: Tensor, temperature: float | Sequence[float] = 1.0) -> list[Tensor]:
         """The latents of scans, each ``[batch, latent_channels, *grid]``, top first.
 
         Args:
@@ -559,7 +570,7 @@ class VDVAE(nn.Module):
     def decode(
         self,
         latents: Sequence[Tensor],
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         batch_size: int = 1,
         spatial_shape: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -568,6 +579,7 @@ class VDVAE(nn.Module):
         Args:
             latents: from the coarsest on, as :meth:`encode` gives them; none gives a sample, all a reconstruction.
             temperature: multiplies the standard deviation of the latents that are drawn; 0 takes the prior's mean.
+                One number, or one a level, coarsest first.
             batch_size, spatial_shape: of the scans, where no latent says them; the shape defaults to the network's.
 
         Returns:
@@ -587,3 +599,19 @@ class VDVAE(nn.Module):
             grid = self._grid(batch_size, self._check_shape(shape))
         y, _, _ = self.decoder(None, latents, grid, temperature, self._run)
         return self._predict(y)
+
+
+class VDVAEReconstruction(VDVAE):
+    """The same network, with the same weights, whose forward pass is the reconstruction alone.
+
+    Programs that check, export or serve a network expect one tensor. The reconstruction is made from the posterior's
+    means, so that it is the same every time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct scans: ``[batch, in_channels, *spatial]`` in and out, in the range of ``output_activation``.
+
+        Raises:
+            ValueError: an axis is not a multiple of 2^(K-1), or the shape is not the network's.
+        """
+        return self.infer(x, temperature=0.0)[0].loc

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_step
 from benchmarks.memory import main as memory
 from benchmarks.step import TrainingStep, network_def
@@ -102,3 +103,22 @@ def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
 def test_unknown_precision():
     with pytest.raises(ValueError, match="choose fp32 or bf16"):
         memory(size=8, precision="fp8", estimate=True)
+
+
+def test_loader_prints_what_it_gives_and_what_the_step_takes(capsys):
+    loader(size=8, count=3, draws=6, batch_size=2, updates=1, spacing=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "8³ from 8 mm, one worker, scans a second"
+    first, cached, step, *ratios = [numbers(line)[0] for line in lines[1:]]
+    assert cached > first > 0
+    assert ratios == pytest.approx([first / step, cached / step], rel=0.1)
+
+
+def test_loader_profile_names_every_transform(capsys):
+    loader(size=8, count=1, profile=True, spacing=8)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines[1:-1]]
+    assert names[:5] == ["LoadScand", "CheckScand", "Orientationd", "FitShaped", "RobustScaled"]
+    assert len(names) == 5 + 13
+    total = sum(numbers(line)[-1] for line in lines[6:-1])
+    assert numbers(lines[-1])[0] == pytest.approx(total, abs=1)

@@ -9,8 +9,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.blocks import FirstLatent, LatentBlock, LatentOff, Posterior, ResidualBlock, StochasticBlock, gelu_convs
-from scripts.networks import OUTPUT_STD_RANGE, VDVAE
+from scripts.blocks import (
+    FirstLatent,
+    LatentBlock,
+    LatentOff,
+    Posterior,
+    ResidualBlock,
+    StochasticBlock,
+    gelu_convs,
+    noise_from,
+)
+from scripts.networks import OUTPUT_STD_RANGE, VDVAE, VDVAEReconstruction
 
 SMALL = {
     "spatial_dims": 3,
@@ -483,7 +492,7 @@ def test_kl_and_output_are_fp32_under_autocast():
         latents = network.posterior(x)
     assert torch.bfloat16 in kinds
     assert all(t.dtype == torch.float32 for t in output)
-    assert all(t.dtype == torch.float32 for q in latents for t in q)
+    assert all(t.dtype == torch.float32 for q in latents for t in q if t is not None)
     torch.testing.assert_close(output.loc, exact.loc, rtol=0, atol=0.1)
     torch.testing.assert_close(output.kl, exact.kl, rtol=0.1, atol=2.0)
 
@@ -612,7 +621,7 @@ def test_kl_is_that_of_torch(form):
     assert (p_std.square() > 1e-5).all()
     block = LatentBlock(form)
     expected = kl_divergence(Normal(q.mean, q.std), Normal(p_mean, p_std)).flatten(1).sum(1)
-    torch.testing.assert_close(block.kl_divergence(q, p_mean, p_s), expected)
+    torch.testing.assert_close(block.kl_divergence(q._replace(prior_mean=p_mean, prior_std=p_std)), expected)
     standard = kl_divergence(Normal(q.mean, q.std), Normal(0.0, 1.0)).flatten(1).sum(1)
     torch.testing.assert_close(block.kl_divergence(q), standard)
     assert (expected >= 0).all() and (standard >= 0).all()
@@ -620,8 +629,9 @@ def test_kl_is_that_of_torch(form):
 
 def test_kl_has_a_floor_under_the_variance_of_the_prior():
     q = Posterior(None, torch.ones(1, 1), torch.full((1, 1), 0.5))
-    # s = -20: p_std = 1e-3, whose square is below 1e-5
-    found = LatentBlock("sigmoid").kl_divergence(q, torch.zeros(1, 1), torch.full((1, 1), -20.0))
+    # the square of 1e-3 is below 1e-5
+    q = q._replace(prior_mean=torch.zeros(1, 1), prior_std=torch.full((1, 1), 1e-3))
+    found = LatentBlock("sigmoid").kl_divergence(q)
     expected = 0.5 * ((0.25 + 1) / 1e-5 - 1) + math.log(1e-3) - math.log(0.5)
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
@@ -786,3 +796,49 @@ def test_scans_that_do_not_fit_are_refused(changes, shape, sentence):
 def test_set_template_needs_a_template():
     with pytest.raises(ValueError, match="template"):
         make().set_template(torch.zeros(1, 8, 8, 8), torch.ones(1, 8, 8, 8))
+
+
+def test_noise_of_a_scan_does_not_depend_on_the_batch():
+    network, x = randomise(make()).eval(), scans(batch=3)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    with torch.no_grad():
+        with noise_from(generators):
+            together = network(x)
+        for i, seed in enumerate((5, 6, 7)):
+            with noise_from([torch.Generator().manual_seed(seed)]):
+                alone = network(x[i : i + 1])
+            torch.testing.assert_close(alone.loc[0], together.loc[i], rtol=1e-4, atol=1e-5)
+        with noise_from(generators[:2]), pytest.raises(ValueError, match="2 generators for a batch of 3"):
+            network(x)
+        assert not torch.equal(network(x).loc, network(x).loc)
+
+
+def test_a_temperature_for_each_level():
+    network, x = randomise(make()).eval(), scans()
+    with torch.no_grad():
+        grids = [z.shape[2:] for z in network.encode(x)]
+        still = network.posterior(x, [0.0, 1.0, 1.0])
+        assert [torch.equal(q.z, q.mean) for q in still] == [grid == grids[0] for grid in grids]
+        assert torch.equal(network(x, [0.0] * 3).loc, network(x, 0).loc)
+    with pytest.raises(ValueError, match="3"):
+        network(x, [0.0, 1.0])
+
+
+def test_infer_gives_the_forward_pass_and_its_latents():
+    network, x = randomise(make()).eval(), scans()
+    with torch.no_grad():
+        output, latents = network.infer(x, temperature=0)
+        assert all(torch.equal(a, b) for a, b in zip(output, network(x, temperature=0), strict=True))
+        for index, q in enumerate(latents):
+            prior = Normal(0.0, 1.0) if index == 0 else Normal(q.prior_mean, q.prior_std)
+            kl = kl_divergence(Normal(q.mean, q.std), prior).flatten(1).sum(1)
+            torch.testing.assert_close(kl, output.kl[:, index], rtol=1e-4, atol=1e-4)
+
+
+def test_the_reconstruction_alone_has_the_same_weights():
+    network = randomise(make()).eval()
+    alone = VDVAEReconstruction(**SMALL).eval()
+    alone.load_state_dict(network.state_dict())
+    x = scans()
+    with torch.no_grad():
+        assert torch.equal(alone(x), network(x, temperature=0).loc)

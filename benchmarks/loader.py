@@ -1,0 +1,143 @@
+"""How fast scans come out of the loader, beside how fast the training step takes them.
+
+    python -m benchmarks.loader --size 64
+    python -m benchmarks.loader --size 128 --profile
+
+The scans are brain phantoms at 1 mm, one worker reads them. The first epoch reads, checks, fits and scales each scan,
+keeps it on disk, and augments it; later ones read it from there and augment it. The transforms are the configs' own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import fire
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader, Dataset
+from monai.transforms import Compose
+
+from benchmarks.step import CONFIGS, TrainingStep, network_def
+from scripts.cache import ScanCache
+from scripts.datalist import find_scans
+from scripts.networks import VDVAE
+from scripts.phantoms import make_brains
+from scripts.seeds import seed_everything
+
+
+def transforms(size: int) -> ConfigParser:
+    """The training config, at a size; what is asked of it is made then."""
+    overlay = CONFIGS / f"size_{size}.json"
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
+    parser["spatial_shape"] = [size] * 3
+    return parser
+
+
+def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws: int, half: bool) -> tuple[float, ...]:
+    """Scans a second that one worker gives: of the first epoch, and of the ``draws`` augmented scans that follow."""
+    cache = ScanCache(scans, parser.get_parsed_content("preprocessing"), cache_dir, half)
+    dataset = Dataset(cache, parser.get_parsed_content("train#preprocessing"))
+    loader = DataLoader(dataset, batch_size=1, num_workers=1, shuffle=True, persistent_workers=True)
+    seed_everything(0, dataset)
+    epochs = max(1, draws // len(scans))
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    first = time.perf_counter()
+    for _ in range(epochs):
+        for _ in loader:
+            pass
+    return len(scans) / (first - start), epochs * len(scans) / (time.perf_counter() - first)
+
+
+def step_rate(size: int, batch_size: int, updates: int) -> float:
+    """Scans a second of full training steps, the median of some after one that is not counted."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = VDVAE(**network_def(size)).train()
+        step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3) * 2 - 1)
+    seconds = []
+    for _ in range(1 + updates):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return batch_size / statistics.median(seconds[1:])
+
+
+def milliseconds(call: Callable[[], object], at_least: float = 0.5) -> float:
+    """Mean time of a call, repeated for ``at_least`` seconds."""
+    call()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < at_least:
+        call()
+        count += 1
+    return 1000 * (time.perf_counter() - start) / count
+
+
+def print_profile(scan: dict, parser: ConfigParser) -> None:
+    """Print what each transform costs; the random ones when they act, and as often as they do."""
+    print(f"{'transform':<34}{'ms':>10}{'prob':>8}{'ms a scan':>12}")
+    data = scan
+    for transform in parser.get_parsed_content("preprocessing").transforms:
+        cost = milliseconds(lambda f=transform, x=data: f(x))
+        data = transform(data)
+        print(f"{type(transform).__name__:<34}{cost:>10.1f}{'':>8}{cost:>12.1f}")
+    random: Mapping = parser.get_parsed_content("augmentation")
+    total = 0.0
+    for name, transform in random.items():
+        prob, transform.prob = transform.prob, 1.0
+        certain = Compose([transform]).set_random_state(0)
+        cost = milliseconds(lambda f=certain: f({"image": data["image"].clone()}))
+        total += prob * cost
+        print(f"{name:<34}{cost:>10.1f}{prob:>8g}{prob * cost:>12.1f}")
+    print(f"{'all augmentation':<52}{total:>12.1f}")
+
+
+def main(
+    size: int = 32,
+    count: int = 8,
+    draws: int = 64,
+    batch_size: int = 1,
+    updates: int = 2,
+    half: bool = False,
+    profile: bool = False,
+    spacing: float = 1.0,
+) -> None:
+    """Print scans a second of the loader and of the training step, and the loader's share of what the step takes.
+
+    Args:
+        size: voxels an axis: 8, 32, 64, 128 or 256.
+        count: scans read in an epoch.
+        draws: augmented scans taken from the cache.
+        batch_size: of the training step.
+        updates: of the training step that are measured; 0 leaves it out.
+        half: keep 16 bits a voxel in the cache.
+        profile: print what each transform costs instead.
+        spacing: of the scans, in mm.
+    """
+    parser = transforms(size)
+    with tempfile.TemporaryDirectory() as folder:
+        make_brains(f"{folder}/scans", count, spacing=spacing)
+        scans = [{"image": str(path)} for path in find_scans(f"{folder}/scans")]
+        if profile:
+            torch.set_num_threads(1)
+            print_profile(scans[0], parser)
+            return
+        first, later = loader_rates(scans, parser, Path(folder) / "cache", draws, half)
+    print(f"{size}³ from {spacing:g} mm, one worker, scans a second")
+    print(f"{'first epoch':<32}{first:>10.2f}")
+    print(f"{'cached, augmented':<32}{later:>10.2f}")
+    if updates:
+        step = step_rate(size, batch_size, updates)
+        print(f"{'training step':<32}{step:>10.3f}   ({torch.get_num_threads()} threads, batch {batch_size})")
+        print(f"{'first epoch / training step':<32}{first / step:>10.1f}")
+        print(f"{'cached / training step':<32}{later / step:>10.1f}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
