@@ -154,6 +154,34 @@ def progressive(
     return _save(path, _columns(groups, [*labels, "scan"], styles))
 
 
+def anomaly(path: str | os.PathLike, image, recon, score, title: str, value_range: tuple[float, float]) -> Path:
+    """A scan beside its reconstruction and where it is unlikely.
+
+    Args:
+        path: of the PNG.
+        image, recon: ``[channels, *spatial]``, in the network's units; every channel gets a group of rows.
+        score: how unlikely each voxel is, shaped like ``image``, 0 and above.
+        title: says what is shown.
+        value_range: what black and white stand for.
+    """
+    image, recon, score = _array(image), _array(recon), _array(score)
+    box = _foreground_box(list(image))
+    groups = [
+        (
+            title if len(image) == 1 else f"{title}, channel {c + 1}",
+            [v[c][box] for v in (image, recon, score)],
+            image[0][box],
+        )
+        for c in range(len(image))
+    ]
+    low, high = _finite_range(value_range, [v for _, row, _ in groups for v in row[:2]])
+    gray = {"cmap": "gray", "vmin": low, "vmax": high}
+    # below 3 is what noise gives anywhere; a scan without anomalies stays dark
+    hot = {"cmap": "inferno", "vmin": 0.0, "vmax": max(6.0, _robust_max([row[2] for _, row, _ in groups]))}
+    headings = ["scan", "reconstruction", "anomaly"]
+    return _save(path, _columns(groups, headings, [gray, gray, hot], bars={2: "standard deviations from expected"}))
+
+
 def samples(
     path: str | os.PathLike, samples_by_temperature: Mapping[float, Sequence], value_range: tuple[float, float]
 ) -> Path:

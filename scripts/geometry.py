@@ -58,8 +58,8 @@ def describe(image: MetaTensor) -> dict[str, Any]:
 
     Returns:
         `spacing` and `field_of_view` in mm along the world's axes (right, anterior, superior), `shape` and
-        `orientation` of the stored axes (such as `LPS`), and `oblique`, the largest angle in degrees between a stored
-        axis and the world's axis nearest to it.
+        `orientation` of the stored axes (such as `LPS`), `oblique`, the largest angle in degrees between a stored axis
+        and the world's axis nearest to it, and `affine`.
     """
     rank = image.ndim - 1
     affine = to_affine_nd(rank, image.affine.numpy().astype(float))
@@ -73,6 +73,7 @@ def describe(image: MetaTensor) -> dict[str, Any]:
         "shape": shape.tolist(),
         "orientation": "".join(aff2axcodes(to_affine_nd(3, affine))[:rank]),
         "oblique": round(float(np.degrees(np.arccos(np.clip(cosines, -1, 1)).max())), 3),
+        "affine": affine.tolist(),
     }
 
 
@@ -101,18 +102,13 @@ def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> l
         if sform is None and qform is None:
             problems.append("its header has neither an sform nor a qform, so its orientation and place are guesses")
         elif sform is not None and qform is not None:
-            corners = np.indices((2, 2, 2)).reshape(3, -1) * (np.array(image.shape[:3])[:, None] - 1)
+            corners = np.indices((2, 2, 2)).reshape(3, -1) * (np.array((*image.shape, 1, 1)[:3])[:, None] - 1)
             corners = np.vstack([corners, np.ones(8)])
             apart = float(np.linalg.norm((sform - qform) @ corners, axis=0).max())
             if apart > 0.5 * affine_to_spacing(sform).min():
                 # MONAI's reader takes the one whose voxel size the header has too
                 used, other = ("sform", "qform") if _same_size(sform, zooms) else ("qform", "sform")
                 problems.append(f"its {used} (which is used) and its {other} disagree by up to {apart:.3g} mm")
-        elif sform is not None and not _same_size(sform, zooms):
-            problems.append(
-                f"its sform has voxels of {_millimetres(affine_to_spacing(sform))} where its header's pixdim says "
-                f"{_millimetres(zooms)}, so its orientation and place are guesses"
-            )
     return problems
 
 

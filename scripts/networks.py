@@ -407,6 +407,7 @@ class VDVAE(nn.Module):
             shape = (1, in_channels, *self.spatial_shape)
             self.register_buffer("template_mean", torch.zeros(shape))
             self.register_buffer("template_std", torch.ones(shape))
+            self.register_buffer("template_affine", torch.eye(4, dtype=torch.float64))
         self.template = template
         if _choice("init", init, ("pytorch", "variance_preserving")) == "variance_preserving":
             for module in self.modules():
@@ -508,7 +509,7 @@ class VDVAE(nn.Module):
         return offset, gain, (2 * std.log()).clamp(lo, hi)
 
     @torch.no_grad()
-    def set_template(self, mean: Tensor, std: Tensor) -> None:
+    def set_template(self, mean: Tensor, std: Tensor, affine: Tensor | None = None) -> None:
         """Let the network see and predict deviations from a Gaussian for each voxel.
 
         Its first prediction is this Gaussian, and its output counts in units of about one standard deviation, so that
@@ -516,6 +517,7 @@ class VDVAE(nn.Module):
 
         Args:
             mean, std: of the training scans, ``[in_channels, *spatial_shape]``, in the units of the network's input.
+            affine: of their grid, ``[4, 4]``, voxel indices to world millimetres.
 
         Raises:
             ValueError: the network was built without ``template``.
@@ -524,6 +526,13 @@ class VDVAE(nn.Module):
             raise ValueError("network_def: set_template needs template: true.")
         self.template_mean.copy_(mean)
         self.template_std.copy_(std).clamp_(*OUTPUT_STD_RANGE)
+        if affine is not None:
+            self.template_affine.copy_(affine)
+
+    @property
+    def scan_affine(self) -> Tensor:
+        """Of the grid of the scans, ``[4, 4]``: the template's, or voxels of 1 mm without one."""
+        return self.template_affine.cpu() if self.template else torch.eye(4, dtype=torch.float64)
 
     def forward(self, x: Tensor, temperature: float | Sequence[float] = 1.0) -> VDVAEOutput:
         """Reconstruct scans from latents drawn from the posterior.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
-import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,12 +95,8 @@ def content_suffix(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(352)
     if head.startswith(b"\x1f\x8b"):
-        try:
-            with gzip.open(path) as file:
-                return ".nii.gz" if _is_nifti(file.read(352)) else ".gz"
-        except (OSError, EOFError, zlib.error):
-            return ".gz"
-    if _is_nifti(head):
+        return ".gz"
+    if head[344:347] == b"n+1" or head[4:7] == b"n+2":
         return ".nii"
     if head.startswith(b"NRRD"):
         return ".nrrd"
@@ -111,10 +105,6 @@ def content_suffix(path: Path) -> str | None:
     if head[128:132] == b"DICM":
         return ".dcm"
     return None
-
-
-def _is_nifti(head: bytes) -> bool:
-    return head[344:347] == b"n+1" or head[4:7] == b"n+2"
 
 
 def _reason(error: BaseException) -> str:
@@ -384,7 +374,8 @@ class RobustScaled(MapTransform, InvertibleTransform):
             gain, offset = (self.b_max - self.b_min) / (high - low), low
             clipped = torch.minimum(torch.maximum(image, _per_channel(low, image)), _per_channel(high, image))
             scaled = (clipped - _per_channel(offset, image)) * _per_channel(gain, image) + self.b_min
-            self.push_transform(scaled, extra_info={"gain": gain.tolist(), "offset": offset.tolist()})
+            info = {"gain": gain.tolist(), "offset": offset.tolist(), "b_min": self.b_min}
+            self.push_transform(scaled, extra_info=info)
             d[key] = scaled
         return d
 
@@ -393,7 +384,7 @@ class RobustScaled(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             image = d[key]
             info = self.pop_transform(image)[TraceKeys.EXTRA_INFO]
-            d[key] = (image - self.b_min) / _per_channel(info["gain"], image) + _per_channel(info["offset"], image)
+            d[key] = (image - info["b_min"]) / _per_channel(info["gain"], image) + _per_channel(info["offset"], image)
         return d
 
 

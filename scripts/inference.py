@@ -1,0 +1,308 @@
+"""Running a trained network over many scans: each once, over any number of processes, whatever some of them hold."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import Evaluator
+from monai.inferers import Inferer
+from monai.transforms import Compose
+from monai.utils import ensure_tuple
+from torch import Tensor
+
+from scripts.blocks import noise_from
+from scripts.datalist import find_scans, make_datalist
+from scripts.files import write_text
+from scripts.outputs import ScanLayout
+from scripts.trainer import autocast
+from scripts.transforms import ScanError
+
+__all__ = ["Failures", "ScanEvaluator", "claim_results", "list_scans", "scan_generator"]
+
+logger = logging.getLogger(__name__)
+
+
+class Failure(NamedTuple):
+    """A scan that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+class Failures:
+    """
+    The scans of this run of which nothing came, with their reasons.
+
+    Args:
+        path: of a CSV file that lists them.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.found: list[Failure] = []
+
+    def add(self, failure: Failure) -> None:
+        self.found.append(failure)
+
+    def finish(self) -> None:
+        """
+        Write the list and say what is in it, on the first process for all of them.
+
+        Raises:
+            SystemExit: with code 1, on every process, when there are any.
+        """
+        everyone = idist.all_gather(self.found) if idist.get_world_size() > 1 else [self.found]
+        found = sorted({failure for failures in everyone for failure in failures})
+        if idist.get_rank() == 0:
+            if found:
+                text = io.StringIO()
+                writer = csv.writer(text, lineterminator="\n")
+                writer.writerow(Failure._fields)
+                writer.writerows(found)
+                write_text(self.path, text.getvalue())
+                logger.error("%d scan(s) failed, see '%s'. The first: %s", len(found), self.path, found[0].reason)
+            else:
+                self.path.unlink(missing_ok=True)
+        if found:
+            sys.exit(1)
+
+
+def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*") -> list[dict[str, Any]]:
+    """
+    The scans of a folder, or all of a datalist's (its `testing` ones alone where it has such).
+
+    Args:
+        dataset_dir, scan_pattern: see :py:func:`scripts.datalist.make_datalist`.
+
+    Returns:
+        `[{"image": path}, ...]`.
+    """
+    root = Path(dataset_dir).expanduser()
+    if root.suffix == ".json" and root.is_file():
+        sides = make_datalist(root)
+        return sides.get("testing") or [item for side in sides.values() for item in side]
+    found = find_scans(root, scan_pattern)
+    return [{"image": [str(p) for p in path] if isinstance(path, list) else str(path)} for path in found]
+
+
+def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:
+    """Names for scans to be drawn, numbered from 1: their results go to `output_dir`, and their noise follows from it.
+
+    Raises:
+        ValueError: when `count` is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"samples is {count}: set --samples to 1 or more.")
+    return [{"image": str(Path(output_dir) / f"{number:04d}")} for number in range(1, count + 1)]
+
+
+def scan_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of a scan, that depend on the run's seed and its name alone."""
+    state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def claim_results(output_dir: str | os.PathLike, word: str, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """
+    Make sure that a folder's results and those that will be added to them were made with the same settings.
+
+    Args:
+        output_dir: made if need be; `<word>.json` there says with what its results were made.
+        word: the job.
+        settings: on which the results depend; files among them (a checkpoint) by their content.
+        overwrite: make everything again.
+
+    Raises:
+        FileExistsError: when there are results made with other settings.
+    """
+    if idist.get_rank() == 0:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{word}.json"
+        known = {name: _identity(value) for name, value in settings.items()}
+        if path.exists() and not overwrite:
+            before = json.loads(path.read_text())
+            changed = [name for name in known if before.get(name) != known[name]]
+            if changed:
+                raise FileExistsError(
+                    f"output_dir '{folder}' holds results of '{word}' made with another {', '.join(changed)}: "
+                    "set --output_dir to another folder, or --overwrite True to make them again."
+                )
+        write_text(path, json.dumps(known, indent=2) + "\n")
+    idist.barrier()
+
+
+def _identity(value: Any) -> Any:
+    """A setting as JSON can hold it; a file is its checksum."""
+    if isinstance(value, str | os.PathLike) and Path(value).is_file():
+        return f"crc32 {zlib.crc32(Path(value).read_bytes()):08x}"
+    return json.loads(json.dumps(value, default=str))
+
+
+class _ReadOrFail(torch.utils.data.Dataset):
+    """Items of a data set, or a :py:class:`Failure` where a transform raised a :py:class:`ScanError`."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any] | Failure:
+        index = self.indices[position]
+        name = scan_name(self.dataset.data[index])
+        try:
+            return {**self.dataset[index], "name": name}
+        except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
+            cause = error if isinstance(error, ScanError) else error.__cause__
+            if not isinstance(cause, ScanError):
+                raise
+            return Failure(name, str(cause))
+
+
+def scan_name(item: Mapping[str, Any]) -> str:
+    """The path of an item's first file, which names it."""
+    return ensure_tuple(item["image"])[0]
+
+
+class ScanEvaluator(Evaluator):
+    """
+    A MONAI evaluator that applies an inferer to every scan and a postprocessing to each result.
+
+    A scan whose results are there already is left alone. One that cannot be read, or whose results cannot be made, is
+    noted and the others go on. With several processes each takes its share.
+
+    Args:
+        device: of the network.
+        dataset: with preprocessing; its items hold `image`, `[channels, *spatial]`.
+        network: the network.
+        inferer: see :py:mod:`scripts.inferers`; takes a batch of images and gives a dictionary of batches.
+        postprocessing: takes the item of one scan, the inferer's results among it, and saves what is wanted.
+        layouts: of the results; a scan is finished when all of them exist.
+        failures: where scans that failed are noted.
+        inputs: makes the inferer's inputs of a list of items; the stack of their images by default.
+        arguments: makes further arguments of the inferer by name, likewise.
+        summary: is called at the end, on one process, with the names of all scans.
+        batch_size, num_workers: of the data loader.
+        overwrite: make results again that are there.
+        seed: of the noise; each scan has its own, whatever its batch or process.
+        amp, amp_dtype: mixed precision.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        dataset: Dataset,
+        network: torch.nn.Module,
+        inferer: Inferer,
+        postprocessing: Callable,
+        layouts: Sequence[ScanLayout],
+        failures: Failures,
+        inputs: Callable[[Sequence[dict]], Any] | None = None,
+        arguments: Callable[[Sequence[dict]], dict[str, Any]] | None = None,
+        summary: Callable[[Sequence[str]], object] | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        overwrite: bool = False,
+        seed: int = 0,
+        amp: bool = False,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
+        pending = [i for i, item in enumerate(dataset.data) if not self.finished(scan_name(item))]
+        share = pending[idist.get_rank() :: idist.get_world_size()]
+        loader = DataLoader(
+            _ReadOrFail(dataset, share),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=list,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+        super().__init__(device, loader, epoch_length=len(loader), amp=amp, decollate=False)
+        self.pending, self.remaining = len(pending), len(share)
+        self.network, self.inferer = network, inferer
+        self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
+        self.failures, self.summary = failures, summary
+        self.inputs, self.arguments = inputs, arguments
+        self.seed, self.amp_dtype = seed, amp_dtype
+        if idist.get_rank() == 0:
+            bar = ProgressBar(
+                persist=True, bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+            )
+            bar.attach(self, event_name=Events.ITERATION_COMPLETED)
+
+    def finished(self, name: str) -> bool:
+        """Whether all results of a scan are there."""
+        if self.overwrite:
+            return False
+        try:
+            return all(layout.path(name).exists() for layout in self.layouts)
+        except ScanError:
+            return False  # that it has no place will be said when it is its turn
+
+    def run(self) -> None:
+        """Go over the scans that are not finished, then make the summary."""
+        total = len(self.dataset.data)
+        if idist.get_rank() == 0 and self.pending < total:
+            logger.info("Of %d scans, %d are finished already.", total, total - self.pending)
+        if self.remaining:
+            super().run()
+        idist.barrier()
+        if idist.get_rank() == 0:
+            if self.summary is not None:
+                self.summary([scan_name(item) for item in self.dataset.data])
+            logger.info("Results: '%s'.", self.layouts[0].output_dir)
+
+    def _iteration(self, engine: Engine, batchdata: Sequence[dict | Failure]) -> dict[str, Any]:
+        for failure in batchdata:
+            if isinstance(failure, Failure):
+                self.failures.add(failure)
+        items = [item for item in batchdata if not isinstance(item, Failure)]
+        if not items:
+            return {}
+        device = self.state.device
+        inputs = self.inputs(items) if self.inputs else torch.stack([item["image"].as_tensor() for item in items])
+        arguments = self.arguments(items) if self.arguments else {}
+        generators = [scan_generator(self.seed, Path(item["name"]).name) for item in items]
+        with self.mode(self.network), autocast(device, self.amp, self.amp_dtype), noise_from(generators):
+            results = self.inferer(_to(inputs, device), self.network, **_to(arguments, device))
+        for position, item in enumerate(items):
+            own = {key: _like(value[position].float().cpu(), item.get("image")) for key, value in results.items()}
+            try:
+                self.results_of({**item, **own})
+            except RuntimeError as error:
+                if not isinstance(error.__cause__, ScanError):
+                    raise
+                self.failures.add(Failure(item["name"], str(error.__cause__)))
+        return {}
+
+
+def _to(values: Any, device: torch.device) -> Any:
+    """Tensors in lists and dictionaries, on a device."""
+    if isinstance(values, Tensor):
+        return values.to(device, non_blocking=True)
+    if isinstance(values, dict):
+        return {key: _to(value, device) for key, value in values.items()}
+    return [_to(value, device) for value in values] if isinstance(values, list) else values
+
+
+def _like(value: Tensor, image: Any) -> Tensor:
+    """A result that lies on the scan's grid, with the scan's affine, name and trace."""
+    if not isinstance(image, MetaTensor) or value.shape[1:] != image.shape[1:] or value.ndim != image.ndim:
+        return value
+    return MetaTensor(value).copy_meta_from(image)

@@ -1,0 +1,401 @@
+"""Where results go and how they are written: beside their scan's name, on its own grid, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import FolderLayoutBase, MetaTensor, NibabelWriter
+from monai.transforms import MapTransform, SaveImage, SpatialResample, Transform
+from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
+
+from scripts import figures
+from scripts.files import write_text, write_whole
+from scripts.handlers import save_nifti
+from scripts.inferers import latents_of_levels
+from scripts.networks import VDVAE
+from scripts.transforms import RobustScaled, ScanError
+
+__all__ = [
+    "FitBackd",
+    "IntensityUnitsd",
+    "LoadLatentsd",
+    "SaveFigured",
+    "SaveLatentsd",
+    "SaveRowd",
+    "SaveScansd",
+    "ScanLayout",
+    "WholeNibabelWriter",
+    "common_root",
+    "latent_table",
+    "row_table",
+]
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".nhdr", "_latents.npz", ".npz")
+
+
+def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike) -> str:
+    """The folder to which the names of results are relative: `dataset_dir`, or for a datalist what its scans share."""
+    root = Path(dataset_dir).expanduser()
+    if root.is_dir():
+        return str(root.absolute())
+    return os.path.commonpath([Path(ensure_tuple(scan["image"])[0]).absolute().parent for scan in scans])
+
+
+class ScanLayout(FolderLayoutBase):
+    """
+    The name of a result: that of its scan, relative to a root, with a postfix, under another folder.
+
+    Args:
+        root: the folder that the scans are under.
+        output_dir: the folder for results.
+        postfix: `recon` makes `sub-01/sub-01_T1w_recon.nii.gz` of `sub-01/sub-01_T1w.nii.gz`.
+        extension: of the result, with its dot.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, output_dir: str | os.PathLike, postfix: str, extension: str = ".nii.gz"
+    ) -> None:
+        self.root, self.output_dir = Path(root).expanduser().absolute(), Path(output_dir).expanduser()
+        self.postfix, self.extension = postfix, extension
+
+    def filename(self, subject: str | os.PathLike = "subject", idx: Any = None, **kwargs: Any) -> str:
+        """
+        The path of a scan's result; its folder is made.
+
+        Raises:
+            ScanError: when the scan is not under the root, so that its result would not be under `output_dir`.
+        """
+        path = self.path(subject)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def path(self, scan: str | os.PathLike) -> Path:
+        """The same without making anything."""
+        relative = Path(self.relative(scan))
+        name = relative.name
+        stem = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+        return self.output_dir / relative.parent / f"{stem}_{self.postfix}{self.extension}"
+
+    def relative(self, scan: str | os.PathLike) -> str:
+        """The scan's posix path, relative to the root."""
+        path = Path(os.path.normpath(Path(scan).expanduser().absolute()))
+        if not path.is_relative_to(self.root):
+            raise ScanError(f"'{scan}' is not under '{self.root}', so that its results have no place: move it there.")
+        return path.relative_to(self.root).as_posix()
+
+
+class WholeNibabelWriter(NibabelWriter):
+    """MONAI's `NibabelWriter`, whose files appear whole or not at all."""
+
+    def write(self, filename: str | os.PathLike, verbose: bool = False, **kwargs: Any) -> None:
+        write_whole(filename, lambda temporary: super(WholeNibabelWriter, self).write(temporary, verbose, **kwargs))
+
+
+class IntensityUnitsd(MapTransform):
+    """
+    Prepare results that are no intensities for the inverse of the preprocessing, which takes all for intensities.
+
+    `deviation`: a standard deviation goes back to the scan's units by their scale alone, without their offset. `none`: a
+    number without units, such as a z-score, comes out as it goes in.
+
+    Args:
+        keys: of the results.
+        units: one word for each key.
+        scan: key of the preprocessed scan, whose trace is what will be inverted.
+    """
+
+    def __init__(self, keys: KeysCollection, units: Sequence[str] | str, scan: str = "image") -> None:
+        super().__init__(keys)
+        self.units, self.scan = ensure_tuple(units), scan
+        if set(self.units) - {"deviation", "none"} or len(self.units) != len(self.keys):
+            raise ValueError(f"units are {list(self.units)}: give 'deviation' or 'none' for each of {list(self.keys)}.")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        info = scaling_of(d[self.scan])
+        shape = (-1, *[1] * (d[self.scan].ndim - 1))
+        gain, offset = (torch.tensor(info[name], dtype=torch.float32).reshape(shape) for name in ("gain", "offset"))
+        for key, units in self.key_iterator(d, self.units):
+            d[key] = (d[key] if units == "deviation" else d[key] * gain) - offset * gain + info["b_min"]
+        return d
+
+
+def scaling_of(image: MetaTensor) -> dict[str, Any]:
+    """What :py:class:`scripts.transforms.RobustScaled` did to a scan: `gain`, `offset` and `b_min`."""
+    (info,) = (
+        operation[TraceKeys.EXTRA_INFO]
+        for operation in image.applied_operations
+        if operation[TraceKeys.CLASS_NAME] == RobustScaled.__name__
+    )
+    return info
+
+
+class FitBackd(MapTransform):
+    """
+    Take what was decoded to the grid and the units of the scan that its latents came from.
+
+    Needs what :py:class:`LoadLatentsd` reads. Input: `[channels, *spatial]`; output: on the scan's grid.
+
+    Args:
+        keys: of the decoded images.
+        deviation: keys among them that hold standard deviations.
+    """
+
+    def __init__(self, keys: KeysCollection, deviation: KeysCollection = (), allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.deviation = ensure_tuple(deviation)
+        self.resample = SpatialResample(mode="bilinear", padding_mode="border")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        shape = (-1, *[1] * len(d["scan_shape"]))
+        gain, offset = (torch.as_tensor(d[name], dtype=torch.float32).reshape(shape) for name in ("gain", "offset"))
+        for key in self.key_iterator(d):
+            values = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
+            values = values / gain if key in self.deviation else (values - float(d["b_min"])) / gain + offset
+            image = MetaTensor(values, affine=torch.as_tensor(d["affine"]))
+            fitted = self.resample(
+                image, dst_affine=torch.as_tensor(d["scan_affine"]), spatial_size=d["scan_shape"].tolist()
+            )
+            fitted.meta[ImageMetaKey.FILENAME_OR_OBJ] = d["path"]
+            d[key] = fitted
+        return d
+
+
+class SaveLatentsd(Transform):
+    """
+    Write a scan's latents as `.npz`: arrays `z00`, `mean00`, `std00`, `z01`, ..., top first, `[channels, *grid]`, and
+    what decoding to the scan's grid and units needs (`affine`, `scan_affine`, `scan_shape`, `gain`, `offset`, `b_min`).
+
+    Args:
+        layout: says where.
+        key: of the preprocessed scan, whose trace tells of its grid and units.
+    """
+
+    def __init__(self, layout: ScanLayout, key: str = "image") -> None:
+        self.layout, self.key = layout, key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        image = data[self.key]
+        latents = {k: np.asarray(v) for k, v in data.items() if str(k).rstrip("0123456789") in ("z", "mean", "std")}
+        content = {
+            "affine": np.asarray(image.affine),
+            "scan_affine": np.asarray(image.meta["geometry"]["affine"]),
+            "scan_shape": np.asarray(image.meta["geometry"]["shape"]),
+            **{name: np.asarray(value) for name, value in scaling_of(image).items()},
+        }
+        path = self.layout.filename(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
+        write_whole(path, lambda temporary: np.savez(temporary, **latents, **content))
+        return data
+
+
+class LoadLatentsd(MapTransform):
+    """
+    Read what :py:class:`SaveLatentsd` wrote; latents may be missing from some place on.
+
+    Raises:
+        ScanError: when the file is not such a file.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            path = d[key]
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    content = {name: file[name] for name in file.files}
+            except (OSError, ValueError) as error:
+                raise ScanError(f"'{path}' cannot be read as latents ({error}): encode the scan again.") from error
+            lacking = {"affine", "scan_affine", "scan_shape", "gain", "offset", "b_min"} - set(content)
+            if lacking:
+                raise ScanError(f"'{path}' lacks {', '.join(sorted(lacking))}: encode the scan again.")
+            count = sum(name[0] == "z" and name[1:].isdigit() for name in content)
+            missing = [f"z{i:02d}" for i in range(count) if f"z{i:02d}" not in content]
+            if missing:
+                raise ScanError(
+                    f"'{path}' lacks {missing[0]} but has later latents: leave latents out from the end on."
+                )
+            d |= content | {"path": str(path)}
+            d["latents"] = [torch.as_tensor(content[f"z{i:02d}"]).float() for i in range(count)]
+        return d
+
+
+class SaveScansd(MapTransform):
+    """
+    Write images as NIfTI with MONAI's `SaveImage`, each named after its scan and its key.
+
+    Args:
+        keys: of the images, `[channels, *spatial]`.
+        layout: makes the layout of a key's files.
+    """
+
+    def __init__(self, keys: KeysCollection, layout: Callable[[str], ScanLayout]) -> None:
+        super().__init__(keys)
+        self.savers = {
+            key: SaveImage(folder_layout=layout(key), writer=WholeNibabelWriter, resample=False, print_log=False)
+            for key in self.keys
+        }
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            self.savers[key](data[key])
+        return data
+
+
+class SaveFigured(Transform):
+    """
+    Draw a scan's result as PNG, on the network's grid.
+
+    Args:
+        layout: says where.
+        draw: `draw(path, data, value_range)`, one of the functions of this module.
+        value_range: what black and white stand for.
+        enabled: False draws nothing.
+    """
+
+    def __init__(
+        self, layout: ScanLayout, draw: Callable[..., object], value_range: Sequence[float], enabled: bool = True
+    ) -> None:
+        self.layout, self.draw, self.value_range, self.enabled = layout, draw, tuple(value_range), enabled
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        if self.enabled:
+            self.draw(self.layout.filename(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ]), data, self.value_range)
+        return data
+
+
+def draw_reconstruction(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+    """A scan beside its reconstruction, the predicted standard deviation and the difference."""
+    name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
+    figures.reconstructions(path, [data["image"]], [data["recon"]], [data["scale"]], [name], value_range)
+
+
+def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+    """A scan's reconstructions from the coarsest level alone to all of them."""
+    keys = sorted((key for key in data if str(key).startswith("recon_level")), key=lambda key: int(str(key)[11:]))
+    labels = [f"{key[11:]} level{'s' if key[11:] != '1' else ''}" for key in map(str, keys)]
+    figures.progressive(path, data["image"], [data[key] for key in keys], labels, value_range)
+
+
+def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+    """A scan beside its reconstruction and its anomaly map."""
+    name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
+    bits = float(data["bits_per_dim"])
+    figures.anomaly(
+        path, data["image"], data["recon"], data["anomaly"], f"{name}, {bits:.3f} bits per dim", value_range
+    )
+
+
+class SaveRowd(Transform):
+    """
+    Write the numbers of a scan as JSON, one file a scan; :py:func:`row_table` puts them together.
+
+    Args:
+        layout: says where.
+    """
+
+    def __init__(self, layout: ScanLayout) -> None:
+        self.layout = layout
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        row = {k: float(f"{v.item():.7g}") for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+        path = self.layout.filename(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])
+        write_text(path, json.dumps(row) + "\n")
+        return data
+
+
+class SaveSampled(Transform):
+    """
+    Write a scan that was drawn from the model as NIfTI, its intensities from 0 (background) to 1.
+
+    Args:
+        layout: says where.
+        affine: of the network's grid.
+        value_range: of what the network draws.
+    """
+
+    def __init__(self, layout: ScanLayout, affine: torch.Tensor, value_range: Sequence[float]) -> None:
+        self.layout, self.affine, self.value_range = layout, affine, value_range
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        low, high = self.value_range
+        scan = ((data["sample"] - low) / (high - low)).clamp(0, 1)
+        save_nifti(self.layout.filename(data["image"]), scan, self.affine)
+        return data
+
+
+def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[str], most: int = 64) -> None:
+    """Show the first samples on one sheet."""
+    files = [file for file in map(layout.path, scans[:most]) if file.exists()]
+    images = [np.moveaxis(np.atleast_3d(nib.load(file).get_fdata(dtype=np.float32))[None], 0, 0) for file in files]
+    figures.batch(path, images, [file.name.split(".")[0] for file in files], value_range=(0, 1))
+
+
+def stack_latents(items: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """The latents of some items, each `[batch, latent_channels, *grid]`; all items must have as many."""
+    return [torch.stack(latents) for latents in zip(*(item["latents"] for item in items), strict=True)]
+
+
+def row_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
+    """Put what :py:class:`SaveRowd` wrote of these scans together, as CSV, one row a scan, its path first."""
+    found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
+    rows = ((scan, json.loads(file.read_text())) for scan, file in found if file.exists())
+    _write_table(path, rows)
+
+
+def latent_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
+    """Put the coarsest latent's posterior means of these scans together, as CSV, one row a scan, its path first."""
+
+    def rows():
+        for scan in scans:
+            file = layout.path(scan)
+            if file.exists():
+                with np.load(file, allow_pickle=False) as content:
+                    yield (
+                        layout.relative(scan),
+                        {f"m{i:03d}": f"{value:.6g}" for i, value in enumerate(content["mean00"].ravel())},
+                    )
+
+    _write_table(path, rows())
+
+
+def _write_table(path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    text = io.StringIO()
+    writer = None
+    for scan, row in rows:
+        if writer is None:
+            writer = csv.DictWriter(text, ["image", *row], lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({"image": scan, **row})
+    write_text(path, text.getvalue())
+
+
+def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:
+    """Log how many numbers the latents of a scan are, level by level, beside its voxels."""
+    voxels = network.in_channels * math.prod(network.spatial_shape)
+    count = 0
+    for levels in range(1, network.levels + 1):
+        grids = network.latent_grids()[: latents_of_levels(network, levels)]
+        count = sum(map(math.prod, grids))
+        logger.info(
+            "Latents of the %d coarsest level(s): %d numbers a scan, compression %.3g : 1 (of %d voxels).",
+            levels,
+            count,
+            voxels / count,
+            voxels,
+        )
+    logger.info("They are in '%s'; the means of the coarsest are in latents.csv, a row a scan.", output_dir)
