@@ -109,8 +109,8 @@ class IntensityUnitsd(MapTransform):
     """
     Prepare results that are no intensities for the inverse of the preprocessing, which takes all for intensities.
 
-    `deviation`: a standard deviation goes back to the scan's units by their scale alone, without their offset. `none`: a
-    number without units, such as a z-score, comes out as it goes in.
+    `deviation`: a standard deviation goes back to the scan's units by their scale alone, without their offset. `none`:
+    a number without units, such as a z-score, comes out as it goes in.
 
     Args:
         keys: of the results.

@@ -1,0 +1,285 @@
+"""Bias correction and affine alignment of head scans to the ICBM152 template, with SimpleITK.
+
+The template is the 2009a symmetric T1 average that the nilearn wheel ships. It is skull-stripped and raw scans are not:
+similarity is measured in the template's brain and a rim around it alone, and the search begins in many places.
+
+Images are SimpleITK's, whose world is LPS (x to the left, y to the back). A transform maps points of the template to
+points of the scan: the direction that resampling needs, and that ITK and ANTs write to file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import nilearn
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+__all__ = ["Alignment", "align", "foreground", "like", "log_bias_field", "smooth_for", "template", "template_brain"]
+
+BINS = 32  # of the joint histogram, along each axis
+# The rim tells the size of the brain. One of 10 mm is too wide: the scalp of raw heads then draws the brain outwards.
+RIM = 6.0  # mm around the template's brain that are compared too
+SEARCH, ROUGH, FINE = 8.0, 4.0, 3.0  # mm between the template's samples, stage by stage
+PADDING = 60.0  # mm of air put around a scan
+HEAD_HEIGHT = 170.0  # mm below the top of the head, where the neck begins
+BIAS_SPACING = 6.0  # mm between the voxels that N4 sees
+
+# The search begins from all combinations of these. Heads tilt forwards and back more than to a side.
+PITCHES = (-0.5, -0.25, 0.0, 0.25, 0.5)  # radians
+ROLLS = YAWS = (-0.25, 0.0, 0.25)
+# Size stays fixed at first. The template's edge, were it free to grow, would settle on the scalp of a raw head.
+SCALES = (0.8, 0.9, 1.0)
+TURNED, GROWN = 4, 2  # of each scale, how many starts are optimised as rigid, and how many of these with scaling
+
+
+class Alignment(NamedTuple):
+    """How a scan lies in the template.
+
+    Attributes:
+        transform: maps points of the template to points of the scan (LPS, mm).
+        similarity: Mattes mutual information in nats, in the template's brain and its rim; higher is better.
+    """
+
+    transform: sitk.AffineTransform
+    similarity: float
+
+
+@lru_cache(maxsize=1)
+def template() -> sitk.Image:
+    """The ICBM152 2009a symmetric T1 average: 1 mm, float32, 0 outside of the brain."""
+    path = Path(nilearn.__file__).parent / "datasets" / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The ICBM152 template {path.name} is not in the installed nilearn {nilearn.__version__}: "
+            "install a version that ships it (0.14 does)."
+        )
+    return sitk.ReadImage(str(path), sitk.sitkFloat32)
+
+
+@lru_cache(maxsize=1)
+def template_brain() -> sitk.Image:
+    """The template's brain mask: 1 mm, uint8."""
+    return template() > 0
+
+
+def foreground(image: sitk.Image) -> sitk.Image:
+    """What a scan shows without the air around it: the head, or the brain alone if the scan is skull-stripped.
+
+    Air is the lowest value if a tenth of all voxels have exactly that, and what Otsu's threshold says otherwise. Small
+    islands are dropped and holes are filled.
+
+    Args:
+        image: a scan, float32.
+
+    Returns:
+        uint8 on the grid of ``image``, 1 in the foreground.
+    """
+    voxels = sitk.GetArrayViewFromImage(image)
+    lowest = float(voxels.min())
+    if np.count_nonzero(voxels == lowest) >= 0.1 * voxels.size:
+        mask = ndimage.binary_opening(voxels > lowest)
+        return like(_filled(_large_parts(mask)), image)
+    # Otsu's threshold by itself may part dark from bright tissue; of the square root, it parts air from tissue.
+    small = _to_spacing(image, ROUGH)
+    smooth = sitk.SmoothingRecursiveGaussian(sitk.Sqrt(sitk.Clamp(small - lowest, lowerBound=0.0)), ROUGH)
+    mask = _large_parts(sitk.GetArrayViewFromImage(sitk.OtsuThreshold(smooth, 0, 1)) > 0)
+    # The skull is as dark as air: close over it, that the brain and the scalp are one.
+    mask = np.pad(mask, 3)
+    mask = ndimage.binary_closing(mask, ndimage.generate_binary_structure(3, 2), iterations=3)[3:-3, 3:-3, 3:-3]
+    return sitk.Resample(like(_filled(mask), small), image, sitk.Transform(), sitk.sitkNearestNeighbor)
+
+
+def _large_parts(mask: np.ndarray) -> np.ndarray:
+    """The connected parts of a mask that have a tenth of the largest one's voxels or more."""
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return ((sizes > 0) & (sizes >= 0.1 * sizes.max()))[parts]
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    return ndimage.binary_fill_holes(mask).astype(np.uint8)
+
+
+def log_bias_field(image: sitk.Image, mask: sitk.Image) -> sitk.Image:
+    """The logarithm of a scan's multiplicative bias field, by N4 on voxels of 6 mm.
+
+    Args:
+        image: a scan without negative values, float32.
+        mask: uint8 on the grid of ``image``, where to estimate the field.
+
+    Returns:
+        float32 on the grid of ``image``, with a median of 0 within the mask; the corrected scan is
+        ``image / exp(field)``.
+    """
+    small = _to_spacing(image, BIAS_SPACING)
+    inside = sitk.Resample(mask, small, sitk.Transform(), sitk.sitkNearestNeighbor) & (small > 0)
+    correction = sitk.N4BiasFieldCorrectionImageFilter()
+    correction.SetMaximumNumberOfIterations([30, 30, 30])
+    correction.Execute(small, inside)
+    coarse = sitk.GetArrayFromImage(correction.GetLogBiasFieldAsImage(small))
+    level = np.median(coarse[sitk.GetArrayViewFromImage(inside) > 0])
+    return sitk.Cast(correction.GetLogBiasFieldAsImage(image), sitk.sitkFloat32) - float(level)
+
+
+def align(image: sitk.Image, head: sitk.Image) -> Alignment:
+    """Find the affine transform that maximises the mutual information of a scan with the template.
+
+    Many rigid starts on coarse samples, the better ones with uniform scaling on finer samples, the best one with all
+    twelve parameters. Nothing is random: the same scan gives the same transform.
+
+    Args:
+        image: a scan of a whole head or of a brain, float32; any contrast, orientation and voxel size.
+        head: uint8 on the grid of ``image``, 1 in the head or brain.
+
+    Raises:
+        ValueError: when the scan and the template never come to overlap.
+    """
+    inside = sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(head) > 0]
+    lowest = float(sitk.GetArrayViewFromImage(image).min())
+    # Fat and vessels may be ten times as bright as the brain, and would leave it a few bins of the histogram.
+    image = sitk.Clamp(image, sitk.sitkFloat32, lowest, max(float(np.percentile(inside, 99.5)), lowest + 1e-6))
+    search, rough, fine = (_Stage(image, spacing) for spacing in (SEARCH, ROUGH, FINE))
+
+    grown = []
+    for scale in SCALES:
+        angles = itertools.product(PITCHES, ROLLS, YAWS)
+        starts = [_start(centre, turn, scale) for turn, centre in itertools.product(angles, _centres(head))]
+        turned = [search.optimise(start, 8.0, weights=[1] * 6 + [0]) for start in search.best(starts, TURNED)]
+        grown += [rough.optimise(start, 2.0) for start in rough.best(turned, GROWN)]
+    affine = rough.optimise(_affine(*rough.best(grown, 1)), 1.0)
+    affine = fine.optimise(affine, 0.5)
+    similarity = rough.similarity(affine)
+    if not math.isfinite(similarity):
+        raise ValueError("the scan cannot be brought to overlap with the template")
+    return Alignment(affine, similarity)
+
+
+def smooth_for(image: sitk.Image, spacing: float) -> sitk.Image:
+    """A scan smoothed along those axes on which voxels of ``spacing`` mm are larger than its own; float32."""
+    zoom = spacing / np.array(image.GetSpacing()[::-1])
+    sigma = np.maximum((zoom - 1) / 2, 0)  # voxels
+    voxels = sitk.GetArrayViewFromImage(image)
+    return like(ndimage.gaussian_filter(voxels, sigma, output=np.float32, mode="nearest", truncate=3), image)
+
+
+def like(voxels: np.ndarray, image: sitk.Image) -> sitk.Image:
+    """An image of these voxels ``[z, y, x]`` on the grid of another."""
+    result = sitk.GetImageFromArray(voxels)
+    result.CopyInformation(image)
+    return result
+
+
+class _Stage:
+    """The similarity of a scan and the template on samples of one density, and its maximum."""
+
+    def __init__(self, image: sitk.Image, spacing: float) -> None:
+        moving = _to_spacing(image, spacing)
+        # What leaves the scan does not count, so that leaving it would pay: put air around it.
+        width = [math.ceil(PADDING / spacing)] * 3
+        self.moving = sitk.ConstantPad(moving, width, width, float(sitk.GetArrayViewFromImage(moving).min()))
+        self.fixed, mask = _fixed(spacing)
+        self.method = sitk.ImageRegistrationMethod()
+        self.method.SetMetricAsMattesMutualInformation(BINS)
+        self.method.SetMetricFixedMask(mask)
+        self.method.SetInterpolator(sitk.sitkLinear)
+        self.method.MetricUseFixedImageGradientFilterOff()
+        self.method.SetNumberOfThreads(1)
+
+    def similarity(self, transform: sitk.Transform) -> float:
+        """Mutual information in nats; minus infinity where the two do not meet."""
+        self.method.SetInitialTransform(transform)
+        self.method.MetricUseMovingImageGradientFilterOff()  # slow, and no gradient is asked for
+        try:
+            return -self.method.MetricEvaluate(self.fixed, self.moving)
+        except RuntimeError:
+            return -math.inf
+
+    def best(self, transforms: list, count: int) -> list:
+        """The ``count`` transforms of the highest similarity, best first."""
+        return sorted(transforms, key=self.similarity, reverse=True)[:count]
+
+    def optimise(self, transform: sitk.Transform, step: float, weights: list[float] | None = None) -> sitk.Transform:
+        """The transform moved to a maximum near it, in steps of ``step`` mm at first; parameters of weight 0 stay."""
+        result = type(transform)(transform)
+        self.method.SetInitialTransform(result, inPlace=True)
+        self.method.MetricUseMovingImageGradientFilterOn()  # without its smooth gradients the affine stage diverges
+        self.method.SetOptimizerAsRegularStepGradientDescent(step, step / 64, 60, 0.6)
+        self.method.SetOptimizerScalesFromPhysicalShift()
+        self.method.SetOptimizerWeights(weights or [1] * len(transform.GetParameters()))
+        try:
+            self.method.Execute(self.fixed, self.moving)
+        except RuntimeError:  # it stepped out of the scan
+            return transform
+        return result if self.similarity(result) > self.similarity(transform) else transform
+
+
+@lru_cache(maxsize=3)
+def _fixed(spacing: float) -> tuple[sitk.Image, sitk.Image]:
+    """The template on voxels of ``spacing`` mm, and the mask of its brain with the rim."""
+    image = _to_spacing(template(), spacing)
+    distance = sitk.SignedMaurerDistanceMap(template_brain(), squaredDistance=False, useImageSpacing=True)
+    return image, sitk.Resample(distance < RIM, image, sitk.Transform(), sitk.sitkNearestNeighbor)
+
+
+def _to_spacing(image: sitk.Image, spacing: float) -> sitk.Image:
+    """A scan on cubic voxels of ``spacing`` mm over the same field of view, float32."""
+    extent = np.array(image.GetSize()) * image.GetSpacing()
+    size = np.maximum(np.ceil(extent / spacing - 1e-3), 4).astype(int).tolist()
+    grid = sitk.Image(size, sitk.sitkUInt8)
+    grid.SetSpacing([spacing] * 3)
+    grid.SetDirection(image.GetDirection())
+    grid.SetOrigin((np.array(_middle(image)) - _middle(grid)).tolist())
+    resample = sitk.ResampleImageFilter()
+    resample.SetReferenceImage(grid)
+    resample.SetInterpolator(sitk.sitkLinear)
+    resample.SetOutputPixelType(sitk.sitkFloat32)
+    resample.UseNearestNeighborExtrapolatorOn()
+    return resample.Execute(smooth_for(image, spacing))
+
+
+def _middle(image: sitk.Image) -> tuple[float, float, float]:
+    """The centre of the field of view, LPS mm."""
+    return image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
+
+
+def _points(mask: sitk.Image) -> np.ndarray:
+    """Where a mask's voxels lie, ``[N, 3]``, LPS mm."""
+    indices = np.argwhere(sitk.GetArrayViewFromImage(mask))[:, ::-1]
+    return indices @ (np.array(mask.GetDirection()).reshape(3, 3) * mask.GetSpacing()).T + mask.GetOrigin()
+
+
+@lru_cache(maxsize=1)
+def brain_centre() -> tuple[float, float, float]:
+    """The centre of mass of the template's brain mask, LPS mm."""
+    return tuple(_points(template_brain()).mean(0).tolist())
+
+
+def _centres(head: sitk.Image) -> list[np.ndarray]:
+    """Where the middle of a scan's brain may lie, LPS mm."""
+    points = _points(head)
+    above_neck = points[points[:, 2] > np.percentile(points[:, 2], 99.9) - HEAD_HEIGHT].mean(0)
+    return [above_neck, np.array(_middle(head)), np.array(brain_centre())]
+
+
+def _start(centre: np.ndarray, angles: tuple[float, float, float], scale: float) -> sitk.Similarity3DTransform:
+    """The template's brain, turned about its centre and scaled, put at ``centre`` of the scan."""
+    start = sitk.Similarity3DTransform()
+    start.SetMatrix((np.array(sitk.Euler3DTransform((0, 0, 0), *angles).GetMatrix()) * scale).tolist())
+    start.SetCenter(brain_centre())
+    start.SetTranslation((centre - brain_centre()).tolist())
+    return start
+
+
+def _affine(transform: sitk.Similarity3DTransform) -> sitk.AffineTransform:
+    result = sitk.AffineTransform(3)
+    result.SetMatrix(transform.GetMatrix())
+    result.SetCenter(transform.GetCenter())
+    result.SetTranslation(transform.GetTranslation())
+    return result
