@@ -285,7 +285,6 @@ def _inspect(paths: list[Path], checks: CheckScand) -> Found:
         _check_files(paths)
         for difference in image.meta["differences"]:
             scan.accuse("suspicious", difference)
-        _note_affine(scan, paths, image)
         _note_series(scan, paths)
         _note_values(scan, image)
         upright = _upright(image)
@@ -350,14 +349,6 @@ def _check_files(paths: list[Path]) -> None:
                         pass
             except (OSError, EOFError, zlib.error):
                 raise ScanError("it can be read, but its gzip checksum is wrong or missing: it was damaged") from None
-
-
-def _note_affine(scan: Scan, paths: list[Path], image: MetaTensor) -> None:
-    """MONAI's reader drops an sform whose voxel size is not the header's (pixdim), for a qform or for none at all."""
-    if image.meta["header_problems"] or not paths[0].name.endswith((".nii", ".nii.gz")):
-        return
-    if not np.allclose(image.affine.numpy(), nib.load(paths[0]).affine, atol=1e-2):
-        scan.accuse("suspicious", "its sform is not used, since its voxel size contradicts the header's (pixdim)")
 
 
 def _note_series(scan: Scan, paths: list[Path]) -> None:

@@ -109,6 +109,8 @@ def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> l
                 # MONAI's reader takes the one whose voxel size the header has too
                 used, other = ("sform", "qform") if _same_size(sform, zooms) else ("qform", "sform")
                 problems.append(f"its {used} (which is used) and its {other} disagree by up to {apart:.3g} mm")
+        elif sform is not None and not _same_size(sform, zooms):
+            problems.append("its sform is not used, since its voxel size contradicts the header's (pixdim)")
     return problems
 
 

@@ -72,7 +72,8 @@ def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:
             return f"'{path}' is an empty file (0 bytes): {ADVICE}."
         found, suffix = content_suffix(path), "".join(path.suffixes[-2:])
         if found is not None and not suffix.lower().endswith(found.lstrip(".")):  # .mgz is gzip too
-            return f"'{path}' holds {found} data, which its name hides: rename it to end in {found}, or {ADVICE}."
+            ending = f"{path.suffix}.gz" if found == ".gz" else found
+            return f"'{path}' holds {found} data, which its name hides: rename it to end in {ending}, or {ADVICE}."
     names = ", ".join(f"'{path}'" for path in paths)
     if "channel-wise concatenation" in str(error):
         return (

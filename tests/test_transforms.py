@@ -90,7 +90,7 @@ def test_files_that_are_not_what_they_seem(tmp_path):
     for name, sentence in (
         ("empty.nii", r"empty.nii' is an empty file \(0 bytes\): replace it"),
         ("gone.nii", r"gone.nii' is a link to 'nowhere.nii', which does not exist: mend the link"),
-        ("zipped.nii", r"zipped.nii' holds .gz data, which its name hides: rename it to end in .gz"),
+        ("zipped.nii", r"zipped.nii' holds .gz data, which its name hides: rename it to end in .nii.gz"),
         ("unzipped.nii.gz", r"unzipped.nii.gz' holds .nii data, which its name hides: rename it to end in .nii"),
     ):
         with pytest.raises(ScanError, match=sentence):
@@ -176,6 +176,7 @@ def test_geometry_is_held_against_what_is_expected():
 
 def header(path, sform=None, qform=None):
     image = nib.Nifti1Image(np.random.rand(8, 8, 8).astype(np.float32), None)
+    image.header.set_zooms((2, 2, 2))
     image.set_sform(sform, 0 if sform is None else 1)
     image.set_qform(qform, 0 if qform is None else 1)
     nib.save(image, path)
@@ -183,6 +184,9 @@ def header(path, sform=None, qform=None):
 
 
 def test_odd_headers_are_named(tmp_path):
+    assert header(tmp_path / "e.nii", np.diag([3.0, 3, 3, 1])) == [
+        "its sform is not used, since its voxel size contradicts the header's (pixdim)"
+    ]
     plain, moved = np.diag([2.0, 2, 2, 1]), np.diag([2.0, 2, 2, 1])
     moved[0, 3] = 5
     assert header(tmp_path / "a.nii", plain, plain) == []
