@@ -24,4 +24,4 @@ lint: install
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) output data cache
+	rm -rf $(VENV) output data cache eval
