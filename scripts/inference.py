@@ -25,6 +25,7 @@ from monai.transforms import Compose
 from monai.utils import ensure_tuple
 from torch import Tensor
 
+from scripts import distributed
 from scripts.blocks import noise_from
 from scripts.datalist import find_scans, make_datalist
 from scripts.files import write_text
@@ -61,13 +62,12 @@ class Failures:
 
     def finish(self) -> None:
         """
-        Write the list and say what is in it, on the first process for all of them.
+        Write the list and say what is in it, on the first process for all of them, and part from the others.
 
         Raises:
             SystemExit: with code 1, on every process, when there are any.
         """
-        everyone = idist.all_gather(self.found) if idist.get_world_size() > 1 else [self.found]
-        found = sorted({failure for failures in everyone for failure in failures})
+        found = sorted(set(distributed.gather(self.found)))
         if idist.get_rank() == 0:
             if found:
                 text = io.StringIO()
@@ -78,6 +78,7 @@ class Failures:
                 logger.error("%d scan(s) failed, see '%s'. The first: %s", len(found), self.path, found[0].reason)
             else:
                 self.path.unlink(missing_ok=True)
+        distributed.stop()
         if found:
             sys.exit(1)
 
@@ -224,7 +225,10 @@ class ScanEvaluator(Evaluator):
         amp_dtype: torch.dtype | None = None,
     ) -> None:
         self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
-        pending = [i for i, item in enumerate(dataset.data) if not self.finished(scan_name(item))]
+        # one process says what is left to do: another might begin to write while this one still looks
+        pending = distributed.from_rank_zero(
+            lambda: [i for i, item in enumerate(dataset.data) if not self.finished(scan_name(item))]
+        )
         share = pending[idist.get_rank() :: idist.get_world_size()]
         loader = DataLoader(
             _ReadOrFail(dataset, share),

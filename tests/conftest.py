@@ -25,13 +25,16 @@ def cohort(tmp_path_factory) -> Path:
     return Path(make_brains(tmp_path_factory.mktemp("data") / "brains", 12, spacing=8.0, workers=1))
 
 
-def run_bundle(*arguments: object, run_id: str = "training", configs=TINY, cwd: Path = ROOT, timeout: int = 300):
-    """``python -m monai.bundle run ...`` with a tiny network, in a process of its own."""
+def bundle_command(*arguments: object, run_id: str = "training", configs=TINY) -> tuple[list[str], dict[str, str]]:
+    """``python -m monai.bundle run ...`` with a tiny network, and the environment to run it in."""
     words = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str([str(c) for c in configs])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*words, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    return [*words, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run_bundle(*arguments: object, run_id: str = "training", configs=TINY, cwd: Path = ROOT, timeout: int = 300):
+    """The same, in a process of its own."""
+    words, environment = bundle_command(*arguments, run_id=run_id, configs=configs)
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def brain(size=16, spacing=1.0, channels=1):

@@ -1,0 +1,110 @@
+"""Several processes on one job, as torchrun starts them. Every function also works in a process that is alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+
+__all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "start", "stop"]
+
+T = TypeVar("T")
+
+# the others wait while the first reads a cohort, which may take hours; when one fails, torchrun ends them at once
+PATIENCE = timedelta(days=1)
+GRACE = 30  # seconds
+
+
+def local_device() -> torch.device:
+    """
+    The device of this process: a GPU of its own, or the CPU where there are none.
+
+    Raises:
+        RuntimeError: when torchrun did not start this process, or started more than there are GPUs.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        raise RuntimeError(
+            "A multi_gpu config needs torchrun: start with `torchrun --standalone --nnodes=1 --nproc_per_node=N -m "
+            "monai.bundle run ...`, or leave that config out."
+        )
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if int(rank) >= torch.cuda.device_count():
+        raise RuntimeError(f"Each process needs a GPU: lower --nproc_per_node to {torch.cuda.device_count()}.")
+    return torch.device("cuda", int(rank))
+
+
+def start() -> None:
+    """Meet the other processes, over NCCL with GPUs and Gloo without. The first alone logs what is no warning."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if dist.get_rank() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def stop() -> None:
+    """Part from the other processes, when all have come so far."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """
+    What a function returns, called by the first process alone while the others wait.
+
+    Args:
+        function: its result must be small and picklable.
+
+    Raises:
+        Exception: what it raises, in the first process.
+        SystemExit: in the others then.
+    """
+    if idist.get_world_size() == 1:
+        return function(*args, **kwargs)
+    message: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            message = [(function(*args, **kwargs),)]
+        finally:
+            dist.broadcast_object_list(message, src=0)
+    else:
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is None:
+            time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
+            sys.exit(1)
+    return message[0][0]
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items of all processes, those of the first first, on every one."""
+    if idist.get_world_size() == 1:
+        return items
+    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, items)
+    return [item for own in everyone for item in own]
+
+
+def batch_share(count: int, batch_size: int) -> range:
+    """
+    The scans of this process: neighbours, in the batches that they would be in if it were alone.
+
+    No scan is in two shares, and none is left out. A share is empty where there are fewer batches than processes.
+
+    Args:
+        count: of all scans.
+    """
+    batches, rank, processes = -(-count // batch_size), idist.get_rank(), idist.get_world_size()
+    first, end = (batches * r // processes * batch_size for r in (rank, rank + 1))
+    return range(min(first, count), min(end, count))

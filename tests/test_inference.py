@@ -1,0 +1,440 @@
+"""What a trained network can be asked for: the bundle's words as users run them, and from Python."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import time
+import weakref
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, bundle_command, run_bundle
+from monai.bundle import ConfigParser
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+from scripts.blocks import noise_from
+from scripts.inference import ScanEvaluator, scan_generator
+from scripts.inferers import Reconstruction, Scoring
+from scripts.losses import ELBOLoss, negative_log_likelihood
+from scripts.networks import VDVAEOutput, VDVAEReconstruction
+from scripts.outputs import ScanLayout
+from scripts.transforms import ScanError
+
+CONFIGS = ["configs/inference.json", "tests/tiny.json"]
+ORIENTATIONS = ("RAS", "LPS", "PIR", "SAL", "ILA")
+
+
+def parser(**changes) -> ConfigParser:
+    config = ConfigParser.load_config_files([str(ROOT / name) for name in CONFIGS])
+    tiny = ConfigParser(config)
+    tiny.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
+    tiny.update({"device": torch.device("cpu"), **changes})
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def scans(cohort, tmp_path_factory):
+    """Five phantoms in a tree, each stored in another orientation."""
+    folder = tmp_path_factory.mktemp("oriented")
+    for codes, path in zip(ORIENTATIONS, sorted(cohort.glob("*.nii.gz")), strict=False):
+        image = nib.load(path)
+        turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(codes))
+        array = nib.orientations.apply_orientation(np.asarray(image.dataobj), turn)
+        (folder / codes).mkdir()
+        nib.save(
+            nib.Nifti1Image(array, image.affine @ inv_ornt_aff(turn, image.shape)), folder / codes / f"{codes}.nii.gz"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def network(cohort):
+    """A small network, trained for a moment."""
+    preprocess = parser().get_parsed_content("preprocessing")
+    items = [preprocess({"image": str(path)})["image"] for path in sorted(cohort.glob("*.nii.gz"))]
+    x = torch.stack([item.as_tensor() for item in items])
+    torch.manual_seed(0)
+    net = parser().get_parsed_content("network_def")
+    net.set_template(x.mean(0), x.std(0), items[0].affine)
+    # a fifth of the KL, so that all latents have something to say so early
+    loss, optimizer = ELBOLoss(kl_warmup=1000), torch.optim.Adamax(net.parameters(), lr=0.02)
+    for _ in range(200):
+        output = VDVAEOutput(*super(VDVAEReconstruction, net).forward(x))
+        optimizer.zero_grad()
+        loss(output, x, 200)[0].backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 100.0)
+        optimizer.step()
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def weights(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def run(word, scans, output, weights, *arguments, code=0):
+    words = ["--dataset_dir", scans, "--output_dir", output, "--ckpt", weights, *arguments]
+    result = run_bundle(*words, run_id=word, configs=CONFIGS)
+    assert result.returncode == code, result.stderr
+    return result.stderr
+
+
+def load(folder, name):
+    return nib.load(folder / name).get_fdata(dtype=np.float32)
+
+
+def files(folder, pattern="*"):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(pattern) if path.is_file())
+
+
+@pytest.fixture(scope="session")
+def reconstructed(scans, weights, tmp_path_factory):
+    output = tmp_path_factory.mktemp("reconstructed")
+    return output, run("reconstruct", scans, output, weights, "--levels", "each")
+
+
+@pytest.fixture(scope="session")
+def encoded(scans, weights, tmp_path_factory):
+    output = tmp_path_factory.mktemp("encoded")
+    return output, run("encode", scans, output, weights)
+
+
+# Reconstructing
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_reconstructions_lie_on_the_scans_own_grid(scans, reconstructed, codes):
+    original = nib.load(scans / codes / f"{codes}.nii.gz")
+    for name in ("recon", "scale", "zscore", "recon_level1", "recon_level3"):
+        result = nib.load(reconstructed[0] / codes / f"{codes}_{name}.nii.gz")
+        assert result.shape == original.shape
+        assert np.allclose(result.affine, original.affine, atol=1e-3)
+    image, recon = original.get_fdata(), load(reconstructed[0], f"{codes}/{codes}_recon.nii.gz")
+    assert np.corrcoef(image.ravel(), recon.ravel())[0, 1] > 0.8
+    assert recon.max() == pytest.approx(image.max(), rel=0.4)  # its units
+    # the deviation is in the same units, and the z-score has none
+    scale, zscore = (load(reconstructed[0], f"{codes}/{codes}_{name}.nii.gz") for name in ("scale", "zscore"))
+    assert scale.min() == pytest.approx(0.01 / 2 * (image.max() - image.min()), rel=0.3)
+    assert abs(zscore).max() < 50
+    assert abs(zscore[0, 0, 0]) < 1
+
+
+def test_everything_is_named_after_its_scan(reconstructed):
+    output, log = reconstructed
+    names = ("levels.png", "recon.nii.gz", "recon.png", "scale.nii.gz", "zscore.nii.gz")
+    levels = [f"recon_level{n}.nii.gz" for n in (1, 2, 3)]
+    expected = [f"{codes}/{codes}_{name}" for codes in ORIENTATIONS for name in (*names, *levels)]
+    assert files(output) == sorted([*expected, "reconstruct.json"])
+    assert f"Results: '{output}'" in log
+
+
+def test_the_last_level_is_the_whole_reconstruction_and_the_first_is_coarser(reconstructed):
+    full, third, first = (
+        load(reconstructed[0], f"RAS/RAS_{n}.nii.gz") for n in ("recon", "recon_level3", "recon_level1")
+    )
+    assert np.allclose(full, third, atol=1e-3)
+    assert not np.allclose(full, first, atol=0.1)
+
+
+def test_levels_out_of_range(network):
+    with pytest.raises(ValueError, match="levels is 4: this network has 1 to 3"):
+        Reconstruction(levels=4)(torch.zeros(1, 1, 8, 8, 8), network)
+
+
+class Perfect(torch.nn.Module):
+    """A network that reconstructs every scan exactly."""
+
+    def infer(self, x, temperature):
+        return VDVAEOutput(x, torch.full_like(x, 0.1), torch.zeros(len(x), 1)), []
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_a_perfect_network_gives_the_scan_back(scans, tmp_path, codes):
+    tiny = parser(dataset_dir=str(scans / codes), output_dir=str(tmp_path), spatial_shape=[64, 64, 64], batch_size=1)
+    tiny["network"] = Perfect()
+    tiny.get_parsed_content("evaluator").run()
+    image, recon = load(scans, f"{codes}/{codes}.nii.gz"), load(tmp_path, f"{codes}_recon.nii.gz")
+    # the grid is finer than the scan: what is left is the interpolation there and back, and the clipped percentiles
+    assert np.corrcoef(image.ravel(), recon.ravel())[0, 1] > 0.99
+    assert np.abs(image - recon).mean() < 0.02 * image.max()
+    assert np.allclose(load(tmp_path, f"{codes}_zscore.nii.gz"), 0, atol=1e-3)
+    gain = np.percentile(image, 99.95) / 2  # of the network's range
+    assert np.allclose(load(tmp_path, f"{codes}_scale.nii.gz"), 0.1 * gain, rtol=0.1)
+
+
+# Encoding and decoding
+
+
+def test_encode_then_decode_is_reconstruct(encoded, reconstructed, weights, tmp_path):
+    run("decode", encoded[0], tmp_path / "decoded", weights)
+    for codes in ORIENTATIONS:
+        for name in ("recon", "scale"):
+            decoded, direct = (
+                load(f, f"{codes}/{codes}_{name}.nii.gz") for f in (tmp_path / "decoded", reconstructed[0])
+            )
+            assert np.abs(decoded - direct).max() < 1e-5 * np.abs(direct).max()
+
+
+def test_latents_are_all_there_with_a_table_of_the_coarsest(encoded, network, scans):
+    output, log = encoded
+    with np.load(output / "RAS" / "RAS_latents.npz") as content:
+        for index, grid in enumerate(network.latent_grids()):
+            for name in ("z", "mean", "std"):
+                assert content[f"{name}{index:02d}"].shape == grid
+        first = content["mean00"].ravel()
+    with (output / "latents.csv").open() as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert sorted(rows) == files(scans, "*.nii.gz")
+    table = [float(value) for name, value in rows["RAS/RAS.nii.gz"].items() if name != "image"]
+    assert np.allclose(table, first, rtol=1e-4)
+    numbers = sum(math.prod(grid) for grid in network.latent_grids())
+    assert f"{numbers} numbers a scan, compression {512 / numbers:.3g} : 1 (of 512 voxels)" in log
+
+
+def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, weights, tmp_path):
+    with np.load(encoded[0] / "RAS" / "RAS_latents.npz") as content:
+        latents = dict(content)
+    coarse = sum(level == 2 for level in network.latent_levels)
+    for index in range(coarse, len(network.latent_grids())):
+        del latents[f"z{index:02d}"]
+    (tmp_path / "latents").mkdir()
+    np.savez(tmp_path / "latents" / "cut_latents.npz", **latents)
+    np.savez(tmp_path / "latents" / "edited_latents.npz", **{**latents, "z00": latents["z00"] + 3})
+    del latents["z00"]
+    np.savez(tmp_path / "latents" / "gap_latents.npz", **latents)
+    np.savez(tmp_path / "latents" / "strange_latents.npz", a=1)
+    log = run("decode", tmp_path / "latents", tmp_path / "out", weights, code=1)
+    assert np.allclose(
+        load(tmp_path / "out", "cut_recon.nii.gz"), load(reconstructed[0], "RAS/RAS_recon_level1.nii.gz"), atol=1e-2
+    )
+    assert not np.allclose(
+        load(tmp_path / "out", "edited_recon.nii.gz"), load(tmp_path / "out", "cut_recon.nii.gz"), atol=1
+    )
+    assert "2 scan(s) failed" in log
+    failed = (tmp_path / "out" / "failed.csv").read_text()
+    assert "lacks z00 but has later latents" in failed
+    assert "lacks affine, b_min" in failed
+
+
+# Sampling
+
+
+def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
+    for name, arguments in (
+        ("one", ("--batch_size", 1)),
+        ("three", ("--batch_size", 3)),
+        ("other", ("--seed", 1)),
+        ("cold", ("--sample_temperature", "[0.0,0.7,0.7]")),
+    ):
+        run("sample", tmp_path, tmp_path / name, weights, "--samples", 4, *arguments)
+        assert files(tmp_path / name) == [*(f"000{i}_sample.nii.gz" for i in range(1, 5)), "sample.json", "samples.png"]
+    one, three, other, cold = (load(tmp_path / n, "0002_sample.nii.gz") for n in ("one", "three", "other", "cold"))
+    assert np.allclose(one, three, atol=1e-5)
+    assert not np.allclose(one, other, atol=1e-2)
+    assert not np.allclose(one, cold, atol=1e-2)
+    assert not np.allclose(one, load(tmp_path / "one", "0003_sample.nii.gz"), atol=1e-2)
+    sample = nib.load(tmp_path / "one" / "0002_sample.nii.gz")
+    assert np.allclose(sample.affine, network.scan_affine)
+    assert 0 <= sample.get_fdata().min() < 0.01 < 0.3 < sample.get_fdata().max() <= 1
+
+
+# Scoring
+
+
+def rows_of(path):
+    with path.open() as file:
+        return {row.pop("image"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)}
+
+
+def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, network, tmp_path):
+    for size in (1, 3):
+        run("score", scans, tmp_path / str(size), weights, "--batch_size", size)
+    one, three = (rows_of(tmp_path / str(size) / "scores.csv") for size in (1, 3))
+    assert sorted(one) == files(scans, "*.nii.gz")
+    for name, row in one.items():
+        assert row == pytest.approx(three[name], rel=1e-4, abs=1e-3)
+        assert row["elbo"] == pytest.approx(-row["nll"] - row["kl"], rel=1e-5)
+        assert row["bits_per_dim"] == pytest.approx(-row["elbo"] / 512 / math.log(2), rel=1e-5)
+        assert row["kl"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("kl_z")), rel=1e-4)
+    # the same numbers from the network itself
+    x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"].as_tensor()
+    with torch.no_grad(), noise_from([scan_generator(0, "RAS.nii.gz")]):
+        output = super(VDVAEReconstruction, network).forward(x[None])
+    nll = negative_log_likelihood(output.loc, output.scale, x[None])
+    assert one["RAS/RAS.nii.gz"]["nll"] == pytest.approx(float(nll), rel=1e-4)
+    assert one["RAS/RAS.nii.gz"]["kl"] == pytest.approx(float(output.kl.sum()), rel=1e-4)
+    assert len(files(tmp_path / "1", "*_anomaly.nii.gz")) == len(files(tmp_path / "1", "*_anomaly.png")) == 5
+
+
+def test_the_bound_tightens_with_importance_samples(cohort, network):
+    preprocess = parser().get_parsed_content("preprocessing")
+    x = torch.stack([preprocess({"image": str(p)})["image"].as_tensor() for p in sorted(cohort.glob("*.nii.gz"))])
+    bounds = []
+    for samples in (1, 5, 50):
+        torch.manual_seed(0)
+        repeats = [Scoring(samples)(x, network)["elbo"].mean() for _ in range(max(2, 20 // samples))]
+        bounds.append(float(torch.stack(repeats).mean()))
+    assert bounds[0] < bounds[1] < bounds[2]
+    with pytest.raises(ValueError, match="importance_samples is 0"):
+        Scoring(0)
+
+
+def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
+    x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"].as_tensor()
+    planted = x[None].clone()
+    planted[0, 0, 1, 6, 6] = 0.0  # half as bright as can be, where there is background
+    plain, odd = (Scoring()(scan, network) for scan in (x[None], planted))
+    assert odd["anomaly"].argmax() == torch.arange(512).reshape(8, 8, 8)[1, 6, 6]
+    assert odd["anomaly"].max() > 3 * plain["anomaly"].max()
+    assert odd["elbo"] < plain["elbo"]
+    # smoothing spreads it: without, its neighbours stay as they are
+    sharp = Scoring(smoothing=0.01)(planted, network)["anomaly"]
+    assert sharp[0, 0, 2, 6, 6] < 0.5 * odd["anomaly"][0, 0, 2, 6, 6]
+
+
+# Many scans
+
+
+def test_a_scan_that_cannot_be_read_is_reported_and_stops_nothing(scans, weights, tmp_path):
+    shutil.copytree(scans, tmp_path / "scans")
+    (tmp_path / "scans" / "RAS" / "broken.nii.gz").write_text("no scan")
+    output = tmp_path / "out"
+    log = run("reconstruct", tmp_path / "scans", output, weights, code=1)
+    assert "1 scan(s) failed" in log
+    with (output / "failed.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["name"].endswith("RAS/broken.nii.gz")
+    assert "cannot be read as an image" in row["reason"]
+    assert len(files(output, "*_recon.nii.gz")) == 5
+    (tmp_path / "scans" / "RAS" / "broken.nii.gz").unlink()
+    run("reconstruct", tmp_path / "scans", output, weights)
+    assert not (output / "failed.csv").exists()
+
+
+def test_a_killed_job_leaves_nothing_torn_and_is_finished_by_the_next(cohort, weights, tmp_path):
+    scans, output = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for copy in range(6):
+        for path in cohort.glob("*.nii.gz"):
+            shutil.copy(path, scans / f"{copy}_{path.name}")
+    words = ["--dataset_dir", scans, "--output_dir", output, "--ckpt", weights, "--batch_size", 1, "--num_workers", 0]
+    command, environment = bundle_command(*words, run_id="reconstruct", configs=CONFIGS)
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as job:
+        while len(files(output, "*_recon.nii.gz") if output.exists() else []) < 5:
+            assert job.poll() is None
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+    done = {name: (output / name).stat().st_mtime_ns for name in files(output, "[!.]*_zscore.nii.gz")}
+    assert 0 < len(done) < 72
+    for name in files(output, "[!.]*.nii.gz"):
+        nib.load(output / name).get_fdata()
+    log = run("reconstruct", scans, output, weights, "--batch_size", 4)
+    assert f"Of 72 scans, {len(done)} are finished already" in log
+    assert len(files(output, "[!.]*_zscore.nii.gz")) == 72
+    assert {name: (output / name).stat().st_mtime_ns for name in done} == done
+
+
+def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, tmp_path):
+    shutil.copytree(reconstructed[0], tmp_path / "out")
+    log = run("reconstruct", scans, tmp_path / "out", weights, "--levels", "each", "--temperature", 0.5, code=1)
+    assert "holds results of 'reconstruct' made with another temperature: set --output_dir" in log
+    run("reconstruct", scans, tmp_path / "out", weights, "--levels", "each", "--temperature", 0.5, "--overwrite", True)
+    before, after = (load(f, "RAS/RAS_recon.nii.gz") for f in (reconstructed[0], tmp_path / "out"))
+    assert not np.allclose(before, after)
+
+
+def test_results_stay_inside_the_output_folder(tmp_path):
+    layout = ScanLayout(tmp_path / "scans", tmp_path / "out", "recon")
+    assert layout.path(tmp_path / "scans" / "a" / "b.nii.gz") == tmp_path / "out" / "a" / "b_recon.nii.gz"
+    for outside in (tmp_path / "scans" / ".." / "x.nii", tmp_path / "other" / "x.nii"):
+        with pytest.raises(ScanError, match="is not under"):
+            layout.path(outside)
+
+
+def test_memory_does_not_grow_with_the_number_of_scans(scans, network, tmp_path):
+    """No result is held on to once it is written."""
+    tiny = parser(dataset_dir=str(scans), output_dir=str(tmp_path), batch_size=1)
+    tiny["network"] = network
+    evaluator: ScanEvaluator = tiny.get_parsed_content("evaluator")
+    seen = []
+    inferer = evaluator.inferer
+
+    def watched(*args, **kwargs):
+        results = inferer(*args, **kwargs)
+        seen.append(weakref.ref(results["recon"]))
+        assert sum(ref() is not None for ref in seen) <= 2
+        return results
+
+    evaluator.inferer = watched
+    evaluator.run()
+    assert len(seen) == 5
+
+
+# From Python, and together with training
+
+
+def test_encode_and_decode_an_array_from_python(weights):
+    config = ConfigParser.load_config_file(ROOT / "configs" / "inference.json")
+    bundle = ConfigParser(config)
+    bundle.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
+    bundle["ckpt"] = str(weights)
+    network = bundle.get_parsed_content("network").eval()
+    array = torch.rand(1, 1, 8, 8, 8) * 2 - 1
+    with torch.no_grad():
+        latents = network.encode(array, temperature=0.0)
+        loc, scale = network.decode(latents)
+        assert torch.allclose(loc, network(array), atol=1e-6)
+    assert loc.shape == scale.shape == array.shape
+
+
+def test_training_and_inference_prepare_scans_alike(scans):
+    train = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json") | {"augment": False})
+    infer = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json"))
+    path = {"image": str(scans / "PIR" / "PIR.nii.gz")}
+    trained = train.get_parsed_content("train#preprocessing")(train.get_parsed_content("preprocessing")(path))["image"]
+    inferred = infer.get_parsed_content("preprocessing")(path)["image"]
+    assert torch.allclose(trained.as_tensor(), inferred.as_tensor(), atol=1e-6)
+    assert torch.equal(trained.affine, inferred.affine)
+    for key in ("spatial_shape", "keep_aspect", "scan_pattern"):
+        assert train[key] == infer[key]
+    own = {key: value for key, value in infer["network_def"].items() if key != "_target_"}
+    assert own == {key: value for key, value in train["network_def"].items() if key != "_target_"}
+
+
+@pytest.mark.parametrize("word", ["reconstruct", "score", "sample"])
+def test_two_processes_give_what_one_gives(scans, weights, tmp_path, word):
+    """Each scan once, none missing, one list of failures, and the same numbers."""
+    shutil.copytree(scans, tmp_path / "scans")
+    (tmp_path / "scans" / "broken.nii.gz").write_text("no scan")
+    words = ["--dataset_dir", tmp_path / "scans", "--ckpt", weights, "--batch_size", 2, "--samples", 5]
+    outputs = []
+    for processes in (1, 2):
+        outputs.append(tmp_path / f"{processes}")
+        configs = [*CONFIGS, "configs/multi_gpu_inference.json"] if processes > 1 else CONFIGS
+        command, environment = bundle_command(*words, "--output_dir", outputs[-1], run_id=word, configs=configs)
+        if processes > 1:
+            torchrun = ["torchrun", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}", "-m"]
+            command = [str(Path(command[0]).parent / torchrun[0]), *torchrun[1:], *command[2:]]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert (result.returncode != 0) == (word != "sample"), result.stderr
+    assert files(outputs[0]) == files(outputs[1])
+    assert ("failed.csv" in files(outputs[0])) == (word != "sample")
+    for name in files(outputs[0], "*.nii.gz"):
+        assert np.allclose(load(outputs[0], name), load(outputs[1], name), rtol=1e-4, atol=1e-2)
+    if word == "score":
+        one, two = (rows_of(output / "scores.csv") for output in outputs)
+        assert list(one) == list(two)
+        for name, row in one.items():
+            assert row == pytest.approx(two[name], rel=1e-4, abs=1e-3)
