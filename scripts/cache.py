@@ -17,7 +17,8 @@ import joblib
 import monai
 import torch
 from joblib import Parallel, cpu_count, delayed
-from monai.data import MetaTensor, PersistentDataset
+from monai.data import ImageReader, MetaTensor, PersistentDataset
+from monai.transforms import Transform
 from monai.utils import ensure_tuple
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ class ScanCache(PersistentDataset):
     ) -> None:
         super().__init__(data, transform, cache_dir)
         self.half_precision = half_precision
-        steps = list(self.transform.flatten().transforms)  # without Compose, whose own random state differs each time
+        steps = [_describe(step) for step in self.transform.flatten().transforms]
         code = [Path(module.__file__).read_bytes() for module in (transforms, geometry)]
         self.settings = joblib.hash([steps, code, monai.__version__, half_precision])
 
@@ -115,6 +116,17 @@ class ScanCache(PersistentDataset):
             "geometry": image.meta["geometry"],
             "differences": image.meta["differences"],
         }
+
+
+def _describe(value: Any) -> Any:
+    """What a transform is and how it is set, without what its file readers remember of the last file."""
+    if isinstance(value, ImageReader):
+        return type(value).__qualname__
+    if isinstance(value, Transform):
+        return [type(value).__qualname__, _describe(value.__reduce_ex__(2)[2])]  # what would be pickled of it
+    if isinstance(value, dict):
+        return {key: _describe(item) for key, item in value.items()}
+    return [_describe(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _state(path: Path) -> list[tuple[str, int, int, int]]:
@@ -173,7 +185,7 @@ def read_cohort(
             name = ", ".join(map(str, ensure_tuple(item["image"])))
             sentences = [f"'{name}': {difference}." for difference in notes["differences"]]
             if sentences and policy == "fail":
-                raise ScanError(f"{sentences[0]} scan_policy is 'fail', so nothing was trained.")
+                raise ScanError(f"{sentences[0]} scan_policy is 'fail'.")
             if sentences and policy == "skip":
                 skipped.append((side, item["image"], " ".join(sentences)))
                 continue

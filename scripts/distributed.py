@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "start", "stop"]
+__all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "parallel_network", "start", "stop"]
 
 T = TypeVar("T")
 
@@ -85,6 +87,30 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
             time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
             sys.exit(1)
     return message[0][0]
+
+
+def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module, **kwargs: Any) -> nn.Module:
+    """
+    A network that trains on all processes at once, its gradients their mean.
+
+    Args:
+        start_network: is called on the first process with what follows, and says how training starts; the other
+            processes get that one's weights and buffers.
+        network: on its device. Its batch norms count the batches of all processes, which PyTorch has for GPUs alone.
+
+    Raises:
+        ValueError: batch norm on CPUs.
+    """
+    if idist.get_rank() == 0:
+        network = start_network(network=network, **kwargs)
+    device = next(network.parameters()).device
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if norms and device.type != "cuda":
+        raise ValueError("network_def: batch_norm over several processes needs GPUs: set it to false.")
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if norms else network
+    # buffers (the template) never change; those of synchronised batch norms are alike
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def gather(items: list[T]) -> list[T]:

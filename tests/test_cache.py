@@ -82,9 +82,18 @@ def test_another_setting_is_another_file(items, tmp_path, settings):
     assert cache(items, tmp_path).path(0) != cache(items, tmp_path, **settings).path(0)
 
 
+def test_reading_changes_no_name(items, tmp_path):
+    """What a reader remembers of the last file is no setting."""
+    transform = preprocessing()
+    before = ScanCache(items, transform, tmp_path / "cache")
+    name = before.path(0)
+    before[0], before[1]
+    assert ScanCache(items, transform, tmp_path / "cache").path(0) == name
+
+
 def test_every_process_finds_the_same_file(items, tmp_path):
     dataset = cache(items, tmp_path)
-    dataset[0]  # using the transforms changes nothing either
+    dataset[0]
     code = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]

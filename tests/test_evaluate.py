@@ -1,0 +1,288 @@
+"""Evaluation as users run it, in one process and in two, and what its numbers say of models that are known."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, run_bundle
+from monai.data import Dataset
+from monai.inferers import Inferer
+
+from scripts.blocks import gaussian_noise
+from scripts.evaluation import SampleComparison, held_out
+from scripts.inferers import Sampling
+from scripts.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
+from scripts.networks import VDVAE
+
+EVALUATE = [*TINY, "configs/evaluate.json"]
+HALF = ("--train_fraction", 0.5)  # six of the twelve phantoms are held out: a batch of four and one of two
+
+
+def evaluate(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess:
+    """The command of the documentation, without a run id; with `processes`, by torchrun."""
+    program, configs = [sys.executable], EVALUATE
+    if processes:
+        program += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
+        configs = [*EVALUATE, "configs/multi_gpu_evaluate.json"]
+    command = [*program, "-m", "monai.bundle", "run", "--config_file", str(configs), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def contents(folder) -> dict[str, str]:
+    """The checksum of each file, those of an evaluation left out."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "evaluation" not in path.parts]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def last_validation(run) -> dict[str, float]:
+    rows = csv.DictReader((run / "history.csv").open())
+    return {row["quantity"]: float(row["value"]) for row in rows if row["part"] == "validation"}
+
+
+@pytest.fixture(scope="session")
+def run(cohort, tmp_path_factory):
+    """A training run of one epoch."""
+    output = tmp_path_factory.mktemp("run")
+    result = run_bundle("--dataset_dir", cohort, "--output_dir", output, "--epochs", 1, *HALF)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def evaluated(cohort, run):
+    """That run, evaluated in its own folder; what the folder held before, and what was printed."""
+    before = contents(run)
+    ckpt = run / "checkpoints" / "model.pt"
+    result = evaluate("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", run, *HALF, "--samples", 5)
+    assert result.returncode == 0, result.stderr
+    return json.loads((run / "evaluation" / "summary.json").read_text()), before, result.stderr
+
+
+def test_the_elbo_is_what_training_reported(run, evaluated):
+    summary, _, _ = evaluated
+    reported = last_validation(run)
+    shared = [name for name in reported if name in summary["held_out"]]
+    assert {"bits_per_dim", "nll", "kl", "mse", "kl_z00", "kl_z04"} <= set(shared)
+    for name in shared:
+        assert summary["held_out"][name]["mean"] == pytest.approx(reported[name], rel=1e-6), name
+
+
+def test_each_held_out_scan_has_a_row(run, evaluated):
+    summary, _, _ = evaluated
+    rows = list(csv.DictReader((run / "evaluation" / "evaluation.csv").open()))
+    split = json.loads((run / "datalist.json").read_text())
+    assert [row["image"] for row in rows] == [item["image"] for item in split["validation"]]
+    assert [row["subject"] for row in rows] == [item["subject"] for item in split["validation"]]
+    for name, numbers in summary["held_out"].items():
+        values = [float(row[name]) for row in rows]
+        assert numbers["count"] == len(values) == 6
+        assert numbers["mean"] == pytest.approx(np.mean(values), rel=1e-6)
+        assert numbers["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+    for row in rows:
+        latents = sum(float(row[f"kl_z{index:02d}"]) for index in range(5))
+        assert float(row["kl"]) == pytest.approx(latents, rel=1e-5)
+        nats = float(row["nll"]) + float(row["kl"])
+        assert float(row["bits_per_dim"]) == pytest.approx(nats / (512 * np.log(2)), rel=1e-5)
+        # the range is [-1, 1]
+        assert float(row["psnr"]) == pytest.approx(10 * np.log10(4 / float(row["recon_mse"])), rel=1e-5)
+
+
+def test_nothing_of_the_training_run_is_touched(run, evaluated):
+    _, before, log = evaluated
+    assert before.items() <= contents(run).items()
+    added = contents(run).keys() - before.keys()
+    assert {Path(path).parent for path in added} <= {run / "cache"}
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["evaluation.csv", "summary.json"]
+    assert "bits_per_dim" in log
+    assert "mmd_gaussian" in log
+    assert "held-out scans: 100%" in log
+    assert "drawing samples: 100%" in log
+
+
+@pytest.fixture(scope="session")
+def by_two(cohort, run, tmp_path_factory):
+    """The same by two processes, the cache still to be filled; what they printed."""
+    output = tmp_path_factory.mktemp("by_two")
+    ckpt = run / "checkpoints" / "model.pt"
+    arguments = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", output, *HALF, "--samples", 5)
+    result = evaluate(*arguments, processes=2)
+    assert result.returncode == 0, result.stderr
+    return output, result.stderr
+
+
+def test_two_processes_find_what_one_finds(run, evaluated, by_two):
+    output, log = by_two
+    summary, _, _ = evaluated
+    assert log.count("Evaluation:") == 1
+    assert log.count("reading validation scans: 100%") == 1
+    same(json.loads((output / "evaluation" / "summary.json").read_text()), summary)
+    one, two = (list(csv.DictReader((p / "evaluation" / "evaluation.csv").open())) for p in (run, output))
+    assert [row["image"] for row in one] == [row["image"] for row in two]
+
+
+def same(found, expected, rel=1e-6):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            same(found[key], value, rel)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=rel, abs=1e-9)
+    else:
+        assert found == expected
+
+
+def test_a_bad_scan_ends_both_processes_with_one_sentence(cohort, run, tmp_path):
+    shutil.copytree(cohort, tmp_path / "scans")
+    split = json.loads((run / "datalist.json").read_text())
+    bad = tmp_path / "scans" / Path(split["validation"][0]["image"]).name
+    bad.write_bytes(b"not an image")
+    ckpt = run / "checkpoints" / "model.pt"
+    arguments = ("--ckpt", ckpt, "--dataset_dir", bad.parent, "--output_dir", tmp_path / "out", *HALF)
+    result = evaluate(*arguments, processes=2)
+    assert result.returncode == 1
+    # the prefix is torch's
+    errors = [line for line in result.stderr.splitlines() if "[rank0]: Error: '" in line]
+    assert len(errors) == 1
+    assert bad.name in errors[0]
+    assert not list((tmp_path / "out" / "evaluation").iterdir())
+
+
+def test_without_weights_it_says_so(cohort, tmp_path):
+    result = evaluate("--ckpt", tmp_path / "none.pt", "--dataset_dir", cohort, "--output_dir", tmp_path / "out")
+    assert result.returncode == 1
+    assert "none.pt' does not exist: set --ckpt" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_testing_side_comes_before_validation():
+    sides = {"training": [{"image": "a"}], "validation": [{"image": "b"}]}
+    assert held_out(sides, "nowhere") == {"validation": [{"image": "b"}]}
+    assert held_out({**sides, "testing": [{"image": "c"}]}, "nowhere") == {"validation": [{"image": "c"}]}
+
+
+def test_scans_that_were_trained_on_are_refused(tmp_path):
+    record = {
+        "training": [{"image": str(tmp_path / "a.nii.gz")}],
+        "validation": [{"image": str(tmp_path / "b.nii.gz")}],
+    }
+    (tmp_path / "datalist.json").write_text(json.dumps(record))
+    other_seed = {"training": record["validation"], "validation": record["training"]}
+    with pytest.raises(ValueError, match=r"1 of the 1 scans to evaluate on.*were trained on.*datalist\.json"):
+        held_out(other_seed, tmp_path)
+    assert held_out(record, tmp_path)["validation"] == record["validation"]
+
+
+def network() -> VDVAE:
+    torch.manual_seed(0)
+    sizes = {"channels": [4, 6], "num_latents": [1, 2], "latent_channels": [2, 3], "kernel_sizes": [3, 2]}
+    return VDVAE(3, 1, spatial_shape=[8, 8, 8], **sizes)
+
+
+def blobs(count: int, shift: float = 0.0) -> torch.Tensor:
+    """Images of a random brightness and a little noise."""
+    brightness = torch.randn(count, 1, 1, 1, 1, generator=torch.Generator().manual_seed(count))
+    noise = torch.randn(count, 1, 8, 8, 8, generator=torch.Generator().manual_seed(count + 1))
+    return 0.3 * brightness + 0.1 * noise + shift
+
+
+class Blobs(Inferer):
+    """A model that is known: it draws what `blobs` draws, moved by `shift`, as varied as `spread` says."""
+
+    def __init__(self, shift: float = 0.0, spread: float = 1.0) -> None:
+        self.shift, self.spread = shift, spread
+
+    def __call__(self, inputs, network, *args, **kwargs):
+        noise = gaussian_noise(torch.zeros(inputs, 1, 8, 8, 9))
+        brightness = noise[..., :1, :1, -1:]
+        return {"sample": self.spread * (0.3 * brightness + 0.1 * noise[..., :-1]) + self.shift}
+
+
+def compare(inferer: Inferer, folder, samples: int = 24, scans: int = 40, batch_size: int = 8) -> dict:
+    dataset = Dataset([{"image": image} for image in blobs(scans)])
+    return SampleComparison(network(), dataset, inferer, samples, (-1, 1), folder / "images", "cpu", batch_size).run()
+
+
+def test_a_perfect_model_is_within_the_sampling_error(tmp_path):
+    found = compare(Blobs(), tmp_path)
+    for name in ("mmd_gaussian", "mmd_linear"):
+        assert abs(found[name]["value"]) < found[name]["scan_halves_95th_percentile"], name
+        # halves of the same scans differ by nothing but chance
+        assert abs(found[name]["scan_halves_mean"]) < found[name]["scan_halves_std"] / 4
+    ms_ssim = found["ms_ssim"]
+    error = np.hypot(ms_ssim["samples"]["standard_error"], ms_ssim["held_out"]["standard_error"])
+    assert abs(ms_ssim["samples"]["mean"] - ms_ssim["held_out"]["mean"]) < 3 * error
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_wrong_mean_is_seen_by_both_mmds(tmp_path):
+    found = compare(Blobs(shift=0.5), tmp_path)
+    for name in ("mmd_gaussian", "mmd_linear"):
+        assert found[name]["value"] > 2 * found[name]["scan_halves_95th_percentile"], name
+    # the squared distance of the mean images, 0.5 in each of 512 voxels
+    assert found["mmd_linear"]["value"] == pytest.approx(512 * 0.25, abs=4 * found["mmd_linear"]["standard_error"])
+
+
+def test_a_model_that_draws_the_mean_alone_is_seen_by_the_gaussian_kernel_and_by_diversity(tmp_path):
+    found = compare(Blobs(spread=0.05), tmp_path)
+    assert found["mmd_linear"]["value"] < found["mmd_linear"]["scan_halves_95th_percentile"]
+    assert found["mmd_gaussian"]["value"] > 1.5 * found["mmd_gaussian"]["scan_halves_95th_percentile"]
+    assert found["ms_ssim"]["samples"]["mean"] > found["ms_ssim"]["held_out"]["mean"] + 0.2
+
+
+def test_samples_do_not_depend_on_their_batch(tmp_path):
+    one, many = (compare(Sampling(1.0), tmp_path, samples=7, batch_size=size) for size in (1, 7))
+    same(one, many, rel=1e-4)
+    assert one["count"] == one["held_out_scans"] == 7
+
+
+def test_few_scans_leave_open_what_they_cannot_tell(tmp_path):
+    found = compare(Blobs(), tmp_path, samples=6, scans=3)
+    assert found["held_out_scans"] == 3
+    assert found["mmd_gaussian"]["value"] is not None
+    assert found["mmd_gaussian"]["standard_error"] is None
+    assert found["ms_ssim"]["held_out"]["standard_error"] is None
+    assert found["ms_ssim"]["samples"]["standard_error"] > 0
+    assert compare(Blobs(), tmp_path, samples=6, scans=1)["mmd_linear"] is None
+    assert compare(Blobs(), tmp_path, samples=0) is None
+    with pytest.raises(ValueError, match="samples is 1"):
+        compare(Blobs(), tmp_path, samples=1)
+
+
+def test_mmd_is_the_unbiased_estimate_of_its_kernel():
+    images = blobs(10).flatten(1).double()
+    first, second = [0, 1, 2, 3], [4, 5, 6, 7]
+    distances = torch.cdist(images, images)
+    median = torch.pdist(images[second]).median()
+    kernel = torch.exp(-distances.square() / (2 * median**2))
+    assert torch.allclose(gaussian_kernel(images @ images.T, second), kernel)
+    between = kernel[first][:, second].mean().item()
+    expected = mean_of_pairs(kernel, first) + mean_of_pairs(kernel, second) - 2 * between
+    assert mmd(kernel_features(kernel), first, second) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_deviation_over_halves_is_the_standard_error_of_the_whole():
+    values = np.random.default_rng(0).normal(size=64)
+    halves = random_halves(range(64), 2000, seed=0)
+    assert all(len(a) == len(b) == 32 and not set(a) & set(b) for a, b in halves)
+    spread = np.std([values[a].mean() for a, _ in halves])
+    assert spread == pytest.approx(values.std(ddof=1) / 8, rel=0.05)
+
+
+@pytest.mark.parametrize(("size", "scales"), [(4, 1), (8, 1), (16, 2), (32, 3), (56, 3), (64, 4), (112, 5), (256, 5)])
+def test_ms_ssim_has_as_many_scales_as_fit(size, scales):
+    metric = ms_ssim_metric([256, size], (-1, 1))
+    assert len(metric.weights) == scales
+    assert sum(metric.weights) == pytest.approx(1)
+    images = torch.rand(2, 1, 256, size)
+    assert metric(images, images).flatten().tolist() == pytest.approx([1, 1])
