@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
@@ -74,7 +75,7 @@ def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights '{path}' do not exist: set --weights to a model.pt.")
+        raise FileNotFoundError(f"weights '{path}' do not exist: set --weights (in training) or --ckpt to a model.pt.")
     state = _load(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
@@ -145,7 +146,9 @@ class CheckpointHandler:
         self._best: float | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Attach after validation, so that the metrics of the epoch are known."""
+        """Attach after validation, so that the metrics of the epoch are known. One process saves for all."""
+        if idist.get_rank() > 0:
+            return
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 
 from scripts import figures
 from scripts.checkpoints import unwrap
+from scripts.distributed import gather
 from scripts.files import write_text, write_whole
 from scripts.networks import VDVAE
 from scripts.seeds import seed_everything
@@ -51,20 +53,18 @@ class EpochSeeds:
     Args:
         seed: of the run.
         dataset: whose random transforms are seeded; a data loader's workers seed their copies from PyTorch's state.
-        rank: of this process; each draws other noise.
     """
 
-    def __init__(self, seed: int, dataset: Dataset, rank: int = 0) -> None:
+    def __init__(self, seed: int, dataset: Dataset) -> None:
         self.seed = seed
         self.dataset = dataset
-        self.rank = rank
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         # SeedSequence spreads neighbouring numbers over unrelated streams
-        state = np.random.SeedSequence([self.seed, engine.state.epoch, self.rank]).generate_state(1)
+        state = np.random.SeedSequence([self.seed, engine.state.epoch, idist.get_rank()]).generate_state(1)
         seed_everything(int(state[0]), self.dataset)
 
 
@@ -72,7 +72,9 @@ class Progress:
     """A progress bar for each epoch, with loss, bits per dim and scans per second, on standard error."""
 
     def attach(self, engine: Engine) -> None:
-        """Attach first, so that the bar's line ends before others write theirs."""
+        """Attach first, so that the bar's line ends before others write theirs. One process shows it for all."""
+        if idist.get_rank() > 0:
+            return
         bar = ProgressBar(
             persist=True,
             bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]",
@@ -85,7 +87,8 @@ class Progress:
 class History:
     """The record of a run: every quantity against updates, for training and validation.
 
-    It is part of the checkpoint, and written to ``history.csv`` (one row a quantity, part and epoch) as it grows.
+    It is part of the checkpoint, and written to ``history.csv`` (one row a quantity, part and epoch) as it grows; with
+    several processes by the first of them, the losses those of all.
 
     Args:
         path: of the CSV file.
@@ -122,7 +125,7 @@ class History:
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
         scalars = dict(state.metrics)
         scalars |= {
-            "loss": float(np.mean(self._losses)),
+            "loss": float(np.mean(gather(self._losses))),
             "grad_norm": float(np.median(norms)) if norms else float("nan"),
             "skipped": state.skipped,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
@@ -138,8 +141,9 @@ class History:
         state = self._trainer.state
         self.rows += [(part, name, state.epoch, state.updates, float(value)) for name, value in scalars.items()]
         lines = ["part,quantity,epoch,update,value", *(f"{p},{n},{e},{u},{v:.8g}" for p, n, e, u, v in self.rows)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "\n".join(lines) + "\n")
+        if idist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, "\n".join(lines) + "\n")
 
     def series(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """``{quantity: {"training": [(update, value)], "validation": ...}}``."""
@@ -208,8 +212,8 @@ class Figures:
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
-        """Attach after validation, so that the curves are complete."""
-        if self.figure_interval > 0:
+        """Attach after validation, so that the curves are complete. One process draws for all."""
+        if self.figure_interval > 0 and idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

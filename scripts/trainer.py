@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
@@ -278,9 +279,16 @@ class VDVAEEvaluator(SupervisedEvaluator):
     def run(self, global_epoch: int = 1) -> None:
         """Evaluate once; ``global_epoch`` 0, before any training, does not count for the best metric."""
         self.state.global_epoch = global_epoch
-        if global_epoch > 0:
-            super().run(global_epoch)
-            return
         best = self.state.best_metric, self.state.best_metric_epoch
-        super().run(1)
-        self.state.best_metric, self.state.best_metric_epoch = best
+        if self.state.epoch_length:
+            super().run(max(global_epoch, 1))
+        else:
+            self._join(max(global_epoch, 1))
+        if global_epoch == 0:
+            self.state.best_metric, self.state.best_metric_epoch = best
+
+    def _join(self, epoch: int) -> None:
+        """What is left to a process without scans of its own: the means over all processes are taken together."""
+        self.state.epoch = self.state.max_epochs = epoch
+        for event in (Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):
+            self.fire_event(event)

@@ -1,0 +1,174 @@
+"""Training over several processes and nodes, for real, on this machine's loopback with Gloo."""
+
+import csv
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT, TINY, bundle_command
+
+from scripts.blocks import noise_from
+from scripts.distributed import batch_share, from_rank_zero, gather, parallel_network
+from scripts.losses import ELBOLoss
+from scripts.networks import VDVAE
+
+TRAIN = [*TINY, "configs/multi_gpu_train.json"]
+NETWORK = {
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "spatial_shape": [8, 8, 8],
+    "channels": [4, 6, 8],
+    "num_latents": [1, 2, 2],
+    "latent_channels": [2, 3, 8],
+    "kernel_sizes": [3, 3, 2],
+    "template": True,
+}
+
+
+def gradients(network, scans, seeds):
+    """Of the mean loss, each scan with noise of its own."""
+    with noise_from([torch.Generator().manual_seed(seed) for seed in seeds]):
+        loss, _ = ELBOLoss()(network(scans), scans, update=0)
+    loss.backward()
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def in_a_group(rank, store, target, folder):
+    """One of two processes that know each other."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.save(target(rank), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def both(target, folder):
+    mp.spawn(in_a_group, (str(folder / "store"), target, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def scans():
+    return torch.rand(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def half_of_the_gradients(rank):
+    torch.manual_seed(rank)  # the second process would start from other weights, if it were not given the first's
+    network = parallel_network(lambda network: network, VDVAE(**NETWORK))
+    mine = slice(2 * rank, 2 * rank + 2)
+    return gradients(network, scans()[mine], range(4)[mine])
+
+
+def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
+    first, second = both(half_of_the_gradients, tmp_path)
+    torch.manual_seed(0)
+    alone = gradients(VDVAE(**NETWORK), scans(), range(4))
+    for one, other, expected in zip(first, second, alone, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) + 1e-7)
+
+
+def a_nan_in_one(rank):
+    torch.manual_seed(0)
+    network = parallel_network(lambda network: network, VDVAE(**NETWORK))
+    x = scans()[2 * rank : 2 * rank + 2].clone()
+    if rank == 1:
+        x[0, 0, 0, 0, 0] = float("nan")
+    norms = [torch.linalg.vector_norm(g) for g in gradients(network, x, range(2))]
+    return torch.stack(norms).isnan().any()
+
+
+def test_a_nan_in_one_process_is_seen_by_both(tmp_path):
+    assert both(a_nan_in_one, tmp_path) == [torch.tensor(True)] * 2
+
+
+def what_they_tell(rank):
+    return {
+        "gathered": gather([rank] * (rank + 1)),
+        "from zero": from_rank_zero(lambda: f"rank {dist.get_rank()}"),
+        "share": list(batch_share(7, batch_size=2)),
+        "empty": list(batch_share(1, batch_size=2)),
+    }
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    first, second = both(what_they_tell, tmp_path)
+    assert first["gathered"] == second["gathered"] == [0, 1, 1]
+    assert first["from zero"] == second["from zero"] == "rank 0"
+    assert first["share"] + second["share"] == list(range(7))
+    assert sorted([*first["empty"], *second["empty"]]) == [0]
+
+
+def batch_norm_on_cpus(rank):
+    with pytest.raises(ValueError, match="batch_norm over several processes needs GPUs"):
+        parallel_network(lambda network: network, VDVAE(**NETWORK, batch_norm=True))
+    return True
+
+
+def test_batch_norm_needs_gpus(tmp_path):
+    assert both(batch_norm_on_cpus, tmp_path) == [True, True]
+
+
+def torchrun(options, *words, **settings):
+    command, environment = bundle_command(*words, configs=TRAIN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*launcher, *command[1:]], cwd=ROOT, env=environment, **streams, **settings)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def check_run(output, epochs=2):
+    with (output / "history.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "bits_per_dim"]
+    assert [row["part"] for row in rows] == ["validation", *["training", "validation"] * epochs]
+    assert (output / "checkpoints" / "model.pt").is_file()
+    assert len(list((output / "tensorboard" / "training").iterdir())) == 1  # one process wrote
+
+
+def test_two_processes_train_and_go_on(cohort, tmp_path):
+    words = ["--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2, "--figure_interval", 1]
+    options = ["--standalone", "--nnodes=1", "--nproc_per_node=2"]
+    with torchrun(options, *words) as run:
+        log = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, log
+    check_run(tmp_path)
+    assert log.count("Epoch 1 training: bits per dim") == 1
+    checkpoint = torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["updates"] == 2 * (11 // 4)  # as many as one process with twice the batch makes
+    with torchrun(options, *words, "--resume", True, "--epochs", 3) as run:
+        log = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, log
+    assert "after epoch 2, update 4" in log
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize("meeting", ["master address", "rendezvous endpoint"])
+def test_two_nodes_train(cohort, tmp_path, meeting):
+    port = free_port()
+    words = ["--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2]
+    if meeting == "master address":
+        options = [
+            ["--nnodes=2", f"--node_rank={n}", "--master_addr=127.0.0.1", f"--master_port={port}"] for n in (0, 1)
+        ]
+    else:
+        options = [["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=run"]] * 2
+    nodes = [torchrun([*own, "--nproc_per_node=1"], *words) for own in options]
+    logs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(logs)
+    check_run(tmp_path)
+
+
+def test_a_multi_gpu_config_without_torchrun(cohort, tmp_path):
+    command, environment = bundle_command("--dataset_dir", cohort, "--output_dir", tmp_path, configs=TRAIN)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode != 0
+    assert "A multi_gpu config needs torchrun" in run.stderr
