@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader, Dataset, MetaTensor
 from torch.testing import assert_close
 
 from scripts.losses import ELBOLoss, negative_log_likelihood, weight_penalty
@@ -194,12 +194,20 @@ def test_two_evaluations_draw_the_same_noise():
 def test_the_template_is_the_mean_and_deviation_of_the_scans():
     dataset = loader(count=6).dataset
     scans = torch.stack([item["image"] for item in dataset])
-    mean, std = voxel_statistics(dataset, smoothing=0.0)
+    mean, std, _ = voxel_statistics(dataset, smoothing=0.0)
     assert_close(mean, scans.mean(0))
     assert_close(std, scans.std(0, correction=0))
     network = start_from_scans(tiny(template=True), dataset)
     assert_close(network(scans).loc[0], scans.mean(0), rtol=1e-3, atol=1e-3)
     assert start_from_scans(untouched := tiny(), dataset) is untouched
+
+
+def test_the_template_remembers_the_grid_of_the_scans():
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    dataset = [{"image": MetaTensor(torch.rand(1, 8, 8, 8), affine=affine)} for _ in range(3)]
+    network = start_from_scans(tiny(template=True), dataset)
+    assert torch.equal(network.scan_affine, affine)
+    assert torch.equal(tiny(template=False).scan_affine, torch.eye(4, dtype=torch.float64))
 
 
 def test_an_augmented_data_set_is_read_until_its_voxels_are_known():
@@ -214,7 +222,7 @@ def test_an_augmented_data_set_is_read_until_its_voxels_are_known():
             return {"image": torch.full((1, 8, 8, 8), float(self.reads % 2))}
 
     data = Flicker()
-    mean, std = voxel_statistics(data, max_scans=100, augmented=True)
+    mean, std, _ = voxel_statistics(data, max_scans=100, augmented=True)
     assert data.reads == 100
     assert_close(mean, torch.full((1, 8, 8, 8), 0.5))
     assert_close(std, torch.full((1, 8, 8, 8), 0.5))
