@@ -17,6 +17,7 @@ from scripts.files import write_text
 
 __all__ = [
     "check_batch_size",
+    "find_by_wildcards",
     "find_scans",
     "make_datalist",
     "session_name",
@@ -72,8 +73,8 @@ def find_scans(
             "or to a datalist that ends in .json."
         )
     if isinstance(scan_pattern, str):
-        return [root / name for name in _find(root, scan_pattern).values()]
-    channels = [_find(root, pattern) for pattern in scan_pattern]
+        return [root / name for name in find_by_wildcards(root, scan_pattern).values()]
+    channels = [find_by_wildcards(root, pattern) for pattern in scan_pattern]
     if not channels:
         raise ValueError("scan_pattern is an empty list: give one pattern for each channel.")
     everywhere = set(channels[0]).intersection(*channels[1:])
@@ -95,18 +96,35 @@ def find_scans(
     return [[root / name for name in names] for names in found]
 
 
-def _find(root: Path, scan_pattern: str) -> dict[tuple[str, ...], str]:
-    """Relative posix paths that match, in order, each under what stands in place of the wildcards."""
-    match = _compile_pattern(scan_pattern)
-    names = sorted(_walk(root, folders=scan_pattern.endswith("/")))
+def find_by_wildcards(
+    root: Path, pattern: str, folder_setting: str = "dataset_dir", pattern_setting: str = "scan_pattern"
+) -> dict[tuple[str, ...], str]:
+    """
+    The files that match a pattern, each under the text that stands in place of its wildcards, so that files of two
+    patterns can be paired.
+
+    Args:
+        root: the folder to search, at any depth.
+        pattern: see :py:func:`find_scans`.
+        folder_setting, pattern_setting: what the messages call the two.
+
+    Returns:
+        `{(folder above what the pattern speaks of, text of the first wildcard, ...): relative posix path}`, in order.
+
+    Raises:
+        FileNotFoundError: when nothing matches.
+        ValueError: when `pattern` names no file.
+    """
+    match = _compile_pattern(pattern, pattern_setting)
+    names = sorted(_walk(root, folders=pattern.endswith("/")))
     found = {key: name for name in names if (key := match(name)) is not None}
     if not found:
-        kind = "folder" if scan_pattern.endswith("/") else "file"
+        kind = "folder" if pattern.endswith("/") else "file"
         example = f", such as '{names[0]}'" if names else ""
-        dicom = not scan_pattern.endswith("/") and any(name.lower().endswith(".dcm") for name in names)
+        dicom = not pattern.endswith("/") and any(name.lower().endswith(".dcm") for name in names)
         raise FileNotFoundError(
-            f"scan_pattern '{scan_pattern}' matches none of the {len(names)} {kind}(s) under dataset_dir '{root}'"
-            f"{example}: set --scan_pattern to a pattern the scans' names match"
+            f"{pattern_setting} '{pattern}' matches none of the {len(names)} {kind}(s) under {folder_setting} '{root}'"
+            f"{example}: set --{pattern_setting} to a pattern the files' names match"
             + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
         )
     return found
@@ -132,16 +150,16 @@ def _walk(root: Path, folders: bool) -> Iterator[str]:
         yield from (prefix + name for name in (subfolders if folders else files) if not name.startswith("."))
 
 
-def _compile_pattern(scan_pattern: str) -> Callable[[str], tuple[str, ...] | None]:
+def _compile_pattern(pattern: str, setting: str) -> Callable[[str], tuple[str, ...] | None]:
     """
     A function of a relative posix path: None if it does not match, part by part from the right as `PurePath.match`
     does; else the folders above what the pattern speaks of, then what stands in place of each wildcard.
     """
-    parts = [part for part in scan_pattern.split("/") if part not in ("", ".")]
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
     while parts and parts[0] == "**":  # any depth is searched already
         parts.pop(0)
     if not parts:
-        raise ValueError(f"scan_pattern '{scan_pattern}' names no file: set --scan_pattern to one such as '*.nii.gz'.")
+        raise ValueError(f"{setting} '{pattern}' names no file: set --{setting} to one such as '*.nii.gz'.")
     expressions = [_expression(part) for part in parts]
     depth = len(parts)
 

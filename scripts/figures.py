@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -154,32 +155,87 @@ def progressive(
     return _save(path, _columns(groups, [*labels, "scan"], styles))
 
 
-def anomaly(path: str | os.PathLike, image, recon, score, title: str, value_range: tuple[float, float]) -> Path:
-    """A scan beside its reconstruction and where it is unlikely.
+def anomaly(path: str | os.PathLike, image, restored, score, title: str, value_range: tuple[float, float]) -> Path:
+    """A scan beside what the model would rather have, and how far it is off.
 
     Args:
         path: of the PNG.
-        image, recon: ``[channels, *spatial]``, in the network's units; every channel gets a group of rows.
-        score: how unlikely each voxel is, shaped like ``image``, 0 and above.
+        image, restored: ``[channels, *spatial]``, in the network's units; every channel gets a group of rows.
+        score: standard deviations by which each voxel is brighter (above 0) or darker, shaped like ``image``.
         title: says what is shown.
         value_range: what black and white stand for.
     """
-    image, recon, score = _array(image), _array(recon), _array(score)
+    image, restored, score = _array(image), _array(restored), _array(score)
     box = _foreground_box(list(image))
     groups = [
         (
             title if len(image) == 1 else f"{title}, channel {c + 1}",
-            [v[c][box] for v in (image, recon, score)],
+            [v[c][box] for v in (image, restored, score)],
             image[0][box],
         )
         for c in range(len(image))
     ]
     low, high = _finite_range(value_range, [v for _, row, _ in groups for v in row[:2]])
     gray = {"cmap": "gray", "vmin": low, "vmax": high}
-    # below 3 is what noise gives anywhere; a scan without anomalies stays dark
-    hot = {"cmap": "inferno", "vmin": 0.0, "vmax": max(6.0, _robust_max([row[2] for _, row, _ in groups]))}
-    headings = ["scan", "reconstruction", "anomaly"]
-    return _save(path, _columns(groups, headings, [gray, gray, hot], bars={2: "standard deviations from expected"}))
+    # what noise gives anywhere stays dark
+    most = max(6.0, _robust_max([np.abs(row[2]) for _, row, _ in groups]))
+    headings = ["scan", "restored", "anomaly"]
+    styles = [gray, gray, {"cmap": "berlin", "vmin": -most, "vmax": most}]
+    return _save(path, _columns(groups, headings, styles, bars={2: "standard deviations from expected"}))
+
+
+def strip(path: str | os.PathLike, scans: Sequence, labels: Sequence[str], value_range: tuple[float, float]) -> Path:
+    """Scans side by side, cut at the same places.
+
+    Args:
+        path: of the PNG.
+        scans: each ``[channels, *spatial]``, on one grid; the first says where to cut.
+        labels: of the scans.
+        value_range: what black and white stand for.
+    """
+    _same_length(scans=scans, labels=labels)
+    scans = [_array(scan) for scan in scans]
+    box = _foreground_box([volume for scan in scans for volume in scan])
+    low, high = _finite_range(value_range, [volume for scan in scans for volume in scan])
+    channels = len(scans[0])
+    titles = [""] if channels == 1 else [f"channel {c + 1}" for c in range(channels)]
+    groups = [(title, [scan[c][box] for scan in scans], scans[0][0][box]) for c, title in enumerate(titles)]
+    styles = [{"cmap": "gray", "vmin": low, "vmax": high}] * len(scans)
+    return _save(path, _columns(groups, labels, styles))
+
+
+def imputation(
+    path: str | os.PathLike, image, missing, mean, std, draw, title: str, value_range: tuple[float, float]
+) -> Path:
+    """A scan and what of it is missing, cut where most of the brain is missing, beside what a model puts there.
+
+    Args:
+        path: of the PNG.
+        image, mean, std, draw: ``[channels, *spatial]``: the scan, the mean and standard deviation of several draws,
+            and one of them; every channel gets a group of rows.
+        missing: ``[1, *spatial]``, true where the scan is missing.
+        title: says what is shown.
+        value_range: what black and white stand for.
+    """
+    image, missing, mean, std, draw = map(_array, (image, missing, mean, std, draw))
+    box = _foreground_box([*image, *mean, missing[0]])
+    shown = missing[0] * (mean[0] - mean[0].min() + 1e-6)  # of what is missing, brain counts
+    axes = range(shown.ndim)
+    most = tuple(int(shown.sum(tuple(set(axes) - {axis})).argmax()) for axis in axes)
+    guide = np.zeros_like(shown)
+    guide[most] = 1
+    groups = []
+    for c in range(len(image)):
+        seen = np.where(missing[0] > 0, np.nan, image[c])
+        row = [volume[box] for volume in (image[c], seen, mean[c], std[c], draw[c])]
+        groups.append((title if len(image) == 1 else f"{title}, channel {c + 1}", row, guide[box]))
+    low, high = _finite_range(value_range, [v for _, row, _ in groups for v in (row[0], row[2], row[4])])
+    gray = {"cmap": "gray", "vmin": low, "vmax": high}
+    hole = {**gray, "cmap": colormaps["gray"].with_extremes(bad="tab:red")}
+    spread = {"cmap": "viridis", "vmin": 0.0, "vmax": max(float(std.max()), 1e-6)}
+    headings = ["scan", "missing (red)", "mean of draws", "spread of draws", "one draw"]
+    bars = {3: "standard deviation of draws"}
+    return _save(path, _columns(groups, headings, [gray, hole, gray, spread, gray], bars=bars))
 
 
 def samples(

@@ -7,14 +7,16 @@ caller uses it, so that a scan's result does not depend on its batch.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import GaussianFilter
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.blocks import Posterior, gaussian_noise
@@ -137,6 +139,9 @@ class Interpolation(Inferer):
     """
     Scans between two: `step00` to `stepNN`, from the first to the second in equal steps of their latents.
 
+    Latents are the posterior's means, so that the steps lie on straight lines between these, and the ends are the
+    reconstructions that :py:class:`Reconstruction` makes at temperature 0.
+
     Args:
         steps: how many scans, both ends included.
         levels: numbers of the levels (0 is the coarsest) whose latents go over to the second scan; the others stay
@@ -147,20 +152,26 @@ class Interpolation(Inferer):
         if steps < 2:
             raise ValueError(f"steps is {steps}: both ends are steps, so that it must be 2 or more.")
         self.steps = steps
-        self.levels = levels
+        self.levels = None if levels is None else ensure_tuple(levels)
+
+    def images(self) -> list[str]:
+        """The names of its results."""
+        return [f"step{step:02d}" for step in range(self.steps)]
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`inputs` is `[batch, 2, channels, *spatial]`: the two scans."""
-        first, second = (network.encode(inputs[:, end], temperature=0.0) for end in (0, 1))
-        levels = range(network.levels) if self.levels is None else self.levels
-        unknown = set(levels) - set(range(network.levels))
+        moving = set(range(network.levels) if self.levels is None else self.levels)
+        unknown = moving - set(range(network.levels))
         if unknown:
-            raise ValueError(f"levels holds {sorted(unknown)}: this network's levels are 0 to {network.levels - 1}.")
-        moves = [network.levels - 1 - level in levels for level in network.latent_levels]
+            raise ValueError(
+                f"levels_between holds {sorted(unknown)}: this network's levels are 0 to {network.levels - 1}."
+            )
+        first, second = (network.encode(inputs[:, end], temperature=0.0) for end in (0, 1))
+        moves = [network.levels - 1 - level in moving for level in network.latent_levels]
         results = {}
-        for step, share in enumerate(torch.linspace(0, 1, self.steps).tolist()):
+        for name, share in zip(self.images(), torch.linspace(0, 1, self.steps).tolist(), strict=True):
             latents = [torch.lerp(a, b, share) if m else a for a, b, m in zip(first, second, moves, strict=True)]
-            results[f"step{step:02d}"] = network.decode(latents, temperature=0.0)[0]
+            results[name] = network.decode(latents, temperature=0.0)[0]
         return results
 
 
@@ -168,59 +179,74 @@ class Imputation(Inferer):
     """
     Fill in what is missing, by iterated draws: latents given the scan, then the missing voxels given the latents.
 
-    What is missing starts as the prior's mean scan. Each round draws the latents from the posterior of the scan as it
-    is filled in so far, and fills the missing voxels from them; what was observed is put back each time. It is the
-    Markov chain of Rezende et al. 2014 (arXiv:1401.4082, appendix F), whose limit is the model's own distribution of
-    what is missing given what was observed, as far as the posterior is right. The last round's draw is returned.
+    What is missing starts as the prior's mean scan. Each iteration draws the latents from the posterior of the scan as
+    it is filled in so far, and the missing voxels from their distribution given the latents; what was observed is put
+    back each time. It is the Markov chain of Rezende et al. 2014 (arXiv:1401.4082, appendix F). A draw is what the last
+    iteration's latents say of the missing voxels: `imputed_00`, `imputed_01`, ..., one for each chain.
 
     Args:
-        iterations: rounds.
-        draws: independent chains: `draw00`, `draw01`, ...
-        temperature: of the latents.
-        voxel_noise: also draw each missing voxel from its own distribution.
+        iterations: of a chain.
+        draws: chains, each from the same start with noise of its own.
+        temperature: of the latents; the chain is that of the paper at 1.
+        voxel_noise: draws have the last iteration's noise of the voxels too, not just the mean of each.
     """
 
     def __init__(
-        self, iterations: int = 20, draws: int = 4, temperature: Temperature = 1.0, voxel_noise: bool = False
+        self, iterations: int = 10, draws: int = 4, temperature: Temperature = 1.0, voxel_noise: bool = False
     ) -> None:
-        for name, value in (("iterations", iterations), ("draws", draws)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be 1 or more.")
+        for name, value, least in (("iterations", iterations, 1), ("draws", draws, 2)):
+            if value < least:
+                raise ValueError(f"{name} is {value}: it must be {least} or more.")
         self.iterations, self.draws = iterations, draws
         self.temperature, self.voxel_noise = temperature, voxel_noise
 
+    def images(self) -> list[str]:
+        """The names of its results."""
+        return [f"imputed_{draw:02d}" for draw in range(self.draws)]
+
     def __call__(self, inputs: Tensor, network: VDVAE, mask: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`mask`, shaped like the scans with one channel or as many, is true where a voxel is missing."""
-        start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
+        """`mask`, `[batch, 1, *spatial]`, is true where a voxel is missing; what `inputs` hold there is not used."""
         results = {}
-        for draw in range(self.draws):
-            filled = torch.where(mask, start, inputs)
-            for _ in range(self.iterations):
-                loc, scale, _ = network(filled, self.temperature)
-                filled = torch.where(mask, draw_voxels(loc, scale, network) if self.voxel_noise else loc, inputs)
-            results[f"draw{draw:02d}"] = filled
+        for name in self.images():
+            chain = self.chain(inputs, network, mask)
+            results[name] = next(itertools.islice(chain, self.iterations - 1, None))
         return results
+
+    def chain(self, inputs: Tensor, network: VDVAE, mask: Tensor) -> Iterator[Tensor]:
+        """A chain without end; yields what the scans would be after each iteration."""
+        start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
+        filled = torch.where(mask, start, inputs)
+        while True:
+            loc, scale, _ = network.infer(filled, self.temperature)[0]
+            drawn = draw_voxels(loc, scale, network)
+            filled = torch.where(mask, drawn, inputs)
+            yield filled if self.voxel_noise else torch.where(mask, loc, inputs)
 
 
 class Scoring(Inferer):
     """
     Say how likely scans are, and where they are not.
 
-    `bits_per_dim`, `elbo` (nats), `nll` and `kl` (its parts), `kl_z00`, ... (of each latent), `psnr` and `ssim` of the
-    reconstruction, each `[batch]`; `recon`, `scale` as :py:class:`Reconstruction` gives them; and `anomaly`, where the
-    scan is brighter or darker than the model expects: the absolute z-score, smoothed.
+    `[batch]` each: `bits_per_dim`, `elbo` (nats), `nll` and `kl` (its parts), `kl_z00`, ... (of each latent), `psnr`
+    and `ssim` of the reconstruction, `anomaly_score` (the 99.9th percentile of the anomaly map in the foreground).
+    Shaped like the scans: `recon`, the reconstruction; `restored`, the scan as the model would rather have it; and
+    `anomaly`, how many standard deviations the scan is brighter (or darker, below 0) than that.
 
     Args:
         importance_samples: with K = 1 the bound is the ELBO with its KL in closed form. With more it is the
             importance-weighted bound of K draws (Burda et al. 2016, arXiv:1509.00519), in the mean tighter with each.
-        smoothing: standard deviation in voxels of the Gaussian that smooths the z-score before its sign is dropped.
+        smoothing: standard deviation in voxels of the Gaussian that smooths the anomaly map.
+        restore: what is surprising enough to be restored: where the posterior of a latent costs more than so many nats
+            in one dimension, its mean gives way to the prior's. None restores nothing. A network that reconstructs well
+            reconstructs lesions too: without this they do not show.
     """
 
-    def __init__(self, importance_samples: int = 1, smoothing: float = 0.7) -> None:
+    def __init__(self, importance_samples: int = 1, smoothing: float = 0.25, restore: float | None = 0.3) -> None:
         if importance_samples < 1:
             raise ValueError(f"importance_samples is {importance_samples}: it must be 1 or more.")
         self.importance_samples = importance_samples
         self.smoothing = smoothing
+        self.restore = restore
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         weights, nlls, kls = [], [], []
@@ -234,12 +260,34 @@ class Scoring(Inferer):
         bound = -(nll + kl.sum(1))
         if self.importance_samples > 1:
             bound = torch.logsumexp(torch.stack(weights), dim=0) - math.log(self.importance_samples)
-        loc, scale, _ = network.infer(inputs, temperature=0.0)[0]
+        (loc, _, _), latents = network.infer(inputs, temperature=0.0)
+        restored, scale = network.decode([restored_latent(q, self.restore) for q in latents], temperature=0.0)
         results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
         results |= image_quality(loc, inputs, network)
         smooth = GaussianFilter(network.spatial_dims, self.smoothing).to(inputs.device)
-        return results | {"recon": loc, "scale": scale, "anomaly": smooth((inputs - loc) / scale).abs()}
+        anomaly = smooth((inputs - restored) / scale)
+        results["anomaly_score"] = foreground_percentile(anomaly, inputs, network)
+        return results | {"recon": loc, "restored": restored, "anomaly": anomaly}
+
+
+def restored_latent(q: Posterior, threshold: float | None) -> Tensor:
+    """The posterior's mean, but where its KL divergence exceeds so many nats in a dimension: there the prior's mean."""
+    if threshold is None:
+        return q.mean
+    prior_mean = torch.zeros_like(q.mean) if q.prior_mean is None else q.prior_mean
+    prior_std = torch.ones_like(q.std) if q.prior_std is None else q.prior_std
+    ratio, distance = q.std / prior_std, (q.mean - prior_mean) / prior_std
+    kl = 0.5 * (ratio.square() + distance.square() - 1) - ratio.log()
+    return torch.where(kl > threshold, prior_mean, q.mean)
+
+
+def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
+    """Of each scan's values where the scan exceeds 5 % of its range, `[batch]`; of all values, if it never does."""
+    low, high = OUTPUT_RANGES[network.output_activation]
+    foreground = scans > low + 0.05 * (high - low)
+    pairs = zip(values, foreground, strict=True)
+    return torch.stack([torch.quantile(v[f] if f.any() else v.flatten(), percentile / 100) for v, f in pairs])
 
 
 def log_ratio(q: Posterior) -> Tensor:

@@ -55,6 +55,12 @@ def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLi
     return os.path.commonpath([Path(ensure_tuple(scan["image"])[0]).absolute().parent for scan in scans])
 
 
+def scan_stem(scan: str | os.PathLike) -> str:
+    """A scan's file name without its suffix."""
+    name = Path(scan).name
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+
+
 class ScanLayout(FolderLayoutBase):
     """
     The name of a result: that of its scan, relative to a root, with a postfix, under another folder.
@@ -86,9 +92,7 @@ class ScanLayout(FolderLayoutBase):
     def path(self, scan: str | os.PathLike) -> Path:
         """The same without making anything."""
         relative = Path(self.relative(scan))
-        name = relative.name
-        stem = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
-        return self.output_dir / relative.parent / f"{stem}_{self.postfix}{self.extension}"
+        return self.output_dir / relative.parent / f"{scan_stem(relative)}_{self.postfix}{self.extension}"
 
     def relative(self, scan: str | os.PathLike) -> str:
         """The scan's posix path, relative to the root."""
@@ -99,7 +103,13 @@ class ScanLayout(FolderLayoutBase):
 
 
 class WholeNibabelWriter(NibabelWriter):
-    """MONAI's `NibabelWriter`, whose files appear whole or not at all."""
+    """MONAI's `NibabelWriter`, which writes an image as it lies, in files that appear whole or not at all."""
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = False, **options: Any) -> None:
+        # MONAI's asks for a resampling even to the same grid, and takes a volume without channels for a slice there
+        _, affine, _ = self.get_meta_info(meta_dict)
+        self.affine = np.asarray(affine)
+        self.data_obj = np.asarray(self.data_obj)
 
     def write(self, filename: str | os.PathLike, verbose: bool = False, **kwargs: Any) -> None:
         write_whole(filename, lambda temporary: super(WholeNibabelWriter, self).write(temporary, verbose, **kwargs))
@@ -292,11 +302,11 @@ def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[floa
 
 
 def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
-    """A scan beside its reconstruction and its anomaly map."""
+    """A scan beside its restoration and its anomaly map."""
     name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
     bits = float(data["bits_per_dim"])
     figures.anomaly(
-        path, data["image"], data["recon"], data["anomaly"], f"{name}, {bits:.3f} bits per dim", value_range
+        path, data["image"], data["restored"], data["anomaly"], f"{name}, {bits:.3f} bits per dim", value_range
     )
 
 

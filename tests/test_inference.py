@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, bundle_command, run_bundle
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from scripts.blocks import noise_from
@@ -293,13 +293,22 @@ def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
     x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"].as_tensor()
     planted = x[None].clone()
     planted[0, 0, 1, 6, 6] = 0.0  # half as bright as can be, where there is background
-    plain, odd = (Scoring()(scan, network) for scan in (x[None], planted))
+    plain, odd = (Scoring(smoothing=0.7)(scan, network) for scan in (x[None], planted))
     assert odd["anomaly"].argmax() == torch.arange(512).reshape(8, 8, 8)[1, 6, 6]
     assert odd["anomaly"].max() > 3 * plain["anomaly"].max()
     assert odd["elbo"] < plain["elbo"]
     # smoothing spreads it: without, its neighbours stay as they are
     sharp = Scoring(smoothing=0.01)(planted, network)["anomaly"]
     assert sharp[0, 0, 2, 6, 6] < 0.5 * odd["anomaly"][0, 0, 2, 6, 6]
+
+
+def test_restoring_leaves_out_what_surprises(scans, network):
+    x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"][None]
+    x = x.as_tensor()
+    none, little = (Scoring(restore=threshold)(x, network)["restored"] for threshold in (None, 1e-3))
+    assert torch.allclose(none, network(x), atol=1e-6)
+    prior = network.decode([], temperature=0.0)[0]
+    assert (little - prior).abs().mean() < (none - prior).abs().mean()
 
 
 # Many scans
@@ -397,6 +406,22 @@ def test_encode_and_decode_an_array_from_python(weights):
         loc, scale = network.decode(latents)
         assert torch.allclose(loc, network(array), atol=1e-6)
     assert loc.shape == scale.shape == array.shape
+
+
+def test_a_job_as_a_workflow(scans, weights, tmp_path):
+    job = create_workflow(
+        config_file=[str(ROOT / name) for name in CONFIGS],
+        workflow_type="infer",
+        run_id="score",
+        bundle_root=str(ROOT),
+        ckpt=str(weights),
+        dataset_dir=str(scans),
+        output_dir=str(tmp_path),
+    )
+    assert not job.check_properties()
+    job.run()
+    job.finalize()
+    assert len(rows_of(tmp_path / "scores.csv")) == 5
 
 
 def test_training_and_inference_prepare_scans_alike(scans):

@@ -1,0 +1,238 @@
+"""Masks that say where a scan is missing: pairing them with scans, hiding what lies under them, putting back the rest.
+
+What is hidden is gone before anything is computed from the scan, so that no value under a mask can reach a result:
+neither through the smoothing of the fit to the network's grid, nor through the percentiles of the scaling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing, to_affine_nd
+from monai.transforms import MapTransform, Transform
+from monai.utils import ImageMetaKey, ensure_tuple
+from torch import Tensor
+
+from scripts import figures
+from scripts.datalist import find_by_wildcards, find_scans
+from scripts.outputs import scaling_of
+from scripts.transforms import FitShape, LoadScand, ScanError
+
+__all__ = ["FillInd", "FitMaskd", "HideMissingd", "pair_masks", "stack_missing"]
+
+# A voxel of the network's grid is missing when more than this share of what it averages is.
+BLED = 0.01
+
+
+def pair_masks(
+    dataset_dir: str | os.PathLike,
+    scan_pattern: str | Sequence[str],
+    mask_dir: str | os.PathLike | None,
+    mask_pattern: str | None = None,
+) -> list[dict[str, Any]]:
+    """
+    The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
+
+    Args:
+        dataset_dir, scan_pattern: see :py:func:`scripts.datalist.find_scans`; of several patterns (channels) the first
+            names the scan.
+        mask_dir: the folder that holds the masks.
+        mask_pattern: of the masks; None: that of the scans.
+
+    Returns:
+        `[{"image": path, "mask": path}, ...]`; the mask is None where there is none.
+
+    Raises:
+        ValueError: when `mask_dir` is None.
+        FileNotFoundError, NotADirectoryError: when a folder does not exist, nothing matches, or no scan has a mask.
+    """
+    if mask_dir is None:
+        raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
+    scans = find_scans(dataset_dir, scan_pattern)
+    root, masks_root = Path(dataset_dir).expanduser(), Path(mask_dir).expanduser()
+    if not masks_root.is_dir():
+        raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
+    scan_pattern = ensure_tuple(scan_pattern)[0]
+    mask_pattern = mask_pattern or scan_pattern
+    wildcards = {name: key for key, name in find_by_wildcards(root, scan_pattern).items()}
+    masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
+    items = []
+    for scan in scans:
+        paths = ensure_tuple(scan)
+        name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
+        items.append(
+            {
+                "image": [str(path) for path in paths] if isinstance(scan, list) else str(scan),
+                "mask": None if name is None else str(masks_root / name),
+            }
+        )
+    if all(item["mask"] is None for item in items):
+        raise FileNotFoundError(
+            f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "
+            f"scan(s) and {len(masks)} mask(s), but never with the same text in place of their wildcards, as "
+            f"'{ensure_tuple(items[0]['image'])[0]}' and '{masks_root / next(iter(masks.values()))}' show."
+        )
+    return items
+
+
+class HideMissingd(MapTransform):
+    """
+    Give what a scan's mask marks the scan's background, and keep a copy of the scan as it was.
+
+    It belongs right after loading. Adds `missing`, bool `[1, *spatial]`, true where the mask is above 0, and
+    `observed`, the scan as loaded. The background is the lowest value outside the mask, of each channel.
+
+    Args:
+        keys: of the loaded scan, `[channels, *spatial]`.
+        mask: key of the mask's path.
+
+    Raises:
+        ScanError: when the mask is missing, cannot be read, lies on another grid than its scan, or marks nothing or
+            everything.
+    """
+
+    def __init__(self, keys: KeysCollection, mask: str = "mask", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.mask = mask
+        self.load = LoadScand("mask")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            scan = d[key]
+            missing = self._read(d[self.mask], scan)
+            observed_values = scan.as_tensor().masked_fill(missing, torch.inf)
+            background = observed_values.flatten(1).amin(1).reshape(-1, *[1] * (scan.ndim - 1))
+            d |= {"missing": missing, "observed": scan.clone()}
+            d[key] = MetaTensor(torch.where(missing, background, scan.as_tensor())).copy_meta_from(scan)
+        return d
+
+    def _read(self, path: str | None, scan: MetaTensor) -> Tensor:
+        name = scan.meta[ImageMetaKey.FILENAME_OR_OBJ]
+        if path is None:
+            raise ScanError(
+                f"'{name}' has no mask: put one in mask_dir under the scan's name, as scan_pattern and mask_pattern "
+                "say, or leave the scan out with --scan_pattern."
+            )
+        mask = self.load({"mask": path})["mask"]
+        rank = scan.ndim - 1
+        affines = [to_affine_nd(rank, image.affine.numpy().astype(float)) for image in (scan, mask)]
+        apart = 1e-2 * affine_to_spacing(affines[0], r=rank).min()
+        if mask.shape[1:] != scan.shape[1:] or not np.allclose(*affines, rtol=0, atol=apart):
+            raise ScanError(
+                f"The mask '{path}' (shape {tuple(mask.shape[1:])}) lies on another grid than its scan '{name}' (shape "
+                f"{tuple(scan.shape[1:])}), or its affine differs: resample it to the scan's grid, nearest neighbour."
+            )
+        if len(mask) != 1:
+            raise ScanError(f"The mask '{path}' has {len(mask)} channels: give one, which counts for all the scan's.")
+        missing = mask.as_tensor() > 0
+        if not missing.any():
+            raise ScanError(f"The mask '{path}' is empty (no voxel is above 0): nothing is missing from '{name}'.")
+        if missing.all():
+            raise ScanError(f"The mask '{path}' is full (every voxel is above 0): nothing of '{name}' was observed.")
+        return missing
+
+
+class FitMaskd(MapTransform):
+    """
+    Bring what :py:class:`HideMissingd` added to the network's grid, as the scan was brought there.
+
+    It belongs last. Adds `missing_fitted`, bool `[1, *spatial_shape]`: every voxel of which the hidden background makes
+    up more than a hundredth, and those between which a missing voxel of the scan lies; and `shown`, the scan with
+    nothing hidden, for figures.
+
+    Args:
+        keys: of the fitted and scaled scan.
+
+    Raises:
+        ScanError: when no voxel of the network's grid is left.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image, missing, observed = d[key], d["missing"], d["observed"]
+            fit = _FitLike(image)
+            averaged = fit(MetaTensor(missing.float(), affine=observed.affine)).as_tensor()
+            fitted = (averaged > BLED) | fit.neighbours(missing, observed.affine)
+            if fitted.all():
+                name = image.meta[ImageMetaKey.FILENAME_OR_OBJ]
+                raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
+            d["missing_fitted"] = fitted
+            info = scaling_of(image)
+            gain, offset = (torch.tensor(info[k]).reshape(-1, *[1] * (image.ndim - 1)) for k in ("gain", "offset"))
+            shown = fit(MetaTensor(observed.as_tensor().nan_to_num(), affine=observed.affine)).as_tensor()
+            d["shown"] = (shown - offset) * gain + info["b_min"]
+        return d
+
+
+class _FitLike(FitShape):
+    """A fit to the grid of an image that was fitted before."""
+
+    def __init__(self, image: MetaTensor) -> None:
+        super().__init__(image.shape[1:])
+        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
+
+    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rank = len(shape)
+        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
+        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
+
+    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
+        """The voxels of the new grid from which a missing voxel of the old one, `[1, *spatial]`, is interpolated."""
+        rank = missing.ndim - 1
+        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
+        voxels = np.argwhere(missing[0].numpy())
+        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
+        found = np.zeros(self.spatial_shape, bool)
+        for corner in itertools.product((0, 1), repeat=rank):
+            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
+        return torch.from_numpy(found)[None]
+
+
+class FillInd(MapTransform):
+    """
+    Put draws into a scan where it is missing, and keep what was observed; add their mean and spread.
+
+    Adds `imputed_mean`, and `imputed_std`, the standard deviation over the draws, 0 where the scan was observed.
+
+    Args:
+        keys: of the draws, `[channels, *spatial]` on the scan's own grid and in its units.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        missing, observed = d["missing"], d["observed"].as_tensor().float()
+        draws = [torch.where(missing, torch.as_tensor(d[key]).as_subclass(Tensor), observed) for key in self.keys]
+        stack = torch.stack(draws)
+        results = dict(zip(self.keys, draws, strict=True))
+        results["imputed_mean"] = torch.where(missing, stack.mean(0), observed)
+        results["imputed_std"] = torch.where(missing, stack.std(0), torch.zeros_like(observed))
+        return d | {key: MetaTensor(value).copy_meta_from(d["observed"]) for key, value in results.items()}
+
+
+class DrawImputation(Transform):
+    """A scan, what of it is missing, and the draws' mean, spread and first, as `SaveFigured` draws it."""
+
+    def __init__(self, keys: KeysCollection) -> None:
+        self.keys = ensure_tuple(keys)
+
+    def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+        draws = torch.stack([torch.as_tensor(data[key]).as_subclass(Tensor) for key in self.keys])
+        name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
+        figures.imputation(
+            path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], name, value_range
+        )
+
+
+def stack_missing(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What :py:class:`scripts.inferers.Imputation` needs beside the scans: `mask`, bool `[batch, 1, *spatial]`."""
+    return {"mask": torch.stack([item["missing_fitted"] for item in items])}
