@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: the tests run in several processes
+
 import nibabel as nib
 import numpy as np
 import pytest

@@ -1,10 +1,12 @@
 """The network: the published sizes, every constructor argument, and what its passes promise."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.bundle import ConfigParser
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +22,8 @@ from scripts.blocks import (
     noise_from,
 )
 from scripts.networks import OUTPUT_STD_RANGE, VDVAE, VDVAEReconstruction
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 SMALL = {
     "spatial_dims": 3,
@@ -842,3 +846,13 @@ def test_the_reconstruction_alone_has_the_same_weights():
     x = scans()
     with torch.no_grad():
         assert torch.equal(alone(x), network(x, temperature=0).loc)
+
+
+def test_the_lean_network_is_lean():
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in ("train.json", "lean_32.json")])
+    with torch.device("meta"):
+        network, x = parser.get_parsed_content("network_def"), torch.zeros(1, 1, 32, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(11.5, abs=0.05)
