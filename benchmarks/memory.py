@@ -159,7 +159,9 @@ def measure_step(*args) -> dict[str, float]:
     """
     environment = {**MALLOC, **os.environ}
     code = f"import json; from benchmarks.memory import measure_here; print(json.dumps(measure_here{args!r}))"
-    run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    )
     return json.loads(run.stdout.splitlines()[-1])
 
 

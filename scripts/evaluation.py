@@ -90,7 +90,7 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
     items = datalist.get("testing") or datalist["validation"]
     record = Path(output_dir) / "datalist.json"
     if record.is_file():
-        trained = {_path(item) for item in json.loads(record.read_text())["training"]}
+        trained = {_path(item) for item in json.loads(record.read_text(encoding="utf-8"))["training"]}
         known = [item for item in items if _path(item) in trained]
         if known:
             raise ValueError(

@@ -137,7 +137,7 @@ def claim_results(output_dir: str | os.PathLike, word: str, settings: Mapping[st
         path = folder / f"{word}.json"
         known = {name: _identity(value) for name, value in settings.items()}
         if path.exists() and not overwrite:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in known if before.get(name) != known[name]]
             if changed:
                 raise FileExistsError(

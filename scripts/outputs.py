@@ -363,7 +363,7 @@ def stack_latents(items: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
 def row_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
     """Put what :py:class:`SaveRowd` wrote of these scans together, as CSV, one row a scan, its path first."""
     found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
-    rows = ((scan, json.loads(file.read_text())) for scan, file in found if file.exists())
+    rows = ((scan, json.loads(file.read_text(encoding="utf-8"))) for scan, file in found if file.exists())
     _write_table(path, rows)
 
 

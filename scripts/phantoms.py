@@ -483,7 +483,7 @@ def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) ->
     request = {**recipe, "start": indices.start, "count": len(indices)}
     if path.exists():
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             start, end = found["start"], found["start"] + found["count"]
         except (ValueError, TypeError, KeyError):
             raise FileExistsError(

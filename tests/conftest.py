@@ -36,7 +36,9 @@ def bundle_command(*arguments: object, run_id: str = "training", configs=TINY) -
 def run_bundle(*arguments: object, run_id: str = "training", configs=TINY, cwd: Path = ROOT, timeout: int = 300):
     """The same, in a process of its own."""
     words, environment = bundle_command(*arguments, run_id=run_id, configs=configs)
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=timeout
+    )
 
 
 def brain(size=16, spacing=1.0, channels=1):

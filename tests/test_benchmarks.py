@@ -53,7 +53,7 @@ def test_shapes_prints_a_row_a_shape(capsys, monkeypatch):
 
 def test_measured_memory():
     command = [sys.executable, "-m", "benchmarks.memory", "--size", "8", "--checkpoint_levels", "4", "--threads", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     peak, above = numbers(run.stdout.splitlines()[0])
     assert 0.1 < peak < 4
     assert above < peak

@@ -103,7 +103,11 @@ print(cache([{{"image": {items[0]["image"]!r}}}], Path({str(tmp_path)!r})).path(
 """
     found = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONHASHSEED": seed},
         ).stdout.strip()
         for seed in ("1", "2")
     }

@@ -65,7 +65,7 @@ def test_a_bare_checkpoint_and_one_without_options_do_too(seed, tmp_path):
 
 def test_the_command_line_writes_weights_and_an_overlay(seed, tmp_path):
     command = [sys.executable, "-m", "scripts.convert", str(SEED), "--output_dir", str(tmp_path / "new/folder")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "new/folder"
     assert sorted(p.name for p in folder.iterdir()) == ["model.pt", "network.json"]

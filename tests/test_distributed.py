@@ -116,7 +116,7 @@ def test_batch_norm_needs_gpus(tmp_path):
 def torchrun(options, *words, **settings):
     command, environment = bundle_command(*words, configs=TRAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
     return subprocess.Popen([*launcher, *command[1:]], cwd=ROOT, env=environment, **streams, **settings)
 
 
@@ -169,6 +169,8 @@ def test_two_nodes_train(cohort, tmp_path, meeting):
 
 def test_a_multi_gpu_config_without_torchrun(cohort, tmp_path):
     command, environment = bundle_command("--dataset_dir", cohort, "--output_dir", tmp_path, configs=TRAIN)
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=100
+    )
     assert run.returncode != 0
     assert "A multi_gpu config needs torchrun" in run.stderr

@@ -36,7 +36,9 @@ def evaluate(*arguments: object, processes: int = 0) -> subprocess.CompletedProc
         configs = [*EVALUATE, "configs/multi_gpu_evaluate.json"]
     command = [*program, "-m", "monai.bundle", "run", "--config_file", str(configs), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
 
 
 def contents(folder) -> dict[str, str]:

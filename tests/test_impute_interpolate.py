@@ -383,7 +383,13 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
     )
     torchrun = [command[0], "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m"]
     result = subprocess.run(
-        [*torchrun, *command[2:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*torchrun, *command[2:]],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert result.returncode == 1, result.stderr
     with (tmp_path / "out" / "failed.csv").open() as file:

@@ -452,7 +452,9 @@ def test_two_processes_give_what_one_gives(scans, weights, tmp_path, word):
         if processes > 1:
             torchrun = ["torchrun", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}", "-m"]
             command = [str(Path(command[0]).parent / torchrun[0]), *torchrun[1:], *command[2:]]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+        )
         assert (result.returncode != 0) == (word != "sample"), result.stderr
     assert files(outputs[0]) == files(outputs[1])
     assert ("failed.csv" in files(outputs[0])) == (word != "sample")

@@ -178,7 +178,7 @@ def test_ellipsoids(tmp_path):
 
 def run(*arguments):
     command = [sys.executable, "-m", "scripts.phantoms", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
 def test_command_line(tmp_path):

@@ -393,7 +393,9 @@ def test_command_line(tmp_path):
     (tmp_path / "raw/broken.nii.gz").write_bytes(b"no scan")
     words = [sys.executable, "-m", "scripts.prepare", str(tmp_path / "raw"), "--output_dir", str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*words, "--workers", "2"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, "--workers", "2"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 1
     assert "broken.nii.gz" in done.stderr
     assert "Traceback" not in done.stderr
