@@ -108,7 +108,9 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
     if norms and device.type != "cuda":
         raise ValueError("network_def: batch_norm over several processes needs GPUs: set it to false.")
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if norms else network
-    # buffers (the template) never change; those of synchronised batch norms are alike
+    # once is enough: the template never changes, and the buffers of synchronised batch norms are alike
+    for buffer in network.buffers():
+        dist.broadcast(buffer, src=0)
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 

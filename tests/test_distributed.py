@@ -72,6 +72,19 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) + 1e-7)
 
 
+def the_template(rank):
+    def from_scans(network):  # is called on the first process alone
+        network.set_template(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.25))
+        return network
+
+    network = parallel_network(from_scans, VDVAE(**NETWORK)).module
+    return torch.stack([network.template_mean.mean(), network.template_std.mean()])
+
+
+def test_both_processes_start_from_the_template(tmp_path):
+    assert [found.tolist() for found in both(the_template, tmp_path)] == [[0.5, 0.25]] * 2
+
+
 def a_nan_in_one(rank):
     torch.manual_seed(0)
     network = parallel_network(lambda network: network, VDVAE(**NETWORK))
