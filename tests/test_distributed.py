@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,8 @@ def test_two_nodes_train(cohort, tmp_path, meeting):
     else:
         options = [["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=run"]] * 2
     nodes = [torchrun([*own, "--nproc_per_node=1"], *words) for own in options]
-    logs = [node.communicate(timeout=200)[0] for node in nodes]
+    with ThreadPoolExecutor() as readers:  # at once: a node whose output nobody reads stands still
+        logs = list(readers.map(lambda node: node.communicate(timeout=400)[0], nodes))
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(logs)
     check_run(tmp_path)
 
