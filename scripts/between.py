@@ -15,10 +15,10 @@ from monai.utils import ImageMetaKey, ensure_tuple
 from torch import Tensor
 
 from scripts import figures
-from scripts.datalist import find_scans
+from scripts.datalist import as_text, find_scans
 from scripts.handlers import save_nifti
 from scripts.networks import VDVAE
-from scripts.outputs import ScanLayout, scan_stem
+from scripts.outputs import ScanLayout, from_zero_to_one, scan_stem
 
 __all__ = ["BothScans", "SaveStepsd", "list_pair", "pair_layout", "report_levels", "stack_pairs"]
 
@@ -41,7 +41,7 @@ def list_pair(
     """
     if scans_between is None:
         found = find_scans(dataset_dir, scan_pattern)[:2]
-        scans = [[str(p) for p in path] if isinstance(path, list) else str(path) for path in found]
+        scans = [as_text(path) for path in found]
         if len(scans) < 2:
             raise ValueError(f"dataset_dir '{dataset_dir}' holds one scan alone: set --scans_between to two scans.")
     elif isinstance(scans_between, str) or len(scans_between) != 2:
@@ -111,11 +111,12 @@ class SaveStepsd(Transform):
         figure: bool = True,
     ) -> None:
         self.layout, self.keys, self.figure = layout, tuple(keys), figure
-        self.low, self.high = value_range
+        self.value_range = value_range
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         name = ensure_tuple(data["name"])[0]
-        scans = {key: self._scaled(data[key]) for key in ("image", *self.keys, "second")}
+        images = {key: torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", *self.keys, "second")}
+        scans = {key: from_zero_to_one(image, self.value_range) for key, image in images.items()}
         for key in self.keys:
             save_nifti(self.layout(key).filename(name), scans[key], data["image"].affine)
         if self.figure:
@@ -123,9 +124,6 @@ class SaveStepsd(Transform):
             path = self.layout("steps", ".png").filename(name)
             figures.strip(path, list(scans.values()), labels, (0.0, 1.0))
         return data
-
-    def _scaled(self, scan: Tensor) -> Tensor:
-        return ((torch.as_tensor(scan).as_subclass(Tensor) - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 def report_levels(network: VDVAE, moving: Sequence[int] | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import pickle
@@ -23,7 +21,7 @@ from monai.utils import ensure_tuple
 from tqdm import tqdm
 
 from scripts import geometry, transforms
-from scripts.files import write_text, write_whole
+from scripts.files import write_csv, write_whole
 from scripts.transforms import ScanError
 
 __all__ = ["ScanCache", "read_cohort"]
@@ -241,9 +239,6 @@ def _warn_of_mixed_sizes(geometries: Sequence[tuple[str, dict[str, Any]]]) -> No
 def _report_skipped(skipped: Sequence[tuple[str, Any, str]], path: str | os.PathLike | None) -> None:
     _warn_of("are left out", [reason for _, _, reason in skipped])
     if path is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["side", "image", "reason"])
-        writer.writerows((side, ";".join(map(str, ensure_tuple(image))), reason) for side, image, reason in skipped)
-        write_text(path, text.getvalue())
+        rows = ((side, ";".join(map(str, ensure_tuple(image))), reason) for side, image, reason in skipped)
+        write_csv(path, ("side", "image", "reason"), rows)
         logger.warning("All of them, with the reason: '%s'.", path)

@@ -9,10 +9,8 @@ asked for, and with what most of the cohort has; nobody says beforehand how a sc
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import logging
 import math
 import numbers
@@ -46,7 +44,7 @@ from tqdm import tqdm
 from scripts import figures
 from scripts.command_line import run
 from scripts.datalist import find_scans, subject_names
-from scripts.files import write_text
+from scripts.files import write_csv
 from scripts.geometry import describe, differences, mixed_voxel_sizes, usual_voxel_size
 from scripts.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError, content_suffix
 
@@ -242,7 +240,7 @@ def check(
         del thumbnails
 
     rows = [*scans, *passed_over]
-    write_text(output / "report.csv", _csv(rows))
+    _write_report(output / "report.csv", rows)
     shown = _choose(scans)
     picture = partial(_picture, spatial_dims=spatial_dims)
     pictures = list(_parallel(picture, [files[i] for i in shown], min(workers, 1 + len(shown) // 8), "drawing scans"))
@@ -580,14 +578,9 @@ def _caption(scan: Scan) -> str:
     return f"{'' if scan.verdict == 'good' else scan.verdict.upper() + ' '}{name}{similarity}"
 
 
-def _csv(scans: Iterable[Scan]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+def _write_report(path: Path, scans: Iterable[Scan]) -> None:
     names = [f.name for f in fields(Scan)]
-    writer.writerow(names)
-    for scan in scans:
-        writer.writerow([_cell(name, getattr(scan, name)) for name in names])
-    return text.getvalue()
+    write_csv(path, names, ([_cell(name, getattr(scan, name)) for name in names] for scan in scans))
 
 
 def _cell(name: str, value: Any) -> str:

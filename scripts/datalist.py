@@ -16,6 +16,7 @@ from monai.utils import ensure_tuple
 from scripts.files import write_text
 
 __all__ = [
+    "as_text",
     "check_batch_size",
     "find_by_wildcards",
     "find_scans",
@@ -299,7 +300,7 @@ def make_datalist(
         sides = _read_datalist(root)
         root = Path(os.path.normpath(root.parent))
     else:
-        sides = {"training": [{"image": _as_text(found)} for found in find_scans(root, scan_pattern)]}
+        sides = {"training": [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]}
     sides = _with_entities(sides, root)
     training, validation = sides["training"], sides.get("validation", [])
 
@@ -358,7 +359,8 @@ def _absolute(image: str | list[str]) -> str | list[str]:
     return [str(Path(i).absolute()) for i in image] if isinstance(image, list) else str(Path(image).absolute())
 
 
-def _as_text(found: Path | list[Path]) -> str | list[str]:
+def as_text(found: Path | list[Path]) -> str | list[str]:
+    """What :py:func:`find_scans` finds, as the items of a datalist hold it."""
     return [str(path) for path in found] if isinstance(found, list) else str(found)
 
 

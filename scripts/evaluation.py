@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from scripts.blocks import noise_from
 from scripts.distributed import gather
-from scripts.files import write_text
+from scripts.files import write_csv, write_text
 from scripts.inference import list_samples, scan_generator, scan_name
 from scripts.inferers import image_quality
 from scripts.metrics import (
@@ -146,11 +144,8 @@ class ScanTable:
             for item in self.items
         ]
         rows = [name | numbers for name, numbers in zip(names, self.numbers, strict=True)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        write_text(path, text.getvalue())
+        cells = ([f"{v:.8g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+        write_csv(path, list(rows[0]), cells)
 
     def summary(self) -> Summary:
         """`{quantity: {"mean", "std", "count"}}`; the standard deviation is of scans, not of the mean."""
@@ -367,8 +362,7 @@ def evaluate(
         evaluation_dir: an existing folder.
         settings: that tell what was evaluated, for the summary.
     """
-    if len(evaluator.data_loader):  # with fewer batches than processes, some have nothing to do
-        evaluator.run()
+    evaluator.run()
     table.gather()
     samples = comparison.run()
     if idist.get_rank() > 0:

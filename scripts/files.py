@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> Path:
@@ -36,3 +39,12 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """:func:`write_whole` of a text, as UTF-8."""
     return write_bytes(path, text.encode())
+
+
+def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:
+    """:func:`write_whole` of a table: the columns' names, then the rows, each in their order."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return write_text(path, text.getvalue())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import os
@@ -27,8 +25,8 @@ from torch import Tensor
 
 from scripts import distributed
 from scripts.blocks import noise_from
-from scripts.datalist import find_scans, make_datalist
-from scripts.files import write_text
+from scripts.datalist import as_text, find_scans, make_datalist
+from scripts.files import write_csv, write_text
 from scripts.outputs import ScanLayout
 from scripts.trainer import autocast
 from scripts.transforms import ScanError
@@ -70,11 +68,7 @@ class Failures:
         found = sorted(set(distributed.gather(self.found)))
         if idist.get_rank() == 0:
             if found:
-                text = io.StringIO()
-                writer = csv.writer(text, lineterminator="\n")
-                writer.writerow(Failure._fields)
-                writer.writerows(found)
-                write_text(self.path, text.getvalue())
+                write_csv(self.path, Failure._fields, found)
                 logger.error("%d scan(s) failed, see '%s'. The first: %s", len(found), self.path, found[0].reason)
             else:
                 self.path.unlink(missing_ok=True)
@@ -98,7 +92,7 @@ def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]
         sides = make_datalist(root)
         return sides.get("testing") or [item for side in sides.values() for item in side]
     found = find_scans(root, scan_pattern)
-    return [{"image": [str(p) for p in path] if isinstance(path, list) else str(path)} for path in found]
+    return [{"image": as_text(path)} for path in found]
 
 
 def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:

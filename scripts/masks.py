@@ -22,9 +22,9 @@ from monai.utils import ImageMetaKey, ensure_tuple
 from torch import Tensor
 
 from scripts import figures
-from scripts.datalist import find_by_wildcards, find_scans
+from scripts.datalist import as_text, find_by_wildcards, find_scans
 from scripts.outputs import scaling_of
-from scripts.transforms import FitShape, LoadScand, ScanError
+from scripts.transforms import FitShape, LoadScand, ScanError, per_channel
 
 __all__ = ["FillInd", "FitMaskd", "HideMissingd", "pair_masks", "stack_missing"]
 
@@ -70,7 +70,7 @@ def pair_masks(
         name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
         items.append(
             {
-                "image": [str(path) for path in paths] if isinstance(scan, list) else str(scan),
+                "image": as_text(scan),
                 "mask": None if name is None else str(masks_root / name),
             }
         )
@@ -168,7 +168,7 @@ class FitMaskd(MapTransform):
                 raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
             d["missing_fitted"] = fitted
             info = scaling_of(image)
-            gain, offset = (torch.tensor(info[k]).reshape(-1, *[1] * (image.ndim - 1)) for k in ("gain", "offset"))
+            gain, offset = (per_channel(info[k], image) for k in ("gain", "offset"))
             shown = fit(MetaTensor(observed.as_tensor().nan_to_num(), affine=observed.affine)).as_tensor()
             d["shown"] = (shown - offset) * gain + info["b_min"]
         return d

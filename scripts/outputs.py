@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import json
 import logging
 import math
@@ -21,11 +20,11 @@ from monai.transforms import MapTransform, SaveImage, SpatialResample, Transform
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
 
 from scripts import figures
-from scripts.files import write_text, write_whole
+from scripts.files import write_csv, write_text, write_whole
 from scripts.handlers import save_nifti
 from scripts.inferers import latents_of_levels
 from scripts.networks import VDVAE
-from scripts.transforms import RobustScaled, ScanError
+from scripts.transforms import RobustScaled, ScanError, per_channel, unscaled
 
 __all__ = [
     "FitBackd",
@@ -137,8 +136,7 @@ class IntensityUnitsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         info = scaling_of(d[self.scan])
-        shape = (-1, *[1] * (d[self.scan].ndim - 1))
-        gain, offset = (torch.tensor(info[name], dtype=torch.float32).reshape(shape) for name in ("gain", "offset"))
+        gain, offset = (per_channel(info[name], d[self.scan]) for name in ("gain", "offset"))
         for key, units in self.key_iterator(d, self.units):
             d[key] = (d[key] if units == "deviation" else d[key] * gain) - offset * gain + info["b_min"]
         return d
@@ -172,11 +170,9 @@ class FitBackd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        shape = (-1, *[1] * len(d["scan_shape"]))
-        gain, offset = (torch.as_tensor(d[name], dtype=torch.float32).reshape(shape) for name in ("gain", "offset"))
         for key in self.key_iterator(d):
             values = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
-            values = values / gain if key in self.deviation else (values - float(d["b_min"])) / gain + offset
+            values = values / per_channel(d["gain"], values) if key in self.deviation else unscaled(values, d)
             image = MetaTensor(values, affine=torch.as_tensor(d["affine"]))
             fitted = self.resample(
                 image, dst_affine=torch.as_tensor(d["scan_affine"]), spatial_size=d["scan_shape"].tolist()
@@ -342,16 +338,20 @@ class SaveSampled(Transform):
         self.layout, self.affine, self.value_range = layout, affine, value_range
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        low, high = self.value_range
-        scan = ((data["sample"] - low) / (high - low)).clamp(0, 1)
-        save_nifti(self.layout.filename(data["image"]), scan, self.affine)
+        save_nifti(self.layout.filename(data["image"]), from_zero_to_one(data["sample"], self.value_range), self.affine)
         return data
+
+
+def from_zero_to_one(scan: torch.Tensor, value_range: Sequence[float]) -> torch.Tensor:
+    """What the network predicts as intensities from 0 (background) to 1."""
+    low, high = value_range
+    return ((scan - low) / (high - low)).clamp(0, 1)
 
 
 def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[str], most: int = 64) -> None:
     """Show the first samples on one sheet."""
     files = [file for file in map(layout.path, scans[:most]) if file.exists()]
-    images = [np.moveaxis(np.atleast_3d(nib.load(file).get_fdata(dtype=np.float32))[None], 0, 0) for file in files]
+    images = [np.atleast_3d(nib.load(file).get_fdata(dtype=np.float32))[None] for file in files]
     figures.batch(path, images, [file.name.split(".")[0] for file in files], value_range=(0, 1))
 
 
@@ -384,14 +384,11 @@ def latent_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[st
 
 
 def _write_table(path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    text = io.StringIO()
-    writer = None
-    for scan, row in rows:
-        if writer is None:
-            writer = csv.DictWriter(text, ["image", *row], lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({"image": scan, **row})
-    write_text(path, text.getvalue())
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))  # the others stay where they are: there may be many
+    columns = list(first[0][1]) if first else []
+    cells = ([scan, *(row[name] for name in columns)] for scan, row in itertools.chain(first, rows))
+    write_csv(path, ["image", *columns], cells)
 
 
 def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:

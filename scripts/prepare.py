@@ -7,10 +7,8 @@ See docs/preparing.md for how to read what it writes.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import logging
 import math
@@ -37,7 +35,7 @@ from tqdm import tqdm
 from scripts.command_line import run
 from scripts.datalist import find_scans
 from scripts.figures import plane
-from scripts.files import write_bytes, write_text, write_whole
+from scripts.files import write_bytes, write_csv, write_text, write_whole
 from scripts.registration import (
     align,
     brain_centre,
@@ -391,7 +389,7 @@ def _value(row: dict[str, Any], name: str) -> float:
 def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], jobs: dict[str, _Job]) -> None:
     """Write what concerns the whole cohort, and log what a person should look at."""
     if failures:
-        write_text(folder / "failed.csv", _csv([{"scan": n, "reason": failures[n]} for n in sorted(failures)]))
+        write_csv(folder / "failed.csv", ("scan", "reason"), sorted(failures.items()))
         logger.error("%d scan(s) failed, see %s:", len(failures), folder / "failed.csv")
         for name in sorted(failures):
             logger.error("  %s: %s", name, failures[name])
@@ -410,8 +408,10 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
         for name in ("alignment.csv", "contact_sheet.png", "datalist.json"):
             (folder / name).unlink(missing_ok=True)
         return
-    rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    write_text(folder / "alignment.csv", _csv(rounded))
+    columns = list(rows[0])
+    cells = ([row.get(name, "") for name in columns] for row in rows)
+    rounded = ([round(v, 4) if isinstance(v, float) else v for v in row] for row in cells)
+    write_csv(folder / "alignment.csv", columns, rounded)
     suspects = [row for row in rows if row["verdict"] != "ok"]
     for row in suspects:
         logger.warning("Check %s: %s.", row["scan"], row["reasons"])
@@ -443,14 +443,6 @@ def _contact_sheet(path: Path, rows: Sequence[dict[str, Any]], jobs: dict[str, _
             name if ok else f"CHECK {name}", fontsize=9, color="0.9" if ok else "tab:orange", parse_math=False
         )
     write_whole(path, lambda temporary: figure.savefig(temporary))
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------ names and records

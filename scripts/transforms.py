@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from scripts.geometry import TOLERANCE, HeaderError, describe, differences, header_problems, world_axes
 
-__all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError"]
+__all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
 ADVICE = "replace it or leave it out with --scan_pattern"
 
@@ -373,8 +373,8 @@ class RobustScaled(MapTransform, InvertibleTransform):
                     f"it shows nothing to learn from; {ADVICE}."
                 )
             gain, offset = (self.b_max - self.b_min) / (high - low), low
-            clipped = torch.minimum(torch.maximum(image, _per_channel(low, image)), _per_channel(high, image))
-            scaled = (clipped - _per_channel(offset, image)) * _per_channel(gain, image) + self.b_min
+            clipped = torch.minimum(torch.maximum(image, per_channel(low, image)), per_channel(high, image))
+            scaled = (clipped - per_channel(offset, image)) * per_channel(gain, image) + self.b_min
             info = {"gain": gain.tolist(), "offset": offset.tolist(), "b_min": self.b_min}
             self.push_transform(scaled, extra_info=info)
             d[key] = scaled
@@ -385,9 +385,15 @@ class RobustScaled(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             image = d[key]
             info = self.pop_transform(image)[TraceKeys.EXTRA_INFO]
-            d[key] = (image - info["b_min"]) / _per_channel(info["gain"], image) + _per_channel(info["offset"], image)
+            d[key] = unscaled(image, info)
         return d
 
 
-def _per_channel(values: Sequence[float], image: torch.Tensor) -> torch.Tensor:
+def unscaled(image: torch.Tensor, info: Mapping[str, Any]) -> torch.Tensor:
+    """The scan's own intensities, from what :py:class:`RobustScaled` noted: `gain` and `offset` a channel, `b_min`."""
+    return (image - float(info["b_min"])) / per_channel(info["gain"], image) + per_channel(info["offset"], image)
+
+
+def per_channel(values: Sequence[float], image: torch.Tensor) -> torch.Tensor:
+    """A number for each channel, shaped to go with an image, `[channels, *spatial]`."""
     return torch.as_tensor(values, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from scripts.phantoms import make_brains
@@ -39,6 +41,21 @@ def run_bundle(*arguments: object, run_id: str = "training", configs=TINY, cwd: 
     return subprocess.run(
         words, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=timeout
     )
+
+
+def inference_config(**changes) -> ConfigParser:
+    """configs/inference.json with a tiny network, on the CPU."""
+    content = ConfigParser(ConfigParser.load_config_files(str(ROOT / "configs" / "inference.json")))
+    content.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
+    content.update({"device": torch.device("cpu"), **changes})
+    return content
+
+
+def fitted_scans(cohort: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All scans of a cohort as the tiny network gets them, [scans, 1, 8, 8, 8], and the affine of their grid."""
+    preprocess = inference_config().get_parsed_content("preprocessing")
+    images = [preprocess({"image": str(path)})["image"] for path in sorted(cohort.glob("*.nii.gz"))]
+    return torch.stack([image.as_tensor() for image in images]), images[0].affine
 
 
 def brain(size=16, spacing=1.0, channels=1):

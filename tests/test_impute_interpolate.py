@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, brain, bundle_command, run_bundle, save
+from conftest import ROOT, brain, bundle_command, fitted_scans, inference_config, run_bundle, save
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
@@ -30,21 +29,16 @@ RESULTS = ("imputed_00", "imputed_01", "imputed_mean", "imputed_std")
 
 
 def parser(**changes) -> ConfigParser:
-    content = ConfigParser(ConfigParser.load_config_files(str(ROOT / "configs" / "inference.json")))
-    content.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
-    content.update({"device": torch.device("cpu"), "iterations": 3, "draws": 2, "figures": False, **changes})
-    return content
+    return inference_config(**{"iterations": 3, "draws": 2, "figures": False, **changes})
 
 
 @pytest.fixture(scope="module")
 def network(cohort):
     """A small network whose latents follow the scan and show in what it makes of it, though nothing is learnt."""
-    preprocess = parser().get_parsed_content("preprocessing")
-    items = [preprocess({"image": str(path)})["image"] for path in sorted(cohort.glob("*.nii.gz"))]
-    scans = torch.stack([item.as_tensor() for item in items])
+    scans, affine = fitted_scans(cohort)
     torch.manual_seed(0)
     net = parser().get_parsed_content("network_def")
-    net.set_template(scans.mean(0), scans.std(0), items[0].affine)
+    net.set_template(scans.mean(0), scans.std(0), affine)
     with torch.no_grad():
         for weights in net.parameters():
             if weights.ndim > 1 and not weights.any():  # training starts from zeros that say nothing
@@ -62,8 +56,7 @@ def weights(network, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(cohort):
     """Two scans as the network gets them, [2, 1, 8, 8, 8]."""
-    preprocess = parser().get_parsed_content("preprocessing")
-    return torch.stack([preprocess({"image": str(p)})["image"].as_tensor() for p in sorted(cohort.glob("*.gz"))[:2]])
+    return fitted_scans(cohort)[0][:2]
 
 
 def cut(image: nib.Nifti1Image) -> np.ndarray:

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bundle_command, run_bundle
+from conftest import ROOT, bundle_command, fitted_scans, inference_config, run_bundle
 from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
@@ -30,14 +30,6 @@ from scripts.transforms import ScanError
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 ORIENTATIONS = ("RAS", "LPS", "PIR", "SAL", "ILA")
-
-
-def parser(**changes) -> ConfigParser:
-    config = ConfigParser.load_config_files([str(ROOT / name) for name in CONFIGS])
-    tiny = ConfigParser(config)
-    tiny.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
-    tiny.update({"device": torch.device("cpu"), **changes})
-    return tiny
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +50,10 @@ def scans(cohort, tmp_path_factory):
 @pytest.fixture(scope="session")
 def network(cohort):
     """A small network, trained for a moment."""
-    preprocess = parser().get_parsed_content("preprocessing")
-    items = [preprocess({"image": str(path)})["image"] for path in sorted(cohort.glob("*.nii.gz"))]
-    x = torch.stack([item.as_tensor() for item in items])
+    x, affine = fitted_scans(cohort)
     torch.manual_seed(0)
-    net = parser().get_parsed_content("network_def")
-    net.set_template(x.mean(0), x.std(0), items[0].affine)
+    net = inference_config().get_parsed_content("network_def")
+    net.set_template(x.mean(0), x.std(0), affine)
     # a fifth of the KL, so that all latents have something to say so early
     loss, optimizer = ELBOLoss(kl_warmup=1000), torch.optim.Adamax(net.parameters(), lr=0.02)
     for _ in range(200):
@@ -91,6 +81,12 @@ def run(word, scans, output, weights, *arguments, code=0):
 
 def load(folder, name):
     return nib.load(folder / name).get_fdata(dtype=np.float32)
+
+
+def upright(scans):
+    """One of the scans as the network gets it, [1, 8, 8, 8]."""
+    preprocess = inference_config().get_parsed_content("preprocessing")
+    return preprocess({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"].as_tensor()
 
 
 def files(folder, pattern="*"):
@@ -160,7 +156,9 @@ class Perfect(torch.nn.Module):
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_a_perfect_network_gives_the_scan_back(scans, tmp_path, codes):
-    tiny = parser(dataset_dir=str(scans / codes), output_dir=str(tmp_path), spatial_shape=[64, 64, 64], batch_size=1)
+    tiny = inference_config(
+        dataset_dir=str(scans / codes), output_dir=str(tmp_path), spatial_shape=[64, 64, 64], batch_size=1
+    )
     tiny["network"] = Perfect()
     tiny.get_parsed_content("evaluator").run()
     image, recon = load(scans, f"{codes}/{codes}.nii.gz"), load(tmp_path, f"{codes}_recon.nii.gz")
@@ -267,7 +265,11 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
         assert row["bits_per_dim"] == pytest.approx(-row["elbo"] / 512 / math.log(2), rel=1e-5)
         assert row["kl"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("kl_z")), rel=1e-4)
     # the same numbers from the network itself
-    x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"].as_tensor()
+    x = (
+        inference_config()
+        .get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"]
+        .as_tensor()
+    )
     with torch.no_grad(), noise_from([scan_generator(0, "RAS.nii.gz")]):
         output = super(VDVAEReconstruction, network).forward(x[None])
     nll = negative_log_likelihood(output.loc, output.scale, x[None])
@@ -277,8 +279,7 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
 
 
 def test_the_bound_tightens_with_importance_samples(cohort, network):
-    preprocess = parser().get_parsed_content("preprocessing")
-    x = torch.stack([preprocess({"image": str(p)})["image"].as_tensor() for p in sorted(cohort.glob("*.nii.gz"))])
+    x, _ = fitted_scans(cohort)
     bounds = []
     for samples in (1, 5, 50):
         torch.manual_seed(0)
@@ -290,7 +291,11 @@ def test_the_bound_tightens_with_importance_samples(cohort, network):
 
 
 def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
-    x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"].as_tensor()
+    x = (
+        inference_config()
+        .get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"]
+        .as_tensor()
+    )
     planted = x[None].clone()
     planted[0, 0, 1, 6, 6] = 0.0  # half as bright as can be, where there is background
     plain, odd = (Scoring(smoothing=0.7)(scan, network) for scan in (x[None], planted))
@@ -303,7 +308,9 @@ def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
 
 
 def test_restoring_leaves_out_what_surprises(scans, network):
-    x = parser().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"][None]
+    x = inference_config().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"][
+        None
+    ]
     x = x.as_tensor()
     none, little = (Scoring(restore=threshold)(x, network)["restored"] for threshold in (None, 1e-3))
     assert torch.allclose(none, network(x), atol=1e-6)
@@ -374,7 +381,7 @@ def test_results_stay_inside_the_output_folder(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_scans(scans, network, tmp_path):
     """No result is held on to once it is written."""
-    tiny = parser(dataset_dir=str(scans), output_dir=str(tmp_path), batch_size=1)
+    tiny = inference_config(dataset_dir=str(scans), output_dir=str(tmp_path), batch_size=1)
     tiny["network"] = network
     evaluator: ScanEvaluator = tiny.get_parsed_content("evaluator")
     seen = []
