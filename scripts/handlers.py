@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from scripts import figures
 from scripts.checkpoints import unwrap
 from scripts.distributed import gather
-from scripts.files import write_text, write_whole
+from scripts.files import write_csv, write_whole
 from scripts.networks import VDVAE
 from scripts.seeds import seed_everything
 
@@ -140,10 +140,10 @@ class History:
     def _note(self, part: str, scalars: dict[str, float]) -> None:
         state = self._trainer.state
         self.rows += [(part, name, state.epoch, state.updates, float(value)) for name, value in scalars.items()]
-        lines = ["part,quantity,epoch,update,value", *(f"{p},{n},{e},{u},{v:.8g}" for p, n, e, u, v in self.rows)]
         if idist.get_rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, "\n".join(lines) + "\n")
+            rows = ((*key, f"{value:.8g}") for *key, value in self.rows)
+            write_csv(self.path, ("part", "quantity", "epoch", "update", "value"), rows)
 
     def series(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """``{quantity: {"training": [(update, value)], "validation": ...}}``."""
