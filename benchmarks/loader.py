@@ -18,7 +18,7 @@ from pathlib import Path
 import fire
 import torch
 from monai.bundle import ConfigParser
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader
 from monai.transforms import Compose
 
 from benchmarks.step import CONFIGS, TrainingStep, network_def
@@ -26,7 +26,7 @@ from scripts.cache import ScanCache
 from scripts.datalist import find_scans
 from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
-from scripts.seeds import seed_everything
+from scripts.seeds import SeededDataset
 
 
 def transforms(size: int) -> ConfigParser:
@@ -41,9 +41,8 @@ def transforms(size: int) -> ConfigParser:
 def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws: int, half: bool) -> tuple[float, ...]:
     """Scans a second that one worker gives: of the first epoch, and of the ``draws`` augmented scans that follow."""
     cache = ScanCache(scans, parser.get_parsed_content("preprocessing"), cache_dir, half)
-    dataset = Dataset(cache, parser.get_parsed_content("train#preprocessing"))
+    dataset = SeededDataset(cache, parser.get_parsed_content("train#preprocessing"))
     loader = DataLoader(dataset, batch_size=1, num_workers=1, shuffle=True, persistent_workers=True)
-    seed_everything(0, dataset)
     epochs = max(1, draws // len(scans))
     start = time.perf_counter()
     for _ in loader:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,16 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
-from torch.utils.data import Dataset
 
-from scripts.files import write_whole
+from scripts.files import remove_leftovers, write_whole
 from scripts.networks import VDVAE
+from scripts.seeds import SeededDataset
 from scripts.template import start_from_scans
 
 logger = logging.getLogger(__name__)
 
 LATEST = "checkpoint.pt"
+DAMAGED = "damaged_checkpoint.pt"
 
 
 class CheckpointError(RuntimeError):
@@ -32,28 +37,87 @@ def unwrap(network: nn.Module) -> VDVAE:
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint of a training run, tensors and plain values only.
+def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path | None:
+    """The newest whole checkpoint of a run to go on from; None for a run that starts.
+
+    What a killed process left half-written is removed, a damaged checkpoint is set aside (``damaged_checkpoint.pt``).
+
+    Args:
+        resume: False for None; True; or ``"auto"``: as True where there is a checkpoint, as False where there is none.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        ValueError: ``resume`` is none of the three.
+        FileNotFoundError: ``resume`` is True and there is no checkpoint.
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    if resume not in (True, False, "auto"):
+        raise ValueError(f"resume is '{resume}': it must be True, False or auto.")
+    folder = Path(ckpt_dir)
+    if not resume:
+        return None
+    remove_leftovers(folder)
+    # checkpoint.pt is the newest, checkpoint_1.pt the one before, and so on
+    paths = sorted([*folder.glob(LATEST), *folder.glob("checkpoint_[0-9]*.pt")], key=_age)
+    damaged = []
+    for path in paths:
+        try:
+            load_checkpoint(path, mmap=True)
+        except CheckpointError as error:
+            damaged.append(path)
+            logger.warning("%s The checkpoint before it is looked at.", error)
+            continue
+        for other in damaged:
+            other.replace(folder / DAMAGED)
+        return path
+    if paths:
+        raise CheckpointError(
+            f"All checkpoints in '{folder}' are damaged, the newest is '{paths[0]}': start from its model.pt by "
+            "--weights, if that is whole, in another --output_dir."
+        )
+    if resume == "auto":
+        return None
+    raise FileNotFoundError(
+        f"checkpoint '{folder / LATEST}' does not exist: set --ckpt_dir to the run to resume from, or --resume auto to "
+        "start where there is nothing to resume."
+    )
+
+
+def _age(path: Path) -> int:
+    return 0 if path.name == LATEST else int(path.stem.rpartition("_")[2])
+
+
+def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of a training run, tensors and plain values only.
+
+    Args:
+        mmap: leave the tensors on disk until they are used.
+
+    Raises:
         CheckpointError: it is damaged, or not a checkpoint of this bundle.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' does not exist: set --ckpt_dir to the run to resume from.")
-    checkpoint = _load(path)
+    checkpoint = _load(path, mmap)
     if not isinstance(checkpoint, dict) or not {"network", "average", "optimizer", "epoch"} <= checkpoint.keys():
         raise CheckpointError(f"checkpoint '{path}' was not written by this bundle's training: it cannot be resumed.")
     return checkpoint
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, mmap: bool = False) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        # every part of the file carries a checksum, at which PyTorch does not look
+        with zipfile.ZipFile(path) as parts:
+            bad = parts.testzip()
+        if bad is not None:
+            raise ValueError(f"the checksum of its part '{bad}' is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path}' holds more than tensors and plain values, which could run code as it is read: refused. Save its "
+            "state dict alone."
+        ) from error
+    except Exception as error:  # of many kinds, for what is no archive
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"'{path}' cannot be read ({reason}): it is damaged; use an older one.") from error
+        raise CheckpointError(f"'{path}' cannot be read ({reason}): it is damaged.") from error
 
 
 def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -85,41 +149,46 @@ def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
 
 def start_network(
     network: VDVAE,
-    dataset: Dataset,
-    seed: int = 0,
+    dataset: SeededDataset,
     augmented: bool = False,
     weights: str | os.PathLike | None = None,
-    resume: bool = False,
+    checkpoint: str | os.PathLike | None = None,
 ) -> VDVAE:
     """A network as training starts with it: from given weights, or from the statistics of the scans.
 
     Args:
         network: before it is wrapped for several processes.
         dataset: what it will see.
-        seed: of the dataset's augmentation.
-        augmented: whether the dataset has any.
+        augmented: whether the dataset's transforms are random.
         weights: a ``model.pt``.
-        resume: leave the network alone, since a checkpoint will be loaded.
+        checkpoint: leave the network alone, since this will be loaded.
     """
-    if resume:
+    if checkpoint is not None:
         return network
-    return start_from_scans(network, dataset, seed, augmented) if weights is None else load_weights(network, weights)
+    return start_from_scans(network, dataset, augmented) if weights is None else load_weights(network, weights)
 
 
 class CheckpointHandler:
-    """Save everything that a run needs to go on, every ``save_interval`` epochs and at the end.
+    """Save everything that a run needs to go on: as epochs, updates or minutes pass, and at the end.
 
-    ``checkpoint.pt`` is the newest; with ``keep_checkpoints`` each is kept as ``checkpoint_epoch=N.pt`` too.
-    ``model.pt`` holds the averaged weights alone, a state dict, of the newest checkpoint, and ``best_model.pt`` those
-    of the epoch whose key validation metric was best.
+    ``checkpoint.pt`` is the newest, ``checkpoint_1.pt`` the one before it, and so on; with ``keep_checkpoints`` each
+    epoch's is kept as ``checkpoint_epoch=N.pt`` too. ``model.pt`` holds the averaged weights alone, a state dict, of
+    the newest checkpoint, and ``best_model.pt`` those of the epoch whose key validation metric was best.
 
     Args:
         ckpt_dir: made if needed.
         network: the network in training.
         average: the handler that keeps its moving average, with a schedule (``momentum_warmup``).
+        save_interval: epochs from one to the next; the last epoch's is saved in any case.
+        save_updates: updates from one to the next, also within an epoch. None: epochs alone count.
+        save_minutes: minutes from one to the next, likewise.
+        keep_last: how many to keep, 1 or more.
         validator: the evaluator whose best metric says when to write ``best_model.pt``.
         extras: what else belongs to the run (split, config), written as it is.
         stateful: objects with ``state_dict`` and ``load_state_dict``, by name.
+
+    Raises:
+        ValueError: ``keep_last`` is below 1.
     """
 
     def __init__(
@@ -129,87 +198,131 @@ class CheckpointHandler:
         average: EMAHandler,
         optimizer: torch.optim.Optimizer,
         save_interval: int = 1,
+        save_updates: int | None = None,
+        save_minutes: float | None = None,
+        keep_last: int = 3,
         keep_checkpoints: bool = False,
         validator: Engine | None = None,
         stateful: dict[str, Any] | None = None,
         extras: dict[str, Any] | None = None,
     ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}: keep 1 checkpoint or more.")
         self.ckpt_dir = Path(ckpt_dir)
         self.network = unwrap(network)
         self.average = average
         self.optimizer = optimizer
         self.save_interval = save_interval
+        self.save_updates = save_updates
+        self.save_minutes = save_minutes
+        self.keep_last = keep_last
         self.keep_checkpoints = keep_checkpoints
         self.validator = validator
         self.stateful = stateful or {}
         self.extras = extras or {}
-        self._best: float | None = None
+        self._saved_at = (0, time.monotonic())  # update, seconds
 
     def attach(self, engine: Engine) -> None:
         """Attach after validation, so that the metrics of the epoch are known. One process saves for all."""
         if idist.get_rank() > 0:
             return
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
 
-    def __call__(self, engine: Engine) -> None:
-        """Save, if this epoch is due or the last."""
-        state = engine.state
+    def _start(self, engine: Engine) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
-        best = None if self.validator is None else self.validator.state.best_metric
+        self._saved_at = (engine.state.updates, time.monotonic())
+
+    def _after_batch(self, engine: Engine) -> None:
+        if engine.between_updates and not engine.epoch_ends and self._due(engine):
+            self.save(engine)
+
+    def _after_epoch(self, engine: Engine) -> None:
+        state = engine.state
         if self.validator is not None and self.validator.state.best_metric_epoch == state.epoch:
-            self._save(self.average.ema_model.state_dict(), "best_model.pt")
-        if state.epoch % self.save_interval and state.epoch != state.max_epochs:
+            self._write(self.average.ema_model.state_dict(), "best_model.pt")
+        if state.epoch % self.save_interval == 0 or state.epoch == state.max_epochs or self._due(engine):
+            self.save(engine)
+
+    def _due(self, engine: Engine) -> bool:
+        update, seconds = self._saved_at
+        updates, minutes = engine.state.updates - update, (time.monotonic() - seconds) / 60
+        return (self.save_updates is not None and updates >= self.save_updates) or (
+            self.save_minutes is not None and minutes >= self.save_minutes
+        )
+
+    def save(self, engine: Engine) -> None:
+        """Save now, between two updates. The first process alone does anything."""
+        state = engine.state
+        if idist.get_rank() > 0 or self._saved_at[0] == state.updates > 0:
             return
         checkpoint = {
             "network": self.network.state_dict(),
             "average": self.average.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": engine.scaler.state_dict(),
-            "epoch": state.epoch,
+            "epoch": state.epoch if engine.epoch_ends else state.epoch - 1,
             "iteration": state.iteration,
             "updates": state.updates,
             "skipped": state.skipped,
-            "best_metric": best,
+            "skipped_in_a_row": state.skipped_in_a_row,
+            "best_metric": None if self.validator is None else self.validator.state.best_metric,
             "best_metric_epoch": None if self.validator is None else self.validator.state.best_metric_epoch,
             "average_updates": self.average.momentum_scheduler.event_index,
             **{name: item.state_dict() for name, item in self.stateful.items()},
             **self.extras,
         }
-        path = self._save(checkpoint, LATEST)
-        if self.keep_checkpoints:
-            self._save(checkpoint, f"checkpoint_epoch={state.epoch}.pt")
-        self._save(self.average.ema_model.state_dict(), "model.pt")
-        logger.info("Saved '%s'.", path)
+        # the weights first: where there is a checkpoint, its weights are there too
+        self._write(self.average.ema_model.state_dict(), "model.pt")
+        path = self._write(checkpoint, LATEST, before=self._age_the_others)
+        if self.keep_checkpoints and engine.epoch_ends:
+            self._write(checkpoint, f"checkpoint_epoch={state.epoch}.pt")
+        self._saved_at = (state.updates, time.monotonic())
+        logger.info("Saved '%s' after update %d.", path, state.updates)
 
-    def _save(self, content: dict[str, Any], name: str) -> Path:
-        return write_whole(self.ckpt_dir / name, lambda path: torch.save(content, path))
+    def _write(self, content: dict[str, Any], name: str, before: Callable[[], None] | None = None) -> Path:
+        def write(path: str) -> None:
+            with Path(path).open("wb") as file:  # from a name PyTorch would take the name of the archive's folder
+                torch.save(content, file)
 
-    def resume(self, engine: Engine, restore_optimizer: bool = True) -> None:
-        """Go on from ``checkpoint.pt`` in ``ckpt_dir``.
+        return write_whole(self.ckpt_dir / name, write, before)
+
+    def _age_the_others(self) -> None:
+        """checkpoint.pt becomes checkpoint_1.pt, that checkpoint_2.pt, and so on; the oldest goes."""
+        names = [LATEST, *(f"checkpoint_{age}.pt" for age in range(1, self.keep_last))]
+        for older, newer in reversed(list(zip(names[1:], names, strict=False))):
+            if (self.ckpt_dir / newer).exists():
+                (self.ckpt_dir / newer).replace(self.ckpt_dir / older)
+
+    def resume(self, engine: Engine, path: str | os.PathLike, restore_optimizer: bool = True) -> None:
+        """Go on from a checkpoint.
 
         Args:
             engine: the trainer, before it runs.
+            path: as :func:`newest_checkpoint` gives it.
             restore_optimizer: False takes the weights alone and starts optimizer, epochs and history anew.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
-            CheckpointError: it is damaged, of another architecture, or has all epochs already.
+            CheckpointError: it is damaged, of another architecture, or of another number of batches an epoch.
         """
-        path = self.ckpt_dir / LATEST
         checkpoint = load_checkpoint(path)
         state = engine.state
-        if restore_optimizer and checkpoint["epoch"] >= state.max_epochs:
-            raise CheckpointError(
-                f"checkpoint '{path}' has {checkpoint['epoch']} epochs already: set --epochs above that to go on."
-            )
         _load_state(self.network, checkpoint["network"], path)
         _load_state(self.average.ema_model, checkpoint["average"], path)
         if not restore_optimizer:
             logger.info("Starting anew from the weights of '%s' (epoch %d).", path, checkpoint["epoch"])
             return
+        within_epoch = checkpoint["iteration"] - checkpoint["epoch"] * state.epoch_length
+        if not 0 <= within_epoch < state.epoch_length:
+            raise CheckpointError(
+                f"checkpoint '{path}' has {checkpoint['iteration']} batches in {checkpoint['epoch']} epochs, but an "
+                f"epoch has {state.epoch_length} now: resume with the scans, batch_size and number of processes of the "
+                "run, or take its weights alone by --restore_optimizer False."
+            )
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         engine.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("epoch", "iteration", "updates", "skipped"):
+        for name in ("epoch", "iteration", "updates", "skipped", "skipped_in_a_row"):
             setattr(state, name, checkpoint[name])
         if self.validator is not None and checkpoint["best_metric"] is not None:
             self.validator.state.best_metric = checkpoint["best_metric"]
@@ -217,7 +330,13 @@ class CheckpointHandler:
         self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
         for name, item in self.stateful.items():
             item.load_state_dict(checkpoint[name])
-        logger.info("Resuming from '%s' after epoch %d, update %d.", path, state.epoch, state.updates)
+        logger.info(
+            "Resuming from '%s' after epoch %d%s, update %d.",
+            path,
+            state.epoch,
+            f" and {within_epoch} batches" if within_epoch else "",
+            state.updates,
+        )
 
 
 def _first_difference(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import logging
 import os
+import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,13 +20,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "parallel_network", "start", "stop"]
+__all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "own_store", "parallel_network", "start", "stop"]
 
 T = TypeVar("T")
 
-# the others wait while the first reads a cohort, which may take hours; when one fails, torchrun ends them at once
+ANSWER = timedelta(seconds=10)
+# the others wait while the first reads a cohort; when one fails, torchrun ends them at once
 PATIENCE = timedelta(days=1)
+# of one that waits for the others' gradients; the first draws figures and saves checkpoints meanwhile
+STUCK = timedelta(hours=1)
 GRACE = 30  # seconds
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+_calls = itertools.count()  # of from_rank_zero, in the same order on all processes
 
 
 def local_device() -> torch.device:
@@ -50,9 +60,51 @@ def start() -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    if dist.get_rank() > 0:
+    _end_with_the_launcher()
+    # where torchrun itself holds the store, it has done so since before this process began, or it has been killed
+    torchrun_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store, rank, processes = next(dist.rendezvous("env://", timeout=ANSWER if torchrun_has_it else PATIENCE))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=own_store(store, rank, processes),
+        rank=rank,
+        world_size=processes,
+        timeout=STUCK,
+    )
+    if rank > 0:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
+    """
+    A store without what an earlier start of these processes has left in it.
+
+    torchrun keeps one store for all its restarts. A process that starts again then finds the addresses at which the
+    others listened before they were killed, and waits for them for ever. Here each gives itself a new name, and the
+    first makes a prefix of all names, until each has found its own in it.
+    """
+    store.set_timeout(PATIENCE)
+    name = uuid.uuid4().hex
+    store.set(f"name {rank}", name)
+    prefix = ""
+    while not (name in prefix and store.check([f"{prefix} is used"])):
+        if rank == 0:
+            prefix = " ".join(store.get(f"name {other}").decode() for other in range(processes))
+            store.set("prefix", prefix)
+            if store.check([f"{prefix} suits {other}" for other in range(1, processes)]):
+                store.set(f"{prefix} is used", "")
+        else:
+            prefix = store.get("prefix").decode()
+            if name in prefix:
+                store.set(f"{prefix} suits {rank}", "")
+        time.sleep(0.05)
+    return dist.PrefixStore(prefix, store)
+
+
+def _end_with_the_launcher() -> None:
+    """Let Linux kill this process when torchrun is killed; it would train on otherwise, beside the run's next start."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop() -> None:
@@ -76,12 +128,15 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if idist.get_world_size() == 1:
         return function(*args, **kwargs)
     message: list[Any] = [None]
+    store, done = dist.distributed_c10d._get_default_store(), f"from rank zero {next(_calls)}"
     if dist.get_rank() == 0:
         try:
             message = [(function(*args, **kwargs),)]
         finally:
+            store.set(done, "")
             dist.broadcast_object_list(message, src=0)
     else:
+        store.wait([done], PATIENCE)
         dist.broadcast_object_list(message, src=0)
         if message[0] is None:
             time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
@@ -112,7 +167,7 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
     for buffer in network.buffers():
         dist.broadcast(buffer, src=0)
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def gather(items: list[T]) -> list[T]:

@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> Path:
+def write_whole(
+    path: str | os.PathLike, write: Callable[[str], object], before: Callable[[], object] | None = None
+) -> Path:
     """Write a file under a temporary name beside ``path``, flush it to disk, then rename it.
 
     Args:
         path: where the file belongs; the folder must exist.
         write: is called with the temporary name (same ending as ``path``) and writes the file.
+        before: is called when the file is whole on disk, before it gets its name.
+
+    Raises:
+        OSError: the disk is full; what ``path`` held before is still there.
     """
     path = Path(path)
     # the ending stays, since writers such as nibabel and matplotlib choose the format by it
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(str(temporary))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
+        if before is not None:
+            before()
         temporary.replace(path)
-    except BaseException:
+        _flush(path.parent)
+    except BaseException as error:
+        full = _is_full(error, path.parent)
         temporary.unlink(missing_ok=True)
+        if full:
+            raise OSError(
+                errno.ENOSPC,
+                f"'{path}' could not be written because the disk is full: free some space and go on. What was there "
+                "before is whole",
+            ) from error
         raise
     return path
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a file's content, or a folder's list of files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_full(error: BaseException, folder: Path) -> bool:
+    """Whether a full disk is why something could not be written; PyTorch says no more than that it could not."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the temporary files of :func:`write_whole` that processes left in a folder as they were killed."""
+    for path in Path(folder).glob(".[0-9]*.*"):
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:

@@ -23,7 +23,6 @@ from scripts.checkpoints import unwrap
 from scripts.distributed import gather
 from scripts.files import write_csv, write_whole
 from scripts.networks import VDVAE
-from scripts.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +43,19 @@ def update_scalars(output: dict[str, Any]) -> dict[str, float]:
     return {f"update/{name}": value for name, value in step_scalars(output).items()}
 
 
-class EpochSeeds:
-    """Seed everything random at the start of each epoch from (seed, epoch, rank) alone.
+def defined_above(handler: Any) -> Any:
+    """A handler that the config defines elsewhere. MONAI's check of a workflow wants a ``_target_`` of each."""
+    return handler
 
-    The order of the scans, their augmentation and the latents' noise of an epoch then do not depend on what ran
-    before it, so that a run resumed after any epoch goes on exactly as it would have.
 
-    Args:
-        seed: of the run.
-        dataset: whose random transforms are seeded; a data loader's workers seed their copies from PyTorch's state.
-    """
-
-    def __init__(self, seed: int, dataset: Dataset) -> None:
-        self.seed = seed
-        self.dataset = dataset
+class ListOutput:
+    """Attach last: leave a step's output as a list of one dictionary, as MONAI's experiment tracking reads it."""
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        # SeedSequence spreads neighbouring numbers over unrelated streams
-        state = np.random.SeedSequence([self.seed, engine.state.epoch, idist.get_rank()]).generate_state(1)
-        seed_everything(int(state[0]), self.dataset)
+        engine.state.output = [engine.state.output]
 
 
 class Progress:
@@ -125,7 +115,7 @@ class History:
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
         scalars = dict(state.metrics)
         scalars |= {
-            "loss": float(np.mean(gather(self._losses))),
+            "loss": _finite_mean(gather(self._losses)),
             "grad_norm": float(np.median(norms)) if norms else float("nan"),
             "skipped": state.skipped,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
@@ -157,6 +147,12 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = [tuple(row) for row in state["rows"]]
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    """Of the values that are finite; training skips what is not."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
 
 
 def log_epoch(engine: Engine) -> None:

@@ -21,7 +21,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fin
 MS_SSIM_KERNEL = 7  # voxels; the usual 11 would leave 32 voxels two scales
 
 
-def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu") -> dict[str, Metric]:
+def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only: bool = False) -> dict[str, Metric]:
     """Means over all scans of what a trainer or evaluator of this bundle reports.
 
     The first, ``bits_per_dim``, is the key metric; lower is better. ``nll`` and ``kl`` are in nats a scan, ``mse`` in
@@ -31,20 +31,25 @@ def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu") -> dict[str
     Args:
         network: says how many latents there are and how large they are; it needs a ``spatial_shape``.
         device: where the sums are kept.
+        finite_only: leave out scans whose number is not finite, which training skips.
     """
-    metrics = {name: _mean(itemgetter(name), device) for name in PER_SCAN}
+
+    def _mean(values: Callable[[dict[str, Any]], torch.Tensor]) -> Metric:
+        """The mean over scans, a float, of ``values(output)``, ``[batch]``."""
+
+        def column(output: dict[str, Any]) -> torch.Tensor:
+            found = values(output).double()
+            # ignite counts the rows of a matrix, and a vector as one
+            return (found[found.isfinite()] if finite_only else found).unsqueeze(1)
+
+        return MetricsLambda(torch.Tensor.item, Average(column, device=device))
+
+    metrics = {name: _mean(itemgetter(name)) for name in PER_SCAN}
     for index, grid in enumerate(network.latent_grids()):
-        kl = _mean(lambda output, index=index: output["kl_per_latent"][:, index], device)
+        kl = _mean(lambda output, index=index: output["kl_per_latent"][:, index])
         metrics[f"kl_z{index:02d}"] = kl
         metrics[f"kl_per_dim_z{index:02d}"] = kl / math.prod(grid)
     return metrics
-
-
-def _mean(values: Callable[[dict[str, Any]], torch.Tensor], device: torch.device | str) -> Metric:
-    """The mean over scans, a float, of ``values(output)``, ``[batch]``."""
-    # ignite counts the rows of a matrix, and a vector as one
-    mean = Average(lambda output: values(output).double().unsqueeze(1), device=device)
-    return MetricsLambda(torch.Tensor.item, mean)
 
 
 def key_metric(metrics: dict[str, Metric]) -> dict[str, Metric]:

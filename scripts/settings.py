@@ -58,7 +58,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
 
     Raises:
         ValueError: the command line sets a key that no config file has (MONAI would add it, and nothing would happen),
-            or a JSON word such as ``false``, which MONAI takes for a text.
+            or gives a text where there are True and False, such as ``false``, which MONAI takes for true.
     """
     options = _options(sys.argv[1:] if arguments is None else arguments)
     if "config_file" not in options:
@@ -70,17 +70,42 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             if top == "bundle_root":
                 config[top] = value
             continue
-        if top not in config:
-            known = [name for name in config if name != "imports"]
-            nearest = difflib.get_close_matches(top, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"--{key}: no config file has the key '{top}'; the nearest that exists is '{nearest}'.")
+        before = _find(config, key)
         if value in ("true", "false", "null"):
             spelling = {"true": "True", "false": "False", "null": "None"}[value]
             raise ValueError(
                 f"--{key} {value}: write {spelling}; on the command line '{value}' is a text, which is true."
             )
         config[key] = _literal(value)
+        is_text = isinstance(config[key], str) and not value.startswith(("$", "@"))
+        if isinstance(before, bool) and is_text and (key, value) != ("resume", "auto"):
+            raise ValueError(f"--{key} {value}: write True or False.")
     return config
+
+
+def _find(config: dict[str, Any], key: str) -> Any:
+    """What the config files have under a key such as ``train#trainer#amp``; None for an argument that has a default."""
+    parts = key.replace("::", "#").split("#")
+    node: Any = config
+    for place, part in enumerate(parts):
+        section = "#".join(parts[:place])
+        if isinstance(node, list):
+            if not (part.isdigit() and int(part) < len(node)):
+                raise ValueError(f"--{key}: '{section}' is a list of {len(node)}: name one by its number, from 0.")
+            node = node[int(part)]
+            continue
+        if not isinstance(node, dict):
+            raise ValueError(f"--{key}: '{section}' is no section, it is {node!r}.")
+        if part not in node:
+            may_be_new = section and ("_target_" in node or part.startswith("_"))
+            if may_be_new and place == len(parts) - 1:
+                return None
+            known = [name for name in node if name != "imports"]
+            nearest = difflib.get_close_matches(part, known, n=1, cutoff=0.0)[0]
+            where = f"'{section}' has no '{part}'" if section else f"no config file has the key '{part}'"
+            raise ValueError(f"--{key}: {where}; the nearest that exists is '{nearest}'.")
+        node = node[part]
+    return node
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
@@ -103,7 +128,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool) -> None:
+def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str) -> None:
     """Make sure, before anything is read, that a run can write and overwrites no other.
 
     Raises:
@@ -122,11 +147,10 @@ def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike,
             f"output_dir '{folder}' cannot be written to ({error.strerror}): "
             "set --output_dir to a folder that you can write to."
         ) from error
-    checkpoint = Path(ckpt_dir) / "checkpoint.pt"
-    if checkpoint.exists() and not resume:
+    if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
         raise FileExistsError(
-            f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: go on with it by --resume True, "
-            "or set --output_dir to another folder."
+            f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: go on with it by --resume True (or auto, for what a "
+            "scheduler or torchrun starts again), or set --output_dir to another folder."
         )
 
 

@@ -10,14 +10,13 @@ from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from scripts.networks import VDVAE
-from scripts.seeds import seed_everything
+from scripts.seeds import SeededDataset
 
 
 def voxel_statistics(
-    dataset: Dataset, max_scans: int = 512, augmented: bool = False, smoothing: float = 0.4
+    dataset: SeededDataset, max_scans: int = 512, augmented: bool = False, smoothing: float = 0.4
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation of each voxel over (a fixed random part of) a data set, and the affine of its grid.
 
@@ -41,7 +40,9 @@ def voxel_statistics(
         indices = [index % len(indices) for index in range(max_scans)]
     total = squares = 0.0
     affines = []
-    for index in indices:
+    for draw, index in enumerate(indices):
+        if augmented:
+            dataset.epoch = draw // len(dataset)
         scan = dataset[index]["image"]
         affines.append(to_affine_nd(3, scan.affine) if isinstance(scan, MetaTensor) else torch.eye(4))
         scan = torch.as_tensor(scan).as_subclass(Tensor).double()
@@ -53,17 +54,15 @@ def voxel_statistics(
     return mean.float(), std.float(), torch.stack(affines).double().median(0).values
 
 
-def start_from_scans(network: VDVAE, dataset: Dataset, seed: int = 0, augmented: bool = False) -> VDVAE:
+def start_from_scans(network: VDVAE, dataset: SeededDataset, augmented: bool = False) -> VDVAE:
     """The same network, its template (if it has one) that of these scans.
 
     Args:
         network: before it is wrapped for several processes.
         dataset: what the network will see, augmented if training is: an augmented scan lies far outside of what the
             others vary, and its gradients would drown theirs.
-        seed: of the augmentation.
         augmented: whether there is any.
     """
     if network.template:
-        seed_everything(seed, dataset)
         network.set_template(*voxel_statistics(dataset, augmented=augmented))
     return network

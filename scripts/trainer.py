@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from ignite.engine import Events
 from ignite.metrics import Metric
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
@@ -22,12 +23,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from scripts.distributed import gather
 from scripts.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
 from scripts.networks import VDVAEOutput
 
 logger = logging.getLogger(__name__)
 
-MAX_CONSECUTIVE_SKIPS = 50
+NAMED = 8  # scans, in one sentence
 
 
 class TrainingStalledError(RuntimeError):
@@ -78,14 +80,16 @@ class VDVAETrainer(SupervisedTrainer):
         max_grad_norm: gradients are clipped to this norm.
         skip_grad_norm: an update whose gradients' norm is above this is skipped, after ``skip_warmup`` updates.
         skip_warmup: number of first updates that are clipped but not skipped for their size.
+        max_skips: so many skipped updates in a row end the run.
         amp_dtype: ``torch.float16`` or ``torch.bfloat16``; default what the device can do, bfloat16 first.
         accumulation_steps: batches whose gradients make one update.
 
-    Updates whose gradients are not finite are skipped always. Under float16 the loss scaler lowers its scale on each.
-    ``engine.state`` gains ``updates`` (tried so far, skipped ones included) and ``skipped``.
+    Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
+    their gradients. Under float16 the loss scaler lowers its scale on each. ``engine.state`` gains ``updates`` (tried
+    so far, skipped ones included), ``skipped`` and ``skipped_in_a_row``.
 
     Raises:
-        TrainingStalledError: 50 updates in a row were skipped.
+        TrainingStalledError: ``max_skips`` updates in a row were skipped.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class VDVAETrainer(SupervisedTrainer):
         max_grad_norm: float = 100.0,
         skip_grad_norm: float = 1e12,
         skip_warmup: int = 50,
+        max_skips: int = 50,
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
@@ -135,6 +140,7 @@ class VDVAETrainer(SupervisedTrainer):
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
         self.skip_warmup = skip_warmup
+        self.max_skips = max_skips
         self.amp_dtype = amp_dtype
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         kind = self.state.device.type
@@ -143,15 +149,28 @@ class VDVAETrainer(SupervisedTrainer):
         self.scaler = torch.amp.GradScaler(kind, init_scale=1.0, enabled=needs_scaling)
         self.state.updates = 0
         self.state.skipped = 0
-        self._skips_in_a_row = 0
+        self.state.skipped_in_a_row = 0
+        self._scans: list[tuple[str, bool]] = []  # of the next update: name, and whether its likelihood is finite
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        self._running = [(b, b.clone()) for m in norms for b in m.buffers()]  # batch statistics, and when all was well
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the last batch was the epoch's last."""
+        return self.state.iteration % self.state.epoch_length == 0
+
+    @property
+    def between_updates(self) -> bool:
+        """Whether no batch waits for others to make an update with."""
+        place = self.state.iteration % self.state.epoch_length
+        return place == 0 or place % self.accumulation_steps == 0
 
     def _iteration(self, engine: VDVAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         state = engine.state
         scans, _ = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
-        position = (state.iteration - 1) % state.epoch_length
-        first = position % engine.accumulation_steps == 0
-        last = (position + 1) % engine.accumulation_steps == 0 or position + 1 == state.epoch_length
+        first = (state.iteration - 1) % state.epoch_length % engine.accumulation_steps == 0
+        last = engine.between_updates
 
         engine.network.train()
         if first:
@@ -172,6 +191,8 @@ class VDVAETrainer(SupervisedTrainer):
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss.detach(), "learning_rate": learning_rate}
         state.output |= step_quantities(output, nll, scans)
+        finite = (state.output["nll"] + state.output["kl"]).isfinite().tolist()
+        engine._scans += zip(_names(batchdata, len(scans)), finite, strict=True)
         if last:
             state.output["grad_norm"] = self._update()
         state.output["skipped"] = state.skipped
@@ -181,6 +202,9 @@ class VDVAETrainer(SupervisedTrainer):
 
     def run(self) -> None:
         """Train, from where the state stands until ``max_epochs``."""
+        if self.state.epoch >= self.state.max_epochs:
+            logger.info("All %d epochs are done: set --epochs above that to go on.", self.state.epoch)
+            return
         # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
         Workflow.run(self)
 
@@ -196,26 +220,47 @@ class VDVAETrainer(SupervisedTrainer):
         self.state.updates += 1
         if finite and not huge:
             self.scaler.step(self.optimizer)
-            self._skips_in_a_row = 0
+            self.state.skipped_in_a_row = 0
         else:
-            self.state.skipped += 1
-            self._skips_in_a_row += 1
-            logger.warning(
-                "Update %d skipped: the gradients' norm is %g (%d skipped so far).",
-                self.state.updates,
-                norm,
-                self.state.skipped,
-            )
+            self._skip(norm)
         self.scaler.update()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        if self._skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
+        for buffer, kept in self._running:
+            kept.copy_(buffer)
+        self._scans = []
+        if self.state.skipped_in_a_row >= self.max_skips:
             raise TrainingStalledError(
-                f"{MAX_CONSECUTIVE_SKIPS} updates in a row were skipped because the gradients were not finite or "
-                f"their norm was above skip_grad_norm ({self.skip_grad_norm:g}; the last was {norm:g}): lower "
-                "--learning_rate, raise --skip_grad_norm, or train without --amp, from the last checkpoint."
+                f"{self.max_skips} updates in a row (max_skips) were skipped because the gradients were not finite or "
+                f"their norm was above skip_grad_norm ({self.skip_grad_norm:g}; the last was {norm:g}). Look at the "
+                "scans that are named above; lower --learning_rate, raise --skip_grad_norm, or train without --amp, "
+                "and go on from the last checkpoint, whose weights are good, by --resume True."
             )
         return norm
+
+    def _skip(self, norm: float) -> None:
+        """Leave the weights as they are, and say whose fault it was."""
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        for buffer, kept in self._running:
+            buffer.copy_(kept)
+        scans = gather(self._scans)
+        broken = [name for name, finite in scans if not finite]
+        named = broken or [name for name, _ in scans]
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        what = "The likelihood is not finite of" if broken else "Its scans were"
+        logger.warning(
+            "Update %d skipped: the gradients' norm is %g (%d skipped so far). %s %s%s.",
+            *(state.updates, norm, state.skipped, what, ", ".join(named[:NAMED]), more),
+        )
+
+
+def _names(batchdata: dict[str, Any], count: int) -> list[str]:
+    """The files that the scans of a batch came from, as far as they say."""
+    scans = batchdata[Keys.IMAGE]
+    names = scans.meta.get("filename_or_obj") if isinstance(scans, MetaTensor) else None
+    return [str(name) for name in names] if isinstance(names, list | tuple) else ["(unnamed)"] * count
 
 
 class VDVAEEvaluator(SupervisedEvaluator):

@@ -116,6 +116,10 @@ def _reason(error: BaseException) -> str:
     return (line if len(line) <= 120 else line[:117] + "...").rstrip(".")
 
 
+# the axis of the body that a letter of an orientation names
+_AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+
+
 class CheckScand(MapTransform):
     """
     Refuse a scan that would poison training, and note where its geometry is not what is expected.
@@ -139,6 +143,7 @@ class CheckScand(MapTransform):
 
     Raises:
         ScanError: when the scan is refused.
+        ValueError: when what is expected cannot be, by the names that training gives it.
     """
 
     def __init__(
@@ -153,6 +158,12 @@ class CheckScand(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        for name, sizes in (("spacing", spacing), ("field_of_view", field_of_view)):
+            if not all(isinstance(size, int | float) and size > 0 for size in ensure_tuple(sizes or ())):
+                raise ValueError(f"expected_{name} is {sizes!r}: give one number of mm above 0, or one an axis.")
+        axes = [] if orientation is None else [_AXES.get(letter) for letter in str(orientation)]
+        if None in axes or len(set(axes)) < len(axes):
+            raise ValueError(f"expected_orientation is {orientation!r}: give a letter an axis, such as RAS or LPI.")
         self.channels = channels
         self.spatial_dims = spatial_dims
         self.expected = {

@@ -10,6 +10,7 @@ import torch
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_step
 from benchmarks.memory import main as memory
+from benchmarks.scaling import main as scaling
 from benchmarks.step import TrainingStep, network_def
 from benchmarks.throughput import forward_costs, seconds
 from benchmarks.throughput import main as throughput
@@ -122,3 +123,19 @@ def test_loader_profile_names_every_transform(capsys):
     assert len(names) == 5 + 13
     total = sum(numbers(line)[-1] for line in lines[6:-1])
     assert numbers(lines[-1])[0] == pytest.approx(total, abs=1)
+
+
+def test_scaling_compares_two_processes_with_one(capfd):
+    results = scaling(size=8, batch_size=2, updates=1, rounds=1)
+    assert results["ratio"] == pytest.approx(results["scans/s, two processes"] / results["scans/s, one process"])
+    assert 0 < results["exchange by itself, share of a step"] < 1
+    assert "ratio: " in capfd.readouterr().out
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights():
+    """The process that writes a checkpoint is killed; torchrun starts both again."""
+    command = [sys.executable, "-m", "benchmarks.survival", "kills", "--count", "1", "--epochs", "3"]
+    run = subprocess.run([*command, "--first", "while saving"], capture_output=True, text=True, encoding="utf-8")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 of 1 ended with the weights of the undisturbed run, bit for bit" in run.stdout
+    assert "| torchrun's restart | identical |" in run.stdout

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, TINY, bundle_command
+from monai.data import DataLoader, Dataset, MetaTensor
 
 from scripts.blocks import noise_from
-from scripts.distributed import batch_share, from_rank_zero, gather, parallel_network
+from scripts.distributed import batch_share, from_rank_zero, gather, own_store, parallel_network
 from scripts.losses import ELBOLoss
 from scripts.networks import VDVAE
+from scripts.trainer import VDVAETrainer
 
 TRAIN = [*TINY, "configs/multi_gpu_train.json"]
 NETWORK = {
@@ -86,18 +90,52 @@ def test_both_processes_start_from_the_template(tmp_path):
     assert [found.tolist() for found in both(the_template, tmp_path)] == [[0.5, 0.25]] * 2
 
 
-def a_nan_in_one(rank):
+def training_with_a_nan_in_one(rank):
+    """Three updates, the second with a NaN in a scan of the second process."""
     torch.manual_seed(0)
     network = parallel_network(lambda network: network, VDVAE(**NETWORK))
-    x = scans()[2 * rank : 2 * rank + 2].clone()
+    start = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
+    items = [{"image": MetaTensor(scan, meta={"filename_or_obj": f"sub-{rank}{i}"})} for i, scan in enumerate(scans())]
     if rank == 1:
-        x[0, 0, 0, 0, 0] = float("nan")
-    norms = [torch.linalg.vector_norm(g) for g in gradients(network, x, range(2))]
-    return torch.stack(norms).isnan().any()
+        items[1]["image"][0, 0, 0, 0] = float("nan")
+    optimizer = torch.optim.Adamax(network.parameters(), lr=1e-2)
+    engine = VDVAETrainer("cpu", 1, DataLoader(Dataset(items[:3]), batch_size=1), network, optimizer, ELBOLoss())
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr("scripts.trainer.logger.warning", lambda text, *values: said.append(text % values))
+        engine.run()
+    weights = torch.cat([p.detach().flatten() for p in network.parameters()])
+    return {"weights": weights, "start": start, "skipped": engine.state.skipped, "said": said}
 
 
-def test_a_nan_in_one_process_is_seen_by_both(tmp_path):
-    assert both(a_nan_in_one, tmp_path) == [torch.tensor(True)] * 2
+def test_a_nan_in_one_process_is_skipped_by_both(tmp_path):
+    first, second = both(training_with_a_nan_in_one, tmp_path)
+    assert first["skipped"] == second["skipped"] == 1
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["weights"].isfinite().all()
+    assert not torch.equal(first["weights"], first["start"])
+    expected = (
+        "Update 2 skipped: the gradients' norm is nan (1 skipped so far). The likelihood is not finite of sub-11."
+    )
+    assert first["said"] == second["said"] == [expected]
+
+
+def starting_again(rank):
+    """Three starts with one store; one process comes late to the second, the other to the third."""
+    store, prefixes = dist.FileStore(os.environ["SHARED_STORE"], 2), []
+    for start, late in enumerate((None, 1, 0)):
+        if rank == late:
+            time.sleep(1)
+        own = own_store(store, rank, 2)
+        own.set(f"address {rank}", f"start {start}")
+        prefixes.append(own.get(f"address {1 - rank}").decode())
+        dist.barrier()
+    return prefixes
+
+
+def test_a_process_that_starts_again_does_not_find_old_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARED_STORE", str(tmp_path / "shared"))
+    assert both(starting_again, tmp_path) == [["start 0", "start 1", "start 2"]] * 2
 
 
 def what_they_tell(rank):

@@ -36,6 +36,11 @@ def test_another_program_has_no_command_line():
         (["--augment", "false"], ["--augment false", "write False"]),
         (["--amp=true"], ["--amp true", "write True"]),
         (["--max_scans", "null"], ["--max_scans null", "write None"]),
+        (["--cache_half", "Yes"], ["--cache_half Yes", "write True or False"]),
+        (["--augmentation#spik#_disabled_", "True"], ["'augmentation' has no 'spik'", "'spike'"]),
+        (["--augmentation#spik", "None"], ["'augmentation' has no 'spik'", "'spike'"]),
+        (["--train#handlers#40#seed", "1"], ["'train#handlers' is a list of"]),
+        (["--epochs#last", "1"], ["'epochs' is no section, it is 100"]),
     ],
 )
 def test_a_misspelt_key_or_word_is_named(arguments, words):
@@ -44,7 +49,13 @@ def test_a_misspelt_key_or_word_is_named(arguments, words):
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("key", ["network_def#rezero", "train#trainer#max_epochs", "network_def::strided"])
+def test_resume_is_true_false_or_auto():
+    assert command_line_config(["run", "--config_file", CONFIG, "--resume", "auto"])["resume"] == "auto"
+
+
+@pytest.mark.parametrize(
+    "key", ["network_def#rezero", "train#trainer#max_epochs", "network_def::strided", "augmentation#spike#_disabled_"]
+)
 def test_keys_inside_a_section_may_be_new(key):
     assert command_line_config(["run", "--config_file", CONFIG, f"--{key}", "True"])[key] is True
 

@@ -89,14 +89,28 @@ def test_the_learning_rate_moves_on_with_updates_not_with_batches():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
 
 
-def test_a_nan_in_a_batch_is_skipped_and_counted(caplog):
-    network = tiny()
-    engine = trainer(network, loader(count=6, poison=2), skip_warmup=0)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_nan_in_a_batch_is_skipped_counted_and_named(batch_norm, caplog):
+    network = tiny(batch_norm=batch_norm)
+    metrics = elbo_metrics(network, finite_only=True)
+    data = loader(count=6, poison=2)
+    for index, item in enumerate(data.dataset.data):
+        item["image"] = MetaTensor(item["image"], meta={"filename_or_obj": f"sub-{index}.nii.gz"})
+    engine = trainer(network, data, skip_warmup=0, key_train_metric=key_metric(metrics))
     engine.run()
     assert engine.state.updates == 3
     assert engine.state.skipped == 1
-    assert torch.isfinite(weights(network)).all()
-    assert "Update 2 skipped" in caplog.text
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+    assert "Update 2 skipped: the gradients' norm is nan (1 skipped so far). " in caplog.text
+    assert "The likelihood is not finite of sub-2.nii.gz" in caplog.text
+    assert math.isfinite(engine.state.metrics["bits_per_dim"])
+
+
+def test_a_huge_update_names_its_scans(caplog):
+    trainer(tiny(), loader(), skip_grad_norm=1e-6, skip_warmup=1, accumulation_steps=2).run()
+    assert caplog.text == ""
+    trainer(tiny(), loader(), skip_grad_norm=1e-6, skip_warmup=0, accumulation_steps=2).run()
+    assert "Its scans were (unnamed), (unnamed), (unnamed), (unnamed)." in caplog.text
 
 
 @pytest.mark.parametrize(("warmup", "skipped"), [(0, 4), (3, 1), (4, 0)])
@@ -106,11 +120,16 @@ def test_huge_updates_are_skipped_after_the_warmup(warmup, skipped):
     assert engine.state.skipped == skipped
 
 
-def test_fifty_skips_in_a_row_end_the_run_with_a_sentence():
-    engine = trainer(tiny(), loader(count=60, batch_size=1), skip_grad_norm=1e-6, skip_warmup=0)
-    with pytest.raises(TrainingStalledError, match=r"50 updates in a row.*--learning_rate"):
+@pytest.mark.parametrize("max_skips", [50, 3])
+def test_skips_in_a_row_end_the_run_with_a_sentence(max_skips):
+    options = {} if max_skips == 50 else {"max_skips": max_skips}
+    network = tiny()
+    before = weights(network)
+    engine = trainer(network, loader(count=60, batch_size=1), skip_grad_norm=1e-6, skip_warmup=0, **options)
+    with pytest.raises(TrainingStalledError, match=rf"{max_skips} updates in a row.*--learning_rate"):
         engine.run()
-    assert engine.state.updates == 50
+    assert engine.state.updates == max_skips
+    assert torch.equal(weights(network), before)
 
 
 def test_amp_on_the_cpu_is_bfloat16_and_close_to_full_precision():

@@ -257,7 +257,7 @@ def test_published_settings_are_an_overlay():
     assert parser.get_parsed_content("loss").beta(0) == 1
 
 
-@pytest.mark.parametrize(("size", "parameters"), [(64, 19_267_582), (128, 32_749_282), (256, None)])
+@pytest.mark.parametrize(("size", "parameters"), [(32, 10_335_682), (64, 19_267_582), (128, 32_749_282), (256, None)])
 def test_size_overlays_are_the_published_networks(size, parameters):
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / "train.json"), str(ROOT / "configs" / f"size_{size}.json")])
@@ -352,20 +352,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, cohort, tmp_pa
     assert (tmp_path / "checkpoints" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text"])
-def test_a_corrupt_checkpoint_is_refused(kind, trained, cohort, tmp_path):
-    whole, _ = trained
-    (tmp_path / "checkpoints").mkdir()
-    content = (whole / "checkpoints" / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoints" / "checkpoint.pt").write_bytes(content[:1000] if kind == "truncated" else b"hello")
-    with pytest.raises(Exception) as error:
-        train(cohort, tmp_path, resume=True, epochs=3)
-    assert "it is damaged" in reason(error)
-
-
-def test_a_run_that_has_all_its_epochs_is_not_trained_again(trained, cohort, tmp_path):
+def test_a_run_that_has_all_its_epochs_is_not_trained_again(trained, cohort, tmp_path, caplog):
     whole, _ = trained
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
-    with pytest.raises(Exception) as error:
+    before = (tmp_path / "checkpoints" / "checkpoint.pt").read_bytes()
+    with caplog.at_level("INFO", logger="scripts.trainer"):
         train(cohort, tmp_path, resume=True, epochs=2)
-    assert "set --epochs above that" in reason(error)
+    assert "All 2 epochs are done: set --epochs above that" in caplog.text
+    assert (tmp_path / "checkpoints" / "checkpoint.pt").read_bytes() == before

@@ -346,3 +346,18 @@ def test_scaling_refuses_what_shows_nothing():
     image[0, 0, 0, 0] = 1
     with pytest.raises(ScanError, match=r"has the same value at its 0\.05 and 99\.95 percentiles"):
         RobustScaled("image")({"image": MetaTensor(image)})
+
+
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [
+        ({"spacing": "banana"}, "expected_spacing is 'banana': give one number of mm"),
+        ({"spacing": [1, 1, -1]}, r"expected_spacing is \[1, 1, -1\]"),
+        ({"field_of_view": [0, 200, 200]}, "expected_field_of_view"),
+        ({"orientation": "LPX"}, "expected_orientation is 'LPX': give a letter an axis"),
+        ({"orientation": "RLS"}, "expected_orientation is 'RLS'"),
+    ],
+)
+def test_what_cannot_be_expected_is_refused(expected, words):
+    with pytest.raises(ValueError, match=words):
+        CheckScand("image", **expected)

@@ -1,0 +1,207 @@
+"""Checkpoints that cannot be lost: damaged, torn, left over, on a full disk, told to stop in the middle of an epoch."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, bundle_command, run_bundle
+
+from scripts.checkpoints import CheckpointError, load_weights, newest_checkpoint
+from scripts.networks import VDVAE
+
+
+def run(cohort, output, *words, **settings):
+    """Three epochs of five batches, one process."""
+    common = ("--dataset_dir", cohort, "--output_dir", output, "--batch_size", 2, "--epochs", 3)
+    return run_bundle(*common, *words, **settings)
+
+
+def weights(output, name="checkpoint.pt"):
+    saved = torch.load(output / "checkpoints" / name, weights_only=True)
+    return {part: saved[part] for part in ("network", "average")}
+
+
+def assert_equal(one, other):
+    for part in ("network", "average"):
+        assert all(torch.equal(one[part][name], tensor) for name, tensor in other[part].items())
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cohort, tmp_path_factory):
+    """A run with a checkpoint after every second update."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    result = run(cohort, output, "--save_updates", 2, "--keep_last", 6)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_the_last_checkpoints_are_kept(undisturbed):
+    names = ["checkpoint.pt", *(f"checkpoint_{age}.pt" for age in range(1, 6))]
+    saved = [torch.load(undisturbed / "checkpoints" / name, weights_only=True) for name in names]
+    assert [checkpoint["updates"] for checkpoint in saved] == [15, 14, 12, 10, 9, 7]
+    assert [checkpoint["epoch"] for checkpoint in saved] == [3, 2, 2, 2, 1, 1]
+    assert len(list((undisturbed / "checkpoints").iterdir())) == len(names) + 2  # and model.pt, best_model.pt
+
+
+@pytest.fixture
+def earlier(undisturbed, tmp_path):
+    """The same run, stopped after update 7 in the middle of the second epoch; update 9 and its end are there too."""
+    (tmp_path / "checkpoints").mkdir()
+    for age, name in ((5, "checkpoint_1.pt"), (4, "checkpoint.pt")):
+        shutil.copy(undisturbed / "checkpoints" / f"checkpoint_{age}.pt", tmp_path / "checkpoints" / name)
+    return tmp_path
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "not there"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, earlier, undisturbed, cohort):
+    newest = earlier / "checkpoints" / "checkpoint.pt"
+    content = newest.read_bytes()
+    if kind == "truncated":
+        newest.write_bytes(content[: len(content) // 2])
+    elif kind == "flipped":
+        flip(newest, len(content) // 2)
+    elif kind == "empty":
+        newest.write_bytes(b"")
+    else:
+        newest.unlink()
+    leftover = earlier / "checkpoints" / ".4711.checkpoint.pt"
+    leftover.write_bytes(content[:1000])
+    found = newest_checkpoint(earlier / "checkpoints", resume="auto")
+    assert found.name == "checkpoint_1.pt"
+    assert not leftover.exists()
+    assert (earlier / "checkpoints" / "damaged_checkpoint.pt").exists() == (kind != "not there")
+    if kind == "flipped":  # to the end, from the middle of an epoch and with other loaders
+        result = run(cohort, earlier, "--resume", "auto", "--num_workers", 2)
+        assert result.returncode == 0, result.stderr
+        assert "after epoch 1 and 2 batches, update 7" in result.stderr
+        assert_equal(weights(earlier), weights(undisturbed))
+
+
+def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
+    path = earlier / "checkpoints" / "checkpoint.pt"
+    content = path.read_bytes()
+    expected = weights(earlier)
+    places = torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    seen = 0
+    for place in [*places, 0, 10, 40, len(content) - 1, len(content) - 30]:
+        path.write_bytes(content)
+        flip(path, place)
+        (earlier / "checkpoints" / "damaged_checkpoint.pt").unlink(missing_ok=True)
+        if newest_checkpoint(earlier / "checkpoints", resume=True).name == "checkpoint.pt":
+            assert_equal(weights(earlier), expected)
+        else:
+            seen += 1
+    assert seen > 40
+
+
+def test_when_all_are_damaged_nothing_starts_anew(earlier):
+    for path in (earlier / "checkpoints").iterdir():
+        path.write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"All checkpoints .* are damaged"):
+        newest_checkpoint(earlier / "checkpoints", resume="auto")
+
+
+def test_what_resume_can_be(tmp_path):
+    assert newest_checkpoint(tmp_path, resume=False) is None
+    assert newest_checkpoint(tmp_path, resume="auto") is None
+    with pytest.raises(FileNotFoundError, match="does not exist: set --ckpt_dir"):
+        newest_checkpoint(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="resume is 'maybe': it must be True, False or auto"):
+        newest_checkpoint(tmp_path, resume="maybe")
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_pickle_that_would_run_code_is_refused(archive, tmp_path):
+    weights, made = tmp_path / "model.pt", tmp_path / "made"
+    if archive:
+        torch.save({"weight": Harmful(made)}, weights)
+    else:
+        weights.write_bytes(pickle.dumps(Harmful(made)))
+    network = VDVAE(2, 1, [4, 6], [1, 1], [2, 3], [3, 2])
+    with pytest.raises(CheckpointError, match="refused" if archive else "cannot be read"):
+        load_weights(network, weights)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_in_good_order(number, undisturbed, cohort, tmp_path):
+    """Sent to every process of the run, as schedulers do; the loaders' workers have to outlive it."""
+    words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2, "--epochs", 3, "--num_workers", 2)
+    command, environment = bundle_command(*words, "--resume", "auto")
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+    )
+    log = ""
+    while "Epoch [1/3]" not in log:
+        log += process.stderr.read(1)
+    os.killpg(process.pid, number)
+    log += process.communicate(timeout=120)[1]
+    assert process.returncode == 0, log
+    assert f"Stopped by {number.name} after update " in log
+    assert torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)["updates"] < 15
+    result = run(cohort, tmp_path, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "Resuming from" in result.stderr
+    assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+def test_minutes_save_too(cohort, tmp_path):
+    assert run(cohort, tmp_path, "--save_minutes", 0, "--keep_last", 2).returncode == 0
+    saved = torch.load(tmp_path / "checkpoints" / "checkpoint_1.pt", weights_only=True)
+    assert (saved["epoch"], saved["updates"]) == (2, 14)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"mounting a tmpfs takes more rights than these: {mount.stderr.strip()}")
+    yield folder
+    for _ in range(20):
+        if subprocess.run(["umount", folder], check=False, capture_output=True).returncode == 0:
+            break
+        time.sleep(0.5)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(small_disk, undisturbed, cohort, tmp_path):
+    words = ("--ckpt_dir", small_disk / "checkpoints", "--save_updates", 2, "--resume", "auto")
+    (small_disk / "checkpoints").mkdir()
+    for age, name in ((5, "checkpoint_1.pt"), (4, "checkpoint.pt")):
+        shutil.copy(undisturbed / "checkpoints" / f"checkpoint_{age}.pt", small_disk / "checkpoints" / name)
+    before = {path.name: path.read_bytes() for path in (small_disk / "checkpoints").iterdir()}
+    filler = small_disk / "filler"
+    free = shutil.disk_usage(small_disk).free
+    filler.write_bytes(bytes(free - 200_000))
+    result = run(cohort, tmp_path, *words)
+    assert result.returncode == 1
+    assert "could not be written because the disk is full: free some space" in result.stderr.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in (small_disk / "checkpoints").iterdir()} == before
+    filler.unlink()
+    result = run(cohort, tmp_path, *words)
+    assert result.returncode == 0, result.stderr
+    saved = torch.load(small_disk / "checkpoints" / "checkpoint.pt", weights_only=True)
+    assert_equal(saved, weights(undisturbed))
