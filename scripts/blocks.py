@@ -1,4 +1,7 @@
-"""Building blocks of the very deep VAE: what happens on one level, at one place of the network."""
+"""Building blocks of the very deep VAE: what happens on one level, at one place of the network.
+
+TorchScript compiles ``reconstruct`` of the blocks and all that it calls; what it cannot compile is marked as unused.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ class _GELUConv(torch.autograd.Function):
         return grad_x, None, *grad_params
 
 
-def gelu_convs(x: Tensor, params: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+def gelu_convs(x: Tensor, params: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """Apply a GELU and then, in parallel, convolutions of one kernel size.
 
     A kernel of 3 is zero-padded by 1 on both sides, a kernel of 2 by 1 on the low side of each axis.
@@ -88,22 +91,37 @@ def gelu_convs(x: Tensor, params: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tens
     kernel = params[0][0].shape[-1]
     if kernel == 2:
         # gelu(0) = 0, so that padding before the activation is padding after it
-        x = F.pad(x, (1, 0) * (x.ndim - 2))
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, params = x.to(dtype), [(w.to(dtype), b.to(dtype)) for w, b in params]
+        x = F.pad(x, [1, 0] * (x.ndim - 2))
     padding = 1 if kernel == 3 else 0
-    if not torch.is_grad_enabled():
-        conv = F.conv3d if x.ndim == 5 else F.conv2d
-        activated = F.gelu(x)
-        return tuple(conv(activated, w, b, padding=padding) for w, b in params)
-    return _GELUConv.apply(x, padding, *(tensor for pair in params for tensor in pair))
+    if not torch.jit.is_scripting():
+        x, params = _as_autocast(x, params)
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            return _recomputing(x, params, padding)
+    activated = F.gelu(x)
+    results: list[Tensor] = []
+    for weight, bias in params:
+        if x.ndim == 5:
+            results.append(F.conv3d(activated, weight, bias, padding=padding))
+        else:
+            results.append(F.conv2d(activated, weight, bias, padding=padding))
+    return results
 
 
-def gelu_conv(x: Tensor, conv: nn.Module) -> Tensor:
-    """``conv(gelu(x))``, padded as in :func:`gelu_convs`."""
-    return gelu_convs(x, [(conv.weight, conv.bias)])[0]
+def _as_autocast(x: Tensor, params: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x, params
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), [(w.to(dtype), b.to(dtype)) for w, b in params]
+
+
+def _recomputing(x: Tensor, params: list[tuple[Tensor, Tensor]], padding: int) -> list[Tensor]:
+    return list(_GELUConv.apply(x, padding, *(tensor for pair in params for tensor in pair)))
+
+
+def gelu_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One convolution after a GELU, padded as in :func:`gelu_convs`."""
+    return gelu_convs(x, [(weight, bias)])[0]
 
 
 def make_conv(spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1):
@@ -188,7 +206,14 @@ def double(x: Tensor) -> Tensor:
 
 def halve(x: Tensor) -> Tensor:
     """Nearest-neighbour halving of every spatial axis: the even indices are kept."""
-    return x[(slice(None), slice(None), *[slice(None, None, 2)] * (x.ndim - 2))]
+    return x[:, :, ::2, ::2, ::2] if x.ndim == 5 else x[:, :, ::2, ::2]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same values with the channels as the last axis in memory: on CPUs and GPUs alike fast for convolutions."""
+    if x.ndim == 5:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):
@@ -246,11 +271,15 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for conv in self.convs:
-            y = gelu_conv(y, conv)
+            y = gelu_conv(y, conv.weight, conv.bias)
         y = self.norm(y)
         if self.alpha is not None:
             y = self.alpha * y
         return y if self.skip is None else y + self.skip(x)
+
+    def reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+        """As :meth:`forward`: the encoder's features play no part here."""
+        return self(x)
 
 
 class Trunk(nn.Module):
@@ -275,14 +304,16 @@ class Trunk(nn.Module):
         for conv in self.convs:
             preserve_variance(conv)
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        first, *others = self.convs
-        columns = first.weight.split([part.shape[1] for part in parts], dim=1)
-        h = gelu_convs(parts[0], [(columns[0], first.bias)])[0]
-        for part, weight in zip(parts[1:], columns[1:], strict=True):
-            h = h + gelu_convs(part, [(weight, torch.zeros_like(first.bias))])[0]
-        for conv in others:
-            h = gelu_conv(h, conv)
+    def forward(self, x: Tensor, second: Tensor | None = None) -> Tensor:
+        first = self.convs[0]
+        if second is None:
+            h = gelu_conv(x, first.weight, first.bias)
+        else:
+            columns = first.weight.split([x.shape[1], second.shape[1]], dim=1)
+            h = gelu_conv(x, columns[0], first.bias)
+            h = h + gelu_conv(second, columns[1], first.weight.new_zeros(first.weight.shape[0]))
+        for conv in self.convs[1:]:
+            h = gelu_conv(h, conv.weight, conv.bias)
         return h
 
 
@@ -318,14 +349,26 @@ class ParameterNet(nn.Module):
         nn.init.zeros_(self.mean.weight)
         nn.init.zeros_(self.std.weight)
 
-    def forward(self, *parts: Tensor, residual: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return mean, s and, where such a convolution is given, the ``residual`` of the mean's trunk."""
-        heads = [self.mean] if residual is None else [self.mean, residual]
+    def forward(
+        self, x: Tensor, second: Tensor | None = None, residual: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return mean, s and the residual (None without).
+
+        Args:
+            x, second: the input, in one part or two.
+            residual: weight and bias of one more convolution of the mean's trunk.
+        """
+        heads = [(self.mean.weight, self.mean.bias)]
+        if residual is not None:
+            heads.append(residual)
         if self.std_trunk is None:
-            heads.append(self.std)
-        mean, *rest = gelu_convs(self.trunk(*parts), [(head.weight, head.bias) for head in heads])
-        s = rest.pop() if self.std_trunk is None else gelu_conv(self.std_trunk(*parts), self.std)
-        return mean, s, rest[0] if rest else None
+            heads.append((self.std.weight, self.std.bias))
+        outputs = gelu_convs(self.trunk(x, second), heads)
+        if self.std_trunk is None:
+            s = outputs[-1]
+        else:
+            s = gelu_conv(self.std_trunk(x, second), self.std.weight, self.std.bias)
+        return outputs[0], s, None if residual is None else outputs[1]
 
 
 class LatentBlock(nn.Module):
@@ -400,6 +443,10 @@ class FirstLatent(LatentBlock):
     def project(self, z: Tensor) -> Tensor:
         return self.norm(self.z_projection(z))
 
+    def reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+        """The result for the posterior's mean, which depends on the encoder's features alone."""
+        return self.project(self.posterior(features)[0].float())
+
 
 class StochasticBlock(LatentBlock):
     """One further latent: ``z_projection(z) + residual + skip(x)``.
@@ -445,6 +492,7 @@ class StochasticBlock(LatentBlock):
         preserve_skip(self.skip)
         self.posterior.zero_heads()
 
+    @torch.jit.unused
     def forward(
         self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, Posterior | None]:
@@ -453,7 +501,7 @@ class StochasticBlock(LatentBlock):
         Returns:
             the block's result, the KL divergence ``[batch]`` and the posterior (None where none was computed).
         """
-        p_mean, p_s, residual = self.prior(x, residual=self.residual)
+        p_mean, p_s, residual = self._prior(x)
         kl = q = None
         if z is None and features is not None:
             q_mean, q_s, _ = self.posterior(features, x)
@@ -463,10 +511,23 @@ class StochasticBlock(LatentBlock):
             z = q.z
         elif z is None:
             z = self.draw(p_mean, p_s, temperature).z
+        return self._add(x, z, residual), kl, q
+
+    def reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+        """The result alone, with z the mean of the posterior."""
+        return self._add(x, self.posterior(features, x)[0].float(), self._prior(x)[2])
+
+    def _prior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and s of the prior, and the residual."""
+        mean, s, residual = self.prior(x, residual=(self.residual.weight, self.residual.bias))
+        assert residual is not None
+        return mean, s, residual
+
+    def _add(self, x: Tensor, z: Tensor, residual: Tensor) -> Tensor:
         y = self.z_projection(z.to(x.dtype)) + residual
         if self.alpha is not None:
             y = self.alpha * y
-        return self.norm(y + self.skip(x)), kl, q
+        return self.norm(y + self.skip(x))
 
 
 class LatentOff(nn.Module):
@@ -481,3 +542,7 @@ class LatentOff(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x)
+
+    def reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+        """As :meth:`forward`: the encoder's features play no part here."""
+        return self(x)

@@ -31,7 +31,7 @@ from scripts.outputs import ScanLayout
 from scripts.trainer import autocast
 from scripts.transforms import ScanError
 
-__all__ = ["Failures", "ScanEvaluator", "claim_results", "list_scans", "scan_generator"]
+__all__ = ["Failures", "ScanEvaluator", "list_scans", "run", "scan_generator"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +112,16 @@ def scan_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def claim_results(output_dir: str | os.PathLike, word: str, settings: Mapping[str, Any], overwrite: bool) -> None:
+def run(
+    evaluator: ScanEvaluator, word: str, output_dir: str | os.PathLike, settings: Mapping[str, Any], overwrite: bool
+) -> None:
     """
-    Make sure that a folder's results and those that will be added to them were made with the same settings.
+    Run a job, if a folder's results and those that will be added to them are made with the same settings.
 
     Args:
-        output_dir: made if need be; `<word>.json` there says with what its results were made.
+        evaluator: of the job. That it could be built means that its weights and its arguments are good.
         word: the job.
+        output_dir: made if need be; `<word>.json` there says with what its results were made.
         settings: on which the results depend; files among them (a checkpoint) by their content.
         overwrite: make everything again.
 
@@ -140,6 +143,7 @@ def claim_results(output_dir: str | os.PathLike, word: str, settings: Mapping[st
                 )
         write_text(path, json.dumps(known, indent=2) + "\n")
     idist.barrier()
+    evaluator.run()
 
 
 def _identity(value: Any) -> Any:

@@ -34,7 +34,7 @@ def latents_of_levels(network: VDVAE, levels: int) -> int:
     Raises:
         ValueError: there are not so many levels.
     """
-    if not 1 <= levels <= network.levels:
+    if not isinstance(levels, int) or not 1 <= levels <= network.levels:
         raise ValueError(f"levels is {levels}: this network has 1 to {network.levels}.")
     return sum(level >= network.levels - levels for level in network.latent_levels)
 
@@ -54,7 +54,13 @@ class Reconstruction(Inferer):
         self.levels = levels
 
     def images(self, network: VDVAE) -> list[str]:
-        """The names of its results."""
+        """The names of its results.
+
+        Raises:
+            ValueError: the network has not so many levels.
+        """
+        if self.levels not in (None, "each"):
+            latents_of_levels(network, self.levels)
         each = range(1, network.levels + 1) if self.levels == "each" else ()
         return ["recon", "scale", "zscore", *(f"recon_level{n}" for n in each)]
 

@@ -23,6 +23,7 @@ from scripts.blocks import (
     Posterior,
     ResidualBlock,
     StochasticBlock,
+    channels_last,
     double,
     gaussian_noise,
     gelu_conv,
@@ -60,16 +61,39 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(nn.ModuleList(blocks) for blocks in levels)
         self.downsamples = None if downsamples is None else nn.ModuleList(downsamples)
 
+    @torch.jit.unused
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> list[Tensor]:
         """``run(level, block, x)`` applies a block (and may checkpoint it)."""
         features = []
         for level, blocks in enumerate(self.levels):
             if level > 0:
-                x = halve(x) if self.downsamples is None else self.downsamples[level - 1](x)
+                x = self._halve(x, level)
             for block in blocks:
                 x = run(level, block, x)
             features.append(x)
         return features
+
+    def reconstruct(self, x: Tensor) -> list[Tensor]:
+        """The same, as exporters can follow it."""
+        features: list[Tensor] = []
+        for level, blocks in enumerate(self.levels):
+            if level > 0:
+                x = self._halve(x, level)
+            for block in blocks:
+                x = block(x)
+            features.append(x)
+        return features
+
+    def _halve(self, x: Tensor, level: int) -> Tensor:
+        """Bring x from the level before to ``level``."""
+        if self.downsamples is None:
+            x = halve(x)
+        else:
+            # TorchScript indexes modules by literal numbers only
+            for number, downsample in enumerate(self.downsamples):
+                if number == level - 1:
+                    x = downsample(x)
+        return x
 
 
 class Decoder(nn.Module):
@@ -82,6 +106,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.groups = nn.ModuleList(nn.ModuleList(blocks) for blocks in groups)
 
+    @torch.jit.unused
     def forward(
         self,
         features: Sequence[Tensor] | None,
@@ -136,6 +161,16 @@ class Decoder(nn.Module):
                 if q is not None and keep_posteriors:
                     posteriors.append(q)
         return x, kls, posteriors
+
+    def reconstruct(self, features: list[Tensor]) -> Tensor:
+        """The last features alone, with every latent the mean of its posterior, as exporters can follow it."""
+        x = features[-1]
+        for group, blocks in enumerate(self.groups):
+            for position, block in enumerate(blocks):
+                if group > 0 and position == 0:
+                    x = double(x)
+                x = block.reconstruct(x, features[len(features) - 1 - group])
+        return x
 
 
 def _step(block: nn.Module, x: Tensor, enters_level: bool) -> Tensor:
@@ -221,6 +256,10 @@ class VDVAE(nn.Module):
     Raises:
         ValueError: an argument cannot be honoured; the sentence starts with its name.
     """
+
+    # for TorchScript: compile only the branch that a network takes; leave out what no exported network needs
+    __constants__ = ("template", "output_activation")
+    __jit_unused_properties__ = ("scan_affine",)
 
     def __init__(
         self,
@@ -320,7 +359,7 @@ class VDVAE(nn.Module):
         self.output_activation = _choice("output_activation", output_activation, tuple(OUTPUT_RANGES))
         self.predict_scale = predict_scale
         self.checkpoint_levels = checkpoint_levels
-        self.spatial_shape = None if spatial_shape is None else self._check_shape(spatial_shape)
+        self.spatial_shape = None if spatial_shape is None else tuple(self._check_shape(spatial_shape))
 
         depth = total_latents + 2 * (levels - 1)
         scale = math.sqrt(1 / depth)
@@ -413,9 +452,7 @@ class VDVAE(nn.Module):
             for module in self.modules():
                 if hasattr(module, "preserve_variance"):
                     module.preserve_variance(scale)
-        # volumes travel channels-last: on CPUs and GPUs alike the fast layout for convolutions
-        self.memory_format = torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
-        self.to(memory_format=self.memory_format)
+        self.to(memory_format=torch.channels_last_3d if spatial_dims == 3 else torch.channels_last)
 
     def _decoder_block(self, k, width, widths, hidden, kernels, variants) -> ResidualBlock:
         return ResidualBlock(self.spatial_dims, width, widths[k], hidden[k], kernels[k], skip=k > 0, **variants)
@@ -435,17 +472,15 @@ class VDVAE(nn.Module):
             for channels, level in zip(self.latent_channels, self.latent_levels, strict=True)
         ]
 
-    def _check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        shape = tuple(int(s) for s in shape)
-        divisor = 2 ** (self.levels - 1)
+    def _check_shape(self, shape: list[int]) -> list[int]:
+        shape = [int(size) for size in shape]
+        divisor = 1 << (self.levels - 1)
         if len(shape) != self.spatial_dims:
-            raise ValueError(
-                f"spatial_shape {list(shape)} has {len(shape)} axes, but spatial_dims is {self.spatial_dims}."
-            )
+            raise ValueError(f"spatial_shape {shape} has {len(shape)} axes, but spatial_dims is {self.spatial_dims}.")
         for axis, size in enumerate(shape):
-            if size < 1 or size % divisor:
+            if size < 1 or size % divisor != 0:
                 raise ValueError(
-                    f"spatial_shape {list(shape)}: axis {axis} is {size}, which must be a multiple of {divisor} "
+                    f"spatial_shape {shape}: axis {axis} is {size}, which must be a multiple of {divisor} "
                     f"(2^(K-1) for K = {self.levels} levels): change it, or the number of levels in network_def."
                 )
         return shape
@@ -455,42 +490,54 @@ class VDVAE(nn.Module):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
-    def _encode_features(self, x: Tensor) -> list[Tensor]:
+    def _prepare_input(self, x: Tensor, least_std: float = TEMPLATE_INPUT_STD) -> Tensor:
+        """Check the shape of scans; give what the encoder sees."""
         if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"input of shape {list(x.shape)}: expected [batch, {self.in_channels}, ...] "
                 f"with {self.spatial_dims} spatial axes."
             )
         shape = self._check_shape(x.shape[2:])
-        if self.template and shape != self.spatial_shape:
-            raise ValueError(
-                f"input of shape {list(x.shape)}: this network's template has spatial_shape {self.spatial_shape}."
-            )
         if self.template:
+            if shape != list(self.template_mean.shape[2:]):
+                raise ValueError(
+                    f"input of shape {list(x.shape)}: this network's template has spatial_shape {self.spatial_shape}."
+                )
             # what is left to tell is how the scan deviates; where scans hardly vary, noise is not blown up
-            x = ((x - self.template_mean) / self.template_std.clamp_min(TEMPLATE_INPUT_STD)).clamp(-5, 5)
-        return self.encoder(x.contiguous(memory_format=self.memory_format), self._run)
+            x = ((x - self.template_mean) / self.template_std.clamp_min(least_std)).clamp(-5, 5)
+        return channels_last(x)
+
+    def _encode_features(self, x: Tensor) -> list[Tensor]:
+        return self.encoder(self._prepare_input(x), self._run)
 
     def _grid(self, batch: int, spatial_shape: Sequence[int]) -> tuple[int, ...]:
         return (batch, *(size // 2 ** (self.levels - 1) for size in spatial_shape))
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output distribution, in fp32 also under autocast: loc and scale, ``[batch, in_channels, *spatial]``."""
-        out = gelu_conv(x, self.output).float()
-        loc, s = out[:, : self.in_channels], out[:, self.in_channels :]
+        out = gelu_conv(x, self.output.weight, self.output.bias).float()
+        loc = self._predict_loc(out)
+        if not self.predict_scale:
+            return loc, torch.ones_like(loc)
+        s = out[:, self.in_channels :]
         if self.template:
-            offset, gain, s_offset = self._template_offsets()
+            s = self._template_s() + s
+        return loc, standard_deviation(s, OUTPUT_STD_RANGE, self.std_form)
+
+    def _predict_loc(self, out: Tensor) -> Tensor:
+        """The mean alone, from what the output convolution gives."""
+        loc = out[:, : self.in_channels]
+        if self.template:
+            offset, gain = self._template_loc()
             loc = offset + gain * loc
-            s = s_offset + s if self.predict_scale else s
         if self.output_activation == "tanh":
             loc = torch.tanh(loc)
         elif self.output_activation == "sigmoid":
             loc = torch.sigmoid(loc)
-        scale = standard_deviation(s, OUTPUT_STD_RANGE, self.std_form) if self.predict_scale else torch.ones_like(loc)
-        return loc, scale
+        return loc
 
-    def _template_offsets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the output convolution's zero stands for before the activations, and its unit for the mean."""
+    def _template_loc(self) -> tuple[Tensor, Tensor]:
+        """What the output convolution's zero stands for before the activation, and its unit."""
         mean, std = self.template_mean, self.template_std
         if self.output_activation == "tanh":
             mean = mean.clamp(-0.999, 0.999)
@@ -501,12 +548,16 @@ class VDVAE(nn.Module):
         else:
             offset, slope = mean, torch.ones_like(mean)
         # where the activation is nearly flat (background) a full gain would make it blow up on the first step
-        gain = (std / slope).clamp_max(1.0)
+        return offset, (std / slope).clamp_max(1.0)
+
+    def _template_s(self) -> Tensor:
+        """What the output convolution's zero stands for, of the unbounded standard deviation."""
+        std = self.template_std
         lo, hi = OUTPUT_STD_RANGE
         if self.std_form == "sigmoid":
             # nearer to the bound the sigmoid hardly has a gradient left, and a voxel could never learn to vary more
-            return offset, gain, torch.logit(((std - lo) / (hi - lo)).clamp(3e-4, 1 - 3e-4))
-        return offset, gain, (2 * std.log()).clamp(lo, hi)
+            return torch.logit(((std - lo) / (hi - lo)).clamp(3e-4, 1 - 3e-4))
+        return (2 * std.log()).clamp(lo, hi)
 
     @torch.no_grad()
     def set_template(self, mean: Tensor, std: Tensor, affine: Tensor | None = None) -> None:
@@ -614,7 +665,7 @@ class VDVAEReconstruction(VDVAE):
     """The same network, with the same weights, whose forward pass is the reconstruction alone.
 
     Programs that check, export or serve a network expect one tensor. The reconstruction is made from the posterior's
-    means, so that it is the same every time.
+    means, so that it is the same every time. ``torch.jit.script``, ``torch.export`` and ONNX take this class.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -623,4 +674,5 @@ class VDVAEReconstruction(VDVAE):
         Raises:
             ValueError: an axis is not a multiple of 2^(K-1), or the shape is not the network's.
         """
-        return self.infer(x, temperature=0.0)[0].loc
+        y = self.decoder.reconstruct(self.encoder.reconstruct(self._prepare_input(x)))
+        return self._predict_loc(gelu_conv(y, self.output.weight, self.output.bias).float())

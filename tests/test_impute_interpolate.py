@@ -18,7 +18,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from benchmarks import imputation as benchmark
 from scripts.between import list_pair
 from scripts.blocks import noise_from
-from scripts.inference import claim_results
+from scripts.inference import run
 from scripts.inferers import Imputation, Interpolation, Reconstruction
 from scripts.masks import BLED, FillInd, FitMaskd, HideMissingd, pair_masks
 from scripts.transforms import FitShaped, RobustScaled, ScanError
@@ -167,7 +167,7 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
 
     other = parser(scans_between=[second, first], ckpt=weights, steps=3, levels_between=[0, 1])
     with pytest.raises(FileExistsError, match="made with another first, second: set --output_dir"):
-        claim_results(tmp_path / "out", "interpolate", other.get_parsed_content("interpolation#settings"), False)
+        run(None, "interpolate", tmp_path / "out", other.get_parsed_content("interpolation#settings"), False)
 
 
 # Imputing: the inferer

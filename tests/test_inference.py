@@ -369,6 +369,10 @@ def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, 
     run("reconstruct", scans, tmp_path / "out", weights, "--levels", "each", "--temperature", 0.5, "--overwrite", True)
     before, after = (load(f, "RAS/RAS_recon.nii.gz") for f in (reconstructed[0], tmp_path / "out"))
     assert not np.allclose(before, after)
+    told = (tmp_path / "out" / "reconstruct.json").read_bytes()
+    log = run("reconstruct", scans, tmp_path / "out", weights, "--levels", "[9]", "--overwrite", True, code=1)
+    assert "levels" in log.splitlines()[-1]
+    assert (tmp_path / "out" / "reconstruct.json").read_bytes() == told
 
 
 def test_results_stay_inside_the_output_folder(tmp_path):
