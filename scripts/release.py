@@ -1,0 +1,381 @@
+"""
+Releases: the bundle as one zip in the Model Zoo's form, and weights in half precision.
+
+    python -m scripts.release bundle --output_dir releases
+    python -m scripts.release weights output/checkpoints/model.pt --output models/model.pt
+
+A release is checked before anything is written. The same files give the same zip, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_METADATA
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from torch import Tensor
+
+from scripts.checkpoints import CheckpointError, load_weights
+from scripts.command_line import run
+from scripts.files import write_bytes
+from scripts.networks import VDVAE
+
+__all__ = ["ReleaseError", "make_release", "ship_weights"]
+
+logger = logging.getLogger(__name__)
+
+SIZE_LIMIT = 25_000_000  # bytes; what is larger is downloaded, not shipped
+LARGE_FILES = "large_files.yml"
+INFERENCE = "configs/inference.json"
+LAYOUT = (
+    "README.md",
+    "LICENSE",
+    LARGE_FILES,
+    "requirements.txt",
+    "configs/metadata.json",
+    "configs/logging.conf",
+    "configs/train.json",
+    "configs/multi_gpu_train.json",
+    "configs/evaluate.json",
+    "configs/multi_gpu_evaluate.json",
+    INFERENCE,
+    "configs/multi_gpu_inference.json",
+    "docs/README.md",
+    "docs/data_license.txt",
+    "models/model.pt",
+)
+NOT_SHIPPED = ("tests/", ".ci/", ".git")
+# what the bundle specification asks of each input and output
+FORMAT_KEYS = {
+    "type",
+    "format",
+    "num_channels",
+    "spatial_shape",
+    "dtype",
+    "value_range",
+    "is_patch_data",
+    "channel_def",
+}
+
+
+class ReleaseError(ValueError):
+    """A bundle is not fit for release; the sentence says what is wrong and what to do."""
+
+
+def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bundle_root: str = ".") -> Path:
+    """
+    Check the bundle and write it as `<name>_v<version>.zip`, which holds one folder, `<name>`.
+
+    In it are the files that git tracks, as they lie in the folder, without the tests; and all `models/*.pt`. A file
+    above 25 MB stays out: it gets an entry in `large_files.yml` instead, in the folder and in the zip.
+
+    Args:
+        output_dir: made if needed.
+        url: where the file above 25 MB will be; of several `{"models/a.pt": url, ...}`. Not needed for files that
+            `large_files.yml` lists already.
+        bundle_root: the bundle's folder.
+
+    Returns:
+        the zip.
+
+    Raises:
+        ReleaseError: the bundle is incomplete or contradicts itself, a large file has no url, or there is another
+            release of this version.
+    """
+    root = Path(bundle_root)
+    files = _list_files(root)
+    _check_layout(root, files)
+    metadata = _read_json(root / "configs/metadata.json")
+    _check_metadata(metadata)
+    _check_versions(metadata, root / "requirements.txt")
+    weights = [file for file in files if file.startswith("models/") and file.endswith(".pt")]
+    for file in weights:
+        _check_weights(root, file)
+    network = _read_network(root, [INFERENCE])
+    _check_data_format(metadata["network_data_format"], network)
+
+    large = [file for file in files if (root / file).stat().st_size > SIZE_LIMIT]
+    entries = _list_large_files(root, large, files, url)
+    name = _bundle_name(metadata)
+    path = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
+    contents = {file: (root / file).read_bytes() for file in files if file not in large}
+    contents[LARGE_FILES] = _large_files_text(root, entries).encode()
+    archive = _zip(name, contents, executable={file for file in contents if os.access(root / file, os.X_OK)})
+    if path.exists() and path.read_bytes() != archive:
+        raise ReleaseError(
+            f"'{path}' holds another release of version {metadata['version']}: raise 'version' in "
+            "configs/metadata.json and say in 'changelog' what is new, or remove that file."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, archive)
+    if contents[LARGE_FILES] != (root / LARGE_FILES).read_bytes():
+        write_bytes(root / LARGE_FILES, contents[LARGE_FILES])
+        logger.info("Wrote '%s'.", root / LARGE_FILES)
+    for file in weights:
+        where = "downloaded by large_files.yml" if file in large else "in the zip"
+        logger.info("%s  %s (%s)", _sha256((root / file).read_bytes()), file, where)
+    logger.info("%s  %s (%.1f MB)", _sha256(archive), path, len(archive) / 1e6)
+    return path
+
+
+def _list_files(root: Path) -> list[str]:
+    """Paths of what is released, relative to the root, in the order of their names."""
+    tracked = [file for file in _git(root, "ls-files", "-z").split("\0") if file]
+    missing = [file for file in tracked if not (root / file).is_file()]
+    if missing:
+        raise ReleaseError(
+            f"'{missing[0]}' is tracked by git and not in the folder: restore it, or remove it in git too."
+        )
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", ".").splitlines()
+    if changed:
+        logger.warning(
+            "%d files differ from the last commit; they are released as they lie in the folder.", len(changed)
+        )
+    weights = [path.relative_to(root).as_posix() for path in root.glob("models/*.pt")]
+    return sorted(file for file in {*tracked, *weights} if not file.startswith(NOT_SHIPPED))
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ReleaseError(
+            f"either the folder '{root}' or the program git is missing: git tells which files belong to the bundle."
+        ) from error
+    if result.returncode:
+        raise ReleaseError(
+            f"git cannot tell which files of '{root}' belong to the bundle ({result.stderr.strip()}): release from a "
+            "clone of its repository."
+        )
+    return result.stdout
+
+
+def _check_layout(root: Path, files: Sequence[str]) -> None:
+    for file in LAYOUT:
+        if file not in files:
+            state = "not tracked by git: add it" if (root / file).exists() else f"missing: {_advice(file)}"
+            raise ReleaseError(f"'{file}', which every bundle has, is {state}.")
+    for file in files:
+        if not file.startswith(("configs/", "scripts/")):
+            continue
+        for module in re.findall(r"\bscripts\.([a-z]\w*)", (root / file).read_text(encoding="utf-8")):
+            if f"scripts/{module}.py" not in files:
+                raise ReleaseError(f"'{file}' uses 'scripts/{module}.py', which git does not track: add it.")
+
+
+def _advice(file: str) -> str:
+    if file.startswith("models/"):
+        return (
+            "make it by 'python -m scripts.release weights', or fetch it by "
+            "'python -m monai.bundle download_large_files --bundle_path .'"
+        )
+    return "write it"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ReleaseError(f"'{path}' is not JSON ({error}): correct it.") from error
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    for key in ("schema", "name", *DEFAULT_METADATA):
+        if key not in metadata:
+            raise ReleaseError(
+                f"configs/metadata.json has no '{key}', which the bundle specification asks for: add it."
+            )
+    if metadata["version"] not in metadata["changelog"]:
+        raise ReleaseError(
+            f"configs/metadata.json has no entry for version {metadata['version']} in 'changelog': say there what is "
+            "new."
+        )
+    for side in ("inputs", "outputs"):
+        described = metadata["network_data_format"].get(side)
+        if not described:
+            raise ReleaseError(f"configs/metadata.json describes no '{side}' in 'network_data_format': describe them.")
+        for name, data in described.items():
+            lacking = sorted(FORMAT_KEYS - data.keys())
+            if lacking:
+                raise ReleaseError(
+                    f"configs/metadata.json says of '{name}' in 'network_data_format' nothing about '{lacking[0]}': "
+                    "add it."
+                )
+
+
+def _check_versions(metadata: Mapping[str, Any], requirements: Path) -> None:
+    lines = [line.partition("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+    pins: dict[str, set[str]] = {}
+    for requirement in (Requirement(line) for line in lines if line and not line.startswith("-")):
+        versions = {specifier.version for specifier in requirement.specifier}
+        pins.setdefault(canonicalize_name(requirement.name), set()).update(versions)
+    stated = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+    }
+    for package, version in (stated | metadata["required_packages_version"]).items():
+        pinned = pins.get(canonicalize_name(package), set())
+        if version not in pinned:
+            there = f"has {' and '.join(sorted(pinned))}" if pinned else "does not have it"
+            raise ReleaseError(
+                f"configs/metadata.json says {package} {version}, but requirements.txt {there}: give both the version "
+                "that was tested."
+            )
+
+
+def _read_network(root: Path, config_files: Sequence[str]) -> VDVAE:
+    parser = ConfigParser()
+    parser.read_config([str(root / file) for file in config_files])
+    return parser.get_parsed_content("network_def")
+
+
+def _check_weights(root: Path, file: str) -> None:
+    """`models/model.pt` is of the default network, `models/model_64.pt` of that with `configs/size_64.json`."""
+    overlay = f"configs/size_{Path(file).stem.rpartition('_')[2]}.json"
+    config_files = [INFERENCE, overlay] if (root / overlay).is_file() else [INFERENCE]
+    state = _load(_read_network(root, config_files), root / file, config_files).state_dict()
+    _refuse_infinities(state, file)
+
+
+def _load(network: VDVAE, path: Path, config_files: Iterable[str]) -> VDVAE:
+    try:
+        return load_weights(network, path)
+    except CheckpointError as error:
+        raise ReleaseError(f"{error} It was loaded into the network of {', '.join(config_files)}.") from error
+
+
+def _refuse_infinities(state: Mapping[str, Tensor], what: str) -> None:
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ReleaseError(f"weights '{what}' are not finite in '{name}': take those of another epoch.")
+
+
+def _check_data_format(data_format: Mapping[str, Any], network: VDVAE) -> None:
+    own = {"spatial_shape": list(network.spatial_shape), "num_channels": network.in_channels}
+    for name, data in (data_format["inputs"] | data_format["outputs"]).items():
+        for key, value in own.items():
+            if data[key] != value:
+                raise ReleaseError(
+                    f"configs/metadata.json says {key} {data[key]} of '{name}' in 'network_data_format', but the "
+                    f"network of {INFERENCE} has {value}: give both the same."
+                )
+
+
+def _list_large_files(
+    root: Path, large: Sequence[str], files: Sequence[str], url: str | Mapping[str, str] | None
+) -> list[dict[str, str]]:
+    """The entries of `large_files.yml`, in the order of their paths."""
+    if isinstance(url, str) and len(large) != 1:
+        raise ReleaseError(
+            f"--url is one address, but {len(large)} files are above 25 MB{''.join(f', {file}' for file in large)}: "
+            + ("give \"{'FILE': 'ADDRESS', ...}\"." if large else "leave it out.")
+        )
+    urls = {large[0]: url} if isinstance(url, str) else dict(url or {})
+    for file in urls:
+        if file not in large:
+            raise ReleaseError(f"--url has an address for '{file}', which is no file above 25 MB: leave it out.")
+    listed = {entry["path"]: entry for entry in _read_large_files(root)}
+    # what is not in the folder was not downloaded; it stays listed
+    entries = {path: entry for path, entry in listed.items() if path not in files}
+    for file in large:
+        hashed = {"hash_val": _sha256((root / file).read_bytes()), "hash_type": "sha256"}
+        if file in urls:
+            entries[file] = {"path": file, "url": urls[file], **hashed}
+        elif listed.get(file, {}).get("hash_val") == hashed["hash_val"]:
+            entries[file] = listed[file]
+        else:
+            raise ReleaseError(
+                f"'{file}' has {(root / file).stat().st_size / 1e6:.0f} MB, above the 25 MB that a bundle ships: put "
+                "it where it can be downloaded from and say where by --url, or halve it by 'python -m scripts.release "
+                "weights'."
+            )
+    return [entries[path] for path in sorted(entries)]
+
+
+def _read_large_files(root: Path) -> list[dict[str, str]]:
+    content = yaml.safe_load((root / LARGE_FILES).read_text(encoding="utf-8"))
+    entries = content.get("large_files") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all({"path", "url"} <= entry.keys() for entry in entries):
+        raise ReleaseError(
+            f"'{root / LARGE_FILES}' is no list 'large_files' of 'path' and 'url': write 'large_files: []'."
+        )
+    return entries
+
+
+def _large_files_text(root: Path, entries: Sequence[Mapping[str, str]]) -> str:
+    """With the comment at the top of the file that is there."""
+    lines = (root / LARGE_FILES).read_text(encoding="utf-8").splitlines(keepends=True)
+    comment = "".join(line for line in lines if line.startswith("#"))
+    return comment + yaml.safe_dump({"large_files": list(entries)}, sort_keys=False)
+
+
+def _bundle_name(metadata: Mapping[str, Any]) -> str:
+    return re.sub(r"\W+", "_", metadata["name"].lower()).strip("_")
+
+
+def _zip(folder: str, contents: Mapping[str, bytes], executable: set[str]) -> bytes:
+    """A zip in memory that depends on names and contents alone, not on dates or owners."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for file in sorted(contents):
+            entry = zipfile.ZipInfo(f"{folder}/{file}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # Unix, whose permissions follow
+            entry.external_attr = (0o100755 if file in executable else 0o100644) << 16
+            archive.writestr(entry, contents[file], zipfile.ZIP_DEFLATED, compresslevel=9)
+    return buffer.getvalue()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def ship_weights(
+    checkpoint: str, output: str = "models/model.pt", config_file: str | Sequence[str] = INFERENCE
+) -> Path:
+    """
+    Write a copy of a `model.pt` in half precision, which loads like the whole one.
+
+    Single precision becomes half, every other type stays (the template's affine is double).
+
+    Args:
+        checkpoint: a `model.pt`, or `best_model.pt`.
+        output: the copy, in an existing folder.
+        config_file: the config, or several, whose `network_def` the weights belong to.
+
+    Raises:
+        ReleaseError: the weights don't fit the network, or a value is not finite, or too large for half precision.
+    """
+    config_files = [config_file] if isinstance(config_file, str) else list(config_file)
+    state = _load(_read_network(Path(), config_files), Path(checkpoint), config_files).state_dict()
+    _refuse_infinities(state, checkpoint)
+    halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
+    for name, tensor in halved.items():
+        if not torch.isfinite(tensor).all():
+            raise ReleaseError(
+                f"weights '{checkpoint}' reach {state[name].abs().max():.3g} in '{name}', but half precision ends at "
+                f"{torch.finfo(torch.float16).max:.0f}: ship them in single precision."
+            )
+    buffer = io.BytesIO()
+    torch.save(halved, buffer)
+    path = write_bytes(output, buffer.getvalue())
+    logger.info("%s  %s (%.1f MB)", _sha256(buffer.getvalue()), path, len(buffer.getvalue()) / 1e6)
+    return path
+
+
+if __name__ == "__main__":
+    run("python -m scripts.release", {"bundle": make_release, "weights": ship_weights})
