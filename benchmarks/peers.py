@@ -1,0 +1,297 @@
+"""Our network beside its peers: the same scans, the same machine, the same minutes.
+
+    python -m scripts.phantoms brains --output_dir brains --count 1280
+    python -m benchmarks.peers --dataset_dir brains --ckpt OUT/checkpoints/model.pt --output_dir OUT/peers
+
+trains the peers (:py:mod:`benchmarks.peer_models`) on the training side of ``dataset_dir``, split and preprocessed as
+``configs/train.json`` does, and measures all of them on phantoms of another seed. It prints a Markdown table, writes it
+to ``peers.csv``, and draws a reconstruction and a sample of each model. Weights are kept in ``output_dir`` as training
+goes on: the same command goes on with a run that was stopped, and ``--minutes 0`` takes the weights as they are.
+
+The peers see plain scans, which favours them: our network trains on augmented ones, and has to explain these too. The
+number of PCA's components, and which weights an autoencoder keeps, are chosen on the validation side. Minutes are of
+processor time of one thread, which is the time on the clock where nothing else runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.networks.layers import GaussianFilter
+from monai.transforms import LoadImage, SpatialResample
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from benchmarks.lesions import LESION
+from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
+from scripts import figures
+from scripts.checkpoints import load_weights
+from scripts.command_line import run
+from scripts.evaluation import SampleComparison
+from scripts.files import write_csv
+from scripts.inferers import foreground_percentile, image_quality, restored_latent
+from scripts.losses import bits_per_dim, negative_log_likelihood
+from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.phantoms import make_brains
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+COLUMNS = {
+    "model": "model",
+    "bits_per_dim": "bits per dim",
+    "likelihood": "which is",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "mmd_gaussian": "MMD of samples",
+    "ms_ssim": "MS-SSIM of samples",
+    "average_precision": "lesions: average precision",
+    "auroc": "lesions: AUROC of scans",
+    "parameters": "parameters",
+    "minutes": "minutes of training",
+}
+EXPLANATION = """\
+Of {scans} test phantoms: bits per dim (lower is better) are exact for the two Gaussians, and the negative ELBO, an
+upper bound, for the others; PSNR and SSIM are of the reconstruction from the posterior's mean (PCA's projection, the
+mean scan). Of {samples} samples beside them: MMD (lower is better; halves of the phantoms have {reference:.4f} among
+themselves in the mean, and 95 % of them less than {bound:.4f}) and the mean MS-SSIM of pairs (best where it is the
+phantoms' own, {diversity:.3f}). Samples are the mean of the voxels given the latents; the Gaussian, which has none,
+draws voxels. AutoencoderKL is made for a diffusion model of its latents: it is trained as for that, but without the
+adversarial and the perceptual part, and is sampled and scored with a N(0, I) that it was hardly made to match. Of
+{lesions} other phantoms, {sick} of them with lesions ({share:.2%} of the foreground): average precision of the anomaly
+map's voxels (chance: that share), and AUROC of its 99.9th percentile (chance: 0.5). A map is how many standard
+deviations a scan lies above its reconstruction, ours above its restored one, smoothed alike."""
+
+
+class Ours(Peer):
+    """Our network as the peers are.
+
+    Args:
+        network: the network.
+        restore: see :py:class:`scripts.inferers.Scoring`.
+        temperature: of samples.
+    """
+
+    likelihood = "ELBO"
+
+    def __init__(self, network: VDVAE, restore: float | None, temperature: float = 1.0) -> None:
+        super().__init__(network.spatial_shape)
+        self.network, self.restore, self.temperature = network, restore, temperature
+
+    def nats(self, x: Tensor) -> Tensor:
+        (loc, scale, kl), _ = self.network.infer(x)
+        return negative_log_likelihood(loc, scale, x) + kl.sum(1)
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale, _ = self.network.infer(x, temperature=0.0)[0]
+        return loc, scale
+
+    def sample(self, count: int) -> Tensor:
+        return self.network.decode([], self.temperature, batch_size=count)[0]
+
+    def anomaly(self, x: Tensor) -> Tensor:
+        latents = self.network.infer(x, temperature=0.0)[1]
+        loc, scale = self.network.decode([restored_latent(q, self.restore) for q in latents], temperature=0.0)
+        return (x - loc) / scale
+
+
+def cohort_scans(dataset_dir: str, cache_dir: str, spatial_shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+    """The plain scans of the training and of the validation side, `[scans, 1, *spatial]` each, in [-1, 1]."""
+    parser = ConfigParser()
+    parser.read_config(CONFIGS / "train.json")
+    parser.update({"dataset_dir": dataset_dir, "cache_dir": cache_dir, "spatial_shape": list(spatial_shape)})
+    parser.update({"seed": seed, "augment": False, "num_workers": 0})
+    training, validation = (parser.get_parsed_content(f"{side}#dataset") for side in ("train", "validate"))
+    return stack(training), stack(validation)
+
+
+def stack(dataset: Dataset) -> Tensor:
+    return torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in dataset])
+
+
+def lesion_scans(folder: Path, preprocess: Any, **cohort: Any) -> tuple[Tensor, Tensor]:
+    """Phantoms, half of them with lesions, and which voxels are in one: `[scans, 1, *spatial]` each."""
+    make_brains(folder / "scans", lesions=0.5, mask_dir=folder / "masks", **cohort)
+    load, resample = LoadImage(ensure_channel_first=True), SpatialResample(mode="bilinear", padding_mode="zeros")
+    scans, lesions = [], []
+    for path in sorted((folder / "scans").glob("*.nii.gz")):
+        scan = preprocess({"image": str(path)})["image"]
+        mask = load(folder / "masks" / path.name.replace("FLAIR", "lesions"))
+        scans.append(scan.as_tensor())
+        lesions.append(resample(mask, dst_affine=scan.affine, spatial_size=scan.shape[1:]).as_tensor() > LESION)
+    return torch.stack(scans), torch.stack(lesions)
+
+
+def held_out_numbers(peer: Peer, scans: Tensor, batch_size: int) -> dict[str, float]:
+    """Bits per dim, PSNR and SSIM, the means over scans."""
+    found = []
+    for x in scans.split(batch_size):
+        recon = peer.reconstruct(x)[0].clamp(-1, 1)
+        numbers = {"bits_per_dim": bits_per_dim(peer.nats(x), x), **image_quality(recon, x, peer)}
+        found.append(numbers)
+    return {name: torch.cat([numbers[name] for numbers in found]).mean().item() for name in found[0]}
+
+
+def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float, batch_size: int) -> dict[str, float]:
+    """How well the anomaly map finds lesions, measured as in :py:mod:`benchmarks.lesions`."""
+    smooth = GaussianFilter(peer.spatial_dims, smoothing)
+    maps = torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)])
+    low, high = OUTPUT_RANGES[peer.output_activation]
+    foreground = scans > low + 0.05 * (high - low)
+    return {
+        "average_precision": average_precision_score(lesions[foreground], maps[foreground]),
+        "auroc": roc_auc_score(lesions.flatten(1).any(1), foreground_percentile(maps, scans, peer)),
+    }
+
+
+def compare_samples(
+    peer: Peer, scans: Tensor, samples: int, scratch_dir: Path, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """MMD and MS-SSIM of samples and of the scans, as :py:class:`scripts.evaluation.SampleComparison` finds them."""
+    return SampleComparison(
+        peer,
+        [{"image": scan} for scan in scans],
+        lambda count, network: {"sample": network.sample(count)},
+        samples,
+        OUTPUT_RANGES[peer.output_activation],
+        scratch_dir,
+        batch_size=batch_size,
+        seed=seed,
+    ).run()
+
+
+def sample_numbers(compared: dict[str, Any]) -> dict[str, float]:
+    """What the table shows of a comparison of samples."""
+    return {"mmd_gaussian": compared["mmd_gaussian"]["value"], "ms_ssim": compared["ms_ssim"]["samples"]["mean"]}
+
+
+def compare(
+    dataset_dir: str,
+    output_dir: str,
+    ckpt: str = "models/model.pt",
+    config_file: str | Sequence[str] = "configs/inference.json",
+    cache_dir: str | None = None,
+    minutes: float = 40,
+    ckpt_minutes: float | None = None,
+    amp: bool = False,
+    samples: int = 64,
+    test_count: int = 64,
+    test_seed: int = 9,
+    lesion_seed: int = 8,
+    spacing: float = 2.0,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Train the peers, and print and write how they and our network do.
+
+    Args:
+        dataset_dir: the scans that our network was trained on.
+        output_dir: for the peers' weights, the test phantoms, the table and the pictures.
+        ckpt: weights of our network.
+        config_file: of our network, one or a list.
+        cache_dir: of preprocessed scans; by default a folder of output_dir.
+        minutes: to train each of the two autoencoders; 0 takes them as output_dir has them.
+        ckpt_minutes: that our network was trained, for the table.
+        amp: train the autoencoders with bfloat16.
+        samples: of each model.
+        test_count: phantoms to test on, and as many to find lesions in.
+        test_seed, lesion_seed: of these; training used another.
+        spacing: of these, in mm.
+        batch_size: of training and testing.
+        seed: of the training run's split, and of all noise.
+    """
+    torch.set_num_threads(1)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    parser = ConfigParser()
+    parser.read_config(config_file if isinstance(config_file, str) else list(config_file))
+    network = load_weights(parser.get_parsed_content("network_def"), ckpt).eval()
+    scoring, preprocess = parser.get_parsed_content("scoring#inferer"), parser.get_parsed_content("preprocessing")
+    training, validation = cohort_scans(dataset_dir, cache_dir or str(folder / "cache"), network.spatial_shape, seed)
+
+    torch.manual_seed(seed)
+    gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
+    models: dict[str, tuple[Peer, float | None]] = {"Gaussian a voxel": (gaussian, None)}
+    models[f"PCA, {pca.axes.shape[1]} components"] = (pca, None)
+    for name, peer in (("VarAutoEncoder", VAE(gaussian)), ("AutoencoderKL", LatentDiffusionAutoencoder(gaussian))):
+        path = folder / f"{name}.pt"
+        models[name] = (peer, train(peer, training, validation, path, minutes, batch_size, amp, seed))
+    models["ours"] = (Ours(network, scoring.restore), ckpt_minutes)
+    cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+
+    make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
+    paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
+    test = stack([preprocess({"image": str(path)}) for path in paths])
+    sick, lesions = lesion_scans(
+        folder / f"lesions_{lesion_seed}", preprocess, count=test_count, seed=lesion_seed, spacing=spacing
+    )
+    rows = []
+    with torch.no_grad():
+        for name, (peer, spent) in tqdm(models.items(), desc="measuring", unit="model"):
+            torch.manual_seed(seed)
+            compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
+            rows.append(
+                {
+                    "model": name,
+                    "likelihood": peer.likelihood,
+                    **held_out_numbers(peer, test, batch_size),
+                    **sample_numbers(compared),
+                    **lesion_numbers(peer, sick, lesions, scoring.smoothing, batch_size),
+                    "parameters": peer.size(),
+                    "minutes": spent,
+                }
+            )
+        for name, peer in cold.items():
+            compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
+            rows.append({"model": name, **sample_numbers(compared)})
+        draw(folder, {name: peer for name, (peer, _) in models.items()}, cold, test[:1], seed)
+    write_csv(folder / "peers.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows))
+    print_table(rows)
+    reference = compared["mmd_gaussian"]
+    print(
+        "\n"
+        + EXPLANATION.format(
+            scans=test_count,
+            samples=samples,
+            reference=reference["scan_halves_mean"],
+            bound=reference["scan_halves_95th_percentile"],
+            diversity=compared["ms_ssim"]["held_out"]["mean"],
+            lesions=test_count,
+            sick=int(lesions.flatten(1).any(1).sum()),
+            share=lesions[sick > -0.9].float().mean(),
+        )
+    )
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """As Markdown."""
+    lines = [COLUMNS.values(), ["---"] * len(COLUMNS), *([cell(row.get(name)) for name in COLUMNS] for row in rows)]
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def cell(value: str | int | float | None) -> str:
+    """Of the table: a dash where there is no number."""
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else value or "-"
+
+
+def draw(folder: Path, peers: dict[str, Peer], cold: dict[str, Peer], scan: Tensor, seed: int) -> None:
+    """`reconstructions.png` of a scan, `[1, 1, *spatial]`, and `samples.png`, a column a model; `cold` ones sample."""
+    torch.manual_seed(seed)
+    for name, images in (
+        ("reconstructions", {label: peer.reconstruct(scan)[0] for label, peer in peers.items()}),
+        ("samples", {label: peer.sample(1) for label, peer in (peers | cold).items()}),
+    ):
+        columns = {"test scan": scan} | images
+        shown = [image[0] for image in columns.values()]
+        figures.strip(folder / f"{name}.png", shown, list(columns), OUTPUT_RANGES["tanh"])
+
+
+if __name__ == "__main__":
+    run("python -m benchmarks.peers", compare)
