@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import fire
 import nibabel as nib
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from scripts.blocks import noise_from
+from scripts.command_line import run
 from scripts.inference import scan_generator
 from scripts.inferers import Imputation
 from scripts.networks import OUTPUT_RANGES, VDVAE
@@ -133,4 +133,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m benchmarks.imputation", main)

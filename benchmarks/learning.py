@@ -12,12 +12,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import fire
 import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from torch import Tensor
 
+from scripts.command_line import run
 from scripts.files import write_whole
 from scripts.losses import bits_per_dim, negative_log_likelihood
 
@@ -100,4 +100,4 @@ def draw(table: dict[str, dict[str, dict[int, float]]], gaussian: dict[str, floa
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m benchmarks.learning", main)

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import fire
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import LoadImage, SpatialResample
+from monai.transforms import LoadImage, SpatialResample, Transform
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
 
 from scripts.checkpoints import load_weights
+from scripts.command_line import run
 from scripts.inferers import Scoring, foreground_percentile
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
@@ -38,6 +39,40 @@ def lesion_maps(network: VDVAE, scans: Tensor, scoring: Scoring) -> dict[str, Te
         "brighter than the mean scan": (scans - network.template_mean) / network.template_std,
         "z-score": plain["anomaly"],
         "anomaly (restored)": results["anomaly"],
+    }
+
+
+def lesion_scans(folder: Path, preprocess: Transform, **cohort: Any) -> tuple[Tensor, Tensor]:
+    """Phantoms, and which voxels are in a lesion: `[scans, 1, *spatial]` each.
+
+    Args:
+        folder: for the phantoms and their masks.
+        preprocess: of the bundle's inference.
+        cohort: what :py:func:`scripts.phantoms.make_brains` takes.
+    """
+    make_brains(folder / "scans", mask_dir=folder / "masks", **cohort)
+    load, resample = LoadImage(ensure_channel_first=True), SpatialResample(mode="bilinear", padding_mode="zeros")
+    scans, lesions = [], []
+    for path in sorted((folder / "scans").glob("*.nii.gz")):
+        scan = preprocess({"image": str(path)})["image"]
+        mask = load(folder / "masks" / path.name.replace("FLAIR", "lesions"))
+        scans.append(scan.as_tensor())
+        lesions.append(resample(mask, dst_affine=scan.affine, spatial_size=scan.shape[1:]).as_tensor() > LESION)
+    return torch.stack(scans), torch.stack(lesions)
+
+
+def foreground(scans: Tensor, output_activation: str) -> Tensor:
+    """Which voxels count."""
+    low, high = OUTPUT_RANGES[output_activation]
+    return scans > low + 0.05 * (high - low)
+
+
+def detection(maps: Tensor, scans: Tensor, lesions: Tensor, network: VDVAE) -> dict[str, float]:
+    """How well maps find lesions: `average_precision` of voxels, `auroc` of scans."""
+    voxels = foreground(scans, network.output_activation)
+    return {
+        "average_precision": average_precision_score(lesions[voxels], maps[voxels]),
+        "auroc": roc_auc_score(lesions.flatten(1).any(1), foreground_percentile(maps, scans, network)),
     }
 
 
@@ -65,33 +100,20 @@ def main(
     parser.read_config(config_file)
     network = load_weights(parser.get_parsed_content("network_def"), ckpt).eval()
     scoring, preprocess = parser.get_parsed_content("scoring#inferer"), parser.get_parsed_content("preprocessing")
-    load, resample = LoadImage(ensure_channel_first=True), SpatialResample(mode="bilinear", padding_mode="zeros")
-    scans, lesions = [], []
+    cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
     with tempfile.TemporaryDirectory() as folder:
-        make_brains(
-            f"{folder}/scans", count, seed=seed, spacing=spacing, lesions=prevalence, mask_dir=f"{folder}/masks"
-        )
-        for path in sorted(Path(folder, "scans").glob("*.nii.gz")):
-            scan = preprocess({"image": str(path)})["image"]
-            mask = load(Path(folder, "masks", path.name.replace("FLAIR", "lesions")))
-            mask = resample(mask, dst_affine=scan.affine, spatial_size=scan.shape[1:])
-            scans.append(scan.as_tensor())
-            lesions.append(mask.as_tensor() > LESION)
-    x, truth = torch.stack(scans), torch.stack(lesions)
-    low, high = OUTPUT_RANGES[network.output_activation]
-    foreground = x > low + 0.05 * (high - low)
+        scans, lesions = lesion_scans(Path(folder), preprocess, **cohort)
     with torch.no_grad():
-        batches = [lesion_maps(network, batch, scoring) for batch in tqdm(x.split(batch_size), unit="batch")]
+        batches = [lesion_maps(network, batch, scoring) for batch in tqdm(scans.split(batch_size), unit="batch")]
     maps = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    sick = truth.flatten(1).any(1)
-    share = truth[foreground].float().mean()
-    print(f"{count} phantoms, {int(sick.sum())} with lesions, which are {share:.2%} of the foreground's voxels")
+    sick = int(lesions.flatten(1).any(1).sum())
+    share = lesions[foreground(scans, network.output_activation)].float().mean()
+    print(f"{count} phantoms, {sick} with lesions, which are {share:.2%} of the foreground's voxels")
     print(f"{'map':<32}{'average precision':>20}{'AUROC of scans':>18}")
     for name, values in maps.items():
-        precision = average_precision_score(truth[foreground], values[foreground])
-        area = roc_auc_score(sick, foreground_percentile(values, x, network))
-        print(f"{name:<32}{precision:>20.3f}{area:>18.3f}")
+        found = detection(values, scans, lesions, network)
+        print(f"{name:<32}{found['average_precision']:>20.3f}{found['auroc']:>18.3f}")
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m benchmarks.lesions", main)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import fire
 import torch
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
@@ -23,6 +22,7 @@ from monai.transforms import Compose
 
 from benchmarks.step import CONFIGS, TrainingStep, network_def
 from scripts.cache import ScanCache
+from scripts.command_line import run
 from scripts.datalist import find_scans
 from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
@@ -139,4 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m benchmarks.loader", main)

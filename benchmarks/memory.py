@@ -17,7 +17,6 @@ import sys
 import time
 import weakref
 
-import fire
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -25,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.step import TrainingStep, network_def
+from scripts.command_line import run
 from scripts.networks import VDVAE
 
 GIB = 2**30
@@ -248,4 +248,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m benchmarks.memory", main)

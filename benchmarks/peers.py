@@ -22,20 +22,18 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.layers import GaussianFilter
-from monai.transforms import LoadImage, SpatialResample
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from benchmarks.lesions import LESION
+from benchmarks.lesions import detection, foreground, lesion_scans
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from scripts import figures
 from scripts.checkpoints import load_weights
 from scripts.command_line import run
 from scripts.evaluation import SampleComparison
 from scripts.files import write_csv
-from scripts.inferers import foreground_percentile, image_quality, restored_latent
+from scripts.inferers import image_quality, restored_latent
 from scripts.losses import bits_per_dim, negative_log_likelihood
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
@@ -113,19 +111,6 @@ def stack(dataset: Dataset) -> Tensor:
     return torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in dataset])
 
 
-def lesion_scans(folder: Path, preprocess: Any, **cohort: Any) -> tuple[Tensor, Tensor]:
-    """Phantoms, half of them with lesions, and which voxels are in one: `[scans, 1, *spatial]` each."""
-    make_brains(folder / "scans", lesions=0.5, mask_dir=folder / "masks", **cohort)
-    load, resample = LoadImage(ensure_channel_first=True), SpatialResample(mode="bilinear", padding_mode="zeros")
-    scans, lesions = [], []
-    for path in sorted((folder / "scans").glob("*.nii.gz")):
-        scan = preprocess({"image": str(path)})["image"]
-        mask = load(folder / "masks" / path.name.replace("FLAIR", "lesions"))
-        scans.append(scan.as_tensor())
-        lesions.append(resample(mask, dst_affine=scan.affine, spatial_size=scan.shape[1:]).as_tensor() > LESION)
-    return torch.stack(scans), torch.stack(lesions)
-
-
 def held_out_numbers(peer: Peer, scans: Tensor, batch_size: int) -> dict[str, float]:
     """Bits per dim, PSNR and SSIM, the means over scans."""
     found = []
@@ -139,13 +124,7 @@ def held_out_numbers(peer: Peer, scans: Tensor, batch_size: int) -> dict[str, fl
 def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float, batch_size: int) -> dict[str, float]:
     """How well the anomaly map finds lesions, measured as in :py:mod:`benchmarks.lesions`."""
     smooth = GaussianFilter(peer.spatial_dims, smoothing)
-    maps = torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)])
-    low, high = OUTPUT_RANGES[peer.output_activation]
-    foreground = scans > low + 0.05 * (high - low)
-    return {
-        "average_precision": average_precision_score(lesions[foreground], maps[foreground]),
-        "auroc": roc_auc_score(lesions.flatten(1).any(1), foreground_percentile(maps, scans, peer)),
-    }
+    return detection(torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)]), scans, lesions, peer)
 
 
 def compare_samples(
@@ -226,9 +205,8 @@ def compare(
     make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
     paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
     test = stack([preprocess({"image": str(path)}) for path in paths])
-    sick, lesions = lesion_scans(
-        folder / f"lesions_{lesion_seed}", preprocess, count=test_count, seed=lesion_seed, spacing=spacing
-    )
+    cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
+    sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", preprocess, **cohort)
     rows = []
     with torch.no_grad():
         for name, (peer, spent) in tqdm(models.items(), desc="measuring", unit="model"):
@@ -262,7 +240,7 @@ def compare(
             diversity=compared["ms_ssim"]["held_out"]["mean"],
             lesions=test_count,
             sick=int(lesions.flatten(1).any(1).sum()),
-            share=lesions[sick > -0.9].float().mean(),
+            share=lesions[foreground(sick, network.output_activation)].float().mean(),
         )
     )
 

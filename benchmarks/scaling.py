@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fire
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.step import TrainingStep, network_def
+from scripts.command_line import run
 from scripts.distributed import parallel_network
 from scripts.networks import VDVAE
 
@@ -100,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main, serialize=lambda _: None)
+    run("python -m benchmarks.scaling", main)

@@ -21,10 +21,10 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import fire
 import torch
 from ignite.engine import Engine, Events
 
+from scripts.command_line import run
 from scripts.files import write_text
 from scripts.phantoms import make_brains
 
@@ -242,4 +242,4 @@ def table(processes: dict[int, str]) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire({"kills": kills, "ends": ends})
+    run("python -m benchmarks.survival", {"kills": kills, "ends": ends})

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-import fire
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step import TrainingStep, network_def
+from scripts.command_line import run
 from scripts.networks import VDVAE
 
 
@@ -185,4 +185,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run("python -m benchmarks.throughput", main)
