@@ -1,7 +1,8 @@
 """Our network beside its peers: the same scans, the same machine, the same minutes.
 
     python -m scripts.phantoms brains --output_dir brains --count 1280
-    python -m benchmarks.peers --dataset_dir brains --ckpt OUT/checkpoints/model.pt --output_dir OUT/peers
+    python -m benchmarks.peers --dataset_dir brains --minutes 45 --output_dir OUT/peers \\
+        --ckpt "['OUT/checkpoints/model.pt','models/model.pt']" --ckpt_minutes "[45,180]"
 
 trains the peers (:py:mod:`benchmarks.peer_models`) on the training side of ``dataset_dir``, split and preprocessed as
 ``configs/train.json`` does, and measures all of them on phantoms of another seed. It prints a Markdown table, writes it
@@ -15,6 +16,7 @@ processor time of one thread, which is the time on the clock where nothing else 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,19 @@ class Ours(Peer):
         return (x - loc) / scale
 
 
+def name_checkpoints(
+    ckpt: str | Sequence[str], minutes: float | Sequence[float] | None
+) -> list[tuple[str, str, float | None]]:
+    """A row's name, its weights, and the minutes that these were trained: `ours`, or of several `ours, 45 minutes`."""
+    if isinstance(ckpt, str):
+        return [("ours", ckpt, minutes)]
+    if not isinstance(minutes, Sequence) or len(set(minutes)) != len(ckpt):
+        raise ValueError(
+            f"ckpt_minutes is {minutes}: of several ckpt it tells the rows apart. Give {len(ckpt)} different numbers."
+        )
+    return [(f"ours, {spent:g} minutes", path, spent) for path, spent in zip(ckpt, minutes, strict=True)]
+
+
 def cohort_scans(dataset_dir: str, cache_dir: str, spatial_shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
     """The plain scans of the training and of the validation side, `[scans, 1, *spatial]` each, in [-1, 1]."""
     parser = ConfigParser()
@@ -151,11 +166,11 @@ def sample_numbers(compared: dict[str, Any]) -> dict[str, float]:
 def compare(
     dataset_dir: str,
     output_dir: str,
-    ckpt: str = "models/model.pt",
+    ckpt: str | Sequence[str] = "models/model.pt",
     config_file: str | Sequence[str] = "configs/inference.json",
     cache_dir: str | None = None,
-    minutes: float = 40,
-    ckpt_minutes: float | None = None,
+    minutes: float = 45,
+    ckpt_minutes: float | Sequence[float] | None = None,
     amp: bool = False,
     samples: int = 64,
     test_count: int = 64,
@@ -170,11 +185,11 @@ def compare(
     Args:
         dataset_dir: the scans that our network was trained on.
         output_dir: for the peers' weights, the test phantoms, the table and the pictures.
-        ckpt: weights of our network.
+        ckpt: weights of our network, one file or several. Samples at 0.7 are of the last.
         config_file: of our network, one or a list.
         cache_dir: of preprocessed scans; by default a folder of output_dir.
         minutes: to train each of the two autoencoders; 0 takes them as output_dir has them.
-        ckpt_minutes: that our network was trained, for the table.
+        ckpt_minutes: that each was trained, for the table; needed where there are several.
         amp: train the autoencoders with bfloat16.
         samples: of each model.
         test_count: phantoms to test on, and as many to find lesions in.
@@ -188,9 +203,15 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     parser = ConfigParser()
     parser.read_config(config_file if isinstance(config_file, str) else list(config_file))
-    network = load_weights(parser.get_parsed_content("network_def"), ckpt).eval()
+    network_def = parser.get_parsed_content("network_def")
+    networks = {
+        name: (load_weights(copy.deepcopy(network_def), path).eval(), spent)
+        for name, path, spent in name_checkpoints(ckpt, ckpt_minutes)
+    }
     scoring, preprocess = parser.get_parsed_content("scoring#inferer"), parser.get_parsed_content("preprocessing")
-    training, validation = cohort_scans(dataset_dir, cache_dir or str(folder / "cache"), network.spatial_shape, seed)
+    training, validation = cohort_scans(
+        dataset_dir, cache_dir or str(folder / "cache"), network_def.spatial_shape, seed
+    )
 
     torch.manual_seed(seed)
     gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
@@ -199,8 +220,9 @@ def compare(
     for name, peer in (("VarAutoEncoder", VAE(gaussian)), ("AutoencoderKL", LatentDiffusionAutoencoder(gaussian))):
         path = folder / f"{name}.pt"
         models[name] = (peer, train(peer, training, validation, path, minutes, batch_size, amp, seed))
-    models["ours"] = (Ours(network, scoring.restore), ckpt_minutes)
-    cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+    for name, (network, spent) in networks.items():
+        models[name] = (Ours(network, scoring.restore), spent)
+    cold = {f"{name}, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
 
     make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
     paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
@@ -240,7 +262,7 @@ def compare(
             diversity=compared["ms_ssim"]["held_out"]["mean"],
             lesions=test_count,
             sick=int(lesions.flatten(1).any(1).sum()),
-            share=lesions[foreground(sick, network.output_activation)].float().mean(),
+            share=lesions[foreground(sick, network_def.output_activation)].float().mean(),
         )
     )
 

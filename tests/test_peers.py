@@ -8,7 +8,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from benchmarks.peer_models import PCA, VAE, LatentDiffusionAutoencoder, VoxelGaussian, fit_pca, train, validation_loss
-from benchmarks.peers import COLUMNS, Ours, compare, lesion_numbers
+from benchmarks.peers import COLUMNS, Ours, compare, lesion_numbers, name_checkpoints
 from scripts.inferers import Reconstruction, Scoring
 from scripts.networks import VDVAE
 from tests.conftest import ROOT, fitted_scans, inference_config
@@ -147,21 +147,34 @@ def test_table_has_a_row_for_each_model(cohort, tmp_path, capsys):
     overlay.write_text(json.dumps({"spatial_shape": [16, 16, 16]}))
     configs = [str(ROOT / "configs/inference.json"), str(ROOT / "tests/tiny.json"), str(overlay)]
     network = inference_config(spatial_shape=[16, 16, 16]).get_parsed_content("network_def")
+    torch.save(network.state_dict(), tmp_path / "short.pt")
     torch.nn.init.normal_(network.output.weight)  # zero at the start: all samples would be the mean scan
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    arguments = {"ckpt": str(tmp_path / "model.pt"), "config_file": configs, "samples": 4, "test_count": 6}
+    torch.save(network.state_dict(), tmp_path / "long.pt")
+    weights = {"ckpt": [str(tmp_path / f"{name}.pt") for name in ("short", "long")], "ckpt_minutes": [1, 2.5]}
+    arguments = weights | {"config_file": configs, "samples": 4, "test_count": 6}
     compare(str(cohort), str(tmp_path / "out"), minutes=0.01, batch_size=4, spacing=8.0, **arguments)
 
     with (tmp_path / "out" / "peers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(COLUMNS)
-    names = ["Gaussian a voxel", "PCA, 4 components", "VarAutoEncoder", "AutoencoderKL", "ours", "ours, samples at 0.7"]
+    names = ["Gaussian a voxel", "PCA, 4 components", "VarAutoEncoder", "AutoencoderKL"]
+    names += ["ours, 1 minutes", "ours, 2.5 minutes", "ours, 2.5 minutes, samples at 0.7"]
     assert [row["model"] for row in rows] == names
-    assert [row["likelihood"] for row in rows] == ["exact"] * 2 + ["ELBO"] * 3 + [""]
-    assert rows[5]["bits_per_dim"] == ""
-    assert float(rows[4]["ms_ssim"]) < float(rows[5]["ms_ssim"])  # samples nearer to the mean are more alike
+    assert [row["likelihood"] for row in rows] == ["exact"] * 2 + ["ELBO"] * 4 + [""]
+    assert [row["minutes"] for row in rows[4:]] == ["1", "2.5", ""]
+    assert rows[6]["bits_per_dim"] == ""
+    assert float(rows[4]["ms_ssim"]) == pytest.approx(1, abs=1e-3)  # an untrained network's are all the mean scan
+    assert float(rows[5]["ms_ssim"]) < float(rows[6]["ms_ssim"])  # samples nearer to the mean are more alike
     assert float(rows[0]["psnr"]) < float(rows[1]["psnr"])
-    assert all(0 <= float(row["auroc"]) <= 1 for row in rows[:5])
+    assert all(0 <= float(row["auroc"]) <= 1 for row in rows[:6])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + len(names)
     assert {"reconstructions.png", "samples.png", "VarAutoEncoder.pt"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_checkpoints_that_the_table_could_not_tell_apart():
+    assert name_checkpoints("model.pt", None) == [("ours", "model.pt", None)]
+    with pytest.raises(ValueError, match=r"ckpt_minutes is None: .* Give 2 different numbers."):
+        name_checkpoints(["a.pt", "b.pt"], None)
+    with pytest.raises(ValueError, match=r"ckpt_minutes is \[45, 45\]"):
+        name_checkpoints(["a.pt", "b.pt"], [45, 45])
