@@ -193,7 +193,7 @@ def read(datalist, tmp_path, policy, **expected):
 def test_skip_leaves_out_what_cannot_be_used_and_says_why(cohort, tmp_path, caplog):
     kept = read(cohort, tmp_path, "skip", spacing=1.0)
     assert kept == {"training": cohort["training"][:2], "validation": cohort["validation"]}
-    with (tmp_path / "skipped.csv").open() as file:
+    with (tmp_path / "skipped.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [item["image"] for item in cohort["training"][2:]]
     assert "has voxels of 1×1×4 mm where 1×1×1 mm are expected" in rows[0]["reason"]
