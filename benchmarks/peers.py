@@ -222,7 +222,7 @@ def compare(
         models[name] = (peer, train(peer, training, validation, path, minutes, batch_size, amp, seed))
     for name, (network, spent) in networks.items():
         models[name] = (Ours(network, scoring.restore), spent)
-    cold = {f"{name}, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+    cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
 
     make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
     paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
