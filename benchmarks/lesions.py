@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from scripts.checkpoints import load_weights
 from scripts.command_line import run
-from scripts.inferers import Scoring, foreground_percentile
-from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.inferers import Scoring, foreground, foreground_percentile
+from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
 
 LESION = 0.25  # the share of a voxel that makes it one of a lesion
@@ -61,15 +61,9 @@ def lesion_scans(folder: Path, preprocess: Transform, **cohort: Any) -> tuple[Te
     return torch.stack(scans), torch.stack(lesions)
 
 
-def foreground(scans: Tensor, output_activation: str) -> Tensor:
-    """Which voxels count."""
-    low, high = OUTPUT_RANGES[output_activation]
-    return scans > low + 0.05 * (high - low)
-
-
 def detection(maps: Tensor, scans: Tensor, lesions: Tensor, network: VDVAE) -> dict[str, float]:
     """How well maps find lesions: `average_precision` of voxels, `auroc` of scans."""
-    voxels = foreground(scans, network.output_activation)
+    voxels = foreground(scans, network)
     return {
         "average_precision": average_precision_score(lesions[voxels], maps[voxels]),
         "auroc": roc_auc_score(lesions.flatten(1).any(1), foreground_percentile(maps, scans, network)),
@@ -107,7 +101,7 @@ def main(
         batches = [lesion_maps(network, batch, scoring) for batch in tqdm(scans.split(batch_size), unit="batch")]
     maps = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     sick = int(lesions.flatten(1).any(1).sum())
-    share = lesions[foreground(scans, network.output_activation)].float().mean()
+    share = lesions[foreground(scans, network)].float().mean()
     print(f"{count} phantoms, {sick} with lesions, which are {share:.2%} of the foreground's voxels")
     print(f"{'map':<32}{'average precision':>20}{'AUROC of scans':>18}")
     for name, values in maps.items():

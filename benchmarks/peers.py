@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from benchmarks.lesions import detection, foreground, lesion_scans
+from benchmarks.lesions import detection, lesion_scans
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from scripts import figures
 from scripts.checkpoints import load_weights
 from scripts.command_line import run
 from scripts.evaluation import SampleComparison
 from scripts.files import write_csv
-from scripts.inferers import image_quality, restored_latent
+from scripts.inferers import foreground, image_quality, restored_latent
 from scripts.losses import bits_per_dim, negative_log_likelihood
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
@@ -262,7 +262,7 @@ def compare(
             diversity=compared["ms_ssim"]["held_out"]["mean"],
             lesions=test_count,
             sick=int(lesions.flatten(1).any(1).sum()),
-            share=lesions[foreground(sick, network_def.output_activation)].float().mean(),
+            share=lesions[foreground(sick, network_def)].float().mean(),
         )
     )
 

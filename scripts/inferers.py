@@ -288,11 +288,15 @@ def restored_latent(q: Posterior, threshold: float | None) -> Tensor:
     return torch.where(kl > threshold, prior_mean, q.mean)
 
 
-def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
-    """Of each scan's values where the scan exceeds 5 % of its range, `[batch]`; of all values, if it never does."""
+def foreground(scans: Tensor, network: VDVAE) -> Tensor:
+    """Where scans exceed 5 % of the range that they are scaled to, shaped like them."""
     low, high = OUTPUT_RANGES[network.output_activation]
-    foreground = scans > low + 0.05 * (high - low)
-    pairs = zip(values, foreground, strict=True)
+    return scans > low + 0.05 * (high - low)
+
+
+def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
+    """Of each scan's values in its foreground, `[batch]`; of all values, if it has none."""
+    pairs = zip(values, foreground(scans, network), strict=True)
     return torch.stack([torch.quantile(v[f] if f.any() else v.flatten(), percentile / 100) for v, f in pairs])
 
 
