@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 import joblib
 import monai
 import torch
-from joblib import Parallel, cpu_count, delayed
+from joblib import delayed
 from monai.data import ImageReader, MetaTensor, PersistentDataset
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
-from tqdm import tqdm
 
 from scripts import geometry, transforms
 from scripts.files import write_csv, write_whole
+from scripts.parallel import do_all, worth_starting
 from scripts.transforms import ScanError
 
 __all__ = ["ScanCache", "read_cohort"]
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 WITH_COMPANIONS = (".hdr", ".img", ".mhd", ".nhdr")
 POLICIES = ("warn", "skip", "fail")
 NAMED = 5  # scans that a warning names; the rest are counted
-TASKS_PER_PROCESS = 24  # a process takes several seconds to start
 
 
 class ScanCache(PersistentDataset):
@@ -206,10 +204,9 @@ def _read_all(dataset: ScanCache, workers: int, side: str) -> Iterator[dict[str,
     missing = [index for index, path in enumerate(paths) if path is None or not path.is_file()]
     found: dict[int, dict[str, Any] | ScanError] = {}
     if missing:
-        processes = max(1, min(workers, cpu_count(), 1 + len(missing) // TASKS_PER_PROCESS))
-        done = Parallel(n_jobs=processes, return_as="generator")(delayed(_try)(dataset, index) for index in missing)
-        bar = tqdm(done, total=len(missing), desc=f"reading {side} scans", unit="scan", file=sys.stderr)
-        found = dict(zip(missing, bar, strict=True))
+        jobs = [delayed(_try)(dataset, index) for index in missing]
+        done = do_all(jobs, worth_starting(len(jobs), workers), f"reading {side} scans")
+        found = dict(zip(missing, done, strict=True))
     for index in range(len(dataset)):
         yield found[index] if index in found else _try(dataset, index)
 

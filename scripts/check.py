@@ -24,7 +24,7 @@ import textwrap
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -34,18 +34,17 @@ import itk
 import nibabel as nib
 import numpy as np
 import SimpleITK
-from joblib import Parallel, cpu_count, delayed, parallel_config
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib import delayed
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from monai.utils import ensure_tuple
-from tqdm import tqdm
 
 from scripts import figures
 from scripts.command_line import run
 from scripts.datalist import find_scans, subject_names
 from scripts.files import write_csv
 from scripts.geometry import describe, differences, mixed_voxel_sizes, usual_voxel_size
+from scripts.parallel import do_all, worth_starting
 from scripts.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError, content_suffix
 
 __all__ = ["Report", "Scan", "check"]
@@ -83,7 +82,6 @@ PICTURE = 64  # voxels along each axis of what the contact sheet shows
 SAMPLE = 500  # scans whose median is the cohort's
 SHEET, SHEET_RANDOM = 96, 24  # scans on the contact sheet, and how many of them are a random sample at least
 TABLE = 40  # rows on the terminal
-TASKS_PER_PROCESS = 24  # a process takes several seconds to start
 
 VERDICTS = ("unusable", "suspicious", "passed over", "good")
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima", ".hdr", ".mgz", ".mgh", ".mnc")
@@ -208,7 +206,8 @@ def check(
     Raises:
         FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
         NotADirectoryError: when `dataset_dir` or `output_dir` is a file.
-        ValueError: when an argument makes no sense, or a worker process died.
+        ValueError: when an argument makes no sense.
+        OSError: when a worker process was killed.
     """
     _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
     root = Path(str(dataset_dir)).expanduser()
@@ -218,7 +217,7 @@ def check(
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
     suffixes, passed_over = _passed_over(root, {name for scan in names for name in scan})
     if workers is None:
-        workers = min(cpu_count(), 1 + len(files) // TASKS_PER_PROCESS)
+        workers = worth_starting(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
     shape = (len(files), channels, *(THUMBNAIL,) * spatial_dims)
     scans, seen = [], {}
@@ -226,7 +225,7 @@ def check(
         thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
         inspect = partial(_inspect, checks=checks)
         subjects = subject_names([scan[0] for scan in names])
-        for i, found in enumerate(_parallel(inspect, files, workers, "reading scans")):
+        for i, found in enumerate(do_all([delayed(inspect)(scan) for scan in files], workers, "reading scans")):
             scan = found.scan
             scan.path, scan.subject = _printable(";".join(names[i])), _printable(subjects[i])
             if found.thumbnail is not None:
@@ -243,28 +242,14 @@ def check(
     _write_report(output / "report.csv", rows)
     shown = _choose(scans)
     picture = partial(_picture, spatial_dims=spatial_dims)
-    pictures = list(_parallel(picture, [files[i] for i in shown], min(workers, 1 + len(shown) // 8), "drawing scans"))
+    jobs = [delayed(picture)(files[i]) for i in shown]
+    pictures = list(do_all(jobs, min(workers, 1 + len(shown) // 8), "drawing scans"))
     if pictures:
         figures.batch(output / "contact_sheet.png", pictures, [_caption(scans[i]) for i in shown], (0.0, 1.0))
     else:
         (output / "contact_sheet.png").unlink(missing_ok=True)  # of an earlier report
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
     return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows))
-
-
-def _parallel(function: Callable, items: Sequence, workers: int, what: str) -> Iterator:
-    """Results in the order of the items, each made by one thread, with a progress bar."""
-    with parallel_config("loky", inner_max_num_threads=1):
-        done = Parallel(n_jobs=max(1, min(workers, len(items))), return_as="generator")(
-            delayed(function)(item) for item in items
-        )
-    try:
-        yield from tqdm(done, total=len(items), desc=what, unit="scan", file=sys.stderr, disable=not items)
-    except TerminatedWorkerError as error:
-        raise ValueError(
-            "A worker process was killed, most likely for want of memory: lower --workers; with 1, the progress bar "
-            "shows at which scan it happens."
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- a scan

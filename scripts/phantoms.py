@@ -18,7 +18,6 @@ import json
 import logging
 import numbers
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -30,13 +29,13 @@ import nilearn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, cpu_count, delayed
+from joblib import delayed
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
 from scripts.command_line import run
 from scripts.files import write_bytes, write_text
+from scripts.parallel import do_all, worth_starting
 
 __all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "make_brains", "make_ellipsoids"]
 
@@ -464,11 +463,7 @@ def _make_cohort(
     logger.info("Making %d of %d phantoms (%s) in %s.", len(jobs), len(indices), recipe["kind"], folder)
     if mask_folder is not None:
         mask_folder.mkdir(parents=True, exist_ok=True)
-    if workers is None:
-        # A process takes several seconds to start, as long as a few dozen phantoms.
-        workers = min(cpu_count(), 1 + len(jobs) // 24)
-    done = Parallel(n_jobs=min(workers, len(jobs)), return_as="generator_unordered")(jobs)
-    for _ in tqdm(done, total=len(jobs), desc=f"phantoms ({recipe['kind']})", unit="scan", file=sys.stderr):
+    for _ in do_all(jobs, workers or worth_starting(len(jobs)), f"phantoms ({recipe['kind']})", in_order=False):
         pass
     return str(output_dir)
 

@@ -17,25 +17,24 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from joblib import Parallel, cpu_count, delayed
+from joblib import cpu_count, delayed
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from monai.data import MetaTensor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
 from scripts.command_line import run
 from scripts.datalist import find_scans
 from scripts.figures import plane
 from scripts.files import write_bytes, write_csv, write_text, write_whole
+from scripts.parallel import do_all
 from scripts.registration import (
     align,
     brain_centre,
@@ -122,7 +121,7 @@ def prepare(
 
     Raises:
         ValueError: an argument is outside what is said above, or two scans would get the same name.
-        OSError: a folder does not exist or holds no scan, or a worker process was ended by the system.
+        OSError: a folder does not exist or holds no scan, or a worker process was killed; what is done is kept.
     """
     _check(spacing, workers)
     scans = find_scans(dataset_dir, scan_pattern)
@@ -321,19 +320,8 @@ def _run(jobs: Sequence[_Job], workers: int | None, total: int) -> dict[str, str
         logger.info("All %d scans are prepared already.", total)
         return {}
     logger.info("Preparing %d of %d scans.", len(jobs), total)
-    workers = min(workers or cpu_count(), len(jobs))
-    failures = {}
-    done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_named)(job) for job in jobs)
-    try:
-        for name, reason in tqdm(done, total=len(jobs), desc="preparing", unit="scan", file=sys.stderr):
-            if reason is not None:
-                failures[name] = reason
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process was ended by the system, most likely for want of memory: lower --workers and run again, "
-            "what is done is kept."
-        ) from None
-    return failures
+    done = do_all([delayed(_named)(job) for job in jobs], workers or cpu_count(), "preparing", in_order=False)
+    return {name: reason for name, reason in done if reason is not None}
 
 
 def _named(job: _Job) -> tuple[str, str | None]:
