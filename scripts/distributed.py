@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import os
-import signal
+import pickle
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from scripts.parallel import end_with
 
 __all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "own_store", "parallel_network", "start", "stop"]
 
@@ -30,7 +32,6 @@ PATIENCE = timedelta(days=1)
 # of one that waits for the others' gradients; the first draws figures and saves checkpoints meanwhile
 STUCK = timedelta(hours=1)
 GRACE = 30  # seconds
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 _calls = itertools.count()  # of from_rank_zero, in the same order on all processes
 
@@ -60,7 +61,8 @@ def start() -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _end_with_the_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # it would train on without torchrun, beside the run's next start
+        end_with(os.getppid())
     # where torchrun itself holds the store, it has done so since before this process began, or it has been killed
     torchrun_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store, rank, processes = next(dist.rendezvous("env://", timeout=ANSWER if torchrun_has_it else PATIENCE))
@@ -101,12 +103,6 @@ def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
-def _end_with_the_launcher() -> None:
-    """Let Linux kill this process when torchrun is killed; it would train on otherwise, beside the run's next start."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def stop() -> None:
     """Part from the other processes, when all have come so far."""
     if dist.is_initialized():
@@ -119,7 +115,7 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     What a function returns, called by the first process alone while the others wait.
 
     Args:
-        function: its result must be small and picklable.
+        function: its result must be picklable, and small: compressed, less than the store's 8 MB for a value.
 
     Raises:
         Exception: what it raises, in the first process.
@@ -127,21 +123,23 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     if idist.get_world_size() == 1:
         return function(*args, **kwargs)
-    message: list[Any] = [None]
-    store, done = dist.distributed_c10d._get_default_store(), f"from rank zero {next(_calls)}"
+    # by the store, not by a broadcast: that one may wait for as long as it takes, and leaves no tensor of Python's with
+    # Gloo's threads, which abort when they release one while Python ends
+    store, key = dist.distributed_c10d._get_default_store(), f"from rank zero {next(_calls)}"
     if dist.get_rank() == 0:
+        message = b""
         try:
-            message = [(function(*args, **kwargs),)]
+            result = function(*args, **kwargs)
+            message = zlib.compress(pickle.dumps(result))
         finally:
-            store.set(done, "")
-            dist.broadcast_object_list(message, src=0)
-    else:
-        store.wait([done], PATIENCE)
-        dist.broadcast_object_list(message, src=0)
-        if message[0] is None:
-            time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
-            sys.exit(1)
-    return message[0][0]
+            store.set(key, message)
+        return result
+    store.wait([key], PATIENCE)
+    message = store.get(key)
+    if not message:
+        time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
+        sys.exit(1)
+    return pickle.loads(zlib.decompress(message))
 
 
 def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module, **kwargs: Any) -> nn.Module:

@@ -54,8 +54,8 @@ def network(cohort):
     torch.manual_seed(0)
     net = inference_config().get_parsed_content("network_def")
     net.set_template(x.mean(0), x.std(0), affine)
-    # a fifth of the KL, so that all latents have something to say so early
-    loss, optimizer = ELBOLoss(kl_warmup=1000), torch.optim.Adamax(net.parameters(), lr=0.02)
+    # a fiftieth of the KL, so that all latents have something to say so early
+    loss, optimizer = ELBOLoss(kl_warmup=10_000), torch.optim.Adamax(net.parameters(), lr=0.02)
     for _ in range(200):
         output = VDVAEOutput(*super(VDVAEReconstruction, net).forward(x))
         optimizer.zero_grad()
