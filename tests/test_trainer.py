@@ -106,6 +106,17 @@ def test_a_nan_in_a_batch_is_skipped_counted_and_named(batch_norm, caplog):
     assert math.isfinite(engine.state.metrics["bits_per_dim"])
 
 
+def test_a_nan_in_a_gradient_alone_is_skipped(caplog):
+    network = tiny()
+    before = weights(network)
+    next(network.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    engine = trainer(network)
+    engine.run()
+    assert engine.state.skipped == engine.state.updates == 2
+    assert torch.equal(weights(network), before)
+    assert "Update 1 skipped: the gradients' norm is nan (1 skipped so far). Its scans were (unnamed)" in caplog.text
+
+
 def test_a_huge_update_names_its_scans(caplog):
     trainer(tiny(), loader(), skip_grad_norm=1e-6, skip_warmup=1, accumulation_steps=2).run()
     assert caplog.text == ""

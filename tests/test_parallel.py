@@ -1,0 +1,78 @@
+"""Work in processes of its own, which do not outlive the one that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from joblib import delayed
+
+from scripts.parallel import do_all, worth_starting
+
+
+def test_results_come_in_the_order_of_the_jobs(capfd):
+    jobs = [delayed(divmod)(number, 3) for number in range(7)]
+    assert list(do_all(jobs, 2, "dividing")) == [divmod(number, 3) for number in range(7)]
+    assert "dividing: 100%" in capfd.readouterr().err
+    assert sorted(do_all(jobs, 2, "dividing", in_order=False, quiet=True)) == sorted(divmod(n, 3) for n in range(7))
+    assert list(do_all([], 2, "nothing")) == []
+
+
+def test_few_jobs_are_not_worth_a_process():
+    assert worth_starting(10) == 1
+    assert worth_starting(10_000) == os.cpu_count()
+    assert worth_starting(10_000, workers=1) == 1
+
+
+def test_a_killed_worker_ends_the_work_with_a_sentence():
+    with pytest.raises(OSError, match="A worker process was killed, most likely for want of memory: lower --workers"):
+        list(do_all([delayed(os.kill)(0, 0), delayed(os.abort)()], 2, "aborting"))
+
+
+SLEEPERS = """
+import time
+from joblib import delayed
+from scripts.parallel import do_all
+
+def sleep(path):
+    open(path, "w").close()
+    time.sleep(600)
+
+list(do_all([delayed(sleep)(str(i)) for i in range(2)], 2, "sleeping"))
+"""
+
+
+def marked(mark: str) -> list[str]:
+    """The processes that have this in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(folder.name)
+        except OSError:  # it has ended meanwhile, or is another user's
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends processes with their parent")
+def test_killing_a_process_ends_its_workers(tmp_path):
+    mark = f"PYTEST_SLEEPERS={tmp_path}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_SLEEPERS": str(tmp_path)}
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    process = subprocess.Popen([sys.executable, "sleepers.py"], cwd=tmp_path, env=environment)
+    while not all((tmp_path / name).exists() for name in "01"):
+        assert process.poll() is None
+        time.sleep(0.1)
+    assert len(marked(mark)) >= 3
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 15
+    while marked(mark) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert marked(mark) == []
