@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from types import FrameType
 
 import ignite.distributed as idist
@@ -16,16 +18,16 @@ __all__ = ["Interruption", "outlive_signals"]
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-PATIENCE = 60  # seconds
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+ONCE = 2.0  # seconds in which signals are one: at Ctrl-C torchrun and the terminal send one each
 
 
 class Interruption:
     """
-    At SIGTERM or SIGUSR1: end the running update, save a checkpoint, stop training.
+    At SIGTERM, SIGUSR1 or Ctrl-C: end the running update, save a checkpoint, stop training.
 
     The signal may reach any of several processes; all stop after the same update. One that comes while an epoch is
-    validated counts after that.
+    validated counts after that. Ctrl-C once more ends at once.
 
     Args:
         checkpoint: what saves the checkpoint.
@@ -34,6 +36,7 @@ class Interruption:
     def __init__(self, checkpoint: CheckpointHandler) -> None:
         self.checkpoint = checkpoint
         self._signal: int | None = None
+        self._since = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Attach last, so that all else of an update or an epoch is done."""
@@ -45,7 +48,10 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             trainer.run()
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._signal = None
+        # a shell lets what it starts in the background ignore Ctrl-C
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heeded}
         try:
             trainer.run()
         finally:
@@ -53,7 +59,13 @@ class Interruption:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        if self._signal is None:
+            self._signal, self._since = number, time.monotonic()
+            if number == signal.SIGINT and idist.get_rank() == 0:
+                # not by a stream: the signal may have come while one was being written to
+                os.write(2, b"\nEnding after this update; press Ctrl-C again to end without a checkpoint.\n")
+        elif number == signal.SIGINT and time.monotonic() - self._since > ONCE:
+            raise KeyboardInterrupt
 
     def _after_batch(self, engine: Engine) -> None:
         # the end of an epoch comes with its validation, which belongs to it
@@ -78,8 +90,8 @@ def outlive_signals(worker_id: int = 0) -> None:
     """
     Let a data loader's worker go on at the signals that :class:`Interruption` heeds, so that the update can be ended.
 
-    Launchers and schedulers send them to all processes of a job. The training process ends its workers itself; one that
-    it has not ended in a minute ends by itself.
+    Terminals, launchers and schedulers send them to all processes of a job. The training process tells its workers when
+    to end, and they end without it too.
     """
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: signal.alarm(PATIENCE))
+        signal.signal(number, signal.SIG_IGN)
