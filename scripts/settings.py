@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -13,9 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser
 
 from scripts.files import write_text
+
+logger = logging.getLogger(__name__)
 
 # what `python -m monai.bundle run` takes itself
 MONAI_ARGUMENTS = {
@@ -34,6 +38,10 @@ MONAI_ARGUMENTS = {
 }
 # how errors begin that MONAI raises from ours
 MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
+# seconds in which what a killed run has left, such as workers that still hold its lock, ends
+LEFTOVERS_END = 60.0
+
+_locks: dict[Path, FileLock] = {}  # of this process
 
 
 def end_errors_with_their_sentence() -> None:
@@ -128,12 +136,20 @@ def _literal(text: str) -> Any:
         return text
 
 
-def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str) -> None:
-    """Make sure, before anything is read, that a run can write and overwrites no other.
+def claim_output_dir(
+    output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str, patience: float = LEFTOVERS_END
+) -> None:
+    """Make sure, before anything is read, that a run can write, overwrites no other, and is alone in ``ckpt_dir``.
+
+    It is alone until this process ends or calls :func:`release_output_dir`, whatever becomes of it.
+
+    Args:
+        patience: seconds to wait for another run in ``ckpt_dir`` to end.
 
     Raises:
         NotADirectoryError, PermissionError: ``output_dir`` cannot be made or written to.
         FileExistsError: ``ckpt_dir`` holds the checkpoint of a run, and this one does not resume it.
+        BlockingIOError: another run is using ``ckpt_dir``.
     """
     folder = Path(output_dir)
     try:
@@ -152,6 +168,33 @@ def claim_output_dir(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike,
             f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: go on with it by --resume True (or auto, for what a "
             "scheduler or torchrun starts again), or set --output_dir to another folder."
         )
+    _lock(Path(ckpt_dir).absolute(), patience)
+
+
+def _lock(ckpt_dir: Path, patience: float) -> None:
+    if ckpt_dir in _locks:
+        return
+    ckpt_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(ckpt_dir.with_name(f".{ckpt_dir.name}.lock"), thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Another run is using ckpt_dir '%s': waiting %g s for its end.", ckpt_dir, patience)
+        try:
+            lock.acquire(timeout=patience, poll_interval=0.5)
+        except Timeout:
+            raise BlockingIOError(
+                f"ckpt_dir '{ckpt_dir}' is in use by another run, which would lose what this one writes: wait for its "
+                "end, or set --output_dir to another folder."
+            ) from None
+    _locks[ckpt_dir] = lock
+
+
+def release_output_dir(ckpt_dir: str | os.PathLike) -> None:
+    """Let other processes claim ``ckpt_dir``."""
+    lock = _locks.pop(Path(ckpt_dir).absolute(), None)
+    if lock is not None:
+        lock.release()
 
 
 def save_config(output_dir: str | os.PathLike, config: dict[str, Any]) -> None:

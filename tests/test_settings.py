@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from filelock import FileLock, Timeout
 
-from scripts.settings import claim_output_dir, command_line_config, save_config
+from scripts.settings import claim_output_dir, command_line_config, release_output_dir, save_config
 
 CONFIG = "configs/train.json"
 
@@ -86,3 +87,16 @@ def test_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="go on with it by --resume True"):
         claim_output_dir(tmp_path, tmp_path, resume=False)
     claim_output_dir(tmp_path, tmp_path, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    other = FileLock(tmp_path / ".checkpoints.lock")
+    with other, pytest.raises(BlockingIOError, match="is in use by another run"):
+        claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto", patience=0.1)
+    claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto")
+    claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto")  # the same process once more
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    release_output_dir(tmp_path / "checkpoints")
+    with other:
+        pass
