@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import joblib
 import monai
 import torch
@@ -19,6 +20,7 @@ from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
 from scripts import geometry, transforms
+from scripts.distributed import from_rank_zero, wait_for_all
 from scripts.files import write_csv, write_whole
 from scripts.parallel import do_all, worth_starting
 from scripts.transforms import ScanError
@@ -150,13 +152,15 @@ def read_cohort(
     """
     Read every scan of a run once, fill the cache with it, and say which scans cannot or should not be used.
 
+    Several processes (torchrun's) each read a share of the scans into the cache; then the first looks at all of them.
+
     Args:
         datalist: `{"training": [{"image": path}, ...], "validation": [...]}`.
         transform, cache_dir, half_precision: see :py:class:`ScanCache`.
         policy: what becomes of a scan that cannot be used, or whose geometry differs from what is expected. `warn`:
             the first ends the run, of the second the log tells. `skip`: both are left out, and written to
             `skipped_file` with the reason. `fail`: either ends the run.
-        workers: processes that read scans.
+        workers: processes that read scans, for each of torchrun's.
         skipped_file: a CSV file, written when `policy` is `skip` and something is left out.
 
     Returns:
@@ -168,6 +172,25 @@ def read_cohort(
     """
     if policy not in POLICIES:
         raise ValueError(f"scan_policy is '{policy}': it must be one of {', '.join(POLICIES)}.")
+    rank, processes = idist.get_rank(), idist.get_world_size()
+    if processes > 1 and cache_dir is not None:
+        for side, items in datalist.items():
+            share = ScanCache(items[rank::processes], transform, cache_dir, half_precision)
+            _read_missing(share, workers, f"reading {side} scans, {processes} processes")
+        wait_for_all()
+    return from_rank_zero(_select, datalist, transform, cache_dir, half_precision, policy, workers, skipped_file)
+
+
+def _select(
+    datalist: dict[str, list[dict]],
+    transform: Callable,
+    cache_dir: str | os.PathLike | None,
+    half_precision: bool,
+    policy: str,
+    workers: int,
+    skipped_file: str | os.PathLike | None,
+) -> dict[str, list[dict]]:
+    """The datalist without what is skipped."""
     kept, skipped, geometries, noted = {}, [], [], []
     for side, items in datalist.items():
         kept[side] = []
@@ -200,15 +223,18 @@ def read_cohort(
 
 def _read_all(dataset: ScanCache, workers: int, side: str) -> Iterator[dict[str, Any] | ScanError]:
     """The notes on each scan, in order, or why it cannot be used; what is not cached is read in parallel."""
-    paths = [dataset.path(index) for index in range(len(dataset))]
-    missing = [index for index, path in enumerate(paths) if path is None or not path.is_file()]
-    found: dict[int, dict[str, Any] | ScanError] = {}
-    if missing:
-        jobs = [delayed(_try)(dataset, index) for index in missing]
-        done = do_all(jobs, worth_starting(len(jobs), workers), f"reading {side} scans")
-        found = dict(zip(missing, done, strict=True))
+    found = _read_missing(dataset, workers, f"reading {side} scans")
     for index in range(len(dataset)):
         yield found[index] if index in found else _try(dataset, index)
+
+
+def _read_missing(dataset: ScanCache, workers: int, what: str) -> dict[int, dict[str, Any] | ScanError]:
+    """The same of the scans that are not cached, by their index."""
+    paths = [dataset.path(index) for index in range(len(dataset))]
+    missing = [index for index, path in enumerate(paths) if path is None or not path.is_file()]
+    jobs = [delayed(_try)(dataset, index) for index in missing]
+    done = do_all(jobs, worth_starting(len(jobs), workers), what, quiet=idist.get_rank() > 0)
+    return dict(zip(missing, done, strict=True))
 
 
 def _try(dataset: ScanCache, index: int) -> dict[str, Any] | ScanError:

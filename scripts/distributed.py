@@ -22,7 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scripts.parallel import end_with
 
-__all__ = ["batch_share", "from_rank_zero", "gather", "local_device", "own_store", "parallel_network", "start", "stop"]
+__all__ = [
+    "batch_share",
+    "from_rank_zero",
+    "gather",
+    "local_device",
+    "own_store",
+    "parallel_network",
+    "start",
+    "stop",
+    "wait_for_all",
+]
 
 T = TypeVar("T")
 
@@ -33,7 +43,8 @@ PATIENCE = timedelta(days=1)
 STUCK = timedelta(hours=1)
 GRACE = 30  # seconds
 
-_calls = itertools.count()  # of from_rank_zero, in the same order on all processes
+# of from_rank_zero and of wait_for_all, in the same order on all processes
+_calls, _meetings = itertools.count(), itertools.count()
 
 
 def local_device() -> torch.device:
@@ -140,6 +151,14 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
         sys.exit(1)
     return pickle.loads(zlib.decompress(message))
+
+
+def wait_for_all() -> None:
+    """Let nobody go on until all processes have come so far, which may take them long."""
+    if idist.get_world_size() > 1:
+        store, here = dist.distributed_c10d._get_default_store(), f"here {next(_meetings)}"
+        store.set(f"{here} {dist.get_rank()}", "")
+        store.wait([f"{here} {rank}" for rank in range(dist.get_world_size())], PATIENCE)
 
 
 def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module, **kwargs: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, TINY, bundle_command
+from conftest import ROOT, TINY, bundle_command, inference_config, run_bundle
 from monai.data import DataLoader, Dataset, MetaTensor
 
 from scripts.blocks import noise_from
+from scripts.cache import ScanCache, read_cohort
 from scripts.distributed import batch_share, from_rank_zero, gather, own_store, parallel_network
 from scripts.losses import ELBOLoss
 from scripts.networks import VDVAE
@@ -155,6 +157,29 @@ def test_what_processes_tell_each_other(tmp_path):
     assert sorted([*first["empty"], *second["empty"]]) == [0]
 
 
+def reading_together(rank):
+    """Both processes read a cohort. Returns what each read itself, and what it is told of all."""
+    folder = Path(os.environ["COHORT"])
+    items = [{"image": str(path), "subject": path.name} for path in sorted(folder.glob("*.nii.gz"))]
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        compute = ScanCache._compute
+        patch.setattr(ScanCache, "_compute", lambda self, i: read.append(self.data[i]["image"]) or compute(self, i))
+        steps = inference_config().get_parsed_content("preprocessing")
+        listed = {"training": items[:10], "validation": items[10:]}
+        kept = read_cohort(listed, steps, Path(os.environ["COHORT"]).parent / "shared_cache")
+    assert kept == listed
+    return read
+
+
+def test_two_processes_share_the_reading_of_a_cohort(cohort, tmp_path, monkeypatch):
+    shutil.copytree(cohort, tmp_path / "brains")
+    monkeypatch.setenv("COHORT", str(tmp_path / "brains"))
+    first, second = both(reading_together, tmp_path)
+    assert len(first) == len(second) == 6
+    assert sorted(first + second) == sorted(map(str, (tmp_path / "brains").glob("*.nii.gz")))
+
+
 def batch_norm_on_cpus(rank):
     with pytest.raises(ValueError, match="batch_norm over several processes needs GPUs"):
         parallel_network(lambda network: network, VDVAE(**NETWORK, batch_norm=True))
@@ -196,10 +221,10 @@ def test_two_processes_train_and_go_on(cohort, tmp_path):
     assert log.count("Epoch 1 training: bits per dim") == 1
     checkpoint = torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)
     assert checkpoint["updates"] == 2 * (11 // 4)  # as many as one process with twice the batch makes
-    with torchrun(options, *words, "--resume", True, "--epochs", 3) as run:
-        log = run.communicate(timeout=200)[0]
-    assert run.returncode == 0, log
-    assert "after epoch 2, update 4" in log
+    result = run_bundle(*words, "--resume", True, "--epochs", 3)  # one process goes on where two have stopped
+    assert result.returncode == 0, result.stderr
+    assert "after epoch 2, update 4" in result.stderr
+    assert "An epoch had 2 batches of 4 scans, and has 5 of 2 from now on." in result.stderr
     assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 3
 
 
