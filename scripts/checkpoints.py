@@ -97,8 +97,12 @@ def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     """
     path = Path(path)
     checkpoint = _load(path, mmap)
-    if not isinstance(checkpoint, dict) or not {"network", "average", "optimizer", "epoch"} <= checkpoint.keys():
-        raise CheckpointError(f"checkpoint '{path}' was not written by this bundle's training: it cannot be resumed.")
+    needed = {"network", "average", "optimizer", "epoch", "scans_into_epoch"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise CheckpointError(
+            f"checkpoint '{path}' was not written by this bundle's training, or by an earlier version of it: it cannot "
+            "be resumed; start from the model.pt beside it by --weights."
+        )
     return checkpoint
 
 
@@ -184,7 +188,8 @@ class CheckpointHandler:
         save_minutes: minutes from one to the next, likewise.
         keep_last: how many to keep, 1 or more.
         validator: the evaluator whose best metric says when to write ``best_model.pt``.
-        extras: what else belongs to the run (split, config), written as it is.
+        datalist: what the run trains and validates on, see :func:`scripts.datalist.make_datalist`.
+        extras: what else belongs to the run, written as it is.
         stateful: objects with ``state_dict`` and ``load_state_dict``, by name.
 
     Raises:
@@ -204,6 +209,7 @@ class CheckpointHandler:
         keep_checkpoints: bool = False,
         validator: Engine | None = None,
         stateful: dict[str, Any] | None = None,
+        datalist: dict[str, list[dict]] | None = None,
         extras: dict[str, Any] | None = None,
     ) -> None:
         if keep_last < 1:
@@ -219,6 +225,7 @@ class CheckpointHandler:
         self.keep_checkpoints = keep_checkpoints
         self.validator = validator
         self.stateful = stateful or {}
+        self.datalist = datalist
         self.extras = extras or {}
         self._saved_at = (0, time.monotonic())  # update, seconds
 
@@ -263,12 +270,17 @@ class CheckpointHandler:
             "optimizer": self.optimizer.state_dict(),
             "scaler": engine.scaler.state_dict(),
             "epoch": state.epoch if engine.epoch_ends else state.epoch - 1,
-            "iteration": state.iteration,
+            "scans_into_epoch": 0
+            if engine.epoch_ends
+            else state.iteration % state.epoch_length * _scans_a_batch(engine),
+            "batches": state.epoch_length,
+            "scans_a_batch": _scans_a_batch(engine),
             "updates": state.updates,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
             "best_metric": None if self.validator is None else self.validator.state.best_metric,
             "best_metric_epoch": None if self.validator is None else self.validator.state.best_metric_epoch,
+            "datalist": self.datalist,
             "average_updates": self.average.momentum_scheduler.event_index,
             **{name: item.state_dict() for name, item in self.stateful.items()},
             **self.extras,
@@ -296,7 +308,9 @@ class CheckpointHandler:
                 (self.ckpt_dir / newer).replace(self.ckpt_dir / older)
 
     def resume(self, engine: Engine, path: str | os.PathLike, restore_optimizer: bool = True) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, with the same scans, batch size and number of processes bit for bit.
+
+        With others the epoch goes on at the batch that holds the first scan that has not been seen in it.
 
         Args:
             engine: the trainer, before it runs.
@@ -304,7 +318,7 @@ class CheckpointHandler:
             restore_optimizer: False takes the weights alone and starts optimizer, epochs and history anew.
 
         Raises:
-            CheckpointError: it is damaged, of another architecture, or of another number of batches an epoch.
+            CheckpointError: it is damaged, of another architecture, or has trained on what is validated on now.
         """
         checkpoint = load_checkpoint(path)
         state = engine.state
@@ -313,17 +327,15 @@ class CheckpointHandler:
         if not restore_optimizer:
             logger.info("Starting anew from the weights of '%s' (epoch %d).", path, checkpoint["epoch"])
             return
-        within_epoch = checkpoint["iteration"] - checkpoint["epoch"] * state.epoch_length
-        if not 0 <= within_epoch < state.epoch_length:
-            raise CheckpointError(
-                f"checkpoint '{path}' has {checkpoint['iteration']} batches in {checkpoint['epoch']} epochs, but an "
-                f"epoch has {state.epoch_length} now: resume with the scans, batch_size and number of processes of the "
-                "run, or take its weights alone by --restore_optimizer False."
-            )
+        self._refuse_another_split(checkpoint, path)
+        within_epoch = place_in_epoch(
+            checkpoint["scans_into_epoch"], _scans_a_batch(engine), state.epoch_length, engine.accumulation_steps
+        )
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         engine.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("epoch", "iteration", "updates", "skipped", "skipped_in_a_row"):
+        for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
             setattr(state, name, checkpoint[name])
+        state.iteration = state.epoch * state.epoch_length + within_epoch
         if self.validator is not None and checkpoint["best_metric"] is not None:
             self.validator.state.best_metric = checkpoint["best_metric"]
             self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
@@ -337,6 +349,35 @@ class CheckpointHandler:
             f" and {within_epoch} batches" if within_epoch else "",
             state.updates,
         )
+        before, now = (checkpoint["batches"], checkpoint["scans_a_batch"]), (state.epoch_length, _scans_a_batch(engine))
+        if before != now:
+            logger.warning("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
+
+    def _refuse_another_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+        if self.datalist is None or checkpoint["datalist"] is None:
+            return
+        trained = {item["subject"] for item in checkpoint["datalist"]["training"]}
+        both = sorted(trained.intersection(item["subject"] for item in self.datalist["validation"]))
+        if both:
+            raise CheckpointError(
+                f"The run of '{path}' has trained on {len(both)} subject(s) that would be validated on now, such as "
+                f"'{both[0]}': the scans, or how they are split, have changed. Keep its split by --dataset_dir with "
+                "the datalist.json of its output_dir, or start a new run from its weights by --restore_optimizer False."
+            )
+
+
+def _scans_a_batch(engine: Engine) -> int:
+    """On all processes together."""
+    return engine.data_loader.batch_size * idist.get_world_size()
+
+
+def place_in_epoch(scans: int, scans_a_batch: int, batches: int, accumulation_steps: int = 1) -> int:
+    """How many batches of an epoch lie behind a run that has seen so many of its scans.
+
+    Whole updates, none of which holds a scan that has not been seen; at least one is left to do.
+    """
+    done = min(scans // scans_a_batch, batches - 1)
+    return done - done % accumulation_steps
 
 
 def _first_difference(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, bundle_command, run_bundle
 
-from scripts.checkpoints import CheckpointError, load_weights, newest_checkpoint
+from scripts.checkpoints import CheckpointError, load_weights, newest_checkpoint, place_in_epoch
 from scripts.networks import VDVAE
 
 
@@ -123,6 +123,39 @@ def test_what_resume_can_be(tmp_path):
         newest_checkpoint(tmp_path, resume="maybe")
 
 
+@pytest.mark.parametrize(
+    ("scans", "scans_a_batch", "batches", "accumulation_steps", "expected"),
+    [
+        (8, 4, 5, 1, 2),  # as it was saved
+        (8, 2, 10, 1, 4),  # half as many processes
+        (8, 3, 6, 1, 2),  # the third batch holds scan 8, which has not been seen
+        (8, 16, 1, 1, 0),
+        (18, 4, 4, 1, 3),  # fewer scans: one batch is left
+        (8, 2, 10, 3, 3),  # no update is begun
+        (0, 4, 5, 1, 0),
+    ],
+)
+def test_an_epoch_goes_on_with_other_batches(scans, scans_a_batch, batches, accumulation_steps, expected):
+    assert place_in_epoch(scans, scans_a_batch, batches, accumulation_steps) == expected
+
+
+def test_an_epoch_begun_with_one_batch_size_ends_with_another(earlier, cohort):
+    result = run(cohort, earlier, "--resume", "auto", "--batch_size", 3, "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    assert "after epoch 1 and 2 batches, update 9" in result.stderr  # 8 of the epoch's scans were seen, 6 count
+    assert "An epoch had 5 batches of 2 scans, and has 3 of 3 from now on." in result.stderr
+    saved = torch.load(earlier / "checkpoints" / "checkpoint.pt", weights_only=True)
+    assert (saved["epoch"], saved["updates"]) == (2, 10)
+
+
+def test_what_was_trained_on_is_not_validated_on(earlier, cohort):
+    result = run(cohort, earlier, "--resume", "auto", "--train_fraction", 0.5)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "has trained on 5 subject(s) that would be validated on now, such as 'sub-00" in last
+    assert "--dataset_dir with the datalist.json of its output_dir" in last
+
+
 class Harmful:
     def __init__(self, path):
         self.path = path
@@ -144,13 +177,20 @@ def test_a_pickle_that_would_run_code_is_refused(archive, tmp_path):
     assert not made.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_good_order(number, undisturbed, cohort, tmp_path):
-    """Sent to every process of the run, as schedulers do; the loaders' workers have to outlive it."""
+    """Sent to every process of the run, as schedulers and terminals do; the loaders' workers have to outlive it."""
     words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2, "--epochs", 3, "--num_workers", 2)
     command, environment = bundle_command(*words, "--resume", "auto")
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
     log = ""
     while "Epoch [1/3]" not in log:
