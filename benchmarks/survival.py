@@ -3,7 +3,8 @@
     python -m benchmarks.survival kills --count 20   # kill, go on, compare the weights with an undisturbed run's
     python -m benchmarks.survival ends               # end a run in every way, and look for processes that survive it
 
-Runs of two processes by torchrun (Gloo), a loader's worker each, a tiny network and twelve phantoms. Linux alone.
+Runs of two processes by torchrun (Gloo), a loader's worker each, a tiny network and twelve phantoms; where the first
+reading of the scans is ended, two workers each and 64 phantoms. Linux alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from scripts.phantoms import make_brains
 ROOT = Path(__file__).parent.parent
 CONFIGS = ["configs/train.json", "tests/tiny.json", "configs/multi_gpu_train.json"]
 MARK = "SURVIVAL_RUN"
-# a training process, a loader's worker, torchrun itself, and the process that writes a checkpoint
+# a training process, a worker of its loader, torchrun itself, and the process that writes a checkpoint
 VICTIMS = ("training", "loader", "torchrun", "while saving")
 PATIENCE = 15  # seconds that processes have to end
 LIMIT = 600  # seconds that a run may take
@@ -74,7 +75,7 @@ class Run:
         return self.log.read_text(errors="replace").count("Saved '")
 
     def processes(self) -> dict[int, str]:
-        """Those that are alive: ``torchrun``, its ``training`` processes, their ``loader`` workers, and orphans."""
+        """Those that are alive: ``torchrun``, its ``training`` processes, what these started as ``loader``, orphans."""
         parents = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -200,6 +201,7 @@ def ends(epochs: int = 100) -> None:
         words = settings(work, epochs)
         failing = work / "failing.json"
         write_text(failing, json.dumps({"+train#handlers": [{"_target_": "benchmarks.survival.FailOnOne"}]}))
+        reading = ("--dataset_dir", make_brains(work / "more", 64, spacing=8.0), "--num_workers", 2)
         ways: dict[str, Callable[[Run], object]] = {
             "normal": lambda run: None,
             "exception on one process": lambda run: None,
@@ -207,15 +209,22 @@ def ends(epochs: int = 100) -> None:
             "SIGTERM to torchrun": lambda run: run.process.terminate(),
             "SIGUSR1 to all": lambda run: [os.kill(pid, signal.SIGUSR1) for pid in run.processes()],
             "SIGKILL of a training process": lambda run: os.kill(run.of("training")[-1], signal.SIGKILL),
+            "SIGKILL of a loader's worker": lambda run: os.kill(run.of("loader")[0], signal.SIGKILL),
             "SIGKILL of torchrun": lambda run: run.process.kill(),
+            "SIGTERM to torchrun, reading": lambda run: run.process.terminate(),
+            "SIGKILL of a training process, reading": lambda run: os.kill(run.of("training")[0], signal.SIGKILL),
+            "SIGKILL of torchrun, reading": lambda run: run.process.kill(),
         }
         print("| end | alive before | exit code | all had ended after | alive then | its last words |")
         print("|---|---|---|---|---|---|", flush=True)
-        for way, end in ways.items():
+        for number, (way, end) in enumerate(ways.items()):
             configs = [*CONFIGS, str(failing)] if way.startswith("exception") else CONFIGS
             last = ("--epochs", 2) if way == "normal" else ()
-            run = Run(work, configs, *words, work / way.replace(" ", "_"), *last)
-            run.wait_for(lambda run=run: run.checkpoints and run.of("loader"))
+            reads = way.endswith("reading")
+            if reads:
+                last = (*reading, "--cache_dir", work / f"cache_{number}")
+            run = Run(work, configs, *words, work / str(number), *last)
+            run.wait_for(lambda run=run, reads=reads: (run.checkpoints or reads) and len(run.of("loader")) > 1)
             before = table(run.processes())
             end(run)
             code = run.process.wait(LIMIT)
