@@ -72,6 +72,8 @@ def start() -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # under SLURM Ignite takes the number of the task for that of the process, but torchrun is the only task of its node
+    os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # it would train on without torchrun, beside the run's next start
         end_with(os.getppid())
     # where torchrun itself holds the store, it has done so since before this process began, or it has been killed

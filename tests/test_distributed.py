@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ignite.distributed as idist
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 
 from scripts.blocks import noise_from
 from scripts.cache import ScanCache, read_cohort
-from scripts.distributed import batch_share, from_rank_zero, gather, own_store, parallel_network
+from scripts.distributed import batch_share, from_rank_zero, gather, own_store, parallel_network, start, stop
 from scripts.losses import ELBOLoss
 from scripts.networks import VDVAE
 from scripts.trainer import VDVAETrainer
@@ -125,11 +127,11 @@ def test_a_nan_in_one_process_is_skipped_by_both(tmp_path):
 def starting_again(rank):
     """Three starts with one store; one process comes late to the second, the other to the third."""
     store, prefixes = dist.FileStore(os.environ["SHARED_STORE"], 2), []
-    for start, late in enumerate((None, 1, 0)):
+    for attempt, late in enumerate((None, 1, 0)):
         if rank == late:
             time.sleep(1)
         own = own_store(store, rank, 2)
-        own.set(f"address {rank}", f"start {start}")
+        own.set(f"address {rank}", f"start {attempt}")
         prefixes.append(own.get(f"address {1 - rank}").decode())
         dist.barrier()
     return prefixes
@@ -252,3 +254,47 @@ def test_a_multi_gpu_config_without_torchrun(cohort, tmp_path):
     )
     assert run.returncode != 0
     assert "A multi_gpu config needs torchrun" in run.stderr
+
+
+def start_under_slurm(rank, folder, port):
+    task = {"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}  # torchrun's, the same for all that it starts
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ.update({**task, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    start()
+    torch.save([idist.get_rank(), idist.get_local_rank(), int(os.environ["LOCAL_RANK"])], Path(folder) / f"{rank}.pt")
+    stop()
+
+
+def test_under_slurm_each_process_keeps_its_own_device(tmp_path):
+    mp.spawn(start_under_slurm, (str(tmp_path), free_port()), nprocs=2)
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [[0, 0, 0], [1, 1, 1]]
+
+
+SLURM = {
+    "srun": f'echo $$ > "$SLURM_FOLDER/srun"; shift; exec {sys.executable} -m torch.distributed.run "$@"',
+    "scancel": 'echo "$@" >> "$SLURM_FOLDER/said"; kill -TERM "$(cat "$SLURM_FOLDER/srun")"',
+    "scontrol": 'echo "$@" >> "$SLURM_FOLDER/said"; echo localhost',
+}
+
+
+@pytest.mark.parametrize("script", ["one_node.sh", "nodes.sh"])
+def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(script, cohort, tmp_path):
+    """With commands of the same names as SLURM's, of which the first runs what it is given."""
+    for name, does in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "PROCESSES": "2"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | job | {"SLURM_FOLDER": str(tmp_path), "PATH": path, "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "out"
+    words = ["--config_file", str(TRAIN), "--batch_size", "2", "--epochs", "1000"]
+    with (tmp_path / "log").open("wb") as log:
+        command = ["bash", f"docs/slurm/{script}", str(cohort), str(output), *words]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    while not (output / "checkpoints" / "checkpoint.pt").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 0
+    assert "Stopped by SIGTERM after update " in (tmp_path / "log").read_text(encoding="utf-8")
+    assert "--signal=TERM 7.0\nrequeue 7\n" in (tmp_path / "said").read_text()
