@@ -127,8 +127,8 @@ def settings(work: Path, epochs: int) -> tuple[object, ...]:
     return (*words, "--num_workers", 1, "--save_updates", 1, "--resume", "auto", "--output_dir")
 
 
-def kill_one(run: Run, what: str, output: Path, chance: random.Random) -> str:
-    """SIGKILL one process of a kind. Returns which, as a sentence."""
+def kill_one(run: Run, what: str, output: Path, chance: random.Random) -> int | None:
+    """SIGKILL one process of a kind. Returns its number, or None where the run had ended."""
     if what == "while saving":
         run.wait_for(lambda: list((output / "checkpoints").glob(".*.checkpoint.pt")), interval=0)
         victims = run.of("training")[:1]
@@ -136,10 +136,10 @@ def kill_one(run: Run, what: str, output: Path, chance: random.Random) -> str:
         run.wait_for(lambda: run.of(what))
         victims = run.of(what)
     if not victims:
-        return "none, it had ended"
+        return None
     victim = chance.choice(victims)
     os.kill(victim, signal.SIGKILL)
-    return str(victim)
+    return victim
 
 
 def kills(count: int = 20, seed: int = 0, epochs: int = 4, first: str = "training") -> None:
@@ -163,10 +163,10 @@ def kills(count: int = 20, seed: int = 0, epochs: int = 4, first: str = "trainin
         print(f"Undisturbed: first checkpoint after {earliest:.0f} s, the end after {whole.seconds:.0f} s.\n")
         print("| kill | of | pid | after | checkpoints by then | went on by | weights at the end |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        same = 0
-        for number in range(count):
-            output = work / str(number)
-            what = VICTIMS[(VICTIMS.index(first) + number) % len(VICTIMS)]
+        same = kill = 0
+        while kill < count:
+            output = Path(tempfile.mkdtemp(dir=work))
+            what = VICTIMS[(VICTIMS.index(first) + kill) % len(VICTIMS)]
             run = Run(work, CONFIGS, *words, output, restarts=3)
             # by its progress, not by the clock, since other programs may slow it down
             saves, seconds = chance.randrange(2 * epochs - 1), chance.uniform(0, earliest)
@@ -174,7 +174,11 @@ def kills(count: int = 20, seed: int = 0, epochs: int = 4, first: str = "trainin
             run.wait_for(
                 lambda run=run, until=run.seconds + (seconds if saves == 0 else seconds / 20): run.seconds > until
             )
-            row = f"{kill_one(run, what, output, chance)} | {run.seconds:.1f} s | {run.checkpoints}"
+            victim = kill_one(run, what, output, chance)
+            if victim is None:  # too late: again
+                continue
+            kill += 1
+            row = f"{victim} | {run.seconds:.1f} s | {run.checkpoints}"
             went_on = "torchrun's restart"
             if run.process.wait(LIMIT) != 0:
                 went_on = f"a new start, when the last process had ended ({run.seconds_to_silence():.1f} s)"
@@ -182,9 +186,7 @@ def kills(count: int = 20, seed: int = 0, epochs: int = 4, first: str = "trainin
             ended = final_weights(output)
             identical = all(torch.equal(tensor, ended[name]) for name, tensor in expected.items())
             same += identical
-            print(
-                f"| {number + 1} | {what} | {row} | {went_on} | {'identical' if identical else 'DIFFER'} |", flush=True
-            )
+            print(f"| {kill} | {what} | {row} | {went_on} | {'identical' if identical else 'DIFFER'} |", flush=True)
     print(f"\n{same} of {count} ended with the weights of the undisturbed run, bit for bit.")
     sys.exit(0 if same == count else 1)
 

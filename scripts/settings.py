@@ -147,34 +147,38 @@ def claim_output_dir(
         patience: seconds to wait for another run in ``ckpt_dir`` to end.
 
     Raises:
-        NotADirectoryError, PermissionError: ``output_dir`` cannot be made or written to.
+        NotADirectoryError, PermissionError: a folder cannot be made or written to.
         FileExistsError: ``ckpt_dir`` holds the checkpoint of a run, and this one does not resume it.
         BlockingIOError: another run is using ``ckpt_dir``.
     """
-    folder = Path(output_dir)
+    _make_writable("output_dir", Path(output_dir))
+    _make_writable("ckpt_dir", Path(ckpt_dir).absolute().parent)  # it is made itself by the first checkpoint
+    _lock(Path(ckpt_dir).absolute(), patience)
+    if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
+        release_output_dir(ckpt_dir)
+        raise FileExistsError(
+            f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: go on with it by --resume True (or auto, for what a "
+            "scheduler or torchrun starts again), or set --output_dir to another folder."
+        )
+
+
+def _make_writable(name: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"output_dir '{folder}' is not a folder: set --output_dir to one.") from error
+        raise NotADirectoryError(f"{name} '{folder}' is not a folder: set --{name} to one.") from error
     except OSError as error:
         raise PermissionError(
-            f"output_dir '{folder}' cannot be written to ({error.strerror}): "
-            "set --output_dir to a folder that you can write to."
+            f"{name} '{folder}' cannot be written to ({error.strerror}): "
+            f"set --{name} to a folder that you can write to."
         ) from error
-    if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
-        raise FileExistsError(
-            f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: go on with it by --resume True (or auto, for what a "
-            "scheduler or torchrun starts again), or set --output_dir to another folder."
-        )
-    _lock(Path(ckpt_dir).absolute(), patience)
 
 
 def _lock(ckpt_dir: Path, patience: float) -> None:
     if ckpt_dir in _locks:
         return
-    ckpt_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(ckpt_dir.with_name(f".{ckpt_dir.name}.lock"), thread_local=False)
     try:
         lock.acquire(timeout=0)

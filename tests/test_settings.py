@@ -80,6 +80,8 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
 def test_an_output_folder_that_cannot_be_written_to_is_refused(tmp_path):
     with pytest.raises(PermissionError, match="output_dir '/proc/nothing' cannot be written to"):
         claim_output_dir("/proc/nothing", tmp_path, resume=False)
+    with pytest.raises(PermissionError, match="ckpt_dir '/proc/nothing' cannot be written to"):
+        claim_output_dir(tmp_path, "/proc/nothing/checkpoints", resume=False)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
