@@ -127,7 +127,7 @@ def test_two_processes_find_what_one_finds(run, evaluated, by_two):
     output, log = by_two
     summary, _, _ = evaluated
     assert log.count("Evaluation:") == 1
-    assert log.count("reading validation scans:   0%") == 1
+    assert log.count("reading validation scans, 2 processes:   0%") == 1
     same(json.loads((output / "evaluation" / "summary.json").read_text()), summary)
     one, two = (list(csv.DictReader((p / "evaluation" / "evaluation.csv").open())) for p in (run, output))
     assert [row["image"] for row in one] == [row["image"] for row in two]
