@@ -2,6 +2,7 @@
 
     python -m benchmarks.survival kills --count 20   # kill, go on, compare the weights with an undisturbed run's
     python -m benchmarks.survival ends               # end a run in every way, and look for processes that survive it
+    python -m benchmarks.survival nodes              # take one of two nodes from a run, and give it another
 
 Runs of two processes by torchrun (Gloo), a loader's worker each, a tiny network and twelve phantoms; where the first
 reading of the scans is ended, two workers each and 64 phantoms. Linux alone.
@@ -14,12 +15,13 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +36,7 @@ CONFIGS = ["configs/train.json", "tests/tiny.json", "configs/multi_gpu_train.jso
 MARK = "SURVIVAL_RUN"
 # a training process, a worker of its loader, torchrun itself, and the process that writes a checkpoint
 VICTIMS = ("training", "loader", "torchrun", "while saving")
+STANDALONE = ("--standalone", "--nnodes=1", "--nproc_per_node=2")
 PATIENCE = 15  # seconds that processes have to end
 LIMIT = 600  # seconds that a run may take
 
@@ -52,15 +55,23 @@ class FailOnOne:
 class Run:
     """A training run by torchrun and its processes, which carry a mark of their own in their environment."""
 
-    def __init__(self, folder: Path, configs: list[str], *words: object, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        configs: list[str],
+        *words: object,
+        restarts: int = 0,
+        meeting: Sequence[str] = STANDALONE,
+        **environment: str,
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.log = folder / f"{self.mark}.log"
         self.start = time.monotonic()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
+        launcher = ["-m", "torch.distributed.run", *meeting]
         launcher += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         command = [sys.executable, *launcher, "-m", "monai.bundle", "run", "training"]
         command += ["--config_file", str(configs), *map(str, words)]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -71,8 +82,13 @@ class Run:
         return time.monotonic() - self.start
 
     @property
+    def text(self) -> str:
+        """What the run has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+
+    @property
     def checkpoints(self) -> int:
-        return self.log.read_text(errors="replace").count("Saved '")
+        return self.text.count("Saved '")
 
     def processes(self) -> dict[int, str]:
         """Those that are alive: ``torchrun``, its ``training`` processes, what these started as ``loader``, orphans."""
@@ -239,10 +255,55 @@ def ends(epochs: int = 100) -> None:
     sys.exit(1 if survivors else 0)
 
 
+def nodes(epochs: int = 150, port: int = 29619) -> None:
+    """Kill one of two nodes of a run, start another in its place, and print how the run goes on.
+
+    Args:
+        epochs: of the run, long enough for all that.
+        port: of this machine, where the nodes meet.
+    """
+    meeting = ["--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    meeting += ["--rdzv_id=nodes", "--rdzv_conf=last_call_timeout=5"]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        words = (*settings(work, epochs), work / "output")
+
+        def start() -> Run:
+            # PyTorch's own store of the first meeting cannot be found by a node that comes later
+            return Run(work, CONFIGS, *words, restarts=3, meeting=meeting, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+        def changes() -> list[str]:
+            """Each place where the run went on, as the first process, which may be on any node, tells it."""
+            lines = (line for run in runs for line in run.text.splitlines())
+            told = [line for line in lines if "Resuming from" in line or "An epoch had" in line]
+            return [re.sub(r"^\S+ |from '.*?' ", "", line) for line in sorted(told, key=lambda line: line[:8])]
+
+        def is_host() -> bool:
+            with socket.socket() as asking:
+                return asking.connect_ex(("127.0.0.1", port)) == 0
+
+        runs = [start()]
+        runs[0].wait_for(is_host)  # that one has to stay
+        runs.append(start())
+        runs[0].wait_for(lambda: any(run.checkpoints > 1 for run in runs))
+        for pid in runs[1].processes():
+            os.kill(pid, signal.SIGKILL)
+        print("One of two nodes is killed:", flush=True)
+        runs[0].wait_for(lambda: any("of 2 from now on" in line for line in changes()))
+        runs[0].wait_for(lambda before=runs[0].checkpoints: runs[0].checkpoints > before)
+        print("\n".join(changes()), "Another node comes:", sep="\n", flush=True)
+        known = len(changes())
+        runs.append(start())
+        codes = [run.process.wait(LIMIT) for run in (runs[0], runs[2])]
+        print("\n".join(changes()[known:]))
+        updates = torch.load(work / "output" / "checkpoints" / "checkpoint.pt", weights_only=True)["updates"]
+        print(f"Both end with code {codes}, after {updates} updates.")
+    sys.exit(max(codes))
+
+
 def last_words(run: Run) -> str:
     """What the bundle itself said last of checkpoints."""
-    lines = run.log.read_text(errors="replace").replace("\r", "\n").splitlines()
-    told = [line for line in lines if "Saved '" in line or "Stopped by" in line]
+    told = [line for line in run.text.splitlines() if "Saved '" in line or "Stopped by" in line]
     return re.sub(r".*?(Saved|Stopped)( '.*')?", r"\1", told[-1]) if told else "-"
 
 
@@ -253,4 +314,4 @@ def table(processes: dict[int, str]) -> str:
 
 
 if __name__ == "__main__":
-    run("python -m benchmarks.survival", {"kills": kills, "ends": ends})
+    run("python -m benchmarks.survival", {"kills": kills, "ends": ends, "nodes": nodes})

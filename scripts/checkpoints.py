@@ -351,7 +351,7 @@ class CheckpointHandler:
         )
         before, now = (checkpoint["batches"], checkpoint["scans_a_batch"]), (state.epoch_length, _scans_a_batch(engine))
         if before != now:
-            logger.warning("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
+            logger.info("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
 
     def _refuse_another_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
         if self.datalist is None or checkpoint["datalist"] is None:

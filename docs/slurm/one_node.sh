@@ -22,7 +22,8 @@ again() {
 }
 trap again USR1
 
-srun .venv/bin/torchrun --standalone --nnodes=1 --nproc_per_node="$processes" --max-restarts=3 \
+srun .venv/bin/torchrun --standalone --nnodes=1 --nproc_per_node="$processes" \
+    --max-restarts=3 --shutdown-timeout=240 \
     -m monai.bundle run training --config_file "['configs/train.json','configs/multi_gpu_train.json']" \
     --dataset_dir "$1" --output_dir "$2" --resume auto "${@:3}" &
 training=$!
