@@ -24,7 +24,8 @@ again() {
 trap again USR1
 
 srun .venv/bin/torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$processes" \
-    --max-restarts=3 --shutdown-timeout=240 --rdzv_backend=c10d --rdzv_endpoint="$first:29500" --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+    --max-restarts=3 --shutdown-timeout=240 \
+    --rdzv_backend=c10d --rdzv_endpoint="$first:29500" --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     -m monai.bundle run training --config_file "['configs/train.json','configs/multi_gpu_train.json']" \
     --dataset_dir "$1" --output_dir "$2" --resume auto "${@:3}" &
 training=$!
