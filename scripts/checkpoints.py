@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LATEST = "checkpoint.pt"
 DAMAGED = "damaged_checkpoint.pt"
+STREAK = 5  # skipped updates in a row, which are no longer the fault of a scan or two
 
 
 class CheckpointError(RuntimeError):
@@ -179,6 +180,8 @@ class CheckpointHandler:
     epoch's is kept as ``checkpoint_epoch=N.pt`` too. ``model.pt`` holds the averaged weights alone, a state dict, of
     the newest checkpoint, and ``best_model.pt`` those of the epoch whose key validation metric was best.
 
+    While updates are skipped in a row nothing is saved as time passes: it would push out what is from better times.
+
     Args:
         ckpt_dir: made if needed.
         network: the network in training.
@@ -193,7 +196,7 @@ class CheckpointHandler:
         stateful: objects with ``state_dict`` and ``load_state_dict``, by name.
 
     Raises:
-        ValueError: ``keep_last`` is below 1.
+        ValueError: a number is too small, or none.
     """
 
     def __init__(
@@ -212,8 +215,14 @@ class CheckpointHandler:
         datalist: dict[str, list[dict]] | None = None,
         extras: dict[str, Any] | None = None,
     ) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}: keep 1 checkpoint or more.")
+        for name, value, least in (
+            ("save_interval", save_interval, 1),
+            ("keep_last", keep_last, 1),
+            ("save_updates", 1 if save_updates is None else save_updates, 1),
+            ("save_minutes", 0 if save_minutes is None else save_minutes, 0),
+        ):
+            if not isinstance(value, int | float) or value < least:
+                raise ValueError(f"{name} is {value!r}: set it to a number from {least} up.")
         self.ckpt_dir = Path(ckpt_dir)
         self.network = unwrap(network)
         self.average = average
@@ -242,14 +251,15 @@ class CheckpointHandler:
         self._saved_at = (engine.state.updates, time.monotonic())
 
     def _after_batch(self, engine: Engine) -> None:
-        if engine.between_updates and not engine.epoch_ends and self._due(engine):
+        if engine.between_updates and not engine.epoch_ends and self._due(engine) and _goes_well(engine):
             self.save(engine)
 
     def _after_epoch(self, engine: Engine) -> None:
         state = engine.state
         if self.validator is not None and self.validator.state.best_metric_epoch == state.epoch:
             self._write(self.average.ema_model.state_dict(), "best_model.pt")
-        if state.epoch % self.save_interval == 0 or state.epoch == state.max_epochs or self._due(engine):
+        due = state.epoch % self.save_interval == 0 or self._due(engine)
+        if state.epoch == state.max_epochs or (due and _goes_well(engine)):
             self.save(engine)
 
     def _due(self, engine: Engine) -> bool:
@@ -331,6 +341,7 @@ class CheckpointHandler:
         within_epoch = place_in_epoch(
             checkpoint["scans_into_epoch"], _scans_a_batch(engine), state.epoch_length, engine.accumulation_steps
         )
+        rates = [_base_rate(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         engine.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
@@ -342,6 +353,7 @@ class CheckpointHandler:
         self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
         for name, item in self.stateful.items():
             item.load_state_dict(checkpoint[name])
+        self._set_learning_rates(engine, rates)
         logger.info(
             "Resuming from '%s' after epoch %d%s, update %d.",
             path,
@@ -352,6 +364,16 @@ class CheckpointHandler:
         before, now = (checkpoint["batches"], checkpoint["scans_a_batch"]), (state.epoch_length, _scans_a_batch(engine))
         if before != now:
             logger.info("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
+
+    def _set_learning_rates(self, engine: Engine, rates: list[float]) -> None:
+        """Those of this run in the place of a checkpoint's, at the same point of their schedule."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            before = _base_rate(group)
+            if rate != before:
+                group["lr"], group["initial_lr"] = rate * group["lr"] / before, rate
+                logger.info("The learning rate was %g, and is %g from now on.", before, rate)
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.base_lrs = rates
 
     def _refuse_another_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
         if self.datalist is None or checkpoint["datalist"] is None:
@@ -364,6 +386,15 @@ class CheckpointHandler:
                 f"'{both[0]}': the scans, or how they are split, have changed. Keep its split by --dataset_dir with "
                 "the datalist.json of its output_dir, or start a new run from its weights by --restore_optimizer False."
             )
+
+
+def _base_rate(group: dict[str, Any]) -> float:
+    """The learning rate before its schedule."""
+    return group.get("initial_lr", group["lr"])
+
+
+def _goes_well(engine: Engine) -> bool:
+    return engine.state.skipped_in_a_row < STREAK
 
 
 def _scans_a_batch(engine: Engine) -> int:

@@ -332,8 +332,9 @@ def check_batch_size(training: list, batch_size: int, of: int | None = None) -> 
     if len(training) < batch_size:
         total = f" of the {of} scans" if of is not None else " scan(s)"
         raise ValueError(
-            f"The training side holds {len(training)}{total}, fewer than batch_size {batch_size}: lower --batch_size, "
-            "add scans, or raise --train_fraction or --max_scans."
+            f"The training side holds {len(training)}{total}, fewer than batch_size {batch_size}: lower --batch_size "
+            "(or the number of processes, of whose batches this is the sum), add scans, or raise --train_fraction or "
+            "--max_scans."
         )
 
 

@@ -293,7 +293,7 @@ def save_nifti(path: str | os.PathLike, scan: Tensor, affine: Any) -> None:
 
 
 def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
-    """Say where a run's results are."""
+    """Say where a run's results are, those that there are."""
     for what, path in (
         ("Weights (averaged)", Path(ckpt_dir) / "model.pt"),
         ("Checkpoint to resume from", Path(ckpt_dir) / "checkpoint.pt"),
@@ -301,4 +301,5 @@ def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
         ("Numbers", Path(output_dir) / "history.csv"),
         ("TensorBoard", Path(output_dir) / "tensorboard"),
     ):
-        logger.info("%s: %s", what, path)
+        if path.exists():
+            logger.info("%s: %s", what, path)

@@ -19,7 +19,7 @@ __all__ = ["Interruption", "outlive_signals"]
 logger = logging.getLogger(__name__)
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-ONCE = 2.0  # seconds in which signals are one: at Ctrl-C torchrun and the terminal send one each
+ONCE = 1.0  # seconds in which signals are one: at Ctrl-C torchrun and the terminal send one each
 
 
 class Interruption:
@@ -27,7 +27,7 @@ class Interruption:
     At SIGTERM, SIGUSR1 or Ctrl-C: end the running update, save a checkpoint, stop training.
 
     The signal may reach any of several processes; all stop after the same update. One that comes while an epoch is
-    validated counts after that. Ctrl-C once more ends at once.
+    validated counts after that. Ctrl-C once more, a second later, ends this process at once.
 
     Args:
         checkpoint: what saves the checkpoint.
@@ -61,7 +61,7 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal, self._since = number, time.monotonic()
-            if number == signal.SIGINT and idist.get_rank() == 0:
+            if number == signal.SIGINT and idist.get_world_size() == 1:
                 # not by a stream: the signal may have come while one was being written to
                 os.write(2, b"\nEnding after this update; press Ctrl-C again to end without a checkpoint.\n")
         elif number == signal.SIGINT and time.monotonic() - self._since > ONCE:
@@ -78,11 +78,12 @@ class Interruption:
         if not number or all_done:
             return
         self.checkpoint.save(engine)
-        logger.warning(
-            "Stopped by %s after update %d; the checkpoint is saved, go on by --resume True.",
-            signal.Signals(int(number)).name,
-            engine.state.updates,
-        )
+        if idist.get_rank() == 0:
+            logger.warning(
+                "Stopped by %s after update %d; the checkpoint is saved, go on by --resume True.",
+                signal.Signals(int(number)).name,
+                engine.state.updates,
+            )
         engine.terminate()
 
 

@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from ignite.exceptions import NotComputableError
 from ignite.metrics import Average, Metric, MetricsLambda
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
 from torch import Tensor
@@ -21,6 +22,16 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fin
 MS_SSIM_KERNEL = 7  # voxels; the usual 11 would leave 32 voxels two scales
 
 
+class FiniteAverage(Average):
+    """Ignite's ``Average``, NaN where there was nothing to average."""
+
+    def compute(self) -> Tensor:
+        try:
+            return super().compute()
+        except NotComputableError:
+            return torch.tensor(math.nan)
+
+
 def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only: bool = False) -> dict[str, Metric]:
     """Means over all scans of what a trainer or evaluator of this bundle reports.
 
@@ -31,7 +42,7 @@ def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only
     Args:
         network: says how many latents there are and how large they are; it needs a ``spatial_shape``.
         device: where the sums are kept.
-        finite_only: leave out scans whose number is not finite, which training skips.
+        finite_only: leave out scans whose number is not finite, which training skips; NaN if there is no other.
     """
 
     def _mean(values: Callable[[dict[str, Any]], torch.Tensor]) -> Metric:
@@ -42,7 +53,7 @@ def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only
             # ignite counts the rows of a matrix, and a vector as one
             return (found[found.isfinite()] if finite_only else found).unsqueeze(1)
 
-        return MetricsLambda(torch.Tensor.item, Average(column, device=device))
+        return MetricsLambda(torch.Tensor.item, FiniteAverage(column, device=device))
 
     metrics = {name: _mean(itemgetter(name)) for name in PER_SCAN}
     for index, grid in enumerate(network.latent_grids()):

@@ -48,6 +48,9 @@ def end_errors_with_their_sentence() -> None:
     """Let the last line of a traceback be the error's own sentence, which MONAI's config parser wraps in others."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("\nStopped before the end; what was saved before is whole.", file=sys.stderr)
+            return
         sys.__excepthook__(kind, error, trace)
         root = error
         while root.__cause__ is not None and str(root).startswith(MONAI_WRAPPINGS):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from ignite.metrics import Metric
@@ -234,7 +235,7 @@ class VDVAETrainer(SupervisedTrainer):
                 f"{self.max_skips} updates in a row (max_skips) were skipped because the gradients were not finite or "
                 f"their norm was above skip_grad_norm ({self.skip_grad_norm:g}; the last was {norm:g}). Look at the "
                 "scans that are named above; lower --learning_rate, raise --skip_grad_norm, or train without --amp, "
-                "and go on from the last checkpoint, whose weights are good, by --resume True."
+                "and go on by --resume True from the last checkpoint, which was saved before."
             )
         return norm
 
@@ -248,6 +249,8 @@ class VDVAETrainer(SupervisedTrainer):
         scans = gather(self._scans)
         broken = [name for name, finite in scans if not finite]
         named = broken or [name for name, _ in scans]
+        if idist.get_rank() > 0:  # one tells for all
+            return
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         what = "The likelihood is not finite of" if broken else "Its scans were"
         logger.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, bundle_command, run_bundle
 
-from scripts.checkpoints import CheckpointError, load_weights, newest_checkpoint, place_in_epoch
+from scripts.checkpoints import CheckpointError, CheckpointHandler, load_weights, newest_checkpoint, place_in_epoch
 from scripts.networks import VDVAE
 
 
@@ -146,6 +147,36 @@ def test_an_epoch_begun_with_one_batch_size_ends_with_another(earlier, cohort):
     assert "An epoch had 5 batches of 2 scans, and has 3 of 3 from now on." in result.stderr
     saved = torch.load(earlier / "checkpoints" / "checkpoint.pt", weights_only=True)
     assert (saved["epoch"], saved["updates"]) == (2, 10)
+
+
+def rates(folder):
+    with (folder / "history.csv").open() as file:
+        rows = csv.DictReader(file)
+        return [float(row["value"]) for row in rows if row["quantity"] == "learning_rate"]
+
+
+def test_a_run_goes_on_with_another_learning_rate(earlier, cohort):
+    result = run(cohort, earlier, "--resume", "auto", "--learning_rate", 0.001, "--learning_rate_warmup", 10)
+    assert result.returncode == 0, result.stderr
+    assert "The learning rate was 0.002, and is 0.001 from now on." in result.stderr
+    assert rates(earlier) == pytest.approx([0.002 * 6 / 20, 0.001, 0.001])
+
+
+def test_while_updates_are_skipped_nothing_is_saved(cohort, tmp_path):
+    words = ("--skip_grad_norm", 1e-6, "--skip_warmup", 3, "--max_skips", 9, "--save_updates", 1, "--keep_last", 9)
+    result = run(cohort, tmp_path, *words)
+    assert result.returncode == 1
+    assert "Error: 9 updates in a row (max_skips) were skipped" in result.stderr
+    saved = [torch.load(path, weights_only=True) for path in (tmp_path / "checkpoints").glob("checkpoint*.pt")]
+    assert sorted(checkpoint["updates"] for checkpoint in saved) == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("save_interval", 0), ("save_updates", 0), ("save_minutes", -1), ("keep_last", "two")]
+)
+def test_numbers_that_make_no_sense_are_refused(key, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{key} is {value!r}: set it to a number from "):
+        CheckpointHandler(tmp_path, torch.nn.Identity(), None, None, **{key: value})
 
 
 def test_what_was_trained_on_is_not_validated_on(earlier, cohort):

@@ -109,12 +109,21 @@ def test_a_nan_in_a_batch_is_skipped_counted_and_named(batch_norm, caplog):
 def test_a_nan_in_a_gradient_alone_is_skipped(caplog):
     network = tiny()
     before = weights(network)
-    next(network.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    next(network.parameters()).register_hook(lambda gradient: gradient * math.nan)
     engine = trainer(network)
     engine.run()
     assert engine.state.skipped == engine.state.updates == 2
     assert torch.equal(weights(network), before)
     assert "Update 1 skipped: the gradients' norm is nan (1 skipped so far). Its scans were (unnamed)" in caplog.text
+
+
+def test_an_epoch_in_which_nothing_is_finite_goes_by():
+    metrics = elbo_metrics(tiny(), finite_only=True)
+    engine = trainer(tiny(), loader(count=2, batch_size=1), key_train_metric=key_metric(metrics))
+    engine.loss_function = lambda output, scans, update: (output.loc.mean() * math.nan, output.kl.sum(1) * math.nan)
+    engine.run()
+    assert engine.state.skipped == 2
+    assert math.isnan(engine.state.metrics["bits_per_dim"])
 
 
 def test_a_huge_update_names_its_scans(caplog):
