@@ -134,8 +134,8 @@ def main(
     if updates:
         step = step_rate(size, batch_size, updates)
         print(f"{'training step':<32}{step:>10.3f}   ({torch.get_num_threads()} threads, batch {batch_size})")
-        print(f"{'first epoch / training step':<32}{first / step:>10.1f}")
-        print(f"{'cached / training step':<32}{later / step:>10.1f}")
+        print(f"{'first epoch / training step':<32}{first / step:>10.3f}")
+        print(f"{'cached / training step':<32}{later / step:>10.3f}")
 
 
 if __name__ == "__main__":
