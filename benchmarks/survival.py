@@ -52,6 +52,19 @@ class FailOnOne:
             raise RuntimeError("something in one process")
 
 
+def marked(mark: str) -> dict[int, int]:
+    """The processes that are alive and carry a mark in their environment, each with its parent."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                parents |= {} if state == "Z" else {int(folder.name): int(parent)}
+        except OSError:  # it ended meanwhile
+            continue
+    return parents
+
+
 class Run:
     """A training run by torchrun and its processes, which carry a mark of their own in their environment."""
 
@@ -92,15 +105,7 @@ class Run:
 
     def processes(self) -> dict[int, str]:
         """Those that are alive: ``torchrun``, its ``training`` processes, what these started as ``loader``, orphans."""
-        parents = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
-                    state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                    parents |= {} if state == "Z" else {int(folder.name): int(parent)}
-            except OSError:  # it ended meanwhile
-                continue
-        places = {}
+        parents, places = marked(self.mark), {}
         for pid, parent in sorted(parents.items()):
             grandparent = parents.get(parent)
             if pid == self.process.pid:

@@ -43,8 +43,7 @@ PATIENCE = timedelta(days=1)
 STUCK = timedelta(hours=1)
 GRACE = 30  # seconds
 
-# of from_rank_zero and of wait_for_all, in the same order on all processes
-_calls, _meetings = itertools.count(), itertools.count()
+_calls = itertools.count()  # of from_rank_zero and of wait_for_all, in the same order on all processes
 
 
 def local_device() -> torch.device:
@@ -158,7 +157,7 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def wait_for_all() -> None:
     """Let nobody go on until all processes have come so far, which may take them long."""
     if idist.get_world_size() > 1:
-        store, here = dist.distributed_c10d._get_default_store(), f"here {next(_meetings)}"
+        store, here = dist.distributed_c10d._get_default_store(), f"here {next(_calls)}"
         store.set(f"{here} {dist.get_rank()}", "")
         store.wait([f"{here} {rank}" for rank in range(dist.get_world_size())], PATIENCE)
 

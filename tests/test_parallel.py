@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from joblib import delayed
 
+from benchmarks.survival import MARK, marked
 from scripts.parallel import do_all, worth_starting
 
 
@@ -38,6 +38,7 @@ def test_a_killed_worker_ends_the_work_with_a_sentence():
 SLEEPERS = """
 import time
 from joblib import delayed
+from benchmarks.survival import MARK, marked
 from scripts.parallel import do_all
 
 def sleep(path):
@@ -48,22 +49,10 @@ list(do_all([delayed(sleep)(str(i)) for i in range(2)], 2, "sleeping"))
 """
 
 
-def marked(mark: str) -> list[str]:
-    """The processes that have this in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found.append(folder.name)
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends processes with their parent")
 def test_killing_a_process_ends_its_workers(tmp_path):
-    mark = f"PYTEST_SLEEPERS={tmp_path}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_SLEEPERS": str(tmp_path)}
+    mark = str(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), MARK: mark}
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
     process = subprocess.Popen([sys.executable, "sleepers.py"], cwd=tmp_path, env=environment)
     while not all((tmp_path / name).exists() for name in "01"):
@@ -75,4 +64,4 @@ def test_killing_a_process_ends_its_workers(tmp_path):
     until = time.monotonic() + 15
     while marked(mark) and time.monotonic() < until:
         time.sleep(0.1)
-    assert marked(mark) == []
+    assert marked(mark) == {}
