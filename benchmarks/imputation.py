@@ -23,12 +23,12 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
-from scripts.blocks import noise_from
-from scripts.command_line import run
-from scripts.inference import scan_generator
-from scripts.inferers import Imputation
+from scripts.inference.engine import scan_generator
+from scripts.inference.inferers import Imputation
+from scripts.layers.blocks import noise_from
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
+from scripts.utils.command_line import run
 
 ITERATIONS = (1, 2, 5, 10, 20, 50)
 SLAB, RADIUS = 20.0, 20.0  # mm

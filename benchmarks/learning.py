@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from torch import Tensor
 
-from scripts.command_line import run
-from scripts.files import write_whole
-from scripts.losses import bits_per_dim, negative_log_likelihood
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.utils.command_line import run
+from scripts.utils.files import write_whole
 
 UPDATES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 

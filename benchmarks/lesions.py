@@ -20,11 +20,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.checkpoints import load_weights
-from scripts.command_line import run
-from scripts.inferers import Scoring, foreground, foreground_percentile
+from scripts.inference.inferers import Scoring, foreground, foreground_percentile
 from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
+from scripts.training.checkpoints import load_weights
+from scripts.utils.command_line import run
 
 LESION = 0.25  # the share of a voxel that makes it one of a lesion
 

@@ -21,12 +21,12 @@ from monai.data import DataLoader
 from monai.transforms import Compose
 
 from benchmarks.step import CONFIGS, TrainingStep, network_def
-from scripts.cache import ScanCache
-from scripts.command_line import run
-from scripts.datalist import find_scans
+from scripts.data.cache import ScanCache
+from scripts.data.datalist import find_scans
 from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
-from scripts.seeds import SeededDataset
+from scripts.training.seeding import SeededDataset
+from scripts.utils.command_line import run
 
 
 def transforms(size: int) -> ConfigParser:

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.step import TrainingStep, network_def
-from scripts.command_line import run
 from scripts.networks import VDVAE
+from scripts.utils.command_line import run
 
 GIB = 2**30
 TABLE_SIZES = (32, 64, 128, 256)

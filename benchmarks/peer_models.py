@@ -22,13 +22,13 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 
-from scripts.blocks import gaussian_noise, standard_deviation
-from scripts.files import write_whole
-from scripts.losses import negative_log_likelihood
+from scripts.layers.blocks import gaussian_noise, standard_deviation
 from scripts.networks import OUTPUT_STD_RANGE, TEMPLATE_INPUT_STD
+from scripts.training.losses import negative_log_likelihood
+from scripts.utils.files import write_whole
 
 COMPONENTS = (4, 16, 64, 128, 256, 384, 512)  # of a PCA, from which to choose
-SMOOTHING = 0.4  # voxels, of variances; what scripts.template says of it holds of PCA's residuals too
+SMOOTHING = 0.4  # voxels, of variances; what scripts.training.voxel_statistics says of it holds of PCA's residuals too
 KL_WEIGHT = 1e-6  # of MONAI's autoencoders for latent diffusion
 KL_WARMUP = 300  # updates, of the VAE
 MAX_GRAD_NORM = 1.0
@@ -65,7 +65,7 @@ class Peer(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, count: int) -> Tensor:
-        """New scans, by noise of :py:func:`scripts.blocks.gaussian_noise`."""
+        """New scans, by noise of :py:func:`scripts.layers.blocks.gaussian_noise`."""
 
     def anomaly(self, x: Tensor) -> Tensor:
         """How far each voxel lies above what was expected, in standard deviations."""

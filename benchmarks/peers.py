@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 from benchmarks.lesions import detection, lesion_scans
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
-from scripts import figures
-from scripts.checkpoints import load_weights
-from scripts.command_line import run
-from scripts.evaluation import SampleComparison
-from scripts.files import write_csv
-from scripts.inferers import foreground, image_quality, restored_latent
-from scripts.losses import bits_per_dim, negative_log_likelihood
+from scripts.inference.evaluation import SampleComparison
+from scripts.inference.inferers import foreground, image_quality, restored_latent
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
+from scripts.training.checkpoints import load_weights
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.utils import figures
+from scripts.utils.command_line import run
+from scripts.utils.files import write_csv
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 COLUMNS = {
@@ -72,7 +72,7 @@ class Ours(Peer):
 
     Args:
         network: the network.
-        restore: see :py:class:`scripts.inferers.Scoring`.
+        restore: see :py:class:`scripts.inference.inferers.Scoring`.
         temperature: of samples.
     """
 
@@ -145,7 +145,7 @@ def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float,
 def compare_samples(
     peer: Peer, scans: Tensor, samples: int, scratch_dir: Path, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """MMD and MS-SSIM of samples and of the scans, as :py:class:`scripts.evaluation.SampleComparison` finds them."""
+    """MMD and MS-SSIM of samples and of scans: :py:class:`scripts.inference.evaluation.SampleComparison`."""
     return SampleComparison(
         peer,
         [{"image": scan} for scan in scans],

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.step import TrainingStep, network_def
-from scripts.command_line import run
-from scripts.distributed import parallel_network
 from scripts.networks import VDVAE
+from scripts.utils.command_line import run
+from scripts.utils.distributed import parallel_network
 
 PROCESSES = 2
 

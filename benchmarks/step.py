@@ -8,8 +8,8 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from scripts.losses import ELBOLoss, weight_penalty
 from scripts.networks import VDVAE
+from scripts.training.losses import ELBOLoss, weight_penalty
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = (8, 32, 64, 128, 256)

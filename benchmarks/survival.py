@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from ignite.engine import Engine, Events
 
-from scripts.command_line import run
-from scripts.files import write_text
 from scripts.phantoms import make_brains
+from scripts.utils.command_line import run
+from scripts.utils.files import write_text
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ["configs/train.json", "tests/tiny.json", "configs/multi_gpu_train.json"]
@@ -37,7 +37,7 @@ MARK = "SURVIVAL_RUN"
 # a training process, a worker of its loader, torchrun itself, and the process that writes a checkpoint
 VICTIMS = ("training", "loader", "torchrun", "while saving")
 STANDALONE = ("--standalone", "--nnodes=1", "--nproc_per_node=2")
-PATIENCE = 15  # seconds that processes have to end
+RANK_ZERO_TIMEOUT = 15  # seconds that processes have to end
 LIMIT = 600  # seconds that a run may take
 
 
@@ -129,7 +129,7 @@ class Run:
     def seconds_to_silence(self) -> float:
         """Until no process is alive; at most so many as they have."""
         start = time.monotonic()
-        while self.processes() and time.monotonic() - start < PATIENCE:
+        while self.processes() and time.monotonic() - start < RANK_ZERO_TIMEOUT:
             self.process.poll()
             time.sleep(0.1)
         return time.monotonic() - start

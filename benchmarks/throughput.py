@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step import TrainingStep, network_def
-from scripts.command_line import run
 from scripts.networks import VDVAE
+from scripts.utils.command_line import run
 
 
 class ConvShape(NamedTuple):

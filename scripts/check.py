@@ -39,13 +39,13 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 from monai.utils import ensure_tuple
 
-from scripts import figures
-from scripts.command_line import run
-from scripts.datalist import find_scans, subject_names
-from scripts.files import write_csv
-from scripts.geometry import describe, differences, mixed_voxel_sizes, usual_voxel_size
-from scripts.parallel import do_all, worth_starting
-from scripts.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError, content_suffix
+from scripts.data.datalist import find_scans, subject_names
+from scripts.data.geometry import describe, differences, mixed_voxel_sizes, usual_voxel_size
+from scripts.data.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError, content_suffix
+from scripts.utils import figures
+from scripts.utils.command_line import run
+from scripts.utils.files import write_csv
+from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["Report", "Scan", "check"]
 
@@ -101,7 +101,7 @@ class Scan:
 
     Attributes:
         path: relative to the data set, the channels' paths joined by ";".
-        subject: as :py:mod:`scripts.datalist` reads it from the path.
+        subject: as :py:mod:`scripts.data.datalist` reads it from the path.
         verdict: `unusable`, `suspicious`, `passed over` (an image that `scan_pattern` does not match) or `good`.
         reasons: half sentences.
         shape, orientation: of the stored axes.
@@ -137,7 +137,7 @@ class Scan:
     contrast: float | None = None
     duplicate_of: str | None = None
 
-    def accuse(self, verdict: str, reason: str) -> None:
+    def flag(self, verdict: str, reason: str) -> None:
         """Add a reason; the worst verdict stays."""
         self.verdict = min(self.verdict, verdict, key=VERDICTS.index)
         self.reasons.append(reason)
@@ -192,7 +192,7 @@ def check(
     Args:
         dataset_dir: the folder that holds the scans. Nothing in it is changed.
         scan_pattern: a glob on the files' names, or a list of them, one a channel; see
-            :py:func:`scripts.datalist.find_scans`.
+            :py:func:`scripts.data.datalist.find_scans`.
         output_dir: folder for the report, made if need be; `check` in the current folder if not given.
         workers: processes to use; as many as there are cores, fewer for few scans, if not given.
         spacing: the voxel size in mm that is expected along each axis (right, anterior, superior), or one for all; what
@@ -217,7 +217,7 @@ def check(
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
     suffixes, passed_over = _passed_over(root, {name for scan in names for name in scan})
     if workers is None:
-        workers = worth_starting(len(files))
+        workers = choose_workers(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
     shape = (len(files), channels, *(THUMBNAIL,) * spatial_dims)
     scans, seen = [], {}
@@ -225,7 +225,7 @@ def check(
         thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
         inspect = partial(_inspect, checks=checks)
         subjects = subject_names([scan[0] for scan in names])
-        for i, found in enumerate(do_all([delayed(inspect)(scan) for scan in files], workers, "reading scans")):
+        for i, found in enumerate(run_parallel([delayed(inspect)(scan) for scan in files], workers, "reading scans")):
             scan = found.scan
             scan.path, scan.subject = _printable(";".join(names[i])), _printable(subjects[i])
             if found.thumbnail is not None:
@@ -243,7 +243,7 @@ def check(
     shown = _choose(scans)
     picture = partial(_picture, spatial_dims=spatial_dims)
     jobs = [delayed(picture)(files[i]) for i in shown]
-    pictures = list(do_all(jobs, min(workers, 1 + len(shown) // 8), "drawing scans"))
+    pictures = list(run_parallel(jobs, min(workers, 1 + len(shown) // 8), "drawing scans"))
     if pictures:
         figures.batch(output / "contact_sheet.png", pictures, [_caption(scans[i]) for i in shown], (0.0, 1.0))
     else:
@@ -267,17 +267,17 @@ def _inspect(paths: list[Path], checks: CheckScand) -> Found:
         checks({"image": image})
         _check_files(paths)
         for difference in image.meta["differences"]:
-            scan.accuse("suspicious", difference)
+            scan.flag("suspicious", difference)
         _note_series(scan, paths)
         _note_values(scan, image)
         upright = _upright(image)
         return Found(scan, _digest(upright), _scaled(FitShape(THUMBNAIL)(upright)).astype(np.float16))
     except ScanError as error:
-        scan.accuse("unusable", _without_name(str(error), paths))
+        scan.flag("unusable", _without_name(str(error), paths))
     except MemoryError:
-        scan.accuse("unusable", "its header asks for more memory than there is, so it is damaged, or far too large")
+        scan.flag("unusable", "its header asks for more memory than there is, so it is damaged, or far too large")
     except Exception as error:  # one scan in 40,000 must not end the reading of the others
-        scan.accuse("unusable", f"it cannot be checked ({type(error).__name__}: {error})")
+        scan.flag("unusable", f"it cannot be checked ({type(error).__name__}: {error})")
     return Found(scan)
 
 
@@ -339,18 +339,16 @@ def _note_series(scan: Scan, paths: list[Path]) -> None:
         if path.is_dir():
             series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
             if len(series) > 1:
-                scan.accuse("suspicious", f"its folder holds {len(series)} DICOM series, of which one is read")
+                scan.flag("suspicious", f"its folder holds {len(series)} DICOM series, of which one is read")
 
 
 def _note_values(scan: Scan, image: MetaTensor) -> None:
     pixels = image.as_tensor().numpy()
     highest = pixels == scan.maximum
     if (highest | (pixels == scan.minimum)).all():
-        scan.accuse("suspicious", "it holds two values only, as a mask does")
+        scan.flag("suspicious", "it holds two values only, as a mask does")
     elif highest.mean() > CLIPPED:
-        scan.accuse(
-            "suspicious", f"{highest.mean():.0%} of its voxels have its highest value, {scan.maximum:g}: clipped"
-        )
+        scan.flag("suspicious", f"{highest.mean():.0%} of its voxels have its highest value, {scan.maximum:g}: clipped")
 
 
 def _upright(image: MetaTensor) -> MetaTensor:
@@ -367,7 +365,7 @@ def _note_duplicate(scan: Scan, first: Scan) -> None:
     if first is not scan:
         scan.duplicate_of = first.path
         other = "" if scan.subject == first.subject else ", which is named as another subject's"
-        scan.accuse("suspicious", f"it has the same voxels as '{first.path}'{other}")
+        scan.flag("suspicious", f"it has the same voxels as '{first.path}'{other}")
 
 
 def _scaled(image: MetaTensor) -> np.ndarray:
@@ -427,17 +425,17 @@ def _compare_looks(scans: list[Scan], thumbnails: np.memmap, indices: list[int])
             if getattr(scan, name) < limit
         ]
         if unlike:
-            scan.accuse(
+            scan.flag(
                 "suspicious", f"it is unlike the others: its correlation with their median is {', '.join(unlike)}"
             )
         if not emptiest <= scan.background <= fullest:
             usual = f"{max(emptiest, 0):.0%} to {min(fullest, 1):.0%}"
-            scan.accuse("suspicious", f"{scan.background:.0%} of it is background, where {usual} is usual")
+            scan.flag("suspicious", f"{scan.background:.0%} of it is background, where {usual} is usual")
         if not narrowest <= extent <= widest:
             usual = f"{10 ** np.median(ranges):.3g}"
-            scan.accuse("suspicious", f"its intensities span {10**extent:.3g}, where some {usual} is usual")
+            scan.flag("suspicious", f"its intensities span {10**extent:.3g}, where some {usual} is usual")
         if non_negative and depth > NEGATIVE:
-            scan.accuse("suspicious", f"it has negative voxels (down to {scan.minimum:.4g}), which the others have not")
+            scan.flag("suspicious", f"it has negative voxels (down to {scan.minimum:.4g}), which the others have not")
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -466,7 +464,7 @@ def _compare_geometry(scans: list[Scan], spacing: Any, field_of_view: Any, orien
 def _accuse_differences(scans: list[Scan], words: str, **expected: Any) -> None:
     for scan in scans:
         for difference in differences(scan.geometry, **expected):
-            scan.accuse("suspicious", re.sub(r"(is|are) expected$", words, difference))
+            scan.flag("suspicious", re.sub(r"(is|are) expected$", words, difference))
 
 
 def _accuse_sizes(scans: list[Scan], name: str, size: Callable[[Scan], float]) -> None:
@@ -476,7 +474,7 @@ def _accuse_sizes(scans: list[Scan], name: str, size: Callable[[Scan], float]) -
     for scan, value in zip(scans, sizes, strict=True):
         if not low <= value <= high:
             usual = f"{10 ** np.median(sizes):.3g} mm"
-            scan.accuse("suspicious", f"its {name} measures {10**value:.3g} mm, where some {usual} is usual")
+            scan.flag("suspicious", f"its {name} measures {10**value:.3g} mm, where some {usual} is usual")
 
 
 # --------------------------------------------------------------------------------------------- what is passed over

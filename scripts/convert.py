@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.blocks import LATENT_STD_RANGE, ResidualBlock
-from scripts.command_line import run
-from scripts.files import write_text, write_whole
+from scripts.layers.blocks import LATENT_STD_RANGE, ResidualBlock
 from scripts.networks import OUTPUT_STD_RANGE, VDVAE
+from scripts.utils.command_line import run
+from scripts.utils.files import write_text, write_whole
 
 ENCODER, DECODER, OUTPUT = (
     "bottom_up_graph_1_state_dict",

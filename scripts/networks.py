@@ -17,19 +17,19 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from scripts.blocks import (
+from scripts.layers.blocks import (
+    DisabledLatent,
     FirstLatent,
-    LatentOff,
     Posterior,
     ResidualBlock,
     StochasticBlock,
     channels_last,
-    double,
+    downsample,
     gaussian_noise,
     gelu_conv,
-    halve,
     make_conv,
     standard_deviation,
+    upsample,
 )
 
 OUTPUT_STD_RANGE = (1e-2, 1.0)
@@ -87,12 +87,12 @@ class Encoder(nn.Module):
     def _halve(self, x: Tensor, level: int) -> Tensor:
         """Bring x from the level before to ``level``."""
         if self.downsamples is None:
-            x = halve(x)
+            x = downsample(x)
         else:
             # TorchScript indexes modules by literal numbers only
-            for number, downsample in enumerate(self.downsamples):
+            for number, strided in enumerate(self.downsamples):
                 if number == level - 1:
-                    x = downsample(x)
+                    x = strided(x)
         return x
 
 
@@ -168,18 +168,18 @@ class Decoder(nn.Module):
         for group, blocks in enumerate(self.groups):
             for position, block in enumerate(blocks):
                 if group > 0 and position == 0:
-                    x = double(x)
+                    x = upsample(x)
                 x = block.reconstruct(x, features[len(features) - 1 - group])
         return x
 
 
 def _step(block: nn.Module, x: Tensor, enters_level: bool) -> Tensor:
     # doubling belongs inside what is checkpointed: the coarse tensor is an eighth of the memory
-    return block(double(x) if enters_level else x)
+    return block(upsample(x) if enters_level else x)
 
 
 def _stochastic_step(block, x, feature, z, temperature, enters_level, keep_posterior):
-    x, kl, q = block(double(x) if enters_level else x, feature, z, temperature)
+    x, kl, q = block(upsample(x) if enters_level else x, feature, z, temperature)
     return x, kl, q if keep_posterior else None
 
 
@@ -405,7 +405,7 @@ class VDVAE(nn.Module):
                         )
                     )
                 elif index in off:
-                    group.append(LatentOff(spatial_dims, width, widths[k]))
+                    group.append(DisabledLatent(spatial_dims, width, widths[k]))
                 else:
                     block = StochasticBlock(
                         spatial_dims,

@@ -33,9 +33,9 @@ from joblib import delayed
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from scripts.command_line import run
-from scripts.files import write_bytes, write_text
-from scripts.parallel import do_all, worth_starting
+from scripts.utils.command_line import run
+from scripts.utils.files import write_bytes, write_text
+from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "make_brains", "make_ellipsoids"]
 
@@ -463,7 +463,7 @@ def _make_cohort(
     logger.info("Making %d of %d phantoms (%s) in %s.", len(jobs), len(indices), recipe["kind"], folder)
     if mask_folder is not None:
         mask_folder.mkdir(parents=True, exist_ok=True)
-    for _ in do_all(jobs, workers or worth_starting(len(jobs)), f"phantoms ({recipe['kind']})", in_order=False):
+    for _ in run_parallel(jobs, workers or choose_workers(len(jobs)), f"phantoms ({recipe['kind']})", in_order=False):
         pass
     return str(output_dir)
 

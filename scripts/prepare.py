@@ -30,12 +30,8 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from scripts.command_line import run
-from scripts.datalist import find_scans
-from scripts.figures import plane
-from scripts.files import write_bytes, write_csv, write_text, write_whole
-from scripts.parallel import do_all
-from scripts.registration import (
+from scripts.data.datalist import find_scans
+from scripts.data.registration import (
     align,
     brain_centre,
     foreground,
@@ -44,7 +40,11 @@ from scripts.registration import (
     template,
     template_brain,
 )
-from scripts.transforms import CheckScand, LoadScand, ScanError
+from scripts.data.transforms import CheckScand, LoadScand, ScanError
+from scripts.utils.command_line import run
+from scripts.utils.figures import plane
+from scripts.utils.files import write_bytes, write_csv, write_text, write_whole
+from scripts.utils.parallel import run_parallel
 
 __all__ = ["Prepared", "judge", "prepare"]
 
@@ -65,7 +65,7 @@ LIMITS = {
     "rotation": (0.0, 45.0),
 }
 # How far from the cohort's median, in robust standard deviations, and the least that such a deviation is taken to be.
-OUTLYING, FEWEST = 4.0, 8
+OUTLYING, MIN_COHORT = 4.0, 8
 FLOORS = {"similarity": 0.02, "overlap": 0.02, "log_volume_ratio": 0.1, "stretch": 0.02}
 
 
@@ -320,7 +320,7 @@ def _run(jobs: Sequence[_Job], workers: int | None, total: int) -> dict[str, str
         logger.info("All %d scans are prepared already.", total)
         return {}
     logger.info("Preparing %d of %d scans.", len(jobs), total)
-    done = do_all([delayed(_named)(job) for job in jobs], workers or cpu_count(), "preparing", in_order=False)
+    done = run_parallel([delayed(_named)(job) for job in jobs], workers or cpu_count(), "preparing", in_order=False)
     return {name: reason for name, reason in done if reason is not None}
 
 
@@ -342,7 +342,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         The rows with a ``verdict``, ``ok`` or ``check``, and its ``reasons``, those to check first, worst first.
     """
     judged = [(dict(row), _beyond_limits(row)) for row in rows]
-    if len(rows) >= FEWEST:
+    if len(rows) >= MIN_COHORT:
         for name, floor in FLOORS.items():
             values = np.array([_value(row, name) for row in rows])
             deviation = max(1.4826 * float(np.median(np.abs(values - np.median(values)))), floor)
@@ -384,13 +384,13 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
     else:
         (folder / "failed.csv").unlink(missing_ok=True)
     expected = {job.result(".nii.gz") for job in jobs.values()}
-    strangers = sorted(p for p in folder.rglob("*.nii.gz") if p not in expected and not p.name.startswith("."))
-    if strangers:
+    unexpected_files = sorted(p for p in folder.rglob("*.nii.gz") if p not in expected and not p.name.startswith("."))
+    if unexpected_files:
         logger.warning(
             "%d file(s) in %s come from none of the scans, such as %s: remove them if they are left over.",
-            len(strangers),
+            len(unexpected_files),
             folder,
-            strangers[0],
+            unexpected_files[0],
         )
     if not rows:
         for name in ("alignment.csv", "contact_sheet.png", "datalist.json"):

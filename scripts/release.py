@@ -29,10 +29,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from torch import Tensor
 
-from scripts.checkpoints import CheckpointError, load_weights
-from scripts.command_line import run
-from scripts.files import write_bytes
 from scripts.networks import VDVAE
+from scripts.training.checkpoints import CheckpointError, load_weights
+from scripts.utils.command_line import run
+from scripts.utils.files import write_bytes
 
 __all__ = ["ReleaseError", "make_release", "ship_weights"]
 
@@ -172,9 +172,12 @@ def _check_layout(root: Path, files: Sequence[str]) -> None:
     for file in files:
         if not file.startswith(("configs/", "scripts/")):
             continue
-        for module in re.findall(r"\bscripts\.([a-z]\w*)", (root / file).read_text(encoding="utf-8")):
-            if f"scripts/{module}.py" not in files:
-                raise ReleaseError(f"'{file}' uses 'scripts/{module}.py', which git does not track: add it.")
+        for module in re.findall(r"\bscripts((?:\.[a-z]\w*)+)", (root / file).read_text(encoding="utf-8")):
+            # a dotted name may end in a function of a module, and stops at a module
+            parts = module[1:].split(".")
+            paths = ["/".join(["scripts", *parts[: n + 1]]) for n in range(len(parts))]
+            if not any(f"{path}.py" in files for path in paths) and f"{paths[-1]}/__init__.py" not in files:
+                raise ReleaseError(f"'{file}' uses '{paths[-1]}.py', which git does not track: add it.")
 
 
 def _advice(file: str) -> str:

@@ -13,7 +13,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose
 from monai.utils import set_determinism
 
-from scripts.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand
+from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand
 
 CONFIG = json.loads((ROOT / "configs" / "train.json").read_text())
 AUGMENTATIONS = list(CONFIG["augmentation"])

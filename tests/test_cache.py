@@ -15,8 +15,8 @@ from joblib import Parallel, delayed
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 
-from scripts.cache import ScanCache, read_cohort
-from scripts.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
+from scripts.data.cache import ScanCache, read_cohort
+from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
 
 
 def preprocessing(size=8, upper=99.95, **expected):

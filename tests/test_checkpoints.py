@@ -14,8 +14,14 @@ import pytest
 import torch
 from conftest import ROOT, bundle_command, run_bundle
 
-from scripts.checkpoints import CheckpointError, CheckpointHandler, load_weights, newest_checkpoint, place_in_epoch
 from scripts.networks import VDVAE
+from scripts.training.checkpoints import (
+    CheckpointError,
+    CheckpointHandler,
+    load_weights,
+    newest_checkpoint,
+    place_in_epoch,
+)
 
 
 def run(cohort, output, *words, **settings):

@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from scripts.blocks import FirstLatent, LatentOff, ResidualBlock, StochasticBlock
 from scripts.convert import (
     DECODER,
     ENCODER,
@@ -20,8 +19,9 @@ from scripts.convert import (
     load_published_checkpoint,
     write_bundle_weights,
 )
-from scripts.losses import negative_log_likelihood
+from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
 from scripts.networks import VDVAE
+from scripts.training.losses import negative_log_likelihood
 
 ROOT = Path(__file__).parents[1]
 SEED = Path(__file__).with_name("seed_checkpoint_8.pt")
@@ -171,7 +171,7 @@ def published(network, **options):
                 put(DECODER, f"{name}.skip_con_conv", block.skip)
                 common(DECODER, name, block)
             else:
-                assert isinstance(block, LatentOff) and isinstance(block.skip, torch.nn.Identity)
+                assert isinstance(block, DisabledLatent) and isinstance(block.skip, torch.nn.Identity)
     put(OUTPUT, "0.convolutions.0", network.output)
     stored = {
         "output_activation_function": network.output_activation,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.datalist import (
+from scripts.data.datalist import (
     check_batch_size,
     find_scans,
     make_datalist,

@@ -20,12 +20,12 @@ import torch.multiprocessing as mp
 from conftest import ROOT, TINY, bundle_command, inference_config, run_bundle
 from monai.data import DataLoader, Dataset, MetaTensor
 
-from scripts.blocks import noise_from
-from scripts.cache import ScanCache, read_cohort
-from scripts.distributed import batch_share, from_rank_zero, gather, own_store, parallel_network, start, stop
-from scripts.losses import ELBOLoss
+from scripts.data.cache import ScanCache, read_cohort
+from scripts.layers.blocks import noise_from
 from scripts.networks import VDVAE
-from scripts.trainer import VDVAETrainer
+from scripts.training.losses import ELBOLoss
+from scripts.training.trainer import VDVAETrainer
+from scripts.utils.distributed import batch_share, from_rank_zero, gather, own_store, parallel_network, start, stop
 
 TRAIN = [*TINY, "configs/multi_gpu_train.json"]
 NETWORK = {
@@ -106,7 +106,7 @@ def training_with_a_nan_in_one(rank):
     engine = VDVAETrainer("cpu", 1, DataLoader(Dataset(items[:3]), batch_size=1), network, optimizer, ELBOLoss())
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr("scripts.trainer.logger.warning", lambda text, *values: said.append(text % values))
+        patch.setattr("scripts.training.trainer.logger.warning", lambda text, *values: said.append(text % values))
         engine.run()
     weights = torch.cat([p.detach().flatten() for p in network.parameters()])
     return {"weights": weights, "start": start, "skipped": engine.state.skipped, "said": said}

@@ -18,11 +18,11 @@ from conftest import ROOT, TINY, run_bundle
 from monai.data import Dataset
 from monai.inferers import Inferer
 
-from scripts.blocks import gaussian_noise
-from scripts.evaluation import SampleComparison, held_out
-from scripts.inferers import Sampling
-from scripts.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
+from scripts.inference.evaluation import SampleComparison, held_out
+from scripts.inference.inferers import Sampling
+from scripts.layers.blocks import gaussian_noise
 from scripts.networks import VDVAE
+from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 
 EVALUATE = [*TINY, "configs/evaluate.json"]
 HALF = ("--train_fraction", 0.5)  # six of the twelve phantoms are held out: a batch of four and one of two

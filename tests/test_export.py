@@ -11,8 +11,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 
-from scripts.checkpoints import load_weights
 from scripts.networks import VDVAEReconstruction
+from scripts.training.checkpoints import load_weights
 
 ROOT = Path(__file__).parent.parent
 METADATA = ROOT / "configs" / "metadata.json"

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from scripts import figures
+from scripts.utils import figures
 
 RNG = np.random.default_rng(0)
 

@@ -16,12 +16,12 @@ from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from benchmarks import imputation as benchmark
-from scripts.between import list_pair
-from scripts.blocks import noise_from
-from scripts.inference import run
-from scripts.inferers import Imputation, Interpolation, Reconstruction
-from scripts.masks import BLED, FillInd, FitMaskd, HideMissingd, pair_masks
-from scripts.transforms import FitShaped, RobustScaled, ScanError
+from scripts.data.transforms import FitShaped, RobustScaled, ScanError
+from scripts.inference.engine import run
+from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, pair_masks
+from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
+from scripts.inference.interpolation import list_pair
+from scripts.layers.blocks import noise_from
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PAIRING = {"scan_pattern": "*_FLAIR.nii.gz", "mask_pattern": "*_mask.nii.gz"}
@@ -278,7 +278,7 @@ def test_the_fitted_mask_covers_what_the_hidden_background_bleeds_into(tmp_path,
     fitted = FitMaskd("image")(RobustScaled("image")(item | {"image": hidden}))["missing_fitted"]
     assert fitted.shape == (1, 8, 8, 8)
     assert difference[fitted].max() > 0.2
-    assert difference[~fitted].max() <= BLED
+    assert difference[~fitted].max() <= MISSING_FRACTION
     assert 0.01 < fitted.float().mean() < 0.2
 
 

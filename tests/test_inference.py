@@ -20,13 +20,13 @@ from conftest import ROOT, bundle_command, fitted_scans, inference_config, run_b
 from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from scripts.blocks import noise_from
-from scripts.inference import ScanEvaluator, scan_generator
-from scripts.inferers import Reconstruction, Scoring
-from scripts.losses import ELBOLoss, negative_log_likelihood
+from scripts.data.transforms import ScanError
+from scripts.inference.engine import ScanEvaluator, scan_generator
+from scripts.inference.inferers import Reconstruction, Scoring
+from scripts.inference.outputs import ScanLayout
+from scripts.layers.blocks import noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction
-from scripts.outputs import ScanLayout
-from scripts.transforms import ScanError
+from scripts.training.losses import ELBOLoss, negative_log_likelihood
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 ORIENTATIONS = ("RAS", "LPS", "PIR", "SAL", "ILA")

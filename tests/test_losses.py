@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from scripts.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
 from scripts.networks import VDVAEOutput
+from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
 
 
 def prediction(*shape, latents=3):

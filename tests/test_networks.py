@@ -11,10 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.blocks import (
+from scripts.layers.blocks import (
+    DisabledLatent,
     FirstLatent,
     LatentBlock,
-    LatentOff,
     Posterior,
     ResidualBlock,
     StochasticBlock,
@@ -325,8 +325,8 @@ def test_shared_latents_have_nets_in_common_and_residuals_of_their_own():
 @pytest.mark.parametrize("off", [[1], [2], [3], [1, 4]])
 def test_latents_off_leave_the_skip_alone(off):
     network = randomise(make(latents_off=off))
-    latents = [b for b in blocks_of(network.decoder, (FirstLatent, StochasticBlock, LatentOff))]
-    assert [i for i, block in enumerate(latents) if isinstance(block, LatentOff)] == off
+    latents = [b for b in blocks_of(network.decoder, (FirstLatent, StochasticBlock, DisabledLatent))]
+    assert [i for i, block in enumerate(latents) if isinstance(block, DisabledLatent)] == off
     assert network.num_latents == 5 - len(off) == network(scans()).kl.shape[1]
     for i in off:
         x = torch.randn(1, 8 if i in (1, 2) else 6, 4, 4, 4)

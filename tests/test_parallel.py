@@ -13,39 +13,41 @@ from conftest import ROOT
 from joblib import delayed
 
 from benchmarks.survival import MARK, marked
-from scripts.parallel import do_all, worth_starting
+from scripts.utils.parallel import choose_workers, run_parallel
 
 
 def test_results_come_in_the_order_of_the_jobs(capfd):
     jobs = [delayed(divmod)(number, 3) for number in range(7)]
-    assert list(do_all(jobs, 2, "dividing")) == [divmod(number, 3) for number in range(7)]
+    assert list(run_parallel(jobs, 2, "dividing")) == [divmod(number, 3) for number in range(7)]
     assert "dividing: 100%" in capfd.readouterr().err
-    assert sorted(do_all(jobs, 2, "dividing", in_order=False, quiet=True)) == sorted(divmod(n, 3) for n in range(7))
-    assert list(do_all([], 2, "nothing")) == []
+    assert sorted(run_parallel(jobs, 2, "dividing", in_order=False, quiet=True)) == sorted(
+        divmod(n, 3) for n in range(7)
+    )
+    assert list(run_parallel([], 2, "nothing")) == []
 
 
 def test_few_jobs_are_not_worth_a_process():
-    assert worth_starting(10) == 1
-    assert worth_starting(10_000) == os.cpu_count()
-    assert worth_starting(10_000, workers=1) == 1
+    assert choose_workers(10) == 1
+    assert choose_workers(10_000) == os.cpu_count()
+    assert choose_workers(10_000, workers=1) == 1
 
 
 def test_a_killed_worker_ends_the_work_with_a_sentence():
     with pytest.raises(OSError, match="A worker process was killed, most likely for want of memory: lower --workers"):
-        list(do_all([delayed(os.kill)(0, 0), delayed(os.abort)()], 2, "aborting"))
+        list(run_parallel([delayed(os.kill)(0, 0), delayed(os.abort)()], 2, "aborting"))
 
 
 SLEEPERS = """
 import time
 from joblib import delayed
 from benchmarks.survival import MARK, marked
-from scripts.parallel import do_all
+from scripts.utils.parallel import run_parallel
 
 def sleep(path):
     open(path, "w").close()
     time.sleep(600)
 
-list(do_all([delayed(sleep)(str(i)) for i in range(2)], 2, "sleeping"))
+list(run_parallel([delayed(sleep)(str(i)) for i in range(2)], 2, "sleeping"))
 """
 
 

@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal
 
 from benchmarks.peer_models import PCA, VAE, LatentDiffusionAutoencoder, VoxelGaussian, fit_pca, train, validation_loss
 from benchmarks.peers import COLUMNS, Ours, compare, lesion_numbers, name_checkpoints
-from scripts.inferers import Reconstruction, Scoring
+from scripts.inference.inferers import Reconstruction, Scoring
 from scripts.networks import VDVAE
 from tests.conftest import ROOT, fitted_scans, inference_config
 

@@ -21,7 +21,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
-from scripts import registration
+from scripts.data import registration
 from scripts.phantoms import EXTENT, ORIGIN, brain_anatomy, brain_phantom
 from scripts.prepare import judge, prepare
 

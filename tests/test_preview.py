@@ -7,8 +7,8 @@ import torch
 from conftest import ROOT, brain
 from monai.bundle import ConfigParser
 
-from scripts import figures
-from scripts.preview import save_augmentations
+from scripts.training.preview import save_augmentations
+from scripts.utils import figures
 
 
 def test_each_augmentation_is_shown_alone_and_named(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandScaleIntensityd
 
-from scripts.augmentations import RandTorchIOScand
-from scripts.seeds import EpochSampler, EpochSeeds, SeededDataset, derive_seed
+from scripts.data.augmentations import RandTorchIOScand
+from scripts.training.seeding import EpochSampler, EpochSeeds, SeededDataset, derive_seed
 
 
 def dataset(seed=0):

@@ -5,7 +5,7 @@ import json
 import pytest
 from filelock import FileLock, Timeout
 
-from scripts.settings import claim_output_dir, command_line_config, release_output_dir, save_config
+from scripts.utils.settings import claim_output_dir, command_line_config, release_output_dir, save_config
 
 CONFIG = "configs/train.json"
 

@@ -9,11 +9,11 @@ import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from torch.testing import assert_close
 
-from scripts.losses import ELBOLoss, negative_log_likelihood, weight_penalty
-from scripts.metrics import additional_metrics, elbo_metrics, key_metric
 from scripts.networks import VDVAE
-from scripts.template import start_from_scans, voxel_statistics
-from scripts.trainer import TrainingStalledError, VDVAEEvaluator, VDVAETrainer
+from scripts.training.losses import ELBOLoss, negative_log_likelihood, weight_penalty
+from scripts.training.metrics import additional_metrics, elbo_metrics, key_metric
+from scripts.training.trainer import TrainingStalledError, VDVAEEvaluator, VDVAETrainer
+from scripts.training.voxel_statistics import start_from_scans, voxel_statistics
 
 
 def tiny(**arguments) -> VDVAE:

@@ -356,7 +356,7 @@ def test_a_run_that_has_all_its_epochs_is_not_trained_again(trained, cohort, tmp
     whole, _ = trained
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     before = (tmp_path / "checkpoints" / "checkpoint.pt").read_bytes()
-    with caplog.at_level("INFO", logger="scripts.trainer"):
+    with caplog.at_level("INFO", logger="scripts.training.trainer"):
         train(cohort, tmp_path, resume=True, epochs=2)
     assert "All 2 epochs are done: set --epochs above that" in caplog.text
     assert (tmp_path / "checkpoints" / "checkpoint.pt").read_bytes() == before

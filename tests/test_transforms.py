@@ -11,7 +11,7 @@ from conftest import brain, save
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientationd
 
-from scripts.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
+from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
 
 
 def oblique(spacing, translation=(-20.0, 7.0, 31.0), degrees=8):

@@ -14,11 +14,11 @@ from monai.transforms import Transform
 from monai.utils import ImageMetaKey, ensure_tuple
 from torch import Tensor
 
-from scripts import figures
-from scripts.datalist import as_text, find_scans
-from scripts.handlers import save_nifti
+from scripts.data.datalist import as_text, find_scans
+from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
 from scripts.networks import VDVAE
-from scripts.outputs import ScanLayout, from_zero_to_one, scan_stem
+from scripts.training.handlers import save_nifti
+from scripts.utils import figures
 
 __all__ = ["BothScans", "SaveStepsd", "list_pair", "pair_layout", "report_levels", "stack_pairs"]
 
@@ -34,7 +34,7 @@ def list_pair(
     Args:
         scans_between: paths of the two, each a list of paths where a scan has several channels. None: the first two of
             `dataset_dir`.
-        dataset_dir, scan_pattern: see :py:func:`scripts.datalist.find_scans`.
+        dataset_dir, scan_pattern: see :py:func:`scripts.data.datalist.find_scans`.
 
     Raises:
         ValueError: when there are not two.

@@ -24,7 +24,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from scripts.files import write_whole
+from scripts.utils.files import write_whole
 
 DPI = 100
 MAX_WIDTH = 19.5  # inches, so that no picture is wider than 1,950 pixels

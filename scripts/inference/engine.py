@@ -23,13 +23,13 @@ from monai.transforms import Compose
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts import distributed
-from scripts.blocks import noise_from
-from scripts.datalist import as_text, find_scans, make_datalist
-from scripts.files import write_csv, write_text
-from scripts.outputs import ScanLayout
-from scripts.trainer import autocast
-from scripts.transforms import ScanError
+from scripts.data.datalist import as_text, find_scans, make_datalist
+from scripts.data.transforms import ScanError
+from scripts.inference.outputs import ScanLayout
+from scripts.layers.blocks import noise_from
+from scripts.training.trainer import autocast
+from scripts.utils import distributed
+from scripts.utils.files import write_csv, write_text
 
 __all__ = ["Failures", "ScanEvaluator", "list_scans", "run", "scan_generator"]
 
@@ -82,7 +82,7 @@ def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]
     The scans of a folder, or all of a datalist's (its `testing` ones alone where it has such).
 
     Args:
-        dataset_dir, scan_pattern: see :py:func:`scripts.datalist.make_datalist`.
+        dataset_dir, scan_pattern: see :py:func:`scripts.data.datalist.make_datalist`.
 
     Returns:
         `[{"image": path}, ...]`.
@@ -190,7 +190,7 @@ class ScanEvaluator(Evaluator):
         device: of the network.
         dataset: with preprocessing; its items hold `image`, `[channels, *spatial]`.
         network: the network.
-        inferer: see :py:mod:`scripts.inferers`; takes a batch of images and gives a dictionary of batches.
+        inferer: see :py:mod:`scripts.inference.inferers`; takes a batch of images and gives a dictionary of batches.
         postprocessing: takes the item of one scan, the inferer's results among it, and saves what is wanted.
         layouts: of the results; a scan is finished when all of them exist.
         failures: where scans that failed are noted.

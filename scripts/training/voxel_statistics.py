@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from scripts.networks import VDVAE
-from scripts.seeds import SeededDataset
+from scripts.training.seeding import SeededDataset
 
 
 def voxel_statistics(

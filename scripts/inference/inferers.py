@@ -1,8 +1,8 @@
 """What can be asked of a trained network, each as a MONAI inferer that takes a batch of preprocessed scans.
 
 Scans are `[batch, channels, *spatial]` in the range of the network's output activation. Every inferer returns a
-dictionary of tensors whose first axis is the batch. Noise comes from :py:func:`scripts.blocks.noise_from` where the
-caller uses it, so that a scan's result does not depend on its batch.
+dictionary of tensors whose first axis is the batch. Noise comes from :py:func:`scripts.layers.blocks.noise_from` where
+the caller uses it, so that a scan's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from monai.networks.layers import GaussianFilter
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts.blocks import Posterior, gaussian_noise
-from scripts.losses import bits_per_dim, negative_log_likelihood
+from scripts.layers.blocks import Posterior, gaussian_noise
 from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
 
 __all__ = ["Decoding", "Encoding", "Imputation", "Interpolation", "Reconstruction", "Sampling", "Scoring"]
 

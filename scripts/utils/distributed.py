@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scripts.parallel import end_with
+from scripts.utils.parallel import die_with_parent
 
 __all__ = [
     "batch_share",
@@ -36,12 +36,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-ANSWER = timedelta(seconds=10)
+STORE_TIMEOUT = timedelta(seconds=10)
 # the others wait while the first reads a cohort; when one fails, torchrun ends them at once
-PATIENCE = timedelta(days=1)
+RANK_ZERO_TIMEOUT = timedelta(days=1)
 # of one that waits for the others' gradients; the first draws figures and saves checkpoints meanwhile
-STUCK = timedelta(hours=1)
-GRACE = 30  # seconds
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+EXIT_DELAY = 30  # seconds
 
 _calls = itertools.count()  # of from_rank_zero and of wait_for_all, in the same order on all processes
 
@@ -74,16 +74,17 @@ def start() -> None:
     # under SLURM Ignite takes the number of the task for that of the process, but torchrun is the only task of its node
     os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # it would train on without torchrun, beside the run's next start
-        end_with(os.getppid())
+        die_with_parent(os.getppid())
     # where torchrun itself holds the store, it has done so since before this process began, or it has been killed
     torchrun_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store, rank, processes = next(dist.rendezvous("env://", timeout=ANSWER if torchrun_has_it else PATIENCE))
+    timeout = STORE_TIMEOUT if torchrun_has_it else RANK_ZERO_TIMEOUT
+    store, rank, processes = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=own_store(store, rank, processes),
         rank=rank,
         world_size=processes,
-        timeout=STUCK,
+        timeout=COLLECTIVE_TIMEOUT,
     )
     if rank > 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -97,7 +98,7 @@ def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
     others listened before they were killed, and waits for them for ever. Here each gives itself a new name, and the
     first makes a prefix of all names, until each has found its own in it.
     """
-    store.set_timeout(PATIENCE)
+    store.set_timeout(RANK_ZERO_TIMEOUT)
     name = uuid.uuid4().hex
     store.set(f"name {rank}", name)
     prefix = ""
@@ -146,10 +147,10 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         finally:
             store.set(key, message)
         return result
-    store.wait([key], PATIENCE)
+    store.wait([key], RANK_ZERO_TIMEOUT)
     message = store.get(key)
     if not message:
-        time.sleep(GRACE)  # the first tells why, and torchrun ends all when one has ended
+        time.sleep(EXIT_DELAY)  # the first tells why, and torchrun ends all when one has ended
         sys.exit(1)
     return pickle.loads(zlib.decompress(message))
 
@@ -159,7 +160,7 @@ def wait_for_all() -> None:
     if idist.get_world_size() > 1:
         store, here = dist.distributed_c10d._get_default_store(), f"here {next(_calls)}"
         store.set(f"{here} {dist.get_rank()}", "")
-        store.wait([f"{here} {rank}" for rank in range(dist.get_world_size())], PATIENCE)
+        store.wait([f"{here} {rank}" for rank in range(dist.get_world_size())], RANK_ZERO_TIMEOUT)
 
 
 def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module, **kwargs: Any) -> nn.Module:

@@ -24,9 +24,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from scripts.distributed import gather
-from scripts.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
 from scripts.networks import VDVAEOutput
+from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.utils.distributed import gather
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class VDVAETrainer(SupervisedTrainer):
     """MONAI's ``SupervisedTrainer`` whose step minimises the negative ELBO and guards every update.
 
     Args:
-        loss_function: :class:`scripts.losses.ELBOLoss`.
+        loss_function: :class:`scripts.training.losses.ELBOLoss`.
         lr_scheduler: moves on with every update, not with every batch.
         weight_penalty: factor of the mean squares of the weight tensors; 0 leaves them out.
         max_grad_norm: gradients are clipped to this norm.

@@ -13,7 +13,7 @@ from pathlib import Path
 from monai.data import load_decathlon_datalist
 from monai.utils import ensure_tuple
 
-from scripts.files import write_text
+from scripts.utils.files import write_text
 
 __all__ = [
     "as_text",

@@ -13,8 +13,8 @@ from monai.transforms import Compose, RandomizableTransform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scripts import figures
-from scripts.handlers import save_nifti, scan_name
+from scripts.training.handlers import save_nifti, scan_name
+from scripts.utils import figures
 
 __all__ = ["save_augmentations", "save_preview"]
 

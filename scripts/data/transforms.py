@@ -17,7 +17,7 @@ from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, Spat
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple, ensure_tuple_rep
 from scipy import ndimage
 
-from scripts.geometry import TOLERANCE, HeaderError, describe, differences, header_problems, world_axes
+from scripts.data.geometry import TOLERANCE, HeaderError, describe, differences, header_problems, world_axes
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
@@ -126,8 +126,8 @@ class CheckScand(MapTransform):
 
     Refused are: a wrong number of channels or axes, an empty scan, NaN or infinite voxels, a constant channel, a
     singular affine. What is noted goes into the scan's metadata: `geometry` (see
-    :py:func:`scripts.geometry.describe`) and `differences`, a list of half sentences;
-    :py:func:`scripts.cache.read_cohort` acts on them.
+    :py:func:`scripts.data.geometry.describe`) and `differences`, a list of half sentences;
+    :py:func:`scripts.data.cache.read_cohort` acts on them.
 
     It belongs right after loading, while the geometry is the file's. Input and output: `[channels, *spatial]`.
 

@@ -19,12 +19,12 @@ from monai.data import FolderLayoutBase, MetaTensor, NibabelWriter
 from monai.transforms import MapTransform, SaveImage, SpatialResample, Transform
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
 
-from scripts import figures
-from scripts.files import write_csv, write_text, write_whole
-from scripts.handlers import save_nifti
-from scripts.inferers import latents_of_levels
+from scripts.data.transforms import RobustScaled, ScanError, per_channel, unscaled
+from scripts.inference.inferers import latents_of_levels
 from scripts.networks import VDVAE
-from scripts.transforms import RobustScaled, ScanError, per_channel, unscaled
+from scripts.training.handlers import save_nifti
+from scripts.utils import figures
+from scripts.utils.files import write_csv, write_text, write_whole
 
 __all__ = [
     "FitBackd",
@@ -143,7 +143,7 @@ class IntensityUnitsd(MapTransform):
 
 
 def scaling_of(image: MetaTensor) -> dict[str, Any]:
-    """What :py:class:`scripts.transforms.RobustScaled` did to a scan: `gain`, `offset` and `b_min`."""
+    """What :py:class:`scripts.data.transforms.RobustScaled` did to a scan: `gain`, `offset` and `b_min`."""
     (info,) = (
         operation[TraceKeys.EXTRA_INFO]
         for operation in image.applied_operations

@@ -13,18 +13,20 @@ from typing import Any
 from joblib import Parallel, cpu_count, parallel_config
 from tqdm import tqdm
 
-__all__ = ["do_all", "end_with", "worth_starting"]
+__all__ = ["choose_workers", "die_with_parent", "run_parallel"]
 
 JOBS_PER_PROCESS = 24  # a process takes several seconds to start
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def worth_starting(jobs: int, workers: int | None = None) -> int:
+def choose_workers(jobs: int, workers: int | None = None) -> int:
     """How many processes to start for a number of short jobs: at most ``workers``, or as many as there are cores."""
     return max(1, min(workers or cpu_count(), cpu_count(), 1 + jobs // JOBS_PER_PROCESS))
 
 
-def do_all(jobs: Sequence[Any], workers: int, what: str, in_order: bool = True, quiet: bool = False) -> Iterator[Any]:
+def run_parallel(
+    jobs: Sequence[Any], workers: int, what: str, in_order: bool = True, quiet: bool = False
+) -> Iterator[Any]:
     """
     What the jobs return, each done by one thread, with a progress bar.
 
@@ -39,7 +41,7 @@ def do_all(jobs: Sequence[Any], workers: int, what: str, in_order: bool = True, 
         OSError: a process was killed.
     """
     # killed, this process could not end its workers, and they would wait for work for another five minutes
-    with parallel_config("loky", inner_max_num_threads=1, initializer=end_with, initargs=(os.getpid(),)):
+    with parallel_config("loky", inner_max_num_threads=1, initializer=die_with_parent, initargs=(os.getpid(),)):
         order = "generator" if in_order else "generator_unordered"
         done = Parallel(n_jobs=max(1, min(workers, len(jobs))), return_as=order)(jobs)
     try:
@@ -51,7 +53,7 @@ def do_all(jobs: Sequence[Any], workers: int, what: str, in_order: bool = True, 
         ) from error
 
 
-def end_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Let Linux kill this process when its parent ends, however that happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

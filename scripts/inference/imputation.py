@@ -21,15 +21,15 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import ImageMetaKey, ensure_tuple
 from torch import Tensor
 
-from scripts import figures
-from scripts.datalist import as_text, find_by_wildcards, find_scans
-from scripts.outputs import scaling_of
-from scripts.transforms import FitShape, LoadScand, ScanError, per_channel
+from scripts.data.datalist import as_text, find_by_wildcards, find_scans
+from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
+from scripts.inference.outputs import scaling_of
+from scripts.utils import figures
 
 __all__ = ["FillInd", "FitMaskd", "HideMissingd", "pair_masks", "stack_missing"]
 
 # A voxel of the network's grid is missing when more than this share of what it averages is.
-BLED = 0.01
+MISSING_FRACTION = 0.01
 
 
 def pair_masks(
@@ -42,8 +42,8 @@ def pair_masks(
     The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
 
     Args:
-        dataset_dir, scan_pattern: see :py:func:`scripts.datalist.find_scans`; of several patterns (channels) the first
-            names the scan.
+        dataset_dir, scan_pattern: see :py:func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
+            first names the scan.
         mask_dir: the folder that holds the masks.
         mask_pattern: of the masks; None: that of the scans.
 
@@ -162,7 +162,7 @@ class FitMaskd(MapTransform):
             image, missing, observed = d[key], d["missing"], d["observed"]
             fit = _FitLike(image)
             averaged = fit(MetaTensor(missing.float(), affine=observed.affine)).as_tensor()
-            fitted = (averaged > BLED) | fit.neighbours(missing, observed.affine)
+            fitted = (averaged > MISSING_FRACTION) | fit.neighbours(missing, observed.affine)
             if fitted.all():
                 name = image.meta[ImageMetaKey.FILENAME_OR_OBJ]
                 raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
@@ -234,5 +234,5 @@ class DrawImputation(Transform):
 
 
 def stack_missing(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What :py:class:`scripts.inferers.Imputation` needs beside the scans: `mask`, bool `[batch, 1, *spatial]`."""
+    """`mask` for :py:class:`scripts.inference.inferers.Imputation`, bool `[batch, 1, *spatial]`."""
     return {"mask": torch.stack([item["missing_fitted"] for item in items])}

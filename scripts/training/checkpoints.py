@@ -17,10 +17,10 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
-from scripts.files import remove_leftovers, write_whole
 from scripts.networks import VDVAE
-from scripts.seeds import SeededDataset
-from scripts.template import start_from_scans
+from scripts.training.seeding import SeededDataset
+from scripts.training.voxel_statistics import start_from_scans
+from scripts.utils.files import remove_leftovers, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class CheckpointHandler:
         save_minutes: minutes from one to the next, likewise.
         keep_last: how many to keep, 1 or more.
         validator: the evaluator whose best metric says when to write ``best_model.pt``.
-        datalist: what the run trains and validates on, see :func:`scripts.datalist.make_datalist`.
+        datalist: what the run trains and validates on, see :func:`scripts.data.datalist.make_datalist`.
         extras: what else belongs to the run, written as it is.
         stateful: objects with ``state_dict`` and ``load_state_dict``, by name.
 
@@ -251,7 +251,7 @@ class CheckpointHandler:
         self._saved_at = (engine.state.updates, time.monotonic())
 
     def _after_batch(self, engine: Engine) -> None:
-        if engine.between_updates and not engine.epoch_ends and self._due(engine) and _goes_well(engine):
+        if engine.between_updates and not engine.epoch_ends and self._due(engine) and _is_stable(engine):
             self.save(engine)
 
     def _after_epoch(self, engine: Engine) -> None:
@@ -259,7 +259,7 @@ class CheckpointHandler:
         if self.validator is not None and self.validator.state.best_metric_epoch == state.epoch:
             self._write(self.average.ema_model.state_dict(), "best_model.pt")
         due = state.epoch % self.save_interval == 0 or self._due(engine)
-        if state.epoch == state.max_epochs or (due and _goes_well(engine)):
+        if state.epoch == state.max_epochs or (due and _is_stable(engine)):
             self.save(engine)
 
     def _due(self, engine: Engine) -> bool:
@@ -297,7 +297,7 @@ class CheckpointHandler:
         }
         # the weights first: where there is a checkpoint, its weights are there too
         self._write(self.average.ema_model.state_dict(), "model.pt")
-        path = self._write(checkpoint, LATEST, before=self._age_the_others)
+        path = self._write(checkpoint, LATEST, before=self._rotate)
         if self.keep_checkpoints and engine.epoch_ends:
             self._write(checkpoint, f"checkpoint_epoch={state.epoch}.pt")
         self._saved_at = (state.updates, time.monotonic())
@@ -310,7 +310,7 @@ class CheckpointHandler:
 
         return write_whole(self.ckpt_dir / name, write, before)
 
-    def _age_the_others(self) -> None:
+    def _rotate(self) -> None:
         """checkpoint.pt becomes checkpoint_1.pt, that checkpoint_2.pt, and so on; the oldest goes."""
         names = [LATEST, *(f"checkpoint_{age}.pt" for age in range(1, self.keep_last))]
         for older, newer in reversed(list(zip(names[1:], names, strict=False))):
@@ -337,7 +337,7 @@ class CheckpointHandler:
         if not restore_optimizer:
             logger.info("Starting anew from the weights of '%s' (epoch %d).", path, checkpoint["epoch"])
             return
-        self._refuse_another_split(checkpoint, path)
+        self._check_split(checkpoint, path)
         within_epoch = place_in_epoch(
             checkpoint["scans_into_epoch"], _scans_a_batch(engine), state.epoch_length, engine.accumulation_steps
         )
@@ -375,7 +375,7 @@ class CheckpointHandler:
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.base_lrs = rates
 
-    def _refuse_another_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+    def _check_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
         if self.datalist is None or checkpoint["datalist"] is None:
             return
         trained = {item["subject"] for item in checkpoint["datalist"]["training"]}
@@ -393,7 +393,7 @@ def _base_rate(group: dict[str, Any]) -> float:
     return group.get("initial_lr", group["lr"])
 
 
-def _goes_well(engine: Engine) -> bool:
+def _is_stable(engine: Engine) -> bool:
     return engine.state.skipped_in_a_row < STREAK
 
 

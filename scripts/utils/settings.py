@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from monai.bundle import ConfigParser
 
-from scripts.files import write_text
+from scripts.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,12 @@ MONAI_ARGUMENTS = {
 # how errors begin that MONAI raises from ours
 MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 # seconds in which what a killed run has left, such as workers that still hold its lock, ends
-LEFTOVERS_END = 60.0
+LOCK_TIMEOUT = 60.0
 
 _locks: dict[Path, FileLock] = {}  # of this process
 
 
-def end_errors_with_their_sentence() -> None:
+def show_root_cause() -> None:
     """Let the last line of a traceback be the error's own sentence, which MONAI's config parser wraps in others."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -140,7 +140,7 @@ def _literal(text: str) -> Any:
 
 
 def claim_output_dir(
-    output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str, patience: float = LEFTOVERS_END
+    output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str, patience: float = LOCK_TIMEOUT
 ) -> None:
     """Make sure, before anything is read, that a run can write, overwrites no other, and is alone in ``ckpt_dir``.
 

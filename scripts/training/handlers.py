@@ -18,16 +18,16 @@ from ignite.handlers.tqdm_logger import ProgressBar
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scripts import figures
-from scripts.checkpoints import unwrap
-from scripts.distributed import gather
-from scripts.files import write_csv, write_whole
 from scripts.networks import VDVAE
+from scripts.training.checkpoints import unwrap
+from scripts.utils import figures
+from scripts.utils.distributed import gather
+from scripts.utils.files import write_csv, write_whole
 
 logger = logging.getLogger(__name__)
 
 
-def first_of(values: Any) -> float:
+def as_float(values: Any) -> float:
     """A number from a number or from the mean of a tensor."""
     return float(values.float().mean()) if isinstance(values, Tensor) else float(values)
 
@@ -35,7 +35,7 @@ def first_of(values: Any) -> float:
 def step_scalars(output: dict[str, Any]) -> dict[str, float]:
     """What is shown of one batch."""
     names = ("loss", "bits_per_dim", "nll", "kl", "mse", "grad_norm", "skipped", "learning_rate", "scans_per_second")
-    return {name: first_of(output[name]) for name in names if name in output}
+    return {name: as_float(output[name]) for name in names if name in output}
 
 
 def update_scalars(output: dict[str, Any]) -> dict[str, float]:
@@ -43,7 +43,7 @@ def update_scalars(output: dict[str, Any]) -> dict[str, float]:
     return {f"update/{name}": value for name, value in step_scalars(output).items()}
 
 
-def defined_above(handler: Any) -> Any:
+def by_reference(handler: Any) -> Any:
     """A handler that the config defines elsewhere. MONAI's check of a workflow wants a ``_target_`` of each."""
     return handler
 
@@ -106,7 +106,7 @@ class History:
         return own if self._trainer is None else self._trainer.state.epoch
 
     def _note_update(self, engine: Engine) -> None:
-        self._losses.append(first_of(engine.state.output["loss"]))
+        self._losses.append(as_float(engine.state.output["loss"]))
         if "grad_norm" in engine.state.output:
             self._grad_norms.append(engine.state.output["grad_norm"])
 

@@ -12,9 +12,9 @@ from types import FrameType
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from scripts.checkpoints import CheckpointHandler
+from scripts.training.checkpoints import CheckpointHandler
 
-__all__ = ["Interruption", "outlive_signals"]
+__all__ = ["Interruption", "ignore_signals"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Interruption:
         engine.terminate()
 
 
-def outlive_signals(worker_id: int = 0) -> None:
+def ignore_signals(worker_id: int = 0) -> None:
     """
     Let a data loader's worker go on at the signals that :class:`Interruption` heeds, so that the update can be ended.
 

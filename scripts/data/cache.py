@@ -19,11 +19,11 @@ from monai.data import ImageReader, MetaTensor, PersistentDataset
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
-from scripts import geometry, transforms
-from scripts.distributed import from_rank_zero, wait_for_all
-from scripts.files import write_csv, write_whole
-from scripts.parallel import do_all, worth_starting
-from scripts.transforms import ScanError
+from scripts.data import geometry, transforms
+from scripts.data.transforms import ScanError
+from scripts.utils.distributed import from_rank_zero, wait_for_all
+from scripts.utils.files import write_csv, write_whole
+from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["ScanCache", "read_cohort"]
 
@@ -48,8 +48,8 @@ class ScanCache(PersistentDataset):
     as `filename_or_obj`.
 
     Args:
-        data: a list of `{"image": path, ...}`, see :py:func:`scripts.datalist.make_datalist`.
-        transform: a `Compose` of what is deterministic, :py:class:`scripts.transforms.CheckScand` among them.
+        data: a list of `{"image": path, ...}`, see :py:func:`scripts.data.datalist.make_datalist`.
+        transform: a `Compose` of what is deterministic, :py:class:`scripts.data.transforms.CheckScand` among them.
         cache_dir: folder of the files, made if need be. None computes each scan anew each time.
         half_precision: keep 16 bits a voxel: half the disk, and intensities in [0, 1] to within 0.00025.
     """
@@ -77,7 +77,7 @@ class ScanCache(PersistentDataset):
 
     def notes(self, index: int) -> dict[str, Any]:
         """
-        What :py:class:`scripts.transforms.CheckScand` noted of a scan: `geometry` and `differences`.
+        What :py:class:`scripts.data.transforms.CheckScand` noted of a scan: `geometry` and `differences`.
 
         Raises:
             ScanError: when the scan cannot be used.
@@ -233,7 +233,7 @@ def _read_missing(dataset: ScanCache, workers: int, what: str) -> dict[int, dict
     paths = [dataset.path(index) for index in range(len(dataset))]
     missing = [index for index, path in enumerate(paths) if path is None or not path.is_file()]
     jobs = [delayed(_try)(dataset, index) for index in missing]
-    done = do_all(jobs, worth_starting(len(jobs), workers), what, quiet=idist.get_rank() > 0)
+    done = run_parallel(jobs, choose_workers(len(jobs), workers), what, quiet=idist.get_rank() > 0)
     return dict(zip(missing, done, strict=True))
 
 

@@ -27,12 +27,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from scripts.blocks import noise_from
-from scripts.distributed import gather
-from scripts.files import write_csv, write_text
-from scripts.inference import list_samples, scan_generator, scan_name
-from scripts.inferers import image_quality
-from scripts.metrics import (
+from scripts.inference.engine import list_samples, scan_generator, scan_name
+from scripts.inference.inferers import image_quality
+from scripts.layers.blocks import noise_from
+from scripts.networks import VDVAE
+from scripts.training.metrics import (
     PER_SCAN,
     gaussian_kernel,
     kernel_features,
@@ -41,8 +40,9 @@ from scripts.metrics import (
     ms_ssim_metric,
     random_halves,
 )
-from scripts.networks import VDVAE
-from scripts.trainer import VDVAEEvaluator, autocast
+from scripts.training.trainer import VDVAEEvaluator, autocast
+from scripts.utils.distributed import gather
+from scripts.utils.files import write_csv, write_text
 
 __all__ = ["SampleComparison", "ScanTable", "evaluate", "held_out", "prepare"]
 
@@ -76,7 +76,7 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
     The scans that a model has not learnt from: a datalist's `testing` side if it has one, else its `validation` side.
 
     Args:
-        datalist: see :py:func:`scripts.datalist.make_datalist`.
+        datalist: see :py:func:`scripts.data.datalist.make_datalist`.
         output_dir: when it is the folder of a training run, its `datalist.json` says what was trained on.
 
     Returns:
@@ -170,7 +170,7 @@ class SampleComparison:
     Args:
         network: the network.
         dataset: of held-out scans; as many as there are samples are chosen at random, or all.
-        inferer: draws samples, see :py:class:`scripts.inferers.Sampling`.
+        inferer: draws samples, see :py:class:`scripts.inference.inferers.Sampling`.
         samples: how many; 0 compares nothing.
         value_range: of the intensities.
         scratch_dir: a folder for images, removed at the end.

@@ -199,12 +199,12 @@ def memory_order(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1)
 
 
-def double(x: Tensor) -> Tensor:
+def upsample(x: Tensor) -> Tensor:
     """Nearest-neighbour doubling of every spatial axis."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def halve(x: Tensor) -> Tensor:
+def downsample(x: Tensor) -> Tensor:
     """Nearest-neighbour halving of every spatial axis: the even indices are kept."""
     return x[:, :, ::2, ::2, ::2] if x.ndim == 5 else x[:, :, ::2, ::2]
 
@@ -530,7 +530,7 @@ class StochasticBlock(LatentBlock):
         return self.norm(y + self.skip(x))
 
 
-class LatentOff(nn.Module):
+class DisabledLatent(nn.Module):
     """A latent that is switched off: its stochastic block is replaced by ``skip(x)``."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:

@@ -1,0 +1,1 @@
+"""The jobs of a trained network, and what they write."""

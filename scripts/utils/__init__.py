@@ -1,0 +1,1 @@
+"""Files, figures, processes and settings: what knows nothing of the model."""
