@@ -151,7 +151,7 @@ def published(network, **options):
     for k, blocks in enumerate(network.encoder.levels):
         for i, block in enumerate(blocks):
             residual(ENCODER, f"{k}.{i}", block)
-        if network.encoder.downsamples is not None and k < network.levels - 1:
+        if isinstance(network.encoder.downsamples[k], torch.nn.Conv3d):
             put(ENCODER, f"{k}.{len(blocks) - 1}.resampler", network.encoder.downsamples[k])
     for g, group in enumerate(network.decoder.groups):
         for i, block in enumerate(group, start=0 if g == 0 else 1):

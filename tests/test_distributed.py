@@ -83,7 +83,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
 
 def the_template(rank):
     def from_scans(network):  # is called on the first process alone
-        network.set_template(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.25))
+        network.set_voxel_gaussian(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.25))
         return network
 
     network = parallel_network(from_scans, VDVAE(**NETWORK)).module

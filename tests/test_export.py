@@ -35,7 +35,7 @@ def make_alive(network, gain=1.2):
             p.normal_(std=0.3 if p.ndim < 2 else gain / p[0].numel() ** 0.5)
         if network.template:
             shape = network.template_mean.shape[1:]
-            network.set_template(torch.rand(shape) * 1.6 - 0.8, torch.rand(shape) * 0.5)
+            network.set_voxel_gaussian(torch.rand(shape) * 1.6 - 0.8, torch.rand(shape) * 0.5)
         if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             for _ in range(20):
                 network.train()(make_scans(network))

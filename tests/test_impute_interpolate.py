@@ -38,7 +38,7 @@ def network(cohort):
     scans, affine = fitted_scans(cohort)
     torch.manual_seed(0)
     net = parser().get_parsed_content("network_def")
-    net.set_template(scans.mean(0), scans.std(0), affine)
+    net.set_voxel_gaussian(scans.mean(0), scans.std(0), affine)
     with torch.no_grad():
         for weights in net.parameters():
             if weights.ndim > 1 and not weights.any():  # training starts from zeros that say nothing

@@ -53,7 +53,7 @@ def network(cohort):
     x, affine = fitted_scans(cohort)
     torch.manual_seed(0)
     net = inference_config().get_parsed_content("network_def")
-    net.set_template(x.mean(0), x.std(0), affine)
+    net.set_voxel_gaussian(x.mean(0), x.std(0), affine)
     # a fiftieth of the KL, so that all latents have something to say so early
     loss, optimizer = ELBOLoss(kl_warmup=10_000), torch.optim.Adamax(net.parameters(), lr=0.02)
     for _ in range(200):

@@ -8,20 +8,16 @@ import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
+from torch.distributions import kl_divergence as torch_kl
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.layers.blocks import (
-    DisabledLatent,
-    FirstLatent,
-    LatentBlock,
-    Posterior,
-    ResidualBlock,
-    StochasticBlock,
-    gelu_convs,
-    noise_from,
-)
-from scripts.networks import OUTPUT_STD_RANGE, VDVAE, VDVAEReconstruction
+from scripts.layers.blocks import DisabledLatent, FirstLatent, RefiningBlock, ResidualBlock, StochasticBlock
+from scripts.layers.convolutions import gelu_convs, upsample
+from scripts.layers.gaussian import Posterior, draw, kl_divergence, noise_from
+from scripts.layers.levels import grid_name
+from scripts.layers.output import OUTPUT_STD_RANGE
+from scripts.networks import VDVAE, VDVAEReconstruction
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -242,12 +238,11 @@ def test_encoder_keeps_even_indices_or_halves_by_a_convolution():
     # with kernels of 1 level 1 sees the voxels with even indices and no others
     network = randomise(make(kernel_sizes=[1, 1, 1]))
     shifted[:, :, 1::2] += 1
-    run = network._run
-    before, after = network.encoder(x, run), network.encoder(shifted, run)
+    before, after = network.encoder(x), network.encoder(shifted)
     assert not torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
     strided = randomise(make(kernel_sizes=[1, 1, 1], strided=True))
-    before, after = strided.encoder(x, run), strided.encoder(shifted, run)
+    before, after = strided.encoder(x), strided.encoder(shifted)
     assert not torch.equal(before[1], after[1])
     down = strided.encoder.downsamples[0]
     block = strided.encoder.levels[1]
@@ -330,10 +325,11 @@ def test_latents_off_leave_the_skip_alone(off):
     assert network.num_latents == 5 - len(off) == network(scans()).kl.shape[1]
     for i in off:
         x = torch.randn(1, 8 if i in (1, 2) else 6, 4, 4, 4)
-        skip = latents[i].skip
-        # only on entering a level (latents 2 and 4) does the width change
-        assert isinstance(skip, torch.nn.Identity) == (i not in (2, 4))
-        assert torch.equal(latents[i](x), skip(x))
+        skip, enters = latents[i].skip, i in (2, 4)
+        # only on entering a level does the width change
+        assert isinstance(skip, torch.nn.Identity) == (not enters)
+        result, kl, posterior = latents[i](x, None, None, 1.0)
+        assert torch.equal(result, skip(upsample(x) if enters else x)) and kl is None and posterior is None
 
 
 def exact_std(s, lo, hi, form):
@@ -345,12 +341,12 @@ def test_std_form(form):
     network = randomise(make(std_form=form))
     features = torch.randn(2, 8, 2, 2, 2)
     first = network.decoder.groups[0][0]
-    q, _ = first.infer(features, 1.0)
+    q = first(features, features, None, 1.0)[2]
     torch.testing.assert_close(q.std, exact_std(first.posterior(features)[1], 1e-3, 1.0, form))
 
     x = 5 * torch.randn(2, 4, 8, 8, 8)
     out = F.conv3d(F.gelu(x), network.output.weight, network.output.bias)
-    torch.testing.assert_close(network._predict(x)[1], exact_std(out[:, 1:], 1e-2, 1.0, form))
+    torch.testing.assert_close(network.output(x, None)[1], exact_std(out[:, 1:], 1e-2, 1.0, form))
 
 
 @pytest.mark.parametrize(("name", "function"), [("tanh", torch.tanh), ("sigmoid", torch.sigmoid), ("identity", None)])
@@ -358,7 +354,7 @@ def test_output_activation(name, function):
     network = randomise(make(output_activation=name))
     x = 5 * torch.randn(2, 4, 8, 8, 8)
     out = F.conv3d(F.gelu(x), network.output.weight, network.output.bias)[:, :1]
-    torch.testing.assert_close(network._predict(x)[0], function(out) if function else out)
+    torch.testing.assert_close(network.output(x, None)[0], function(out) if function else out)
 
 
 def test_without_a_predicted_scale_the_variance_is_one():
@@ -376,7 +372,7 @@ def test_the_first_prediction_is_the_template(activation, form, init):
     )
     torch.manual_seed(3)
     mean, std = torch.rand(2, 8, 8, 8) * 0.9 + 0.02, torch.rand(2, 8, 8, 8) * 0.5 + 0.02
-    network.set_template(mean, std)
+    network.set_voxel_gaussian(mean, std)
     loc, scale, _ = network(scans(channels=2))
     torch.testing.assert_close(loc, mean.expand_as(loc), rtol=0, atol=1e-5)
     # as a log-variance within the published bounds, a standard deviation is never below exp(0.005)
@@ -395,14 +391,14 @@ def test_a_template_is_kept_with_the_weights_and_hidden_from_no_scan():
     changes = {"template": True, "spatial_shape": [8, 8, 8]}
     network = randomise(make(**changes))
     before = network(scans(), temperature=0)
-    network.set_template(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.1))
+    network.set_voxel_gaussian(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.1))
     after = network(scans(), temperature=0)
     assert not torch.equal(before.loc, after.loc) and not torch.equal(before.kl, after.kl)
     again = make(**changes)
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(scans(), temperature=0).loc, after.loc)
     # a background that never varies gives finite numbers
-    network.set_template(torch.full((1, 8, 8, 8), -1.0), torch.zeros(1, 8, 8, 8))
+    network.set_voxel_gaussian(torch.full((1, 8, 8, 8), -1.0), torch.zeros(1, 8, 8, 8))
     assert all(t.isfinite().all() for t in network(scans()))
 
 
@@ -414,7 +410,7 @@ def test_variance_preserving_start():
     x = torch.randn(4, 1, 16, 16, 16)
     for init in ("pytorch", "variance_preserving"):
         network = make(init=init, **changes)
-        spread[init] = [features.std().item() for features in network.encoder(x, network._run)]
+        spread[init] = [features.std().item() for features in network.encoder(x)]
         kls[init] = network(x).kl
         assert all((c.bias == 0).all() for c in blocks_of(network, torch.nn.Conv3d))
     assert all(0.7 < s < 1.4 for s in spread["variance_preserving"])
@@ -493,7 +489,7 @@ def test_kl_and_output_are_fp32_under_autocast():
     network.encoder.levels[0][0].register_forward_hook(lambda _m, _i, out: kinds.add(out.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = network(x, temperature=0)
-        latents = network.posterior(x)
+        latents = network.infer(x)[1]
     assert torch.bfloat16 in kinds
     assert all(t.dtype == torch.float32 for t in output)
     assert all(t.dtype == torch.float32 for q in latents for t in q if t is not None)
@@ -570,14 +566,15 @@ def test_a_kernel_of_2_pads_the_low_side_only():
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 @pytest.mark.parametrize(("width_in", "width_out", "plain"), [(6, 6, False), (4, 6, False), (4, 6, True), (6, 6, True)])
 def test_residual_block_is_what_it_says(kernel, width_in, width_out, plain):
-    block = randomise(ResidualBlock(3, width_in, width_out, 5, kernel, plain=plain))
+    block = randomise(ResidualBlock(3, width_in, width_out, hidden_channels=5, kernel_size=kernel, plain=plain))
     assert len(block.convs) == (2 if plain else 4)
     x = y = torch.randn(2, width_in, 4, 4, 4)
     for conv in block.convs:
         y = reference_conv(y, conv)
     skip = x if width_in == width_out else F.conv3d(x, block.skip.weight, block.skip.bias)
     torch.testing.assert_close(block(x), y + skip, rtol=1e-4, atol=1e-5)
-    bare = ResidualBlock(3, width_in, width_out, 5, kernel, plain=plain, skip=False)
+    widths = {"hidden_channels": 5, "kernel_size": kernel}
+    bare = ResidualBlock(3, width_in, width_out, **widths, plain=plain, skip=False)
     bare.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("skip")})
     torch.testing.assert_close(bare(x), y, rtol=1e-4, atol=1e-5)
 
@@ -590,11 +587,13 @@ def reference_parameters(net, x):
 
 @pytest.mark.parametrize(("level", "position"), [(0, 2), (1, 0), (1, 2), (2, 0)])
 def test_stochastic_block_against_a_plain_one(level, position):
-    """Concatenate features and x, one convolution; the block convolves the two apart."""
+    """Concatenate features and x, one convolution; the block convolves the two apart. The first of a level doubles x."""
     network = randomise(make())
     block = network.decoder.groups[level][position]
     e_width, x_width = [8, 6, 4][level], block.prior.trunk.convs[0].in_channels
-    x, e = torch.randn(2, x_width, 4, 4, 4), torch.randn(2, e_width, 4, 4, 4)
+    before = torch.randn(2, x_width, 4, 4, 4)
+    x = upsample(before) if (level, position) in ((1, 0), (2, 0)) else before
+    e = torch.randn(2, e_width, *x.shape[2:])
     p_hidden, p_mean, p_s = reference_parameters(block.prior, x)
     _, q_mean, q_s = reference_parameters(block.posterior, torch.cat([e, x], dim=1))
     p_std, q_std = exact_std(p_s, 1e-3, 1.0, "sigmoid"), exact_std(q_s, 1e-3, 1.0, "sigmoid")
@@ -604,16 +603,16 @@ def test_stochastic_block_against_a_plain_one(level, position):
     def result(z):
         return F.conv3d(z, block.z_projection.weight, block.z_projection.bias) + extra
 
-    y, kl, q = block(x, e, None, 0)
+    y, kl, q = block(before, e, None, 0.0)
     close = {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(y, result(q_mean), **close)
     torch.testing.assert_close(q.mean, q_mean, **close)
     torch.testing.assert_close(q.std, q_std, **close)
-    expected = kl_divergence(Normal(q_mean, q_std), Normal(p_mean, p_std)).flatten(1).sum(1)
+    expected = torch_kl(Normal(q_mean, q_std), Normal(p_mean, p_std)).flatten(1).sum(1)
     torch.testing.assert_close(kl, expected, **close)
     z = torch.randn_like(q_mean)
-    torch.testing.assert_close(block(x, e, z, 1.0)[0], result(z), **close)
-    torch.testing.assert_close(block(x, None, None, 0)[0], result(p_mean), **close)
+    torch.testing.assert_close(block(before, e, z, 1.0)[0], result(z), **close)
+    torch.testing.assert_close(block(before, None, None, 0.0)[0], result(p_mean), **close)
 
 
 @pytest.mark.parametrize("form", ["sigmoid", "exp"])
@@ -623,11 +622,10 @@ def test_kl_is_that_of_torch(form):
     p_mean, p_s = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2) * 6 - 3
     p_std = exact_std(p_s, 1e-3, 1.0, form)
     assert (p_std.square() > 1e-5).all()
-    block = LatentBlock(form)
-    expected = kl_divergence(Normal(q.mean, q.std), Normal(p_mean, p_std)).flatten(1).sum(1)
-    torch.testing.assert_close(block.kl_divergence(q._replace(prior_mean=p_mean, prior_std=p_std)), expected)
-    standard = kl_divergence(Normal(q.mean, q.std), Normal(0.0, 1.0)).flatten(1).sum(1)
-    torch.testing.assert_close(block.kl_divergence(q), standard)
+    expected = torch_kl(Normal(q.mean, q.std), Normal(p_mean, p_std)).flatten(1).sum(1)
+    torch.testing.assert_close(kl_divergence(q._replace(prior_mean=p_mean, prior_std=p_std)), expected)
+    standard = torch_kl(Normal(q.mean, q.std), Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(kl_divergence(q), standard)
     assert (expected >= 0).all() and (standard >= 0).all()
 
 
@@ -635,7 +633,7 @@ def test_kl_has_a_floor_under_the_variance_of_the_prior():
     q = Posterior(None, torch.ones(1, 1), torch.full((1, 1), 0.5))
     # the square of 1e-3 is below 1e-5
     q = q._replace(prior_mean=torch.zeros(1, 1), prior_std=torch.full((1, 1), 1e-3))
-    found = LatentBlock("sigmoid").kl_divergence(q)
+    found = kl_divergence(q, floor=1e-5)
     expected = 0.5 * ((0.25 + 1) / 1e-5 - 1) + math.log(1e-3) - math.log(0.5)
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
@@ -677,7 +675,7 @@ def test_temperature_scales_the_noise_and_never_the_mean():
     noise = []
     for temperature in (0.5, 1.0):
         torch.manual_seed(0)
-        q = network.posterior(x, temperature)[0]
+        q = network.infer(x, temperature)[1][0]
         noise.append(q.z - q.mean)
     torch.testing.assert_close(2 * noise[0], noise[1])
 
@@ -689,12 +687,11 @@ def test_temperature_scales_the_noise_and_never_the_mean():
         torch.manual_seed(0)
         results.append(block(features, None, None, temperature)[0])
     torch.testing.assert_close(2 * (results[1] - results[0]), results[2] - results[0], rtol=1e-3, atol=1e-4)
-    drawn = network.decoder.groups[0][0]
     torch.manual_seed(0)
-    latent = LatentBlock("sigmoid").draw(torch.full((1, 4, 20, 20, 20), 3.0), torch.zeros(1, 4, 20, 20, 20), 0.5)
-    assert latent.z.mean().item() == pytest.approx(3.0, abs=0.01)
-    assert latent.z.std().item() == pytest.approx(0.5 * 0.5005, rel=0.02)
-    assert drawn.latent_channels == 8
+    z = draw(torch.full((1, 4, 20, 20, 20), 3.0), torch.full((1, 4, 20, 20, 20), 0.5005), 0.5)
+    assert z.mean().item() == pytest.approx(3.0, abs=0.01)
+    assert z.std().item() == pytest.approx(0.5 * 0.5005, rel=0.02)
+    assert network.decoder.groups[0][0].latent_channels == 8
 
 
 def test_partial_latents_keep_what_was_given_and_draw_the_rest():
@@ -797,9 +794,9 @@ def test_scans_that_do_not_fit_are_refused(changes, shape, sentence):
         make(**changes)(torch.zeros(shape))
 
 
-def test_set_template_needs_a_template():
+def test_set_voxel_gaussian_needs_a_template():
     with pytest.raises(ValueError, match="template"):
-        make().set_template(torch.zeros(1, 8, 8, 8), torch.ones(1, 8, 8, 8))
+        make().set_voxel_gaussian(torch.zeros(1, 8, 8, 8), torch.ones(1, 8, 8, 8))
 
 
 def test_noise_of_a_scan_does_not_depend_on_the_batch():
@@ -820,8 +817,8 @@ def test_noise_of_a_scan_does_not_depend_on_the_batch():
 def test_a_temperature_for_each_level():
     network, x = randomise(make()).eval(), scans()
     with torch.no_grad():
-        grids = [z.shape[2:] for z in network.encode(x)]
-        still = network.posterior(x, [0.0, 1.0, 1.0])
+        grids = [z.shape[2:] for z in network.encode(x)]  # of the coarsest level first, temperatures finest first
+        still = network.infer(x, [1.0, 1.0, 0.0])[1]
         assert [torch.equal(q.z, q.mean) for q in still] == [grid == grids[0] for grid in grids]
         assert torch.equal(network(x, [0.0] * 3).loc, network(x, 0).loc)
     with pytest.raises(ValueError, match="3"):
@@ -835,7 +832,7 @@ def test_infer_gives_the_forward_pass_and_its_latents():
         assert all(torch.equal(a, b) for a, b in zip(output, network(x, temperature=0), strict=True))
         for index, q in enumerate(latents):
             prior = Normal(0.0, 1.0) if index == 0 else Normal(q.prior_mean, q.prior_std)
-            kl = kl_divergence(Normal(q.mean, q.std), prior).flatten(1).sum(1)
+            kl = torch_kl(Normal(q.mean, q.std), prior).flatten(1).sum(1)
             torch.testing.assert_close(kl, output.kl[:, index], rtol=1e-4, atol=1e-4)
 
 

@@ -64,5 +64,5 @@ def start_from_scans(network: VDVAE, dataset: SeededDataset, augmented: bool = F
         augmented: whether there is any.
     """
     if network.template:
-        network.set_template(*voxel_statistics(dataset, augmented=augmented))
+        network.set_voxel_gaussian(*voxel_statistics(dataset, augmented=augmented))
     return network

@@ -1,0 +1,225 @@
+"""What each level of the network is, and the one place where its arguments are checked.
+
+Levels are counted from the finest: level 0 is the input grid, level k the grid after k halvings, and every list with
+one entry per level runs that way. Users know a level by its grid, such as 4³. Latents are counted from the coarsest
+("top first"), the order in which the decoder draws them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from monai.utils import ensure_tuple_rep
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the encoder and the decoder.
+
+    Attributes:
+        number: 0 is the finest.
+        spatial_dims: 2 or 3.
+        in_channels: what the level's first encoder block takes.
+        channels, hidden_channels, kernel_size: of the encoder's blocks.
+        encoder_blocks: their number.
+        decoder_in_channels: what the level's first decoder block takes: the width of the next coarser level.
+        decoder_channels, decoder_hidden_channels, decoder_kernel_size: of the decoder's blocks.
+        latents: the level's latents, each with its index among all of the network, or None where it is disabled.
+        latent_channels: channels of each.
+        coarsest: whether this is the level on which the decoder starts.
+        shared, plain_encoder, rezero, batch_norm, separate_heads, std_form: see :class:`scripts.networks.VDVAE`.
+        init_scale: the published factor of a block's last convolution at the start, ``sqrt(1 / depth)``.
+        recompute: whether activations are recomputed in the backward pass.
+    """
+
+    number: int
+    spatial_dims: int
+    in_channels: int
+    channels: int
+    hidden_channels: int
+    kernel_size: int
+    encoder_blocks: int
+    decoder_in_channels: int
+    decoder_channels: int
+    decoder_hidden_channels: int
+    decoder_kernel_size: int
+    latents: tuple[int | None, ...]
+    latent_channels: int
+    coarsest: bool
+    shared: bool
+    plain_encoder: bool
+    rezero: bool
+    batch_norm: bool
+    separate_heads: bool
+    std_form: str
+    init_scale: float
+    recompute: bool
+
+
+def make_levels(
+    spatial_dims: int,
+    in_channels: int,
+    channels: Sequence[int],
+    hidden_channels: Sequence[int] | None,
+    decoder_channels: Sequence[int] | None,
+    decoder_hidden_channels: Sequence[int] | None,
+    num_latents: Sequence[int],
+    latent_channels: Sequence[int],
+    kernel_sizes: Sequence[int],
+    decoder_kernel_sizes: Sequence[int] | None,
+    encoder_blocks: int | Sequence[int],
+    shared: bool | Sequence[bool],
+    latents_off: Sequence[int],
+    checkpoint_levels: int,
+    std_form: str,
+    batch_norm: bool,
+    **variants: Any,
+) -> tuple[Level, ...]:
+    """Check the arguments of :class:`scripts.networks.VDVAE` that concern levels, and describe each level.
+
+    Returns:
+        the levels, finest first.
+
+    Raises:
+        ValueError: an argument cannot be honoured; the sentence names it.
+    """
+    check_whole_number("spatial_dims", spatial_dims)
+    check_whole_number("in_channels", in_channels)
+    check_whole_number("checkpoint_levels", checkpoint_levels)
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"network_def: spatial_dims is {spatial_dims}: it must be 2 or 3.")
+    if in_channels < 1:
+        raise ValueError(f"network_def: in_channels is {in_channels}: it must be 1 or more.")
+    check_list("channels", channels)
+    if len(channels) == 0:
+        raise ValueError("network_def: channels is empty: give one width per level.")
+    channels = _per_level("channels", channels, channels)
+    hidden = _per_level("hidden_channels", hidden_channels, channels)
+    widths = _per_level("decoder_channels", decoder_channels, channels)
+    decoder_hidden = _per_level("decoder_hidden_channels", decoder_hidden_channels, widths)
+    counts = _per_level("num_latents", num_latents, channels, minimum=0)
+    latent_channels = _per_level("latent_channels", latent_channels, channels)
+    kernels = _kernels("kernel_sizes", kernel_sizes, channels)
+    decoder_kernels = _kernels("decoder_kernel_sizes", decoder_kernel_sizes, kernels)
+    number = len(channels)
+    if isinstance(encoder_blocks, int):
+        encoder_blocks = ensure_tuple_rep(encoder_blocks, number)
+    blocks = _per_level("encoder_blocks", encoder_blocks, channels)
+    shared = (shared,) * number if isinstance(shared, bool) else shared
+    check_list("shared", shared)
+    if len(shared) != number:
+        raise ValueError(f"network_def: shared has {len(shared)} entries but channels has {number}.")
+    if any(not isinstance(value, bool) for value in shared):
+        raise ValueError(f"network_def: shared is {list(shared)}: every entry must be true or false.")
+    if counts[-1] == 0:
+        raise ValueError("network_def: num_latents ends in 0: the coarsest level needs a latent, the first of all.")
+    check_list("latents_off", latents_off)
+    total, off = sum(counts), set(latents_off)
+    if not off <= set(range(1, total)):
+        raise ValueError(
+            f"network_def: latents_off is {sorted(off)}: it can hold 1 to {total - 1}, "
+            "counted from the coarsest latent; latent 0 cannot be switched off."
+        )
+    if not 0 <= checkpoint_levels <= number:
+        raise ValueError(f"network_def: checkpoint_levels is {checkpoint_levels}: it can be 0 to {number} (levels).")
+    if checkpoint_levels and batch_norm:
+        raise ValueError(
+            "network_def: checkpoint_levels with batch_norm would count every batch twice in the running "
+            "statistics: set one of them to 0 or false."
+        )
+    check_choice("std_form", std_form, ("sigmoid", "exp"))
+
+    # positions among all latents are those of latents_off; indices count the enabled ones alone
+    enabled = [position for position in range(total) if position not in off]
+    indices = {position: index for index, position in enumerate(enabled)}
+    return tuple(
+        Level(
+            number=k,
+            spatial_dims=spatial_dims,
+            in_channels=channels[k - 1] if k > 0 else in_channels,
+            channels=channels[k],
+            hidden_channels=hidden[k],
+            kernel_size=kernels[k],
+            encoder_blocks=blocks[k],
+            decoder_in_channels=widths[min(k + 1, number - 1)],
+            decoder_channels=widths[k],
+            decoder_hidden_channels=decoder_hidden[k],
+            decoder_kernel_size=decoder_kernels[k],
+            latents=tuple(indices.get(sum(counts[k + 1 :]) + i) for i in range(counts[k])),
+            latent_channels=min(latent_channels[k], widths[k]),
+            coarsest=k == number - 1,
+            shared=shared[k],
+            std_form=std_form,
+            batch_norm=batch_norm,
+            init_scale=math.sqrt(1 / (total + 2 * (number - 1))),
+            recompute=k < checkpoint_levels,
+            **variants,
+        )
+        for k in range(number)
+    )
+
+
+def check_whole_number(name: str, value: object) -> None:
+    """Raise a ``ValueError`` unless an argument is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"network_def: {name} is {value!r}: it must be a whole number.")
+
+
+def check_list(name: str, values: object) -> None:
+    """Raise a ``ValueError`` unless an argument is a list."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"network_def: {name} is {values!r}: it must be a list.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Raise a ``ValueError`` unless an argument is one of several words."""
+    if value not in choices:
+        raise ValueError(f"network_def: {name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+def check_shape(shape: list[int], spatial_dims: int, levels: int) -> list[int]:
+    """Raise a ``ValueError`` unless a grid can be halved between so many levels; return it."""
+    divisor = 1 << (levels - 1)
+    if len(shape) != spatial_dims:
+        raise ValueError(f"spatial_shape {shape} has {len(shape)} axes, but spatial_dims is {spatial_dims}.")
+    for axis, size in enumerate(shape):
+        if size < 1 or size % divisor != 0:
+            raise ValueError(
+                f"spatial_shape {shape}: axis {axis} is {size}, which must be a multiple of {divisor} "
+                f"(2^(K-1) for K = {levels} levels): change it, or the number of levels in network_def."
+            )
+    return shape
+
+
+def _per_level(name: str, values: Sequence[int] | None, default: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
+    """Check a list with one entry per level against the number of levels, which ``default`` has."""
+    check_list(name, default if values is None else values)
+    values = tuple(default if values is None else values)
+    if len(values) != len(default):
+        raise ValueError(
+            f"network_def: {name} has {len(values)} entries but channels has {len(default)}: "
+            "give every such list one entry per level, finest level first."
+        )
+    if any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in values):
+        raise ValueError(
+            f"network_def: {name} is {list(values)}: every entry must be a whole number, {minimum} or more."
+        )
+    return values
+
+
+def _kernels(name: str, values: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
+    values = _per_level(name, values, default)
+    if any(v not in (1, 2, 3) for v in values):
+        raise ValueError(f"network_def: {name} is {list(values)}: kernels can be 1, 2 or 3.")
+    return values
+
+
+def grid_name(grid: Sequence[int]) -> str:
+    """How users know a level: ``4³`` for a grid of 4 × 4 × 4 voxels, ``4²`` in 2D, ``3×4×3`` where axes differ."""
+    if len(set(grid)) == 1 and len(grid) in (2, 3):
+        return f"{grid[0]}{'²³'[len(grid) - 2]}"
+    return "×".join(map(str, grid))
