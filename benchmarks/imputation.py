@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import Imputation
-from scripts.layers.blocks import noise_from
+from scripts.layers.gaussian import noise_from
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
 from scripts.utils.command_line import run

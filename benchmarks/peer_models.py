@@ -22,8 +22,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 
-from scripts.layers.blocks import gaussian_noise, standard_deviation
-from scripts.networks import OUTPUT_STD_RANGE, TEMPLATE_INPUT_STD
+from scripts.layers.gaussian import gaussian_noise, standard_deviation
+from scripts.layers.output import LEAST_INPUT_STD, OUTPUT_STD_RANGE
 from scripts.training.losses import negative_log_likelihood
 from scripts.utils.files import write_whole
 
@@ -65,7 +65,7 @@ class Peer(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, count: int) -> Tensor:
-        """New scans, by noise of :py:func:`scripts.layers.blocks.gaussian_noise`."""
+        """New scans, by noise of :py:func:`scripts.layers.gaussian.gaussian_noise`."""
 
     def anomaly(self, x: Tensor) -> Tensor:
         """How far each voxel lies above what was expected, in standard deviations."""
@@ -194,7 +194,7 @@ class Autoencoder(Peer):
 
     def deviation(self, x: Tensor) -> Tensor:
         """What the encoder sees; just what our network's encoder does."""
-        return ((x - self.mean) / self.std.clamp_min(TEMPLATE_INPUT_STD)).clamp(-5, 5)
+        return ((x - self.mean) / self.std.clamp_min(LEAST_INPUT_STD)).clamp(-5, 5)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation of the voxels given latents drawn from the posterior, and the KL, `[batch]`."""

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.layers.blocks import LATENT_STD_RANGE, ResidualBlock
-from scripts.networks import OUTPUT_STD_RANGE, VDVAE
+from scripts.layers.blocks import ResidualBlock
+from scripts.layers.gaussian import LATENT_STD_RANGE
+from scripts.layers.output import OUTPUT_STD_RANGE
+from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 from scripts.utils.files import write_text, write_whole
 

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, bundle_command, inference_config, run_bundle
 from monai.data import DataLoader, Dataset, MetaTensor
 
 from scripts.data.cache import ScanCache, read_cohort
-from scripts.layers.blocks import noise_from
+from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
 from scripts.training.losses import ELBOLoss
 from scripts.training.trainer import VDVAETrainer

@@ -20,7 +20,7 @@ from monai.inferers import Inferer
 
 from scripts.inference.evaluation import SampleComparison, held_out
 from scripts.inference.inferers import Sampling
-from scripts.layers.blocks import gaussian_noise
+from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
 from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 

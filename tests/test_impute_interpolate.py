@@ -21,7 +21,7 @@ from scripts.inference.engine import run
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, pair_masks
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import list_pair
-from scripts.layers.blocks import noise_from
+from scripts.layers.gaussian import noise_from
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PAIRING = {"scan_pattern": "*_FLAIR.nii.gz", "mask_pattern": "*_mask.nii.gz"}

@@ -24,7 +24,7 @@ from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, scan_generator
 from scripts.inference.inferers import Reconstruction, Scoring
 from scripts.inference.outputs import ScanLayout
-from scripts.layers.blocks import noise_from
+from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, negative_log_likelihood
 

@@ -12,10 +12,9 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.layers.blocks import DisabledLatent, FirstLatent, RefiningBlock, ResidualBlock, StochasticBlock
+from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
 from scripts.layers.convolutions import gelu_convs, upsample
 from scripts.layers.gaussian import Posterior, draw, kl_divergence, noise_from
-from scripts.layers.levels import grid_name
 from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE, VDVAEReconstruction
 
@@ -587,7 +586,7 @@ def reference_parameters(net, x):
 
 @pytest.mark.parametrize(("level", "position"), [(0, 2), (1, 0), (1, 2), (2, 0)])
 def test_stochastic_block_against_a_plain_one(level, position):
-    """Concatenate features and x, one convolution; the block convolves the two apart. The first of a level doubles x."""
+    """Concatenate features and x, one convolution; the block convolves both apart. The first of a level doubles x."""
     network = randomise(make())
     block = network.decoder.groups[level][position]
     e_width, x_width = [8, 6, 4][level], block.prior.trunk.convs[0].in_channels

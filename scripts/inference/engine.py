@@ -26,7 +26,7 @@ from torch import Tensor
 from scripts.data.datalist import as_text, find_scans, make_datalist
 from scripts.data.transforms import ScanError
 from scripts.inference.outputs import ScanLayout
-from scripts.layers.blocks import noise_from
+from scripts.layers.gaussian import noise_from
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from scripts.inference.engine import list_samples, scan_generator, scan_name
 from scripts.inference.inferers import image_quality
-from scripts.layers.blocks import noise_from
+from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
 from scripts.training.metrics import (
     PER_SCAN,

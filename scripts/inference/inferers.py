@@ -1,8 +1,8 @@
 """What can be asked of a trained network, each as a MONAI inferer that takes a batch of preprocessed scans.
 
 Scans are `[batch, channels, *spatial]` in the range of the network's output activation. Every inferer returns a
-dictionary of tensors whose first axis is the batch. Noise comes from :py:func:`scripts.layers.blocks.noise_from` where
-the caller uses it, so that a scan's result does not depend on its batch.
+dictionary of tensors whose first axis is the batch. Noise comes from :py:func:`scripts.layers.gaussian.noise_from`
+where the caller uses it, so that the result of a scan does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from monai.networks.layers import GaussianFilter
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts.layers.blocks import Posterior, gaussian_noise
+from scripts.layers.gaussian import Posterior, gaussian_noise
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 
@@ -94,7 +94,7 @@ class Encoding(Inferer):
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         results = {}
-        for index, q in enumerate(network.posterior(inputs, self.temperature)):
+        for index, q in enumerate(network.infer(inputs, self.temperature)[1]):
             results |= {f"z{index:02d}": q.z, f"mean{index:02d}": q.mean, f"std{index:02d}": q.std}
         return results
 
