@@ -86,6 +86,8 @@ def convert(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         ConversionError: a variant that the published code pads oddly (separate heads), or tensors left over.
     """
     encoder, decoder, output = (_strip(checkpoint[key]) for key in (ENCODER, DECODER, OUTPUT))
+    for name in _check_copies(decoder):
+        del decoder[name]
     options = checkpoint.get("hyper_params") or {}
     if any("convs_p_mu" in name or "convs_q_mu" in name for name in decoder) or options.get(
         "separate_hidden_loc_scale_convs"
@@ -260,10 +262,30 @@ def _published_name(name: str, skip: str) -> str:
     return name
 
 
+def _check_copies(decoder: Mapping[str, Tensor]) -> set[str]:
+    """The tensors that a level's third and later latents hold once more, as copies of the second one's.
+
+    Raises:
+        ConversionError: one differs from what it should be a copy of.
+    """
+    copies = {name for name in decoder if ".shared_group_ops." in name}
+    for name in copies:
+        block, rest = name.split(".shared_group_ops.")
+        group = block.split(".")[0]
+        nets = [i for i in _indices(decoder, f"{group}.") if f"{group}.{i}.convs_p.0.weight" in decoder]
+        # the first stochastic block of a level is not shared; on the coarsest level that is the first latent of all
+        second = nets[0] if group == "0" else nets[1]
+        original = decoder.get(f"{group}.{second}.{rest}")
+        if original is None or not torch.equal(original, decoder[name]):
+            raise ConversionError(f"'{name}' is not a copy of '{group}.{second}.{rest}', as shared latents have it.")
+    return copies
+
+
 def _refuse_leftovers(used: set[str], graphs: Mapping[str, Mapping[str, Tensor]]) -> None:
     left = [f"{graph}/{name}" for graph, source in graphs.items() for name in source if f"{graph}/{name}" not in used]
-    # a no-skip block computes no ReZero product, whatever the file holds for it
-    left = [name for name in left if not name.endswith("rezero_alpha")]
+    # a block without a skip, as the decoder's are on level 0, has no ReZero product, whatever the file holds for it
+    finest = max(int(name.split(".")[0]) for name in graphs["decoder"])
+    left = [name for name in left if not re.fullmatch(rf"decoder/{finest}\.\d+\.rezero_alpha", name)]
     if left:
         raise ConversionError(
             f"the checkpoint holds tensors that this network has no place for: {', '.join(left[:5])}."

@@ -272,6 +272,16 @@ def test_rezero_starts_as_the_identity_with_one_scalar_to_learn():
     torch.testing.assert_close(stochastic(x, None, z, 1.0)[0], x)
 
 
+def test_rezero_weights_without_an_alpha_of_the_first_latent_load_as_they_were_trained():
+    network = randomise(make(rezero=True))
+    state = network.state_dict()
+    with torch.no_grad():
+        state.pop("decoder.groups.0.0.alpha").fill_(1)
+    again = make(rezero=True)
+    again.load_state_dict(state)
+    assert torch.equal(again(scans(), temperature=0).loc, network(scans(), temperature=0).loc)
+
+
 def test_batch_norm_comes_before_the_skip_of_a_block_and_last_in_a_latent():
     network = randomise(make(batch_norm=True)).train()
     x = torch.randn(4, 6, 4, 4, 4)

@@ -260,13 +260,15 @@ class RefiningBlock(ResidualBlock):
 class FirstLatent(DecoderBlock):
     """The coarsest latent: prior N(0, I), posterior from the encoder's last features, result ``conv(z)``.
 
-    Of ``x`` only the shape of its grid is used.
+    Of ``x`` only the shape of its grid is used. ReZero multiplies the result by a learnt scalar that starts at 0; in
+    weights from before version 0.4.0, which lack it, it counts as 1.
     """
 
     def __init__(self, level: Level) -> None:
         super().__init__(level, index=0)
         self.posterior = ParameterNet(level, level.channels)
         self.z_projection = make_conv(level.spatial_dims, level.latent_channels, level.decoder_channels)
+        self.alpha = nn.Parameter(torch.zeros(())) if level.rezero else None
         self.norm = make_norm(level.spatial_dims, level.decoder_channels, level.batch_norm)
         self.latent_channels = level.latent_channels
 
@@ -288,7 +290,16 @@ class FirstLatent(DecoderBlock):
             shape = [x.shape[0], self.latent_channels] + list(x.shape[2:])  # noqa: RUF005 (TorchScript unpacks nothing)
             zeros = channels_last(x.new_zeros(shape))
             z = draw(zeros, torch.ones_like(zeros), temperature)
-        return self.norm(self.z_projection(z)), kl, q
+        y = self.z_projection(z)
+        if self.alpha is not None:
+            y = self.alpha * y
+        return self.norm(y), kl, q
+
+    @torch.jit.unused
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if self.alpha is not None:
+            state_dict.setdefault(f"{prefix}alpha", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class StochasticBlock(DecoderBlock):
