@@ -34,6 +34,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from scripts.utils.command_line import run
+from scripts.utils.distributed import from_rank_zero
 from scripts.utils.files import write_bytes, write_text
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -260,6 +261,16 @@ def make_brains(
     phantom = partial(brain_phantom, seed=seed, spacing=spacing, lesions=lesions)
     masks = ("lesions", mask_dir) if lesions > 0 else None
     return _make_cohort(phantom, recipe, output_dir, "FLAIR", masks, MNI, range(start, start + count), workers)
+
+
+def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int) -> str:
+    """The data set of a run, after making the default one: ``count`` brains, if ``dataset_dir`` is ``phantom_dir``.
+
+    Of several processes rank 0 makes them, and the others wait.
+    """
+    if dataset_dir != phantom_dir:
+        return str(dataset_dir)
+    return from_rank_zero(make_brains, phantom_dir, count)
 
 
 def make_ellipsoids(

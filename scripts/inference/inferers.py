@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,39 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.layers.gaussian import Posterior, gaussian_noise
+from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 
 __all__ = ["Decoding", "Encoding", "Imputation", "Interpolation", "Reconstruction", "Sampling", "Scoring"]
 
-Temperature = float | Sequence[float]
+Temperature = float | Mapping[int | str, float]
 
 
-def latents_of_levels(network: VDVAE, levels: int) -> int:
-    """How many latents the coarsest levels have.
+def latents_up_to(network: VDVAE, level: int) -> int:
+    """How many latents a level and those coarser than it have."""
+    return sum(other >= level for other in network.latent_levels)
+
+
+def level_temperatures(network: VDVAE, setting: str, temperature: Temperature) -> float | list[float]:
+    """A setting for a temperature as the network takes it.
+
+    Args:
+        setting: its name, for the message.
+        temperature: one number, or numbers by the grids of the levels that they are for (``{4: 0.5}``); others get 1.
 
     Raises:
-        ValueError: there are not so many levels.
+        ValueError: it is neither, or no level has such a grid.
     """
-    if not isinstance(levels, int) or not 1 <= levels <= network.levels:
-        raise ValueError(f"levels is {levels}: this network has 1 to {network.levels}.")
-    return sum(level >= network.levels - levels for level in network.latent_levels)
+    if isinstance(temperature, Mapping):
+        grids = network.grids()
+        named = {find_level(setting, grid, grids): float(value) for grid, value in temperature.items()}
+        return [named.get(level, 1.0) for level in range(network.levels)]
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise ValueError(
+            f"{setting} is {temperature!r}: give a number, or numbers by grid, such as {{4: 0.5, 8: 0.8}}."
+        )
+    return float(temperature)
 
 
 class Reconstruction(Inferer):
@@ -44,9 +60,10 @@ class Reconstruction(Inferer):
     Reconstruct scans: `recon` and `scale` (mean and standard deviation of each voxel) and `zscore`.
 
     Args:
-        temperature: of the posterior; 0 takes its mean. One number, or one a level, coarsest first.
-        levels: take the posterior of the so many coarsest levels alone, and the prior's mean below. None: of all.
-            `"each"`: of all, and `recon_level1`, `recon_level2`, ... for each number of levels too.
+        temperature: of the posterior; 0 takes its mean. See :py:func:`level_temperatures`.
+        levels: the grid of the finest level whose latents come from the posterior, such as 4; finer ones are the
+            prior's mean. None: all come from the posterior. `"each"`: all, and `recon_to1`, `recon_to2`, ... for each
+            grid with latents too.
     """
 
     def __init__(self, temperature: Temperature = 0.0, levels: int | str | None = None) -> None:
@@ -57,24 +74,33 @@ class Reconstruction(Inferer):
         """The names of its results.
 
         Raises:
-            ValueError: the network has not so many levels.
+            ValueError: no level has the grid that `levels` names.
         """
-        if self.levels not in (None, "each"):
-            latents_of_levels(network, self.levels)
-        each = range(1, network.levels + 1) if self.levels == "each" else ()
-        return ["recon", "scale", "zscore", *(f"recon_level{n}" for n in each)]
+        steps = self._steps(network)
+        return ["recon", "scale", "zscore", *(steps if self.levels == "each" else ())]
+
+    def _steps(self, network: VDVAE) -> dict[str, int]:
+        """The name of each partial reconstruction, and how many latents it is made from."""
+        grids = network.grids()
+        if self.levels is None:
+            return {}
+        if self.levels == "each":
+            levels = sorted(set(network.latent_levels), reverse=True)
+        else:
+            levels = [find_level("levels", self.levels, grids)]
+        return {f"recon_to{grid_key(grids[level])}": latents_up_to(network, level) for level in levels}
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        temperature = level_temperatures(network, "temperature", self.temperature)
         if self.levels is None:
-            loc, scale, _ = network.infer(inputs, self.temperature)[0]
+            loc, scale, _ = network.infer(inputs, temperature)[0]
             return _with_zscore(inputs, loc, scale)
-        latents = network.encode(inputs, self.temperature)
-        counts = range(1, network.levels + 1) if self.levels == "each" else [self.levels]
-        recons = [network.decode(latents[: latents_of_levels(network, n)], temperature=0.0) for n in counts]
-        results = _with_zscore(inputs, *recons[-1])
-        if self.levels == "each":
-            results |= {f"recon_level{n}": loc for n, (loc, _) in zip(counts, recons, strict=True)}
-        return results
+        latents = network.encode(inputs, temperature)
+        recons = {
+            name: network.decode(latents[:count], temperature=0.0) for name, count in self._steps(network).items()
+        }
+        results = _with_zscore(inputs, *list(recons.values())[-1])
+        return results | ({name: loc for name, (loc, _) in recons.items()} if self.levels == "each" else {})
 
 
 def _with_zscore(inputs: Tensor, loc: Tensor, scale: Tensor) -> dict[str, Tensor]:
@@ -94,7 +120,8 @@ class Encoding(Inferer):
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         results = {}
-        for index, q in enumerate(network.infer(inputs, self.temperature)[1]):
+        temperature = level_temperatures(network, "temperature", self.temperature)
+        for index, q in enumerate(network.infer(inputs, temperature)[1]):
             results |= {f"z{index:02d}": q.z, f"mean{index:02d}": q.mean, f"std{index:02d}": q.std}
         return results
 
@@ -112,7 +139,7 @@ class Decoding(Inferer):
 
     def __call__(self, inputs: Sequence[Tensor], network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`inputs` are the first latents, each `[batch, latent_channels, *grid]`, top first."""
-        loc, scale = network.decode(inputs, self.temperature)
+        loc, scale = network.decode(inputs, level_temperatures(network, "temperature", self.temperature))
         return {"recon": loc, "scale": scale}
 
 
@@ -121,7 +148,7 @@ class Sampling(Inferer):
     Draw scans from the prior: `sample`, the mean of each voxel given the latents that were drawn.
 
     Args:
-        temperature: multiplies the prior's standard deviations. One number, or one a level, coarsest first.
+        temperature: multiplies the prior's standard deviations. See :py:func:`level_temperatures`.
         voxel_noise: also draw each voxel from its own distribution, as the likelihood says.
     """
 
@@ -131,7 +158,8 @@ class Sampling(Inferer):
 
     def __call__(self, inputs: int, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`inputs` is the number of scans."""
-        loc, scale = network.decode([], self.temperature, batch_size=inputs)
+        temperature = level_temperatures(network, "sample_temperature", self.temperature)
+        loc, scale = network.decode([], temperature, batch_size=inputs)
         return {"sample": draw_voxels(loc, scale, network) if self.voxel_noise else loc}
 
 
@@ -150,11 +178,11 @@ class Interpolation(Inferer):
 
     Args:
         steps: how many scans, both ends included.
-        levels: numbers of the levels (0 is the coarsest) whose latents go over to the second scan; the others stay
-            those of the first. None: all go over.
+        levels: grids of the levels whose latents go over to the second scan, such as `[1, 2]`; the others stay those of
+            the first. None: all go over.
     """
 
-    def __init__(self, steps: int = 7, levels: Sequence[int] | None = None) -> None:
+    def __init__(self, steps: int = 7, levels: Sequence[int | str] | None = None) -> None:
         if steps < 2:
             raise ValueError(f"steps is {steps}: both ends are steps, so that it must be 2 or more.")
         self.steps = steps
@@ -166,19 +194,26 @@ class Interpolation(Inferer):
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`inputs` is `[batch, 2, channels, *spatial]`: the two scans."""
-        moving = set(range(network.levels) if self.levels is None else self.levels)
-        unknown = moving - set(range(network.levels))
-        if unknown:
-            raise ValueError(
-                f"levels_between holds {sorted(unknown)}: this network's levels are 0 to {network.levels - 1}."
-            )
+        moving = moving_levels(network, self.levels)
         first, second = (network.encode(inputs[:, end], temperature=0.0) for end in (0, 1))
-        moves = [network.levels - 1 - level in moving for level in network.latent_levels]
+        moves = [level in moving for level in network.latent_levels]
         results = {}
         for name, share in zip(self.images(), torch.linspace(0, 1, self.steps).tolist(), strict=True):
             latents = [torch.lerp(a, b, share) if m else a for a, b, m in zip(first, second, moves, strict=True)]
             results[name] = network.decode(latents, temperature=0.0)[0]
         return results
+
+
+def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int]:
+    """The numbers of the levels that :py:class:`Interpolation` moves.
+
+    Raises:
+        ValueError: no level has a grid that is named.
+    """
+    if levels is None:
+        return set(range(network.levels))
+    grids = network.grids()
+    return {find_level("levels_between", grid, grids) for grid in ensure_tuple(levels)}
 
 
 class Imputation(Inferer):

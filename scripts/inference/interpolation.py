@@ -15,6 +15,7 @@ from monai.utils import ImageMetaKey, ensure_tuple
 from torch import Tensor
 
 from scripts.data.datalist import as_text, find_scans
+from scripts.inference.inferers import moving_levels
 from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
 from scripts.networks import VDVAE
 from scripts.training.handlers import save_nifti
@@ -126,9 +127,9 @@ class SaveStepsd(Transform):
         return data
 
 
-def report_levels(network: VDVAE, moving: Sequence[int] | None) -> None:
-    """Log the grid of each level, and whether its latents go over."""
-    for number in range(network.levels):
-        grid = "×".join(str(size // 2 ** (network.levels - 1 - number)) for size in network.spatial_shape)
-        whose = "go over to the second scan" if moving is None or number in moving else "stay those of the first scan"
-        logger.info("Level %d (%s): its latents %s.", number, grid, whose)
+def report_levels(network: VDVAE, levels_between: Sequence[int | str] | None) -> None:
+    """Log of each level, by its grid, whether its latents go over."""
+    moving = moving_levels(network, levels_between)
+    for level in sorted(set(network.latent_levels), reverse=True):
+        whose = "go over to the second scan" if level in moving else "stay those of the first scan"
+        logger.info("Grid %s: its latents %s.", network.level_names()[level], whose)

@@ -20,7 +20,8 @@ from monai.transforms import MapTransform, SaveImage, SpatialResample, Transform
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
 
 from scripts.data.transforms import RobustScaled, ScanError, per_channel, unscaled
-from scripts.inference.inferers import latents_of_levels
+from scripts.inference.inferers import latents_up_to
+from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.handlers import save_nifti
 from scripts.utils import figures
@@ -292,8 +293,10 @@ def draw_reconstruction(path: str, data: Mapping[Hashable, Any], value_range: tu
 
 def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
     """A scan's reconstructions from the coarsest level alone to all of them."""
-    keys = sorted((key for key in data if str(key).startswith("recon_level")), key=lambda key: int(str(key)[11:]))
-    labels = [f"{key[11:]} level{'s' if key[11:] != '1' else ''}" for key in map(str, keys)]
+    keys = [key for key in map(str, data) if key.startswith("recon_to")]  # in the order in which they were made
+    dims = data["image"].ndim - 1
+    grids = [key.removeprefix("recon_to").split("x") for key in keys]
+    labels = [f"to {grid_name(grid if len(grid) > 1 else grid * dims)}" for grid in grids]
     figures.progressive(path, data["image"], [data[key] for key in keys], labels, value_range)
 
 
@@ -394,13 +397,11 @@ def _write_table(path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str,
 def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:
     """Log how many numbers the latents of a scan are, level by level, beside its voxels."""
     voxels = network.in_channels * math.prod(network.spatial_shape)
-    count = 0
-    for levels in range(1, network.levels + 1):
-        grids = network.latent_grids()[: latents_of_levels(network, levels)]
-        count = sum(map(math.prod, grids))
+    for level in sorted(set(network.latent_levels), reverse=True):
+        count = sum(map(math.prod, network.latent_grids()[: latents_up_to(network, level)]))
         logger.info(
-            "Latents of the %d coarsest level(s): %d numbers a scan, compression %.3g : 1 (of %d voxels).",
-            levels,
+            "Latents of grids up to %s: %d numbers per scan, compression %.3g : 1 (of %d voxels).",
+            network.level_names()[level],
             count,
             voxels / count,
             voxels,

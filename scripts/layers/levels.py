@@ -219,7 +219,31 @@ def _kernels(name: str, values: Sequence[int] | None, default: Sequence[int]) ->
 
 
 def grid_name(grid: Sequence[int]) -> str:
-    """How users know a level: ``4³`` for a grid of 4 × 4 × 4 voxels, ``4²`` in 2D, ``3×4×3`` where axes differ."""
+    """How users read of a level: ``4³`` for a grid of 4 × 4 × 4 voxels, ``4²`` in 2D, ``3×4×3`` where axes differ."""
     if len(set(grid)) == 1 and len(grid) in (2, 3):
         return f"{grid[0]}{'²³'[len(grid) - 2]}"
     return "×".join(map(str, grid))
+
+
+def grid_key(grid: Sequence[int]) -> str:
+    """The same in file names and settings: ``4``, or ``3x4x3`` where axes differ."""
+    return str(grid[0]) if len(set(grid)) == 1 else "x".join(map(str, grid))
+
+
+def find_level(setting: str, value: Any, grids: Sequence[Sequence[int]]) -> int:
+    """The number of the level that a setting names by its grid: ``4``, ``"4"``, ``"4³"``, ``"4x4x4"`` or ``"3x4x3"``.
+
+    Args:
+        setting: for the message.
+        value: of it.
+        grids: of each level, finest first.
+
+    Raises:
+        ValueError: no level has this grid.
+    """
+    name = str(value).replace("×", "x").removesuffix("³").removesuffix("²")
+    for number, grid in enumerate(grids):
+        if not isinstance(value, bool) and name in (grid_key(grid), "x".join(map(str, grid))):
+            return number
+    known = ", ".join(grid_key(grid) for grid in reversed(grids))
+    raise ValueError(f"{setting} names the grid {value!r}: this network's levels have the grids {known}.")

@@ -43,13 +43,31 @@ def update_scalars(output: dict[str, Any]) -> dict[str, float]:
     return {f"update/{name}": value for name, value in step_scalars(output).items()}
 
 
+class NoHandler:
+    """Stands for a handler that is disabled."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach nothing."""
+
+
 def by_reference(handler: Any) -> Any:
-    """A handler that the config defines elsewhere. MONAI's check of a workflow wants a ``_target_`` of each."""
-    return handler
+    """A handler that the config defines under a name, so that an overlay can change it.
+
+    MONAI's federated client and its check of a workflow read a ``_target_`` in each entry of a list of handlers, so
+    that a bare reference cannot stand there.
+    """
+    return NoHandler() if handler is None else handler
+
+
+def close(*handlers: Any) -> None:
+    """Close the files of handlers, those that are not disabled."""
+    for handler in handlers:
+        if handler is not None:
+            handler.close()
 
 
 class ListOutput:
-    """Attach last: leave a step's output as a list of one dictionary, as MONAI's experiment tracking reads it."""
+    """Leave a step's output as a list of one dictionary, as MONAI's experiment tracking reads it. Attach last."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
@@ -252,7 +270,7 @@ class Figures:
         for level in sorted(set(levels), reverse=True):
             known = sum(other >= level for other in levels)
             recons.append(self.network.decode(latents[:known], temperature=0.0)[0][0].cpu())
-            labels.append("x".join(str(size) for size in latents[known - 1].shape[2:]))
+            labels.append(f"to {self.network.level_names()[level]}")
         figures.progressive(self._path("progressive", suffix), scans[0], recons, labels, value_range=self.value_range)
 
     def _draw_samples(self, suffix: str) -> None:
@@ -276,7 +294,9 @@ class Figures:
         updates = [update for update, _ in table[0]]
         kl = np.array([[value for _, value in row] for row in table]).T
         dims = [int(np.prod(grid)) for grid in self.network.latent_grids()]
-        figures.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, list(self.network.latent_levels))
+        names = self.network.level_names()
+        levels = [names[level] for level in self.network.latent_levels]
+        figures.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, levels)
 
 
 def scan_name(image: Any) -> str:

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from scripts.networks import VDVAEOutput
 from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
 from scripts.utils.distributed import gather
+from scripts.utils.signals import SignalWatch
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class VDVAETrainer(SupervisedTrainer):
         needs_scaling = amp and autocast(self.state.device, True, amp_dtype).fast_dtype == torch.float16
         # a loss in nats is large: starting low saves the first updates from overflow
         self.scaler = torch.amp.GradScaler(kind, init_scale=1.0, enabled=needs_scaling)
+        self.signals = SignalWatch()
         self.state.updates = 0
         self.state.skipped = 0
         self.state.skipped_in_a_row = 0
@@ -202,12 +204,13 @@ class VDVAETrainer(SupervisedTrainer):
         return state.output
 
     def run(self) -> None:
-        """Train, from where the state stands until ``max_epochs``."""
+        """Train from the current state until ``max_epochs``; signals to stop are noted in ``signals``."""
         if self.state.epoch >= self.state.max_epochs:
-            logger.info("All %d epochs are done: set --epochs above that to go on.", self.state.epoch)
+            logger.info("All %d epochs are done: set --epochs above that to continue.", self.state.epoch)
             return
-        # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
-        Workflow.run(self)
+        with self.signals:
+            # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
+            Workflow.run(self)
 
     def _update(self) -> float:
         """Clip, then step or skip. Returns the norm of the gradients before clipping.

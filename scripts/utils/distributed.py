@@ -66,8 +66,23 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(rank))
 
 
-def start() -> None:
-    """Meet the other processes, over NCCL with GPUs and Gloo without. The first alone logs what is no warning."""
+def start(multi_gpu: bool = True) -> None:
+    """Join the process group of torchrun's processes, over NCCL with GPUs and Gloo without; only rank 0 logs infos.
+
+    Args:
+        multi_gpu: False does nothing, for a process that is alone.
+
+    Raises:
+        RuntimeError: torchrun started several processes, and ``multi_gpu`` is False.
+    """
+    if not multi_gpu:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1:
+            raise RuntimeError(
+                f"torchrun started {processes} processes, which would all do the same: add a multi_gpu config, such as "
+                "configs/multi_gpu_train.json, to --config_file."
+            )
+        return
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -165,11 +180,11 @@ def wait_for_all() -> None:
 
 def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module, **kwargs: Any) -> nn.Module:
     """
-    A network that trains on all processes at once, its gradients their mean.
+    A network that trains on all processes at once, its gradients their mean; in a process alone, the network itself.
 
     Args:
-        start_network: is called on the first process with what follows, and says how training starts; the other
-            processes get that one's weights and buffers.
+        start_network: is called on rank 0 with what follows, and says how training starts; the other processes get its
+            weights and buffers.
         network: on its device. Its batch norms count the batches of all processes, which PyTorch has for GPUs alone.
 
     Raises:
@@ -177,6 +192,8 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
     """
     if idist.get_rank() == 0:
         network = start_network(network=network, **kwargs)
+    if idist.get_world_size() == 1:
+        return network
     device = next(network.parameters()).device
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     if norms and device.type != "cuda":
