@@ -116,7 +116,7 @@ def main(
     parser.read_config([config_file] if isinstance(config_file, str) else list(config_file))
     parser.update({"ckpt": ckpt})
     network = parser.get_parsed_content("network").eval()
-    preprocessing = parser.get_parsed_content("imputation#preprocessing")
+    preprocessing = parser.get_parsed_content("imputed#preprocessing")
     with tempfile.TemporaryDirectory() as folder:
         make_brains(Path(folder) / "scans", count, seed=seed, workers=1)
         scans = sorted((Path(folder) / "scans").glob("*.nii.gz"))

@@ -93,7 +93,7 @@ def main(
     parser = ConfigParser()
     parser.read_config(config_file)
     network = load_weights(parser.get_parsed_content("network_def"), ckpt).eval()
-    scoring, preprocess = parser.get_parsed_content("scoring#inferer"), parser.get_parsed_content("preprocessing")
+    scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
     cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
     with tempfile.TemporaryDirectory() as folder:
         scans, lesions = lesion_scans(Path(folder), preprocess, **cohort)

@@ -17,7 +17,6 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from benchmarks import imputation as benchmark
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
-from scripts.inference.engine import run
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, pair_masks
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import list_pair
@@ -87,7 +86,7 @@ def impute(folder: Path, output: Path, weights: str, **changes) -> dict[str, np.
     """Every result, by its file's name."""
     settings = {"dataset_dir": str(folder / "scans"), "mask_dir": str(folder / "masks"), "ckpt": weights, **PAIRING}
     content = parser(**{**settings, "output_dir": str(output), **changes})
-    content.get_parsed_content("imputation#evaluator").run()
+    content.get_parsed_content("imputing").run()
     assert not content.get_parsed_content("failures").found
     return {path.name: nib.load(path).get_fdata() for path in output.glob("*.nii.gz")}
 
@@ -111,19 +110,19 @@ def test_steps_go_from_one_reconstruction_to_the_other(network, fitted):
     assert (recon[1] - recon[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("levels", [(0,), (1, 2), (2,)])
-def test_any_levels_go_over_and_the_others_stay(network, fitted, levels):
-    last = Interpolation(steps=2, levels=levels)(fitted[None], network)["step01"]
+@pytest.mark.parametrize("grids", [(2,), ("4³", 8), ("8x8x8",)])
+def test_any_levels_go_over_and_the_others_stay(network, fitted, grids):
+    last = Interpolation(steps=2, levels=grids)(fitted[None], network)["step01"]
     both = network.encode(fitted, temperature=0.0)
-    coarsest_first = [network.levels - 1 - level for level in network.latent_levels]
-    mixed = [z[[int(level in levels)]] for z, level in zip(both, coarsest_first, strict=True)]
+    moved = {int(str(grid)[0]) for grid in grids}
+    mixed = [z[[int(z.shape[2] in moved)]] for z in both]
     assert torch.allclose(last, network.decode(mixed, temperature=0.0)[0], atol=1e-5)
     assert not torch.allclose(last, network.decode([z[:1] for z in both], temperature=0.0)[0], atol=1e-4)
 
 
 def test_steps_and_levels_that_cannot_be_are_refused(network, fitted):
-    with pytest.raises(ValueError, match="levels_between holds \\[3\\]: this network's levels are 0 to 2"):
-        Interpolation(levels=[0, 3])(fitted[None], network)
+    with pytest.raises(ValueError, match="levels_between names the grid 3: this network's levels have the grids 2, 4, 8"):
+        Interpolation(levels=[2, 3])(fitted[None], network)
     with pytest.raises(ValueError, match="steps is 1: both ends are steps"):
         Interpolation(steps=1)
 
@@ -148,7 +147,7 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
         "--scans_between",
         str([first, second]),
         "--levels_between",
-        "[0, 1]",
+        "[2, 4]",
         run_id="interpolate",
         configs=CONFIGS,
     )
@@ -156,18 +155,18 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
     name = "sub-0001_FLAIR_to_sub-0002_FLAIR"
     expected = [f"{name}_step00.nii.gz", f"{name}_step01.nii.gz", f"{name}_step02.nii.gz", f"{name}_steps.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["interpolate.json", *expected]
-    assert "Level 1 (4×4×4): its latents go over" in result.stderr
-    assert "Level 2 (8×8×8): its latents stay those of the first" in result.stderr
-    steps = Interpolation(steps=3, levels=[0, 1])(fitted[None], network)
+    assert "Grid 4³: its latents go over" in result.stderr
+    assert "Grid 8³: its latents stay those of the first" in result.stderr
+    steps = Interpolation(steps=3, levels=[2, 4])(fitted[None], network)
     grid = parser().get_parsed_content("preprocessing")({"image": first})["image"].affine
     for file, step in zip(expected, steps.values(), strict=False):
         image = nib.load(tmp_path / "out" / file)
         assert np.allclose(image.affine, grid, atol=1e-3)
         assert np.allclose(image.get_fdata(), ((step[0, 0] + 1) / 2).clamp(0, 1), atol=1e-4)
 
-    other = parser(scans_between=[second, first], ckpt=weights, steps=3, levels_between=[0, 1])
+    other = parser(scans_between=[second, first], ckpt=weights, steps=3, levels_between=[2, 4], output_dir=str(tmp_path / "out"))
     with pytest.raises(FileExistsError, match="made with another first, second: set --output_dir"):
-        run(None, "interpolate", tmp_path / "out", other.get_parsed_content("interpolation#settings"), False)
+        other.get_parsed_content("interpolating").run()
 
 
 # Imputing: the inferer
@@ -399,7 +398,7 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
 def test_the_benchmark_measures_the_missing_voxels_alone(network, cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ITERATIONS", (1, 3))
     content = parser(ckpt=None)
-    preprocessing = content.get_parsed_content("imputation#preprocessing")
+    preprocessing = content.get_parsed_content("imputed#preprocessing")
     for kind, volume in (("slab", None), ("sphere", 4 / 3 * np.pi * benchmark.RADIUS**3)):
         items = benchmark.write_holes(kind, sorted(cohort.glob("*.nii.gz"))[:2], tmp_path / kind)
         removed = nib.load(items[0]["mask"])

@@ -22,7 +22,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, scan_generator
-from scripts.inference.inferers import Reconstruction, Scoring
+from scripts.inference.inferers import Reconstruction, Sampling, Scoring, level_temperatures
 from scripts.inference.outputs import ScanLayout
 from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction
@@ -111,7 +111,7 @@ def encoded(scans, weights, tmp_path_factory):
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_reconstructions_lie_on_the_scans_own_grid(scans, reconstructed, codes):
     original = nib.load(scans / codes / f"{codes}.nii.gz")
-    for name in ("recon", "scale", "zscore", "recon_level1", "recon_level3"):
+    for name in ("recon", "scale", "zscore", "recon_to2", "recon_to8"):
         result = nib.load(reconstructed[0] / codes / f"{codes}_{name}.nii.gz")
         assert result.shape == original.shape
         assert np.allclose(result.affine, original.affine, atol=1e-3)
@@ -128,7 +128,7 @@ def test_reconstructions_lie_on_the_scans_own_grid(scans, reconstructed, codes):
 def test_everything_is_named_after_its_scan(reconstructed):
     output, log = reconstructed
     names = ("levels.png", "recon.nii.gz", "recon.png", "scale.nii.gz", "zscore.nii.gz")
-    levels = [f"recon_level{n}.nii.gz" for n in (1, 2, 3)]
+    levels = [f"recon_to{n}.nii.gz" for n in (2, 4, 8)]
     expected = [f"{codes}/{codes}_{name}" for codes in ORIENTATIONS for name in (*names, *levels)]
     assert files(output) == sorted([*expected, "reconstruct.json"])
     assert f"Results: '{output}'" in log
@@ -136,15 +136,22 @@ def test_everything_is_named_after_its_scan(reconstructed):
 
 def test_the_last_level_is_the_whole_reconstruction_and_the_first_is_coarser(reconstructed):
     full, third, first = (
-        load(reconstructed[0], f"RAS/RAS_{n}.nii.gz") for n in ("recon", "recon_level3", "recon_level1")
+        load(reconstructed[0], f"RAS/RAS_{n}.nii.gz") for n in ("recon", "recon_to8", "recon_to2")
     )
     assert np.allclose(full, third, atol=1e-3)
     assert not np.allclose(full, first, atol=0.1)
 
 
-def test_levels_out_of_range(network):
-    with pytest.raises(ValueError, match="levels is 4: this network has 1 to 3"):
-        Reconstruction(levels=4)(torch.zeros(1, 1, 8, 8, 8), network)
+def test_levels_and_temperatures_are_named_by_grids_that_exist(network):
+    scans = torch.zeros(1, 1, 8, 8, 8)
+    with pytest.raises(ValueError, match="levels names the grid 16: this network's levels have the grids 2, 4, 8"):
+        Reconstruction(levels=16)(scans, network)
+    assert Reconstruction(levels="4³").images(network) == ["recon", "scale", "zscore"]
+    with pytest.raises(ValueError, match="sample_temperature names the grid '3'"):
+        Sampling({"3": 0.5})(1, network)
+    with pytest.raises(ValueError, match=r"temperature is \[0.5\]: give a number, or numbers by grid"):
+        Reconstruction([0.5])(scans, network)
+    assert level_temperatures(network, "temperature", {8: 0.25, "2³": 0}) == [0.25, 1.0, 0.0]
 
 
 class Perfect(torch.nn.Module):
@@ -196,7 +203,7 @@ def test_latents_are_all_there_with_a_table_of_the_coarsest(encoded, network, sc
     table = [float(value) for name, value in rows["RAS/RAS.nii.gz"].items() if name != "image"]
     assert np.allclose(table, first, rtol=1e-4)
     numbers = sum(math.prod(grid) for grid in network.latent_grids())
-    assert f"{numbers} numbers a scan, compression {512 / numbers:.3g} : 1 (of 512 voxels)" in log
+    assert f"{numbers} numbers per scan, compression {512 / numbers:.3g} : 1 (of 512 voxels)" in log
 
 
 def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, weights, tmp_path):
@@ -213,7 +220,7 @@ def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, we
     np.savez(tmp_path / "latents" / "strange_latents.npz", a=1)
     log = run("decode", tmp_path / "latents", tmp_path / "out", weights, code=1)
     assert np.allclose(
-        load(tmp_path / "out", "cut_recon.nii.gz"), load(reconstructed[0], "RAS/RAS_recon_level1.nii.gz"), atol=1e-2
+        load(tmp_path / "out", "cut_recon.nii.gz"), load(reconstructed[0], "RAS/RAS_recon_to2.nii.gz"), atol=1e-2
     )
     assert not np.allclose(
         load(tmp_path / "out", "edited_recon.nii.gz"), load(tmp_path / "out", "cut_recon.nii.gz"), atol=1
@@ -232,7 +239,7 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
         ("one", ("--batch_size", 1)),
         ("three", ("--batch_size", 3)),
         ("other", ("--seed", 1)),
-        ("cold", ("--sample_temperature", "[0.0,0.7,0.7]")),
+        ("cold", ("--sample_temperature", "{2: 0.0, 4: 0.7, '8': 0.7}")),
     ):
         run("sample", tmp_path, tmp_path / name, weights, "--samples", 4, *arguments)
         assert files(tmp_path / name) == [*(f"000{i}_sample.nii.gz" for i in range(1, 5)), "sample.json", "samples.png"]

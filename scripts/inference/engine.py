@@ -31,7 +31,7 @@ from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
 
-__all__ = ["Failures", "ScanEvaluator", "list_scans", "run", "scan_generator"]
+__all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,40 +112,6 @@ def scan_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def run(
-    evaluator: ScanEvaluator, word: str, output_dir: str | os.PathLike, settings: Mapping[str, Any], overwrite: bool
-) -> None:
-    """
-    Run a job, if a folder's results and those that will be added to them are made with the same settings.
-
-    Args:
-        evaluator: of the job. That it could be built means that its weights and its arguments are good.
-        word: the job.
-        output_dir: made if need be; `<word>.json` there says with what its results were made.
-        settings: on which the results depend; files among them (a checkpoint) by their content.
-        overwrite: make everything again.
-
-    Raises:
-        FileExistsError: when there are results made with other settings.
-    """
-    if idist.get_rank() == 0:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{word}.json"
-        known = {name: _identity(value) for name, value in settings.items()}
-        if path.exists() and not overwrite:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in known if before.get(name) != known[name]]
-            if changed:
-                raise FileExistsError(
-                    f"output_dir '{folder}' holds results of '{word}' made with another {', '.join(changed)}: "
-                    "set --output_dir to another folder, or --overwrite True to make them again."
-                )
-        write_text(path, json.dumps(known, indent=2) + "\n")
-    idist.barrier()
-    evaluator.run()
-
-
 def _identity(value: Any) -> Any:
     """A setting as JSON can hold it; a file is its checksum."""
     if isinstance(value, str | os.PathLike) and Path(value).is_file():
@@ -181,12 +147,15 @@ def scan_name(item: Mapping[str, Any]) -> str:
 
 class ScanEvaluator(Evaluator):
     """
-    A MONAI evaluator that applies an inferer to every scan and a postprocessing to each result.
+    A MONAI evaluator for one job: it applies an inferer to every scan and a postprocessing to each result.
 
     A scan whose results are there already is left alone. One that cannot be read, or whose results cannot be made, is
-    noted and the others go on. With several processes each takes its share.
+    noted and the others continue. With several processes each takes its share.
 
     Args:
+        job: its name; `<job>.json` in `output_dir` says with what its results were made.
+        output_dir: folder of the results, made if need be.
+        settings: on which the results depend; files among them (a checkpoint) by their content.
         device: of the network.
         dataset: with preprocessing; its items hold `image`, `[channels, *spatial]`.
         network: the network.
@@ -201,10 +170,14 @@ class ScanEvaluator(Evaluator):
         overwrite: make results again that are there.
         seed: of the noise; each scan has its own, whatever its batch or process.
         amp, amp_dtype: mixed precision.
+        val_handlers: Ignite handlers.
     """
 
     def __init__(
         self,
+        job: str,
+        output_dir: str | os.PathLike,
+        settings: Mapping[str, Any],
         device: torch.device | str,
         dataset: Dataset,
         network: torch.nn.Module,
@@ -221,7 +194,9 @@ class ScanEvaluator(Evaluator):
         seed: int = 0,
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
+        val_handlers: Sequence | None = None,
     ) -> None:
+        self.job, self.output_dir, self.settings = job, Path(output_dir), settings
         self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
         # one process says what is left to do: another might begin to write while this one still looks
         pending = distributed.from_rank_zero(
@@ -235,7 +210,7 @@ class ScanEvaluator(Evaluator):
             collate_fn=list,
             pin_memory=torch.device(device).type == "cuda",
         )
-        super().__init__(device, loader, epoch_length=len(loader), amp=amp, decollate=False)
+        super().__init__(device, loader, epoch_length=len(loader), amp=amp, decollate=False, val_handlers=val_handlers)
         self.pending, self.remaining = len(pending), len(share)
         self.network, self.inferer = network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
@@ -258,7 +233,15 @@ class ScanEvaluator(Evaluator):
             return False  # that it has no place will be said when it is its turn
 
     def run(self) -> None:
-        """Go over the scans that are not finished, then make the summary."""
+        """
+        Go over the scans that are not finished, then make the summary.
+
+        Raises:
+            FileExistsError: when there are results made with other settings.
+        """
+        if idist.get_rank() == 0:
+            self._note_settings()
+        idist.barrier()
         total = len(self.dataset.data)
         if idist.get_rank() == 0 and self.pending < total:
             logger.info("Of %d scans, %d are finished already.", total, total - self.pending)
@@ -268,7 +251,22 @@ class ScanEvaluator(Evaluator):
         if idist.get_rank() == 0:
             if self.summary is not None:
                 self.summary([scan_name(item) for item in self.dataset.data])
-            logger.info("Results: '%s'.", self.layouts[0].output_dir)
+            logger.info("Results: '%s'.", self.output_dir)
+
+    def _note_settings(self) -> None:
+        """Refuse to mix results of different settings; leave those of this run beside its results."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / f"{self.job}.json"
+        known = {name: _identity(value) for name, value in self.settings.items()}
+        if path.exists() and not self.overwrite:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in known if before.get(name) != known[name]]
+            if changed:
+                raise FileExistsError(
+                    f"output_dir '{self.output_dir}' holds results of '{self.job}' made with another "
+                    f"{', '.join(changed)}: set --output_dir to another folder, or --overwrite True to make them again."
+                )
+        write_text(path, json.dumps(known, indent=2) + "\n")
 
     def _iteration(self, engine: Engine, batchdata: Sequence[dict | Failure]) -> dict[str, Any]:
         for failure in batchdata:

@@ -14,7 +14,7 @@ from monai.transforms import Transform
 from monai.utils import ImageMetaKey, ensure_tuple
 from torch import Tensor
 
-from scripts.data.datalist import as_text, find_scans
+from scripts.inference.engine import list_scans
 from scripts.inference.inferers import moving_levels
 from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
 from scripts.networks import VDVAE
@@ -35,14 +35,13 @@ def list_pair(
     Args:
         scans_between: paths of the two, each a list of paths where a scan has several channels. None: the first two of
             `dataset_dir`.
-        dataset_dir, scan_pattern: see :py:func:`scripts.data.datalist.find_scans`.
+        dataset_dir, scan_pattern: see :py:func:`scripts.inference.engine.list_scans`.
 
     Raises:
         ValueError: when there are not two.
     """
     if scans_between is None:
-        found = find_scans(dataset_dir, scan_pattern)[:2]
-        scans = [as_text(path) for path in found]
+        scans = [scan["image"] for scan in list_scans(dataset_dir, scan_pattern)[:2]]
         if len(scans) < 2:
             raise ValueError(f"dataset_dir '{dataset_dir}' holds one scan alone: set --scans_between to two scans.")
     elif isinstance(scans_between, str) or len(scans_between) != 2:
