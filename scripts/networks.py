@@ -17,7 +17,7 @@ from torch import Tensor
 from scripts.layers.blocks import decoder_blocks, encoder_blocks
 from scripts.layers.convolutions import Downsample, channels_last, make_conv
 from scripts.layers.gaussian import Posterior
-from scripts.layers.levels import Level, check_choice, check_list, check_shape, grid_name, make_levels
+from scripts.layers.levels import Level, check_choice, check_list, check_shape, make_levels
 from scripts.layers.output import OUTPUT_RANGES, OutputHead, VoxelGaussian, deviation
 
 __all__ = ["OUTPUT_RANGES", "VDVAE", "Decoder", "Encoder", "VDVAEOutput", "VDVAEReconstruction"]
@@ -131,6 +131,8 @@ class VDVAE(VoxelGaussian):
         latents_off: indices of latents that are switched off, counted from the coarsest; 0 cannot be.
         std_form: how standard deviations come from the network: ``"sigmoid"`` or ``"exp"`` (whose bounds are of the
             log-variance, as published, so that the output's is never below 1).
+        kl_floor: in training the KL's denominator is at least this variance of the prior, as published 1e-5. Outside of
+            training the KL is exact.
         output_activation: ``"tanh"``, ``"sigmoid"`` or ``"identity"``; scans should be scaled to its range.
         predict_scale: False: the output has unit variance.
         template: see and predict deviations from a voxel-wise mean and standard deviation (:meth:`set_voxel_gaussian`),
@@ -141,6 +143,9 @@ class VDVAE(VoxelGaussian):
             coarsest latents of a deep network neither see the scan nor show in the reconstruction.
         checkpoint_levels: recompute the activations of this many of the finest levels in the backward pass instead of
             keeping them.
+
+    Attributes:
+        arguments: what it was built with, by name.
 
     Raises:
         ValueError: an argument cannot be honoured; the sentence starts with its name.
@@ -168,13 +173,16 @@ class VDVAE(VoxelGaussian):
         shared: bool | Sequence[bool] = False,
         latents_off: Sequence[int] = (),
         std_form: str = "sigmoid",
+        kl_floor: float = 0.0,
         output_activation: str = "tanh",
         predict_scale: bool = True,
         template: bool = False,
         init: str = "pytorch",
         checkpoint_levels: int = 0,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(template)
+        self.arguments = arguments
         levels = make_levels(
             spatial_dims,
             in_channels,
@@ -191,6 +199,7 @@ class VDVAE(VoxelGaussian):
             latents_off=latents_off,
             checkpoint_levels=checkpoint_levels,
             std_form=std_form,
+            kl_floor=kl_floor,
             batch_norm=batch_norm,
             plain_encoder=plain_encoder,
             rezero=rezero,
@@ -226,14 +235,7 @@ class VDVAE(VoxelGaussian):
         self.to(memory_format=torch.channels_last_3d if spatial_dims == 3 else torch.channels_last)
 
     def grids(self, spatial_shape: Sequence[int] | None = None) -> list[tuple[int, ...]]:
-        """The grid of each level, finest first.
-
-        Args:
-            spatial_shape: of the scans; default the network's.
-
-        Raises:
-            ValueError: there is no shape, or an axis is not a multiple of 2^(K-1).
-        """
+        """The grid of each level, finest first, for scans of this shape; default the network's."""
         shape = spatial_shape or self.spatial_shape
         if shape is None:
             raise ValueError("network_def: a grid needs spatial_shape, here or in the constructor.")
@@ -241,13 +243,9 @@ class VDVAE(VoxelGaussian):
         return [tuple(size // 2**level for size in shape) for level in range(self.levels)]
 
     def latent_grids(self, spatial_shape: Sequence[int] | None = None) -> list[tuple[int, ...]]:
-        """``(channels, *grid)`` of each latent, top first; the argument is that of :meth:`grids`."""
+        """``(channels, *grid)`` of each latent, top first; see :meth:`grids`."""
         grids = self.grids(spatial_shape)
         return [(c, *grids[level]) for c, level in zip(self.latent_channels, self.latent_levels, strict=True)]
-
-    def level_names(self) -> list[str]:
-        """How users know each level, finest first: its grid, such as ``4³``."""
-        return [grid_name(grid) for grid in self.grids()]
 
     def _encode(self, x: Tensor) -> list[Tensor]:
         """The encoder's features of scans, finest first, after a look at their shape."""

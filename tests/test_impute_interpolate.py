@@ -121,7 +121,7 @@ def test_any_levels_go_over_and_the_others_stay(network, fitted, grids):
 
 
 def test_steps_and_levels_that_cannot_be_are_refused(network, fitted):
-    with pytest.raises(ValueError, match="levels_between names the grid 3: this network's levels have the grids 2, 4, 8"):
+    with pytest.raises(ValueError, match="levels_between names the grid 3: this network's levels have .* 2, 4, 8"):
         Interpolation(levels=[2, 3])(fitted[None], network)
     with pytest.raises(ValueError, match="steps is 1: both ends are steps"):
         Interpolation(steps=1)
@@ -164,7 +164,8 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
         assert np.allclose(image.affine, grid, atol=1e-3)
         assert np.allclose(image.get_fdata(), ((step[0, 0] + 1) / 2).clamp(0, 1), atol=1e-4)
 
-    other = parser(scans_between=[second, first], ckpt=weights, steps=3, levels_between=[2, 4], output_dir=str(tmp_path / "out"))
+    changes = {"steps": 3, "levels_between": [2, 4], "output_dir": str(tmp_path / "out")}
+    other = parser(scans_between=[second, first], ckpt=weights, **changes)
     with pytest.raises(FileExistsError, match="made with another first, second: set --output_dir"):
         other.get_parsed_content("interpolating").run()
 

@@ -135,9 +135,7 @@ def test_everything_is_named_after_its_scan(reconstructed):
 
 
 def test_the_last_level_is_the_whole_reconstruction_and_the_first_is_coarser(reconstructed):
-    full, third, first = (
-        load(reconstructed[0], f"RAS/RAS_{n}.nii.gz") for n in ("recon", "recon_to8", "recon_to2")
-    )
+    full, third, first = (load(reconstructed[0], f"RAS/RAS_{n}.nii.gz") for n in ("recon", "recon_to8", "recon_to2"))
     assert np.allclose(full, third, atol=1e-3)
     assert not np.allclose(full, first, atol=0.1)
 

@@ -107,7 +107,7 @@ def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, st
 
 
 def scan_generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers of a scan, that depend on the run's seed and its name alone."""
+    """Random numbers of a scan that depend on the run's seed and the scan's path in its data set alone."""
     state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -155,7 +155,8 @@ class ScanEvaluator(Evaluator):
     Args:
         job: its name; `<job>.json` in `output_dir` says with what its results were made.
         output_dir: folder of the results, made if need be.
-        settings: on which the results depend; files among them (a checkpoint) by their content.
+        settings: on which the results depend; files among them (a checkpoint) by their content. The arguments of the
+            network, `seed`, `amp` and `amp_dtype` are added.
         device: of the network.
         dataset: with preprocessing; its items hold `image`, `[channels, *spatial]`.
         network: the network.
@@ -196,11 +197,14 @@ class ScanEvaluator(Evaluator):
         amp_dtype: torch.dtype | None = None,
         val_handlers: Sequence | None = None,
     ) -> None:
-        self.job, self.output_dir, self.settings = job, Path(output_dir), settings
+        self.job, self.output_dir = job, Path(output_dir)
+        own = {"network_def": network.arguments, "seed": seed, "amp": amp, "amp_dtype": amp_dtype}
+        self.settings = {**settings, **own}
         self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
+        self._check_names()
         # one process says what is left to do: another might begin to write while this one still looks
         pending = distributed.from_rank_zero(
-            lambda: [i for i, item in enumerate(dataset.data) if not self.finished(scan_name(item))]
+            lambda: [i for i, item in enumerate(dataset.data) if not self.finished(item)]
         )
         share = pending[idist.get_rank() :: idist.get_world_size()]
         loader = DataLoader(
@@ -223,14 +227,35 @@ class ScanEvaluator(Evaluator):
             )
             bar.attach(self, event_name=Events.ITERATION_COMPLETED)
 
-    def finished(self, name: str) -> bool:
-        """Whether all results of a scan are there."""
+    def finished(self, item: Mapping[str, Any]) -> bool:
+        """Whether all results of a scan are there, and none is older than a file of the scan."""
         if self.overwrite:
             return False
         try:
-            return all(layout.path(name).exists() for layout in self.layouts)
+            results = [layout.path(scan_name(item)) for layout in self.layouts]
         except ScanError:
             return False  # that it has no place will be said when it is its turn
+        if not all(path.exists() for path in results):
+            return False
+        # copying a file keeps one of its two times
+        scans = [Path(path).stat() for path in ensure_tuple(item["image"]) if Path(path).exists()]
+        changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
+        return min(path.stat().st_mtime for path in results) >= changed
+
+    def _check_names(self) -> None:
+        """Refuse scans whose results would have one name, such as those of `a.nii` and `a.mha`."""
+        seen: dict[Path, str] = {}
+        for name in map(scan_name, self.dataset.data):
+            try:
+                path = self.layouts[0].path(name)
+            except ScanError:
+                continue
+            if path in seen:
+                raise ValueError(
+                    f"'{seen[path]}' and '{name}' would both be written to '{path}': choose one of them by "
+                    "--scan_pattern, or rename one."
+                )
+            seen[path] = name
 
     def run(self) -> None:
         """
@@ -253,6 +278,12 @@ class ScanEvaluator(Evaluator):
                 self.summary([scan_name(item) for item in self.dataset.data])
             logger.info("Results: '%s'.", self.output_dir)
 
+    def _relative(self, name: str) -> str:
+        try:
+            return self.layouts[0].relative(name)
+        except ScanError:  # it has no place, as will be said when its results are written
+            return name
+
     def _note_settings(self) -> None:
         """Refuse to mix results of different settings; leave those of this run beside its results."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -260,7 +291,7 @@ class ScanEvaluator(Evaluator):
         known = {name: _identity(value) for name, value in self.settings.items()}
         if path.exists() and not self.overwrite:
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in known if before.get(name) != known[name]]
+            changed = [name for name in known if name in before and before[name] != known[name]]
             if changed:
                 raise FileExistsError(
                     f"output_dir '{self.output_dir}' holds results of '{self.job}' made with another "
@@ -278,7 +309,7 @@ class ScanEvaluator(Evaluator):
         device = self.state.device
         inputs = self.inputs(items) if self.inputs else torch.stack([item["image"].as_tensor() for item in items])
         arguments = self.arguments(items) if self.arguments else {}
-        generators = [scan_generator(self.seed, Path(item["name"]).name) for item in items]
+        generators = [scan_generator(self.seed, self._relative(item["name"])) for item in items]
         with self.mode(self.network), autocast(device, self.amp, self.amp_dtype), noise_from(generators):
             results = self.inferer(_to(inputs, device), self.network, **_to(arguments, device))
         for position, item in enumerate(items):

@@ -19,7 +19,7 @@ from monai.networks.layers import GaussianFilter
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts.layers.gaussian import Posterior, gaussian_noise
+from scripts.layers.gaussian import Posterior, drawing, gaussian_noise, kl_per_dimension
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
@@ -301,8 +301,9 @@ class Scoring(Inferer):
         bound = -(nll + kl.sum(1))
         if self.importance_samples > 1:
             bound = torch.logsumexp(torch.stack(weights), dim=0) - math.log(self.importance_samples)
-        (loc, _, _), latents = network.infer(inputs, temperature=0.0)
-        restored, scale = network.decode([restored_latent(q, self.restore) for q in latents], temperature=0.0)
+        loc = network.infer(inputs, temperature=0.0)[0].loc
+        with drawing(lambda q: restored_latent(q, self.restore)):
+            restored, scale, _ = network.infer(inputs, temperature=0.0)[0]
         results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
         results |= image_quality(loc, inputs, network)
@@ -317,10 +318,7 @@ def restored_latent(q: Posterior, threshold: float | None) -> Tensor:
     if threshold is None:
         return q.mean
     prior_mean = torch.zeros_like(q.mean) if q.prior_mean is None else q.prior_mean
-    prior_std = torch.ones_like(q.std) if q.prior_std is None else q.prior_std
-    ratio, distance = q.std / prior_std, (q.mean - prior_mean) / prior_std
-    kl = 0.5 * (ratio.square() + distance.square() - 1) - ratio.log()
-    return torch.where(kl > threshold, prior_mean, q.mean)
+    return torch.where(kl_per_dimension(q) > threshold, prior_mean, q.mean)
 
 
 def foreground(scans: Tensor, network: VDVAE) -> Tensor:
@@ -332,7 +330,14 @@ def foreground(scans: Tensor, network: VDVAE) -> Tensor:
 def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
     """Of each scan's values in its foreground, `[batch]`; of all values, if it has none."""
     pairs = zip(values, foreground(scans, network), strict=True)
-    return torch.stack([torch.quantile(v[f] if f.any() else v.flatten(), percentile / 100) for v, f in pairs])
+    return torch.stack([quantile(v[f] if f.any() else v.flatten(), percentile / 100) for v, f in pairs])
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """`torch.quantile` of any number of values; that function refuses more than 16 million."""
+    place = q * (values.numel() - 1)
+    below, above = (values.kthvalue(1 + number).values for number in (math.floor(place), math.ceil(place)))
+    return torch.lerp(below, above, place - math.floor(place))
 
 
 def log_ratio(q: Posterior) -> Tensor:

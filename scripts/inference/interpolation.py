@@ -17,6 +17,7 @@ from torch import Tensor
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import moving_levels
 from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
+from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.handlers import save_nifti
 from scripts.utils import figures
@@ -131,4 +132,4 @@ def report_levels(network: VDVAE, levels_between: Sequence[int | str] | None) ->
     moving = moving_levels(network, levels_between)
     for level in sorted(set(network.latent_levels), reverse=True):
         whose = "go over to the second scan" if level in moving else "stay those of the first scan"
-        logger.info("Grid %s: its latents %s.", network.level_names()[level], whose)
+        logger.info("Grid %s: its latents %s.", grid_name(network.grids()[level]), whose)

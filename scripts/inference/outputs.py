@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,9 +216,16 @@ class LoadLatentsd(MapTransform):
     """
     Read what :py:class:`SaveLatentsd` wrote; latents may be missing from some place on.
 
+    Args:
+        grids: of each latent, `(channels, *grid)`, top first.
+
     Raises:
-        ScanError: when the file is not such a file.
+        ScanError: when the file is damaged, not such a file, or of another network.
     """
+
+    def __init__(self, keys: KeysCollection, grids: Sequence[Sequence[int]], allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.grids = [tuple(grid) for grid in grids]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -225,7 +234,7 @@ class LoadLatentsd(MapTransform):
             try:
                 with np.load(path, allow_pickle=False) as file:
                     content = {name: file[name] for name in file.files}
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise ScanError(f"'{path}' cannot be read as latents ({error}): encode the scan again.") from error
             lacking = {"affine", "scan_affine", "scan_shape", "gain", "offset", "b_min"} - set(content)
             if lacking:
@@ -235,6 +244,14 @@ class LoadLatentsd(MapTransform):
             if missing:
                 raise ScanError(
                     f"'{path}' lacks {missing[0]} but has later latents: leave latents out from the end on."
+                )
+            shapes = [content[f"z{i:02d}"].shape for i in range(count)]
+            wrong = next((i for i in range(count) if i >= len(self.grids) or shapes[i] != self.grids[i]), None)
+            if wrong is not None:
+                expected = list(self.grids[wrong]) if wrong < len(self.grids) else "no such latent"
+                raise ScanError(
+                    f"'{path}': z{wrong:02d} has shape {list(shapes[wrong])}, but the network has {expected}: decode "
+                    "with the weights and the network_def that it was encoded with."
                 )
             d |= content | {"path": str(path)}
             d["latents"] = [torch.as_tensor(content[f"z{i:02d}"]).float() for i in range(count)]
@@ -401,7 +418,7 @@ def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:
         count = sum(map(math.prod, network.latent_grids()[: latents_up_to(network, level)]))
         logger.info(
             "Latents of grids up to %s: %d numbers per scan, compression %.3g : 1 (of %d voxels).",
-            network.level_names()[level],
+            grid_name(network.grids()[level]),
             count,
             voxels / count,
             voxels,

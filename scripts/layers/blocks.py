@@ -21,7 +21,7 @@ from scripts.layers.convolutions import (
     preserve_variance,
     upsample,
 )
-from scripts.layers.gaussian import LATENT_STD_RANGE, Posterior, draw, kl_divergence, standard_deviation
+from scripts.layers.gaussian import LATENT_STD_RANGE, Posterior, choose, draw, kl_divergence, standard_deviation
 from scripts.layers.levels import Level
 
 
@@ -220,7 +220,7 @@ class DecoderBlock(Block):
         super().__init__(level.recompute)
         self.level, self.enters_level, self.index = level.number, enters_level, index
         self.std_form, self.std_range = level.std_form, LATENT_STD_RANGE
-        self.kl_floor = 1e-5 if level.std_form == "sigmoid" else 0.0
+        self.kl_floor = level.kl_floor
 
     def enter(self, x: Tensor) -> Tensor:
         """``x`` on this level's grid."""
@@ -285,6 +285,8 @@ class FirstLatent(DecoderBlock):
         if z is None and features is not None:
             mean, s, _ = self.posterior(features)
             q = self.infer(mean, s, temperature)
+            if not torch.jit.is_scripting():
+                q = choose(q)
             kl, z = kl_divergence(q), q.z
         elif z is None:
             shape = [x.shape[0], self.latent_channels] + list(x.shape[2:])  # noqa: RUF005 (TorchScript unpacks nothing)
@@ -349,7 +351,9 @@ class StochasticBlock(DecoderBlock):
                 q_mean, q_s, _ = self.posterior(features, x)
                 q = self.infer(q_mean, q_s, temperature)
                 q = Posterior(q.z, q.mean, q.std, p.mean, p.std)
-                kl, z = kl_divergence(q, self.kl_floor), q.z
+                if not torch.jit.is_scripting():
+                    q = choose(q)
+                kl, z = kl_divergence(q, self.kl_floor if self.training else 0.0), q.z
         y = self.z_projection(z.to(x.dtype)) + residual
         if self.alpha is not None:
             y = self.alpha * y

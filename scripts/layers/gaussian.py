@@ -3,7 +3,7 @@
 Without postponed annotations, since TorchScript reads those of a named tuple as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -49,7 +49,9 @@ def kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
     """KL(q || p) of each dimension of a latent in nats, shaped like its mean.
 
     Args:
-        floor: least variance of the prior in the denominator, as published 1e-5.
+        floor: least variance of the prior in the denominator. With one above the square of the least standard
+            deviation, as published (1e-5), the result is no KL divergence where the prior is that narrow: it may be
+            negative, and the ELBO that it is part of is no bound.
     """
     variance = q.std.square()
     p_mean, p_std = q.prior_mean, q.prior_std
@@ -73,6 +75,29 @@ def kl_divergence(q: Posterior, floor: float = 0.0) -> Tensor:
 def memory_order(x: Tensor) -> Tensor:
     """``[batch, values]`` of a channels-last tensor, in the order of its memory."""
     return x.movedim(1, -1).flatten(1)
+
+
+_drawing_rule: ContextVar[Callable[[Posterior], Tensor] | None] = ContextVar("drawing_rule", default=None)
+
+
+@contextmanager
+def drawing(rule: Callable[[Posterior], Tensor]) -> Iterator[None]:
+    """Let ``rule(posterior)`` choose z of each latent that is inferred from a scan, instead of a draw.
+
+    It is called inside the decoder's pass, from the coarsest latent on, so that each latent's prior (in the posterior
+    that the rule is given) and posterior are conditioned on what the rule chose above.
+    """
+    token = _drawing_rule.set(rule)
+    try:
+        yield
+    finally:
+        _drawing_rule.reset(token)
+
+
+def choose(q: Posterior) -> Posterior:
+    """The posterior with the z that the rule of :func:`drawing` chooses, if there is one."""
+    rule = _drawing_rule.get()
+    return q if rule is None else q._replace(z=rule(q))
 
 
 _scan_generators: ContextVar[Sequence[torch.Generator] | None] = ContextVar("scan_generators", default=None)

@@ -30,7 +30,8 @@ class Level:
         latents: the level's latents, each with its index among all of the network, or None where it is disabled.
         latent_channels: channels of each.
         coarsest: whether this is the level on which the decoder starts.
-        shared, plain_encoder, rezero, batch_norm, separate_heads, std_form: see :class:`scripts.networks.VDVAE`.
+        shared, plain_encoder, rezero, batch_norm, separate_heads, std_form, kl_floor: see
+            :class:`scripts.networks.VDVAE`.
         init_scale: the published factor of a block's last convolution at the start, ``sqrt(1 / depth)``.
         recompute: whether activations are recomputed in the backward pass.
     """
@@ -55,6 +56,7 @@ class Level:
     batch_norm: bool
     separate_heads: bool
     std_form: str
+    kl_floor: float
     init_scale: float
     recompute: bool
 
@@ -75,6 +77,7 @@ def make_levels(
     latents_off: Sequence[int],
     checkpoint_levels: int,
     std_form: str,
+    kl_floor: float,
     batch_norm: bool,
     **variants: Any,
 ) -> tuple[Level, ...]:
@@ -131,6 +134,8 @@ def make_levels(
             "statistics: set one of them to 0 or false."
         )
     check_choice("std_form", std_form, ("sigmoid", "exp"))
+    if isinstance(kl_floor, bool) or not isinstance(kl_floor, int | float) or not 0 <= kl_floor < 1:
+        raise ValueError(f"network_def: kl_floor is {kl_floor!r}: it must be a number from 0 to below 1.")
 
     # positions among all latents are those of latents_off; indices count the enabled ones alone
     enabled = [position for position in range(total) if position not in off]
@@ -153,6 +158,7 @@ def make_levels(
             coarsest=k == number - 1,
             shared=shared[k],
             std_form=std_form,
+            kl_floor=float(kl_floor),
             batch_norm=batch_norm,
             init_scale=math.sqrt(1 / (total + 2 * (number - 1))),
             recompute=k < checkpoint_levels,

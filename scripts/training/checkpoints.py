@@ -173,6 +173,18 @@ def start_network(
     return start_from_scans(network, dataset, augmented) if weights is None else load_weights(network, weights)
 
 
+def starts_untrained(
+    weights: str | os.PathLike | None, checkpoint: str | os.PathLike | None, restore_optimizer: bool = True
+) -> bool:
+    """Whether a run's updates are counted from those of an untrained network.
+
+    They are not where it starts anew from trained weights: a ``model.pt``, or a checkpoint without its optimizer.
+    """
+    if checkpoint is not None:
+        return restore_optimizer
+    return weights is None
+
+
 class CheckpointHandler:
     """Save everything that a run needs to go on: as epochs, updates or minutes pass, and at the end.
 
@@ -343,7 +355,8 @@ class CheckpointHandler:
         )
         rates = [_base_rate(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        engine.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty of a run that did not scale its loss
+            engine.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
             setattr(state, name, checkpoint[name])
         state.iteration = state.epoch * state.epoch_length + within_epoch

@@ -14,10 +14,12 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 from ignite.handlers.tqdm_logger import ProgressBar
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.utils import figures
@@ -41,6 +43,15 @@ def step_scalars(output: dict[str, Any]) -> dict[str, float]:
 def update_scalars(output: dict[str, Any]) -> dict[str, float]:
     """The same under names of their own in TensorBoard, where the plain ones are the means over epochs."""
     return {f"update/{name}": value for name, value in step_scalars(output).items()}
+
+
+class MovingAverage(EMAHandler):
+    """Ignite's moving average of the weights, which moves with each update, however many batches make one."""
+
+    def attach(self, engine: Engine, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
+        """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
+        update = Events.ITERATION_COMPLETED(event_filter=lambda engine, _: engine.between_updates)
+        super().attach(engine, name, warn_if_exists, update)
 
 
 class NoHandler:
@@ -265,12 +276,12 @@ class Figures:
             self._path("reconstructions", suffix), scans, locs, scales, names, value_range=self.value_range
         )
         latents = self.network.encode(scans[:1].to(self.device), temperature=0.0)
-        levels = self.network.latent_levels
+        levels, grids = self.network.latent_levels, self.network.grids()
         recons, labels = [], []
         for level in sorted(set(levels), reverse=True):
             known = sum(other >= level for other in levels)
             recons.append(self.network.decode(latents[:known], temperature=0.0)[0][0].cpu())
-            labels.append(f"to {self.network.level_names()[level]}")
+            labels.append(f"to {grid_name(grids[level])}")
         figures.progressive(self._path("progressive", suffix), scans[0], recons, labels, value_range=self.value_range)
 
     def _draw_samples(self, suffix: str) -> None:
@@ -294,8 +305,8 @@ class Figures:
         updates = [update for update, _ in table[0]]
         kl = np.array([[value for _, value in row] for row in table]).T
         dims = [int(np.prod(grid)) for grid in self.network.latent_grids()]
-        names = self.network.level_names()
-        levels = [names[level] for level in self.network.latent_levels]
+        grids = self.network.grids()
+        levels = [grid_name(grids[level]) for level in self.network.latent_levels]
         figures.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, levels)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
-import pickle
 import sys
 import time
 import uuid
@@ -143,7 +143,8 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     What a function returns, called by the first process alone while the others wait.
 
     Args:
-        function: its result must be picklable, and small: compressed, less than the store's 8 MB for a value.
+        function: its result must be what JSON can hold, on all processes as JSON gives it back (a path is a text, a
+            tuple a list), and small: compressed, less than the store's 8 MB for a value.
 
     Raises:
         Exception: what it raises, in the first process.
@@ -157,17 +158,17 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if dist.get_rank() == 0:
         message = b""
         try:
-            result = function(*args, **kwargs)
-            message = zlib.compress(pickle.dumps(result))
+            text = json.dumps(function(*args, **kwargs), default=os.fspath)
+            message = zlib.compress(text.encode())
         finally:
             store.set(key, message)
-        return result
+        return json.loads(text)
     store.wait([key], RANK_ZERO_TIMEOUT)
     message = store.get(key)
     if not message:
         time.sleep(EXIT_DELAY)  # the first tells why, and torchrun ends all when one has ended
         sys.exit(1)
-    return pickle.loads(zlib.decompress(message))
+    return json.loads(zlib.decompress(message))
 
 
 def wait_for_all() -> None:
