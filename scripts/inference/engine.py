@@ -20,7 +20,6 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Compose
-from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.data.datalist import as_text, find_scans, make_datalist
@@ -30,6 +29,7 @@ from scripts.layers.blocks import noise_from
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
+from scripts.utils.names import item_path
 
 __all__ = ["Failures", "ScanEvaluator", "list_scans", "run", "scan_generator"]
 
@@ -164,7 +164,7 @@ class _ReadOrFail(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any] | Failure:
         index = self.indices[position]
-        name = scan_name(self.dataset.data[index])
+        name = item_path(self.dataset.data[index])
         try:
             return {**self.dataset[index], "name": name}
         except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
@@ -172,11 +172,6 @@ class _ReadOrFail(torch.utils.data.Dataset):
             if not isinstance(cause, ScanError):
                 raise
             return Failure(name, str(cause))
-
-
-def scan_name(item: Mapping[str, Any]) -> str:
-    """The path of an item's first file, which names it."""
-    return ensure_tuple(item["image"])[0]
 
 
 class ScanEvaluator(Evaluator):
@@ -225,7 +220,7 @@ class ScanEvaluator(Evaluator):
         self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
         # one process says what is left to do: another might begin to write while this one still looks
         pending = distributed.from_rank_zero(
-            lambda: [i for i, item in enumerate(dataset.data) if not self.finished(scan_name(item))]
+            lambda: [i for i, item in enumerate(dataset.data) if not self.finished(item_path(item))]
         )
         share = pending[idist.get_rank() :: idist.get_world_size()]
         loader = DataLoader(
@@ -267,7 +262,7 @@ class ScanEvaluator(Evaluator):
         idist.barrier()
         if idist.get_rank() == 0:
             if self.summary is not None:
-                self.summary([scan_name(item) for item in self.dataset.data])
+                self.summary([item_path(item) for item in self.dataset.data])
             logger.info("Results: '%s'.", self.layouts[0].output_dir)
 
     def _iteration(self, engine: Engine, batchdata: Sequence[dict | Failure]) -> dict[str, Any]:
