@@ -121,7 +121,7 @@ def test_any_levels_go_over_and_the_others_stay(network, fitted, grids):
 
 
 def test_steps_and_levels_that_cannot_be_are_refused(network, fitted):
-    with pytest.raises(ValueError, match="levels_between names the grid 3: this network's levels have .* 2, 4, 8"):
+    with pytest.raises(ValueError, match=r"levels_between names the grid 3: this network's levels have .* 2, 4, 8"):
         Interpolation(levels=[2, 3])(fitted[None], network)
     with pytest.raises(ValueError, match="steps is 1: both ends are steps"):
         Interpolation(steps=1)

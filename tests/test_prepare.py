@@ -22,7 +22,8 @@ from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
 from scripts.data import registration
-from scripts.phantoms import EXTENT, ORIGIN, brain_anatomy, brain_phantom
+from scripts.data.random_fields import EXTENT, ORIGIN
+from scripts.phantoms import brain_anatomy, brain_phantom
 from scripts.prepare import judge, prepare
 
 ROOT = Path(__file__).parents[1]

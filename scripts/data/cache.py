@@ -23,14 +23,14 @@ from scripts.data import geometry, transforms
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
 from scripts.utils.files import write_csv, write_whole
+from scripts.utils.formats import file_states
+from scripts.utils.names import image_path
 from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["ScanCache", "read_cohort"]
 
 logger = logging.getLogger(__name__)
 
-# formats that keep their voxels in a second file beside the one that is named
-WITH_COMPANIONS = (".hdr", ".img", ".mhd", ".nhdr")
 POLICIES = ("warn", "skip", "fail")
 NAMED = 5  # scans that a warning names; the rest are counted
 
@@ -72,7 +72,7 @@ class ScanCache(PersistentDataset):
         if self.cache_dir is None:
             return None
         image = self.data[index]["image"]
-        state = [_state(Path(file)) for file in ensure_tuple(image)]
+        state = [file_states(Path(file)) for file in ensure_tuple(image)]
         return self.cache_dir / f"{joblib.hash([image, state, self.settings])}.pt"
 
     def notes(self, index: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class ScanCache(PersistentDataset):
         return {
             "image": image.as_tensor().to(torch.float16 if self.half_precision else torch.float32).contiguous(),
             "affine": image.affine,
-            "name": str(image.meta["filename_or_obj"]),
+            "name": image_path(image),
             "geometry": image.meta["geometry"],
             "differences": image.meta["differences"],
         }
@@ -125,19 +125,6 @@ def _describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _describe(item) for key, item in value.items()}
     return [_describe(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _state(path: Path) -> list[tuple[str, int, int, int]]:
-    """Name, size and times of a file and of what belongs to it: a series' slices, a header's voxels."""
-    if path.is_dir():
-        files = sorted(entry for entry in path.iterdir() if entry.is_file())
-    elif path.suffix in WITH_COMPANIONS:
-        files = sorted(path.parent.glob(f"{path.stem}.*"))
-    else:
-        files = [path]
-    # the time of the last change of the inode is there too: `cp -p` and `rsync -t` keep the other
-    status = [(file.name, file.stat()) for file in files if file.exists()]
-    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in status]
 
 
 def read_cohort(

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from monai.data import load_decathlon_datalist
-from monai.utils import ensure_tuple
 
 from scripts.utils.files import write_text
+from scripts.utils.names import item_path
 
 __all__ = [
     "as_text",
@@ -386,7 +386,7 @@ def _with_entities(sides: dict[str, list[dict]], root: Path) -> dict[str, list[d
 def _relative_name(item: dict, root: Path) -> str:
     """The posix path of an item's first (usually only) file, relative to root where it lies under it."""
     # Both come from the same joining of paths, so comparing text is enough, and resolving 40,000 paths is slow.
-    return ensure_tuple(item["image"])[0].removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
+    return item_path(item).removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
 
 
 def _keep(items: list, count: int | None, generator: random.Random) -> list:

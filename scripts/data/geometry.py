@@ -15,6 +15,8 @@ from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple, ensure_tuple_rep
 from nibabel.orientations import aff2axcodes, io_orientation
 
+from scripts.utils.formats import NIFTI_SUFFIXES
+
 __all__ = [
     "HeaderError",
     "describe",
@@ -89,7 +91,7 @@ def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> l
     """
     problems = []
     for path in map(Path, ensure_tuple(paths)):
-        if not path.name.endswith((".nii", ".nii.gz")):
+        if not path.name.endswith(NIFTI_SUFFIXES):
             continue
         image = nib.load(path)
         # MONAI's reader replaces a singular affine, and drops imaginary parts, with hardly a word

@@ -12,15 +12,16 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
-import nilearn
 import numpy as np
 import SimpleITK as sitk
+from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
-__all__ = ["Alignment", "align", "foreground", "like", "log_bias_field", "smooth_for", "template", "template_brain"]
+from scripts.utils.sitk_images import like, to_sitk
+
+__all__ = ["Alignment", "align", "foreground", "log_bias_field", "smooth_for", "template", "template_brain"]
 
 BINS = 32  # of the joint histogram, along each axis
 # The rim tells the size of the brain. One of 10 mm is too wide: the scalp of raw heads then draws the brain outwards.
@@ -52,14 +53,9 @@ class Alignment(NamedTuple):
 
 @lru_cache(maxsize=1)
 def template() -> sitk.Image:
-    """The ICBM152 2009a symmetric T1 average: 1 mm, float32, 0 outside of the brain."""
-    path = Path(nilearn.__file__).parent / "datasets" / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The ICBM152 template {path.name} is not in the installed nilearn {nilearn.__version__}: "
-            "install a version that ships it (0.14 does)."
-        )
-    return sitk.ReadImage(str(path), sitk.sitkFloat32)
+    """The ICBM152 2009a symmetric T1 average that nilearn ships: 1 mm, float32, 0 outside of the brain, up to 255."""
+    t1 = load_mni152_template(resolution=1)
+    return to_sitk(255 * np.asarray(t1.dataobj), t1.affine)
 
 
 @lru_cache(maxsize=1)
@@ -167,13 +163,6 @@ def smooth_for(image: sitk.Image, spacing: float) -> sitk.Image:
     sigma = np.maximum((zoom - 1) / 2, 0)  # voxels
     voxels = sitk.GetArrayViewFromImage(image)
     return like(ndimage.gaussian_filter(voxels, sigma, output=np.float32, mode="nearest", truncate=3), image)
-
-
-def like(voxels: np.ndarray, image: sitk.Image) -> sitk.Image:
-    """An image of these voxels ``[z, y, x]`` on the grid of another."""
-    result = sitk.GetImageFromArray(voxels)
-    result.CopyInformation(image)
-    return result
 
 
 class _Stage:

@@ -14,10 +14,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, SpatialResample
-from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple, ensure_tuple_rep
+from monai.utils import TraceKeys, ensure_tuple, ensure_tuple_rep
 from scipy import ndimage
 
 from scripts.data.geometry import TOLERANCE, HeaderError, describe, differences, header_problems, world_axes
+from scripts.utils.formats import content_suffix
+from scripts.utils.names import image_path
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
@@ -89,25 +91,6 @@ def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:
     return f"{names} cannot be read as an image ({_reason(error)}): it is truncated or not an image; {ADVICE}."
 
 
-def content_suffix(path: Path) -> str | None:
-    """The suffix that belongs to what a file holds, where its first bytes tell."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        head = file.read(352)
-    if head.startswith(b"\x1f\x8b"):
-        return ".gz"
-    if head[344:347] == b"n+1" or head[4:7] == b"n+2":
-        return ".nii"
-    if head.startswith(b"NRRD"):
-        return ".nrrd"
-    if head.startswith(b"ObjectType"):
-        return ".mha"
-    if head[128:132] == b"DICM":
-        return ".dcm"
-    return None
-
-
 def _reason(error: BaseException) -> str:
     """The first line of an error's message, short enough for a sentence. Readers (ITK above all) write paragraphs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -177,7 +160,7 @@ class CheckScand(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key]
-            name = _scan_name(image, key)
+            name = image_path(image, key)
             self._check_shape(image.shape, name)
             self._check_voxels(image, name)
             if isinstance(image, MetaTensor):
@@ -220,11 +203,6 @@ class CheckScand(MapTransform):
         affine = to_affine_nd(rank, image.affine.numpy())
         if not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine) == rank + 1):
             raise ScanError(f"'{name}' has a singular affine in its header, so its voxel size is unknown: {ADVICE}.")
-
-
-def _scan_name(image: torch.Tensor, key: Hashable) -> str:
-    meta = image.meta if isinstance(image, MetaTensor) else {}
-    return str(meta.get(ImageMetaKey.FILENAME_OR_OBJ, key))
 
 
 class FitShape(SpatialResample):
@@ -380,7 +358,7 @@ class RobustScaled(MapTransform, InvertibleTransform):
             low, high = np.percentile(values, (self.lower, self.upper), axis=1)
             if not (high > low).all():
                 raise ScanError(
-                    f"'{_scan_name(image, key)}' has the same value at its {self.lower} and {self.upper} percentiles: "
+                    f"'{image_path(image, key)}' has the same value at its {self.lower} and {self.upper} percentiles: "
                     f"it shows nothing to learn from; {ADVICE}."
                 )
             gain, offset = (self.b_max - self.b_min) / (high - low), low

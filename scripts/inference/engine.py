@@ -30,6 +30,7 @@ from scripts.layers.gaussian import noise_from
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
+from scripts.utils.names import item_path
 
 __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
 
@@ -130,7 +131,7 @@ class _ReadOrFail(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any] | Failure:
         index = self.indices[position]
-        name = scan_name(self.dataset.data[index])
+        name = item_path(self.dataset.data[index])
         try:
             return {**self.dataset[index], "name": name}
         except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
@@ -138,11 +139,6 @@ class _ReadOrFail(torch.utils.data.Dataset):
             if not isinstance(cause, ScanError):
                 raise
             return Failure(name, str(cause))
-
-
-def scan_name(item: Mapping[str, Any]) -> str:
-    """The path of an item's first file, which names it."""
-    return ensure_tuple(item["image"])[0]
 
 
 class ScanEvaluator(Evaluator):
@@ -232,7 +228,7 @@ class ScanEvaluator(Evaluator):
         if self.overwrite:
             return False
         try:
-            results = [layout.path(scan_name(item)) for layout in self.layouts]
+            results = [layout.path(item_path(item)) for layout in self.layouts]
         except ScanError:
             return False  # that it has no place will be said when it is its turn
         if not all(path.exists() for path in results):
@@ -245,7 +241,7 @@ class ScanEvaluator(Evaluator):
     def _check_names(self) -> None:
         """Refuse scans whose results would have one name, such as those of `a.nii` and `a.mha`."""
         seen: dict[Path, str] = {}
-        for name in map(scan_name, self.dataset.data):
+        for name in map(item_path, self.dataset.data):
             try:
                 path = self.layouts[0].path(name)
             except ScanError:
@@ -275,7 +271,7 @@ class ScanEvaluator(Evaluator):
         idist.barrier()
         if idist.get_rank() == 0:
             if self.summary is not None:
-                self.summary([scan_name(item) for item in self.dataset.data])
+                self.summary([item_path(item) for item in self.dataset.data])
             logger.info("Results: '%s'.", self.output_dir)
 
     def _relative(self, name: str) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from scripts.inference.engine import list_samples, scan_generator, scan_name
+from scripts.inference.engine import list_samples, scan_generator
 from scripts.inference.inferers import image_quality
 from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
@@ -43,6 +43,7 @@ from scripts.training.metrics import (
 from scripts.training.trainer import VDVAEEvaluator, autocast
 from scripts.utils.distributed import gather
 from scripts.utils.files import write_csv, write_text
+from scripts.utils.names import item_path
 
 __all__ = ["SampleComparison", "ScanTable", "evaluate", "held_out", "prepare"]
 
@@ -100,7 +101,7 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
 
 
 def _path(item: Mapping[str, Any]) -> str:
-    return str(Path(ensure_tuple(item["image"])[0]).absolute())
+    return str(Path(item_path(item)).absolute())
 
 
 class ScanTable:
@@ -234,7 +235,7 @@ class SampleComparison:
         return self.scratch_dir / f"{kind}_{number:04d}.npy"
 
     def _keep_samples(self) -> None:
-        names = [Path(scan_name(item)).name for item in list_samples(self.scratch_dir, self.samples)]
+        names = [Path(item_path(item)).name for item in list_samples(self.scratch_dir, self.samples)]
         numbers = range(1 + idist.get_rank(), self.samples + 1, idist.get_world_size())
         for start in _progress(range(0, len(numbers), self.batch_size), "drawing samples"):
             batch = numbers[start : start + self.batch_size]

@@ -18,13 +18,14 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import MapTransform, Transform
-from monai.utils import ImageMetaKey, ensure_tuple
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.data.datalist import as_text, find_by_wildcards, find_scans
 from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
 from scripts.inference.outputs import scaling_of
 from scripts.utils import figures
+from scripts.utils.names import image_path, item_path
 
 __all__ = ["FillInd", "FitMaskd", "HideMissingd", "pair_masks", "stack_missing"]
 
@@ -78,7 +79,7 @@ def pair_masks(
         raise FileNotFoundError(
             f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "
             f"scan(s) and {len(masks)} mask(s), but never with the same text in place of their wildcards, as "
-            f"'{ensure_tuple(items[0]['image'])[0]}' and '{masks_root / next(iter(masks.values()))}' show."
+            f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}' show."
         )
     return items
 
@@ -116,7 +117,7 @@ class HideMissingd(MapTransform):
         return d
 
     def _read(self, path: str | None, scan: MetaTensor) -> Tensor:
-        name = scan.meta[ImageMetaKey.FILENAME_OR_OBJ]
+        name = image_path(scan)
         if path is None:
             raise ScanError(
                 f"'{name}' has no mask: put one in mask_dir under the scan's name, as scan_pattern and mask_pattern "
@@ -164,7 +165,7 @@ class FitMaskd(MapTransform):
             averaged = fit(MetaTensor(missing.float(), affine=observed.affine)).as_tensor()
             fitted = (averaged > MISSING_FRACTION) | fit.neighbours(missing, observed.affine)
             if fitted.all():
-                name = image.meta[ImageMetaKey.FILENAME_OR_OBJ]
+                name = image_path(image)
                 raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
             d["missing_fitted"] = fitted
             info = scaling_of(image)
@@ -227,7 +228,7 @@ class DrawImputation(Transform):
 
     def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
         draws = torch.stack([torch.as_tensor(data[key]).as_subclass(Tensor) for key in self.keys])
-        name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
+        name = Path(image_path(data["image"])).name
         figures.imputation(
             path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], name, value_range
         )

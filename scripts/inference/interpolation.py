@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import Transform
-from monai.utils import ImageMetaKey, ensure_tuple
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.inference.engine import list_scans
@@ -19,8 +19,9 @@ from scripts.inference.inferers import moving_levels
 from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
-from scripts.training.handlers import save_nifti
 from scripts.utils import figures
+from scripts.utils.names import image_path, item_path
+from scripts.utils.nifti import save_nifti
 
 __all__ = ["BothScans", "SaveStepsd", "list_pair", "pair_layout", "report_levels", "stack_pairs"]
 
@@ -60,7 +61,7 @@ def pair_layout(pair: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike
     Makes the layout of a pair's results: `a_to_b_step00.nii.gz` for `a.nii.gz` and `b.nii.gz`, in `output_dir` itself.
     """
     (item,) = pair
-    root = Path(ensure_tuple(item["image"])[0]).expanduser().absolute().parent
+    root = Path(item_path(item)).expanduser().absolute().parent
     second = scan_stem(ensure_tuple(item["second"])[0])
     return lambda postfix, extension=".nii.gz": ScanLayout(root, output_dir, f"to_{second}_{postfix}", extension)
 
@@ -82,7 +83,7 @@ class BothScans(Transform):
             logger.warning(
                 "The two scans have other fields of view, so that equal voxels of the network's grid are not equal "
                 "places in the world; results have the affine of '%s'.",
-                first.meta[ImageMetaKey.FILENAME_OR_OBJ],
+                image_path(first),
             )
         return {**data, "image": first, "second": second}
 

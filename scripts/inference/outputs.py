@@ -25,9 +25,11 @@ from scripts.data.transforms import RobustScaled, ScanError, per_channel, unscal
 from scripts.inference.inferers import latents_up_to
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
-from scripts.training.handlers import save_nifti
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text, write_whole
+from scripts.utils.formats import without_image_suffix
+from scripts.utils.names import image_path, item_path
+from scripts.utils.nifti import save_nifti
 
 __all__ = [
     "FitBackd",
@@ -46,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".nhdr", "_latents.npz", ".npz")
+LATENTS_SUFFIXES = ("_latents.npz", ".npz")
 
 
 def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike) -> str:
@@ -54,13 +56,16 @@ def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLi
     root = Path(dataset_dir).expanduser()
     if root.is_dir():
         return str(root.absolute())
-    return os.path.commonpath([Path(ensure_tuple(scan["image"])[0]).absolute().parent for scan in scans])
+    return os.path.commonpath([Path(item_path(scan)).absolute().parent for scan in scans])
 
 
 def scan_stem(scan: str | os.PathLike) -> str:
-    """A scan's file name without its suffix."""
+    """The file name of a scan, or of its latents, without the suffix."""
     name = Path(scan).name
-    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+    for suffix in LATENTS_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return without_image_suffix(name)
 
 
 class ScanLayout(FolderLayoutBase):
@@ -207,7 +212,7 @@ class SaveLatentsd(Transform):
             "scan_shape": np.asarray(image.meta["geometry"]["shape"]),
             **{name: np.asarray(value) for name, value in scaling_of(image).items()},
         }
-        path = self.layout.filename(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
+        path = self.layout.filename(image_path(image))
         write_whole(path, lambda temporary: np.savez(temporary, **latents, **content))
         return data
 
@@ -298,13 +303,13 @@ class SaveFigured(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         if self.enabled:
-            self.draw(self.layout.filename(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ]), data, self.value_range)
+            self.draw(self.layout.filename(image_path(data["image"])), data, self.value_range)
         return data
 
 
 def draw_reconstruction(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
     """A scan beside its reconstruction, the predicted standard deviation and the difference."""
-    name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
+    name = Path(image_path(data["image"])).name
     figures.reconstructions(path, [data["image"]], [data["recon"]], [data["scale"]], [name], value_range)
 
 
@@ -319,7 +324,7 @@ def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[floa
 
 def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
     """A scan beside its restoration and its anomaly map."""
-    name = Path(str(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])).name
+    name = Path(image_path(data["image"])).name
     bits = float(data["bits_per_dim"])
     figures.anomaly(
         path, data["image"], data["restored"], data["anomaly"], f"{name}, {bits:.3f} bits per dim", value_range
@@ -339,7 +344,7 @@ class SaveRowd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         row = {k: float(f"{v.item():.7g}") for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
-        path = self.layout.filename(data["image"].meta[ImageMetaKey.FILENAME_OR_OBJ])
+        path = self.layout.filename(image_path(data["image"]))
         write_text(path, json.dumps(row) + "\n")
         return data
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -24,7 +23,9 @@ from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.utils import figures
 from scripts.utils.distributed import gather
-from scripts.utils.files import write_csv, write_whole
+from scripts.utils.files import write_csv
+from scripts.utils.names import image_caption
+from scripts.utils.nifti import save_nifti
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +267,7 @@ class Figures:
 
     def _draw_reconstructions(self, suffix: str) -> None:
         items = [self.dataset[i]["image"] for i in range(min(self.figure_scans, len(self.dataset)))]
-        names = [scan_name(item) for item in items]
+        names = [image_caption(item) for item in items]
         scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
         # one scan at a time: a figure must not need more memory than a training step
         outputs = [self.network(scan[None].to(self.device), temperature=0.0) for scan in scans]
@@ -308,19 +309,6 @@ class Figures:
         grids = self.network.grids()
         levels = [grid_name(grids[level]) for level in self.network.latent_levels]
         figures.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, levels)
-
-
-def scan_name(image: Any) -> str:
-    """The file name that a loaded scan carries, or a dash."""
-    name = getattr(image, "meta", {}).get("filename_or_obj", "")
-    return Path(str(name)).name.split(".")[0] or "-"
-
-
-def save_nifti(path: str | os.PathLike, scan: Tensor, affine: Any) -> None:
-    """Write ``[channels, *spatial]`` as NIfTI, several channels as the last axis."""
-    array = np.moveaxis(scan.as_subclass(Tensor).numpy(), 0, -1)
-    array = array[..., 0] if array.shape[-1] == 1 else array
-    write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary))
 
 
 def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:

@@ -13,8 +13,9 @@ from monai.transforms import Compose, RandomizableTransform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scripts.training.handlers import save_nifti, scan_name
 from scripts.utils import figures
+from scripts.utils.names import image_caption
+from scripts.utils.nifti import save_nifti
 
 __all__ = ["save_augmentations", "save_preview"]
 
@@ -39,7 +40,9 @@ def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: S
     for index, item in enumerate(items):
         save_nifti(folder / f"preview_{index}.nii.gz", item, item.affine)
     scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
-    figures.batch(folder / "preview.png", scans, [scan_name(item) for item in items], value_range=tuple(value_range))
+    figures.batch(
+        folder / "preview.png", scans, [image_caption(item) for item in items], value_range=tuple(value_range)
+    )
     logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")
 
 

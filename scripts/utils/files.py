@@ -41,7 +41,7 @@ def write_whole(
         if full:
             raise OSError(
                 errno.ENOSPC,
-                f"'{path}' could not be written because the disk is full: free some space and go on. What was there "
+                f"'{path}' could not be written because the disk is full: free some space and continue. What was there "
                 "before is whole",
             ) from error
         raise
@@ -62,6 +62,23 @@ def _is_full(error: BaseException, folder: Path) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
+
+
+def as_folder(name: str, path: str | os.PathLike) -> Path:
+    """The path of a folder that exists or can be made.
+
+    Args:
+        name: of the argument, for the message.
+        path: of the folder; ``~`` is the user's home.
+
+    Raises:
+        NotADirectoryError: it is a file, or lies within one.
+    """
+    folder = Path(str(path)).expanduser()
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{name} is '{folder}', but '{place}' is a file: give the name of a folder.")
+    return folder
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:

@@ -1,0 +1,132 @@
+"""The report on a data set: a table, a contact sheet, and what is printed of them."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from joblib import delayed
+
+from scripts.data.cohort import MIN_COHORT
+from scripts.data.inspection import VERDICTS, Scan, picture
+from scripts.utils import figures
+from scripts.utils.files import write_csv
+from scripts.utils.parallel import run_parallel
+
+__all__ = ["Report", "contact_sheet", "summary", "table", "write_rows"]
+
+SHEET, SHEET_RANDOM = 96, 24  # scans on the contact sheet, and how many of them are a random sample at least
+TABLE = 40  # rows on the terminal
+
+
+class Report(NamedTuple):
+    """What :py:func:`scripts.check.check` found.
+
+    Attributes:
+        scans: a row for each scan that ``scan_pattern`` matches, in order of their paths.
+        passed_over: a row for each image that it does not match.
+        suffixes: how many files of each suffix it does not match, images and others.
+        folder: where ``report.csv`` and ``contact_sheet.png`` are.
+        passed: whether nothing is unusable and, if ``strict``, nothing suspicious.
+    """
+
+    scans: list[Scan]
+    passed_over: list[Scan]
+    suffixes: Counter
+    folder: Path
+    passed: bool
+
+
+def write_rows(path: Path, scans: Iterable[Scan]) -> None:
+    """Write a CSV file with one row per scan."""
+    names = [f.name for f in fields(Scan)]
+    write_csv(path, names, ([_cell(name, getattr(scan, name)) for name in names] for scan in scans))
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name == "reasons":
+        return "; ".join(value)
+    if isinstance(value, list):
+        return "x".join(f"{v:.6g}" for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def contact_sheet(path: Path, scans: list[Scan], files: list[list[Path]], spatial_dims: int, workers: int) -> None:
+    """Draw the suspicious scans and some good ones; without any, remove the sheet of an earlier report.
+
+    Args:
+        path: of the PNG.
+        scans: of the report.
+        files: of each scan, one per channel.
+        spatial_dims: 2 or 3.
+        workers: processes to use.
+    """
+    shown = _choose(scans)
+    jobs = [delayed(partial(picture, spatial_dims=spatial_dims))(files[i]) for i in shown]
+    pictures = list(run_parallel(jobs, min(workers, 1 + len(shown) // 8), "drawing scans"))
+    if pictures:
+        figures.batch(path, pictures, [_caption(scans[i]) for i in shown], (0.0, 1.0))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _choose(scans: list[Scan]) -> list[int]:
+    """Which scans the contact sheet shows: the suspicious, most unlike first, then a random sample of the good."""
+
+    def unlikeness(i: int) -> float:
+        return scans[i].similarity if scans[i].similarity is not None else 1.0
+
+    suspicious = sorted((i for i, scan in enumerate(scans) if scan.verdict == "suspicious"), key=unlikeness)
+    good = [i for i, scan in enumerate(scans) if scan.verdict == "good"]
+    suspicious = suspicious[: SHEET - min(SHEET_RANDOM, len(good))]
+    sample = random.Random(0).sample(good, min(SHEET - len(suspicious), len(good)))
+    return suspicious + sorted(sample)
+
+
+def _caption(scan: Scan) -> str:
+    similarity = "" if scan.similarity is None else f" ({scan.similarity:.2f})"
+    name = scan.path.split(";")[0].rstrip("/").rsplit("/", 1)[-1]
+    return f"{'' if scan.verdict == 'good' else scan.verdict.upper() + ' '}{name}{similarity}"
+
+
+def table(scans: Iterable[Scan]) -> str:
+    """What is unusable or suspicious, worst first, as wide as the terminal; empty if nothing is."""
+    bad = sorted((s for s in scans if s.verdict in VERDICTS[:2]), key=lambda s: VERDICTS.index(s.verdict))
+    if not bad:
+        return ""
+    width = max(80, shutil.get_terminal_size((120, 24)).columns)
+    verdict_width = max(map(len, VERDICTS[:2])) + 2
+    path_width = min(max(len(scan.path) for scan in bad[:TABLE]), (width - verdict_width) // 2)
+    lines = []
+    for scan in bad[:TABLE]:
+        path = scan.path if len(scan.path) <= path_width else "…" + scan.path[1 - path_width :]
+        head = f"{scan.verdict:<{verdict_width}}{path:<{path_width}}  "
+        reasons = textwrap.wrap("; ".join(scan.reasons), width - len(head))
+        lines += [head + reasons[0], *(" " * len(head) + line for line in reasons[1:])]
+    if len(bad) > TABLE:
+        lines.append(f"and {len(bad) - TABLE} more, see report.csv")
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: Report) -> str:
+    """How many scans there are of each verdict, and where the report is."""
+    counts = Counter(scan.verdict for scan in report.scans)
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("unusable", "suspicious", "good"))
+    lines = [f"{len(report.scans)} scan(s): {verdicts}."]
+    if report.suffixes:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in report.suffixes.most_common())
+        images = f" {len(report.passed_over)} of the report's rows are images among them." if report.passed_over else ""
+        lines.append(f"Passed over by scan_pattern: {kinds}.{images}")
+    if len(report.scans) < MIN_COHORT:
+        lines.append(f"Fewer than {MIN_COHORT} scans: they were not compared with each other.")
+    lines.append(f"Report: '{report.folder / 'report.csv'}'. Look at '{report.folder / 'contact_sheet.png'}'.")
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""Phantom scans in memory: FLAIR-like brains of a random anatomy, and ellipsoids on filtered noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from scripts.data.phantom_anatomy import (
+    Anatomy,
+    brain_anatomy,
+    check_brain,
+    near_ventricles,
+    one_thread,
+    random_streams,
+)
+from scripts.data.random_fields import ORIGIN, grid_points, sample_maps, smooth_fields
+from scripts.utils.arguments import check_integer, check_number
+
+__all__ = ["Phantom", "brain_phantom", "check_brain_phantom", "check_ellipsoid_phantom", "ellipsoid_phantom"]
+
+
+class Phantom(NamedTuple):
+    """One phantom in memory.
+
+    Attributes:
+        image: int16 ``[X, Y, Z]``, RAS+, arbitrary units; in brains the background is 0 and the brain is at least 1.
+        affine: float64 ``[4, 4]``, voxel indices to world millimetres.
+        mask: uint8 ``[X, Y, Z]``, 1 in the lesions (of an ellipsoid phantom: in the ellipsoid).
+    """
+
+    image: np.ndarray
+    affine: np.ndarray
+    mask: np.ndarray
+
+
+def brain_phantom(index: int, seed: int = 0, spacing: float = 2.0, lesions: float = 0.0) -> Phantom:
+    """One FLAIR-like, skull-stripped brain in ICBM152 space.
+
+    CSF is dark, white matter in the middle, gray matter somewhat brighter, lesions (white-matter hyperintensities,
+    periventricular and deep) brighter still. The anatomy is the same whatever ``spacing`` and ``lesions`` are, so a
+    pair with and without lesions differs in the lesions alone.
+
+    Args:
+        index: number of the scan, 0 or more.
+        seed: seed of the cohort, 0 or more.
+        spacing: edge of a voxel in mm, between 0.5 and 16. The grid covers 196 x 232 x 188 mm, so 2 mm gives
+            ``[99, 117, 95]`` and 1 mm ``[197, 233, 189]``.
+        lesions: probability that a scan has lesions, 0 to 1.
+
+    Raises:
+        ValueError: an argument is outside what is said above.
+    """
+    check_brain_phantom(index, seed, spacing, lesions)
+    with one_thread():
+        anatomy = brain_anatomy(index, seed, spacing)
+        _, contrast, scanner, lesion = random_streams(index, seed)
+
+        white = contrast.uniform(0.50, 0.60)
+        gray = white * contrast.uniform(1.15, 1.4)
+        fluid = white * contrast.uniform(0.22, 0.42)
+        signal = np.array([fluid, gray, white], np.float32) @ anatomy.tissues
+        # Iron, myelin and T2 differ from place to place within a tissue.
+        local = smooth_fields(contrast, 1, ((20.0, 0.03), (6.0, 0.03)))
+        signal *= 1 + sample_maps(local, anatomy.atlas_points)[0]
+
+        mask = np.zeros(anatomy.brain.shape, np.uint8)
+        if lesion.random() < lesions:
+            opacity = _lesion_opacity(lesion, anatomy, spacing)
+            signal += opacity * (gray * lesion.uniform(1.35, 1.8) - signal)
+            mask[anatomy.brain] = opacity >= 0.5
+
+        # The bias field belongs to the scanner: it is sampled where the voxel is, not where it came from in the atlas.
+        bias = smooth_fields(scanner, 1, ((45.0, 0.08),))
+        signal *= np.exp(sample_maps(bias, grid_points(np.argwhere(anatomy.brain), spacing))[0])
+        noise = scanner.uniform(0.008, 0.025)
+        real, imaginary = noise * scanner.standard_normal((2, signal.size), dtype=np.float32)
+        signal = np.hypot(signal + real, imaginary)
+        gain = 1000 * np.exp(scanner.uniform(-0.7, 0.7))
+
+        image = np.zeros(anatomy.brain.shape, np.int16)
+        # At least 1, so that the brain mask is what is not 0.
+        image[anatomy.brain] = np.clip(np.rint(gain * signal), 1, np.iinfo(np.int16).max)
+    return Phantom(image, _affine(spacing, ORIGIN), mask)
+
+
+def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32, spacing: float = 2.0) -> Phantom:
+    """One bright ellipsoid, randomly turned, sized and placed, on spatially filtered noise.
+
+    Args:
+        index: number of the phantom, 0 or more.
+        seed: seed of the cohort, 0 or more.
+        size: voxels along each axis, one number or three, each 4 or more.
+        spacing: edge of a voxel in mm, more than 0. World zero is the centre of the grid.
+
+    Raises:
+        ValueError: an argument is outside what is said above.
+    """
+    shape = check_ellipsoid_phantom(index, seed, size, spacing)
+    rng = np.random.default_rng([seed, index])
+    radii = rng.uniform(0.15, 0.4, 3) * min(shape)
+    centre = (np.array(shape) - 1) / 2 + rng.uniform(-0.08, 0.08, 3) * shape
+    voxels = np.moveaxis(np.indices(shape, np.float32), 0, -1) - centre
+    distance = np.linalg.norm(voxels @ Rotation.random(random_state=rng).as_matrix() / radii, axis=-1)
+    noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma=1.5)
+    # An edge two voxels wide: what a voxel that the surface crosses would measure.
+    inside = np.clip((1 - distance) * radii.min() / 2 + 0.5, 0, 1)
+    image = 300 + 60 * noise / noise.std() + inside * rng.uniform(400, 700)
+    affine = _affine(spacing, -spacing * (np.array(shape) - 1) / 2)
+    return Phantom(np.clip(np.rint(image), 0, None).astype(np.int16), affine, (inside >= 0.5).astype(np.uint8))
+
+
+def check_brain_phantom(index: int, seed: int, spacing: float, lesions: float) -> None:
+    """Refuse arguments of :py:func:`brain_phantom` that make no sense.
+
+    Raises:
+        ValueError: one is outside what is said there.
+    """
+    check_brain(index, seed, spacing)
+    check_number("lesions (a probability)", lesions, 0, 1)
+
+
+def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], spacing: float) -> tuple[int, ...]:
+    """The shape that ``size`` stands for; refuse arguments of :py:func:`ellipsoid_phantom` that make no sense.
+
+    Raises:
+        ValueError: one is outside what is said there.
+    """
+    check_integer("index", index, 0)
+    check_integer("seed", seed, 0)
+    check_number("spacing (mm)", spacing, 1e-3, 1e3)
+    shape = tuple(size) if isinstance(size, list | tuple) else (size,) * 3
+    if len(shape) != 3:
+        raise ValueError(f"size is {size!r}, but must be one whole number or three, the voxels along each axis.")
+    for n in shape:
+        check_integer("size", n, 4)
+    return shape
+
+
+def _lesion_opacity(rng: np.random.Generator, anatomy: Anatomy, spacing: float) -> np.ndarray:
+    """How much of each brain voxel is lesion, ``[N]``, 0 to 1: blobs of a few ellipsoids in the white matter."""
+    near = near_ventricles(anatomy, spacing)
+    white = anatomy.tissues[2]
+    # Most hyperintensities lie beside the ventricles; the rest lie in the deep white matter.
+    likely = np.cumsum(white**4 * (near**2 + 0.05 * near**0.5), dtype=np.float64)
+    voxels = np.argwhere(anatomy.brain)
+    opacity = np.zeros(anatomy.brain.shape, np.float32)
+    for _ in range(1 + rng.poisson(rng.uniform(3, 18))):
+        centre = voxels[np.searchsorted(likely, rng.random() * likely[-1])]
+        size = min(np.exp(rng.normal(np.log(2.8), 0.45)), 8.0)
+        for _ in range(rng.integers(1, 4)):
+            radii = size * rng.uniform(0.6, 1.4, 3)
+            turn = Rotation.random(random_state=rng).as_matrix()
+            offset = rng.normal(0, 0.7 * size, 3)
+            window = tuple(
+                slice(max(int(c - (4 * size / spacing + 1)), 0), int(c + 4 * size / spacing + 2)) for c in centre
+            )
+            first = np.array([w.start for w in window])
+            grid = np.moveaxis(np.indices(opacity[window].shape), 0, -1) + (first - centre)
+            distance = np.linalg.norm((grid * spacing - offset) @ turn / radii, axis=-1)
+            opacity[window] = np.maximum(opacity[window], np.clip(1.5 - distance, 0, 1))
+        # However coarse the grid, a lesion fills the voxel it was put in.
+        opacity[tuple(centre)] = 1
+    return opacity[anatomy.brain] * np.clip(2 * white, 0, 1)
+
+
+def _affine(spacing: float, origin: np.ndarray) -> np.ndarray:
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = origin
+    return affine

@@ -1,0 +1,221 @@
+"""One raw head made ready for training: bias-corrected, aligned to ICBM152, skull-stripped, resampled once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.image import imsave
+from monai.data import MetaTensor
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from scripts.data.registration import (
+    align,
+    brain_centre,
+    foreground,
+    log_bias_field,
+    smooth_for,
+    template,
+    template_brain,
+)
+from scripts.data.transforms import CheckScand, LoadScand, ScanError
+from scripts.utils.figures import plane
+from scripts.utils.files import write_bytes, write_text, write_whole
+from scripts.utils.formats import file_states
+from scripts.utils.nifti import nifti_bytes
+from scripts.utils.sitk_images import FLIP, array_and_affine, to_sitk
+
+__all__ = ["METHOD", "Job", "prepare_scan", "read_record"]
+
+METHOD = 1  # raised whenever the same scan and settings give another result, so that old results are made again
+STRIPPED = 0.8  # Dice of a scan's foreground with the template's brain; that of a head with its scalp is about 0.6
+
+
+class Job(NamedTuple):
+    """One scan: where it is, where its results go, how they are made.
+
+    Attributes:
+        name: posix path relative to the data set.
+        scan: its file, or the folder of a DICOM series.
+        mask: a brain mask to use instead of the template's.
+        stem: path of the results, without any ending.
+        settings: ``method``, ``spacing`` (mm), ``keep_skull`` and ``bias_correction``.
+    """
+
+    name: str
+    scan: Path
+    mask: Path | None
+    stem: Path
+    settings: dict[str, Any]
+
+    def result(self, ending: str) -> Path:
+        """The path of one result, such as that with the ending ``.nii.gz``."""
+        return self.stem.with_name(self.stem.name + ending)
+
+
+def prepare_scan(job: Job) -> tuple[str, str | None]:
+    """Make the results of one scan; the record is written last, and tells that they are whole.
+
+    Returns:
+        The scan's name, and the reason if that failed.
+    """
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    identity = _identity(job)
+    for ending in (".json", ".nii.gz", ".tfm", ".png"):
+        job.result(ending).unlink(missing_ok=True)
+    try:
+        image = _read(job.scan)
+        _check_extent(image, job.scan)
+        voxels = sitk.GetArrayViewFromImage(image)
+        lowest, highest = float(voxels.min()), float(voxels.max())
+        head = _read_mask(job.mask, image) if job.mask else foreground(image)
+        # A bias field is a factor; scans with negative values (CT, z-scores) have none to find.
+        corrected = job.settings["bias_correction"] and np.count_nonzero(voxels < 0) <= 0.01 * voxels.size
+        if corrected:
+            image = sitk.Clamp(image, sitk.sitkFloat32, 0.0, highest)
+            lowest = max(lowest, 0.0)
+            image = image / sitk.Exp(log_bias_field(image, head))
+        alone = sitk.Mask(image, head, lowest) if job.mask else image
+        transform, similarity = align(alone, head)
+
+        dice, overlap = _overlap(head, transform)
+        stripped = bool(dice >= STRIPPED)
+        row = {
+            "scan": job.name,
+            "similarity": similarity,
+            "overlap": overlap,
+            "dice": dice,
+            **_movement(transform),
+            "skull_stripped": stripped,
+            "bias_corrected": bool(corrected),
+        }
+        values = (lowest, float(sitk.GetArrayViewFromImage(image).max()))
+        result = _resample(image, transform, job.settings["spacing"], values)
+        if not job.settings["keep_skull"]:
+            inside = sitk.Resample(
+                sitk.Cast(head if job.mask or stripped else template_brain(), sitk.sitkFloat32),
+                result,
+                transform if job.mask or stripped else sitk.Transform(),
+                sitk.sitkLinear,
+            )
+            result = sitk.Mask(result, inside >= 0.5)
+        job.stem.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(job.result(".tfm"), lambda path: sitk.WriteTransform(transform, path))
+        write_whole(job.result(".png"), lambda path: imsave(path, _picture(image, transform)))
+        write_bytes(job.result(".nii.gz"), nifti_bytes(*array_and_affine(result), world="mni", compresslevel=4))
+        record = {"input": identity, "settings": job.settings, "row": row}
+        write_text(job.result(".json"), json.dumps(record, indent=2) + "\n")
+    except MemoryError:
+        return job.name, "out of memory: lower --workers"
+    except Exception as error:  # whatever is wrong with one scan, the others are prepared
+        return job.name, " ".join(str(error).split()) or type(error).__name__
+    return job.name, None
+
+
+def read_record(job: Job) -> dict[str, Any] | None:
+    """The record of a scan's results; None if they are not whole, or of another input or other settings."""
+    try:
+        record = json.loads(job.result(".json").read_text(encoding="utf-8"))
+        same = record["input"] == _identity(job) and record["settings"] == job.settings
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if same and all(job.result(e).is_file() for e in (".nii.gz", ".tfm", ".png")) else None
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What tells whether a scan or its mask has changed."""
+    return {"scan": _fingerprint(job.scan), "mask": _fingerprint(job.mask) if job.mask else None}
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of names, sizes and times of modification: a study that ``cp -p`` moved need not be prepared again."""
+    return hashlib.sha256(json.dumps([state[:3] for state in file_states(path)]).encode()).hexdigest()
+
+
+def _read(path: Path) -> sitk.Image:
+    """A scan, float32. Raises ScanError."""
+    scan: MetaTensor = CheckScand("image")(LoadScand("image")({"image": str(path)}))["image"]
+    return to_sitk(scan[0].numpy(), scan.affine.numpy().astype(float))
+
+
+def _check_extent(image: sitk.Image, path: Path) -> None:
+    extent = [n * s for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
+    if min(image.GetSize()) < 8 or min(extent) < 60 or max(extent) > 1000:
+        raise ScanError(
+            f"'{path}' has {'x'.join(map(str, image.GetSize()))} voxels over {'x'.join(f'{e:.0f}' for e in extent)} "
+            "mm, which is no scan of a whole brain: correct its header or leave it out with --scan_pattern."
+        )
+
+
+def _read_mask(path: Path, image: sitk.Image) -> sitk.Image:
+    """A brain mask on the grid of a scan, uint8."""
+    mask = sitk.Resample(_read(path) > 0, image, sitk.Transform(), sitk.sitkNearestNeighbor)
+    litres = np.count_nonzero(sitk.GetArrayViewFromImage(mask)) * math.prod(image.GetSpacing()) / 1e6
+    if litres < 0.1:
+        raise ScanError(
+            f"the mask '{path}' covers {litres:.2f} l of its scan, too little for a brain: "
+            "make sure that both have the same world coordinates."
+        )
+    return mask
+
+
+def _overlap(head: sitk.Image, transform: sitk.Transform) -> tuple[float, float]:
+    """Dice of the scan's foreground with the template's brain, and the share of the latter that it covers."""
+    brain = template_brain()
+    found = sitk.Resample(head, brain, transform, sitk.sitkNearestNeighbor)
+    ours, theirs = (sitk.GetArrayViewFromImage(mask) > 0 for mask in (found, brain))
+    both = np.count_nonzero(ours & theirs)
+    return float(2 * both / (ours.sum() + theirs.sum())), float(both / theirs.sum())
+
+
+def _movement(transform: sitk.AffineTransform) -> dict[str, float]:
+    """What is done to the scan, in RAS: volume, the largest over the smallest stretch, degrees and mm of its brain."""
+    matrix = np.array(transform.GetMatrix()).reshape(3, 3)
+    scan_to_template = FLIP[:3, :3] @ np.linalg.inv(matrix) @ FLIP[:3, :3]
+    left, stretches, right = np.linalg.svd(scan_to_template)
+    angles = Rotation.from_matrix(left @ right).as_euler("xyz", degrees=True)
+    moved = FLIP[:3, :3] @ (np.array(brain_centre()) - transform.TransformPoint(brain_centre()))
+    return {
+        "volume_ratio": float(np.linalg.det(scan_to_template)),
+        "stretch": float(stretches[0] / stretches[-1]),
+        **{f"rotation_{axis}": float(angle) for axis, angle in zip("xyz", angles, strict=True)},
+        **{f"translation_{axis}": float(mm) for axis, mm in zip("xyz", moved, strict=True)},
+    }
+
+
+def _resample(image: sitk.Image, transform: sitk.Transform, spacing: float, values: tuple[float, float]) -> sitk.Image:
+    """The scan on cubic voxels over the template's field of view: cubic splines, kept within the scan's own values."""
+    grid = template()
+    extent = [(n - 1) * s for n, s in zip(grid.GetSize(), grid.GetSpacing(), strict=True)]
+    size = [math.floor(e / spacing + 1e-6) + 1 for e in extent]
+    smooth = smooth_for(image, spacing)
+    result = sitk.Resample(
+        smooth, size, transform, sitk.sitkBSpline, grid.GetOrigin(), [spacing] * 3, grid.GetDirection(), 0.0
+    )
+    return sitk.Clamp(result, sitk.sitkFloat32, min(values[0], 0.0), values[1])
+
+
+def _picture(image: sitk.Image, transform: sitk.Transform) -> np.ndarray:
+    """Three slices of the scan, skull and all, with the template's outline: uint8 ``[rows, columns, 3]``."""
+    grid = template()
+    panels = []
+    for axis, mm in ((2, 8.0), (1, -18.0), (0, 4.0)):
+        index = round(abs(mm - FLIP[axis, axis] * grid.GetOrigin()[axis]))
+        start, size = [0, 0, 0], list(grid.GetSize())
+        start[axis], size[axis] = index, 1
+        cut = sitk.RegionOfInterest(grid, size, start)
+        scan = plane(sitk.GetArrayFromImage(sitk.Resample(image, cut, transform, sitk.sitkLinear)).T, axis)
+        brain = plane(sitk.GetArrayFromImage(sitk.RegionOfInterest(template_brain(), size, start)).T, axis) > 0
+        low, high = np.percentile(scan, 1), np.percentile(scan[brain], 99.5)
+        gray = np.clip((scan - low) / max(high - low, 1e-6), 0, 1)
+        colours = np.repeat((255 * gray).astype(np.uint8)[..., None], 3, -1)
+        colours[brain & ~ndimage.binary_erosion(brain)] = (255, 140, 0)
+        panels.append(colours)
+    tallest = max(len(panel) for panel in panels)
+    return np.hstack([np.pad(p, ((0, tallest - len(p)), (0, 4), (0, 0))) for p in panels])
