@@ -8,19 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: the tests run in several processes
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported: the tests run in several processes
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from in_process import run_module
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from scripts.phantoms import make_brains
 
 ROOT = Path(__file__).parent.parent
-TINY = ["configs/train.json", "tests/tiny.json"]
+TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
+PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # what is added to the environment of a test's processes
 
 
 @pytest.fixture(scope="session")
@@ -29,18 +31,50 @@ def cohort(tmp_path_factory) -> Path:
     return Path(make_brains(tmp_path_factory.mktemp("data") / "brains", 12, spacing=8.0, workers=1))
 
 
-def bundle_command(*arguments: object, run_id: str = "training", configs=TINY) -> tuple[list[str], dict[str, str]]:
-    """``python -m monai.bundle run ...`` with a tiny network, and the environment to run it in."""
-    words = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str([str(c) for c in configs])]
-    return [*words, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run_command(module: str, *words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """``python -m module words`` in this process, which is quick. Has ``returncode``, ``stdout`` and ``stderr``."""
+    return run_module(module, *words, cwd=cwd, **environment)
 
 
-def run_bundle(*arguments: object, run_id: str = "training", configs=TINY, cwd: Path = ROOT, timeout: int = 300):
-    """The same, in a process of its own."""
-    words, environment = bundle_command(*arguments, run_id=run_id, configs=configs)
+def run_command_process(
+    module: str, *words: object, cwd: Path = ROOT, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """The same in a process of its own, as users type it: once for each command, and where the process matters."""
     return subprocess.run(
-        words, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=timeout
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=cwd,
+        env=os.environ | PROCESS | environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
     )
+
+
+def bundle_words(*arguments: object, run_id: str | None = "training", configs=TINY) -> list[str]:
+    """What follows ``python -m monai.bundle``."""
+    job = [] if run_id is None else [run_id]
+    return ["run", *job, "--config_file", str([str(c) for c in configs]), *map(str, arguments)]
+
+
+def bundle_command(*arguments: object, **settings) -> tuple[list[str], dict[str, str]]:
+    """``python -m monai.bundle run ...`` with a tiny network, and the environment to run it in."""
+    return [sys.executable, "-m", "monai.bundle", *bundle_words(*arguments, **settings)], os.environ | PROCESS
+
+
+def run_bundle(*arguments: object, cwd: Path = ROOT, **settings) -> subprocess.CompletedProcess:
+    """:func:`run_command` of the bundle, with a tiny network.
+
+    Args:
+        arguments: ``--key value`` pairs.
+        settings: ``run_id`` and ``configs``.
+    """
+    return run_command("monai.bundle", *bundle_words(*arguments, **settings), cwd=cwd)
+
+
+def run_bundle_process(*arguments: object, cwd: Path = ROOT, **settings) -> subprocess.CompletedProcess:
+    """:func:`run_command_process` of the same."""
+    return run_command_process("monai.bundle", *bundle_words(*arguments, **settings), cwd=cwd)
 
 
 def inference_config(**changes) -> ConfigParser:

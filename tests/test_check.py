@@ -15,11 +15,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
+from conftest import PROCESS, run_command_process
 
 from scripts.check import check
 from scripts.phantoms import brain_phantom, make_ellipsoids
 
-ROOT = Path(__file__).parent.parent
 SPACING = 8.0
 
 brain_phantom = lru_cache(brain_phantom)
@@ -270,26 +270,17 @@ def test_images_that_the_pattern_passes_over_are_listed_but_not_accused(dataset,
     assert report.passed
 
 
-def run(*words, **options):
-    command = [sys.executable, "-m", "scripts.check", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options
-    )
-
-
 def test_the_command_line_prints_the_worst_first_and_fails(dataset, tmp_path):
     for name in ("text.nii.gz", "sub-0007_copy.nii", "sub-0007_FLAIR.nii.gz"):
         shutil.copy(dataset[0] / name, tmp_path)
-    process = run(tmp_path, "--output_dir", tmp_path / "report")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 1, error
-    verdicts = [line.split()[:2] for line in out.splitlines() if line.startswith(("unusable", "suspicious"))]
+    done = run_command_process("scripts.check", tmp_path, "--output_dir", tmp_path / "report", timeout=60)
+    assert done.returncode == 1, done.stderr
+    verdicts = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("unusable", "suspicious"))]
     assert verdicts == [
         ["unusable", "text.nii.gz"],
         ["suspicious", "sub-0007_copy.nii"],
     ]
-    assert "3 scan(s): 1 unusable, 1 suspicious, 1 good." in out
+    assert "3 scan(s): 1 unusable, 1 suspicious, 1 good." in done.stdout
 
 
 def test_suspicious_scans_fail_only_a_strict_check(dataset, tmp_path):
@@ -335,9 +326,16 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
 
 
 def test_ctrl_c_ends_at_once(dataset, tmp_path):
-    # a shell that runs the tests in the background lets its children ignore the signal
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = run(dataset[0], "--output_dir", tmp_path, "--workers", 1, start_new_session=True, **listening)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.check", dataset[0], "--output_dir", tmp_path, "--workers", "1"],
+        env=os.environ | PROCESS,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+        # a shell that runs the tests in the background lets its children ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.stderr.read(1) != "s":  # of the progress bar, which has no line ends
         pass
     time.sleep(0.5)

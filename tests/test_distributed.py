@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ import ignite.distributed as idist
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import ROOT, TINY, bundle_command, inference_config, run_bundle
+from groups import free_port, run_group
 from monai.data import DataLoader, Dataset, MetaTensor
 
 from scripts.data.cache import ScanCache, read_cohort
@@ -48,17 +47,16 @@ def gradients(network, scans, seeds):
     return [parameter.grad.clone() for parameter in network.parameters()]
 
 
-def in_a_group(rank, store, target, folder):
+def in_a_group(rank, store, target):
     """One of two processes that know each other."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save(target(rank), Path(folder) / f"{rank}.pt")
+    result = target(rank)
     dist.destroy_process_group()
+    return result
 
 
 def both(target, folder):
-    mp.spawn(in_a_group, (str(folder / "store"), target, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return run_group(in_a_group, str(folder / "store"), target)
 
 
 def scans():
@@ -200,12 +198,6 @@ def torchrun(options, *words, **settings):
     return subprocess.Popen([*launcher, *command[1:]], cwd=ROOT, env=environment, **streams, **settings)
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def check_run(output, epochs=2):
     with (output / "history.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "bits_per_dim"]
@@ -249,26 +241,23 @@ def test_two_nodes_train(cohort, tmp_path, meeting):
 
 
 def test_a_multi_gpu_config_without_torchrun(cohort, tmp_path):
-    command, environment = bundle_command("--dataset_dir", cohort, "--output_dir", tmp_path, configs=TRAIN)
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=100
-    )
+    run = run_bundle("--dataset_dir", cohort, "--output_dir", tmp_path, configs=TRAIN)
     assert run.returncode != 0
     assert "A multi_gpu config needs torchrun" in run.stderr
 
 
-def start_under_slurm(rank, folder, port):
+def start_under_slurm(rank, port):
     task = {"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}  # torchrun's, the same for all that it starts
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ.update({**task, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)})
     start()
-    torch.save([idist.get_rank(), idist.get_local_rank(), int(os.environ["LOCAL_RANK"])], Path(folder) / f"{rank}.pt")
+    ranks = [idist.get_rank(), idist.get_local_rank(), int(os.environ["LOCAL_RANK"])]
     stop()
+    return ranks
 
 
-def test_under_slurm_each_process_keeps_its_own_device(tmp_path):
-    mp.spawn(start_under_slurm, (str(tmp_path), free_port()), nprocs=2)
-    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [[0, 0, 0], [1, 1, 1]]
+def test_under_slurm_each_process_keeps_its_own_device():
+    assert run_group(start_under_slurm, free_port()) == [[0, 0, 0], [1, 1, 1]]
 
 
 SLURM = {

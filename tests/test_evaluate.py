@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_bundle
+from conftest import TINY, bundle_words, run_bundle, run_command_process
 from monai.data import Dataset
 from monai.inferers import Inferer
 
@@ -28,17 +26,11 @@ EVALUATE = [*TINY, "configs/evaluate.json"]
 HALF = ("--train_fraction", 0.5)  # six of the twelve phantoms are held out: a batch of four and one of two
 
 
-def evaluate(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess:
-    """The command of the documentation, without a run id; with `processes`, by torchrun."""
-    program, configs = [sys.executable], EVALUATE
-    if processes:
-        program += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
-        configs = [*EVALUATE, "configs/multi_gpu_evaluate.json"]
-    command = [*program, "-m", "monai.bundle", "run", "--config_file", str(configs), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
-    )
+def evaluate_by_two(*arguments: object) -> subprocess.CompletedProcess:
+    """The command of the documentation for two processes."""
+    words = bundle_words(*arguments, run_id=None, configs=[*EVALUATE, "configs/multi_gpu_evaluate.json"])
+    torchrun = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "monai.bundle"]
+    return run_command_process(*torchrun, *words, CUDA_VISIBLE_DEVICES="")
 
 
 def contents(folder) -> dict[str, str]:
@@ -66,7 +58,9 @@ def evaluated(cohort, run):
     """That run, evaluated in its own folder; what the folder held before, and what was printed."""
     before = contents(run)
     ckpt = run / "checkpoints" / "model.pt"
-    result = evaluate("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", run, *HALF, "--samples", 5)
+    words = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", run, *HALF, "--samples", 5)
+    words = bundle_words(*words, run_id=None, configs=EVALUATE)
+    result = run_command_process("monai.bundle", *words, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     return json.loads((run / "evaluation" / "summary.json").read_text()), before, result.stderr
 
@@ -118,7 +112,7 @@ def by_two(cohort, run, tmp_path_factory):
     output = tmp_path_factory.mktemp("by_two")
     ckpt = run / "checkpoints" / "model.pt"
     arguments = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", output, *HALF, "--samples", 5)
-    result = evaluate(*arguments, processes=2)
+    result = evaluate_by_two(*arguments)
     assert result.returncode == 0, result.stderr
     return output, result.stderr
 
@@ -151,7 +145,7 @@ def test_a_bad_scan_ends_both_processes_with_one_sentence(cohort, run, tmp_path)
     bad.write_bytes(b"not an image")
     ckpt = run / "checkpoints" / "model.pt"
     arguments = ("--ckpt", ckpt, "--dataset_dir", bad.parent, "--output_dir", tmp_path / "out", *HALF)
-    result = evaluate(*arguments, processes=2)
+    result = evaluate_by_two(*arguments)
     assert result.returncode == 1
     # the prefix is torch's
     errors = [line for line in result.stderr.splitlines() if "[rank0]: Error: '" in line]
@@ -161,7 +155,8 @@ def test_a_bad_scan_ends_both_processes_with_one_sentence(cohort, run, tmp_path)
 
 
 def test_without_weights_it_says_so(cohort, tmp_path):
-    result = evaluate("--ckpt", tmp_path / "none.pt", "--dataset_dir", cohort, "--output_dir", tmp_path / "out")
+    words = ("--ckpt", tmp_path / "none.pt", "--dataset_dir", cohort, "--output_dir", tmp_path / "out")
+    result = run_bundle(*words, run_id=None, configs=EVALUATE)
     assert result.returncode == 1
     assert "none.pt' does not exist: set --ckpt" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()

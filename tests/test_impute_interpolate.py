@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, brain, bundle_command, fitted_scans, inference_config, run_bundle, save
+from conftest import ROOT, brain, bundle_command, fitted_scans, inference_config, run_bundle_process, save
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
@@ -142,15 +142,8 @@ def test_a_pair_is_two_scans(cohort, tmp_path):
 def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitted, tmp_path):
     first, second = (str(cohort / f"sub-000{n}_FLAIR.nii.gz") for n in (1, 2))
     words = ["--ckpt", weights, "--output_dir", tmp_path / "out", "--steps", 3]
-    result = run_bundle(
-        *words,
-        "--scans_between",
-        str([first, second]),
-        "--levels_between",
-        "[2, 4]",
-        run_id="interpolate",
-        configs=CONFIGS,
-    )
+    words += ["--scans_between", str([first, second]), "--levels_between", "[2, 4]"]
+    result = run_bundle_process(*words, run_id="interpolate", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
     name = "sub-0001_FLAIR_to_sub-0002_FLAIR"
     expected = [f"{name}_step00.nii.gz", f"{name}_step01.nii.gz", f"{name}_step02.nii.gz", f"{name}_steps.png"]

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import time
 import weakref
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bundle_command, fitted_scans, inference_config, run_bundle
+from conftest import ROOT, bundle_command, fitted_scans, inference_config, run_bundle, run_bundle_process
+from groups import run_bundle_group
 from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
@@ -72,9 +72,9 @@ def weights(network, tmp_path_factory):
     return path
 
 
-def run(word, scans, output, weights, *arguments, code=0):
+def run(word, scans, output, weights, *arguments, code=0, start=run_bundle):
     words = ["--dataset_dir", scans, "--output_dir", output, "--ckpt", weights, *arguments]
-    result = run_bundle(*words, run_id=word, configs=CONFIGS)
+    result = start(*words, run_id=word, configs=CONFIGS)
     assert result.returncode == code, result.stderr
     return result.stderr
 
@@ -96,13 +96,13 @@ def files(folder, pattern="*"):
 @pytest.fixture(scope="session")
 def reconstructed(scans, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("reconstructed")
-    return output, run("reconstruct", scans, output, weights, "--levels", "each")
+    return output, run("reconstruct", scans, output, weights, "--levels", "each", start=run_bundle_process)
 
 
 @pytest.fixture(scope="session")
 def encoded(scans, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("encoded")
-    return output, run("encode", scans, output, weights)
+    return output, run("encode", scans, output, weights, start=run_bundle_process)
 
 
 # Reconstructing
@@ -179,7 +179,7 @@ def test_a_perfect_network_gives_the_scan_back(scans, tmp_path, codes):
 
 
 def test_encode_then_decode_is_reconstruct(encoded, reconstructed, weights, tmp_path):
-    run("decode", encoded[0], tmp_path / "decoded", weights)
+    run("decode", encoded[0], tmp_path / "decoded", weights, start=run_bundle_process)
     for codes in ORIENTATIONS:
         for name in ("recon", "scale"):
             decoded, direct = (
@@ -260,8 +260,8 @@ def rows_of(path):
 
 
 def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, network, tmp_path):
-    for size in (1, 3):
-        run("score", scans, tmp_path / str(size), weights, "--batch_size", size)
+    for size, start in ((1, run_bundle_process), (3, run_bundle)):
+        run("score", scans, tmp_path / str(size), weights, "--batch_size", size, start=start)
     one, three = (rows_of(tmp_path / str(size) / "scores.csv") for size in (1, 3))
     assert sorted(one) == files(scans, "*.nii.gz")
     for name, row in one.items():
@@ -460,17 +460,11 @@ def test_two_processes_give_what_one_gives(scans, weights, tmp_path, word):
     shutil.copytree(scans, tmp_path / "scans")
     (tmp_path / "scans" / "broken.nii.gz").write_text("no scan")
     words = ["--dataset_dir", tmp_path / "scans", "--ckpt", weights, "--batch_size", 2, "--samples", 5]
-    outputs = []
-    for processes in (1, 2):
-        outputs.append(tmp_path / f"{processes}")
-        configs = [*CONFIGS, "configs/multi_gpu_inference.json"] if processes > 1 else CONFIGS
-        command, environment = bundle_command(*words, "--output_dir", outputs[-1], run_id=word, configs=configs)
-        if processes > 1:
-            torchrun = ["torchrun", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}", "-m"]
-            command = [str(Path(command[0]).parent / torchrun[0]), *torchrun[1:], *command[2:]]
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
-        )
+    outputs = [tmp_path / "1", tmp_path / "2"]
+    results = [run_bundle(*words, "--output_dir", outputs[0], run_id=word, configs=CONFIGS)]
+    configs = [*CONFIGS, "configs/multi_gpu_inference.json"]
+    results += run_bundle_group(*words, "--output_dir", outputs[1], run_id=word, configs=configs)
+    for result in results:
         assert (result.returncode != 0) == (word != "sample"), result.stderr
     assert files(outputs[0]) == files(outputs[1])
     assert ("failed.csv" in files(outputs[0])) == (word != "sample")

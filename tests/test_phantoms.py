@@ -1,17 +1,15 @@
 """Phantom cohorts, at a coarse 8 mm to be quick."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import run_command, run_command_process
 
 from scripts.phantoms import brain_anatomy, brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
 
-ROOT = Path(__file__).parents[1]
 SPACING = 8.0
 
 
@@ -176,13 +174,9 @@ def test_ellipsoids(tmp_path):
         make_ellipsoids(tmp_path / "f", count=2, size=(16, 16))
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "scripts.phantoms", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-
-
 def test_command_line(tmp_path):
-    done = run("ellipsoids", "--output_dir", tmp_path / "e", "--count", 2, "--size", "8,8,12", "--seed", 5)
+    words = ("ellipsoids", "--output_dir", tmp_path / "e", "--count", 2, "--size", "8,8,12", "--seed", 5)
+    done = run_command_process("scripts.phantoms", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "e")
     assert json.loads((tmp_path / "e" / "phantoms.json").read_text())["seed"] == 5
@@ -190,6 +184,6 @@ def test_command_line(tmp_path):
 
 
 def test_command_line_makes_nothing_when_an_option_is_misspelt(tmp_path):
-    failed = run("brains", "--output_dir", tmp_path / "b", "--count", 2, "--sede", 5)
+    failed = run_command("scripts.phantoms", "brains", "--output_dir", tmp_path / "b", "--count", 2, "--sede", 5)
     assert failed.returncode != 0 and "--sede" in failed.stderr
     assert not (tmp_path / "b").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,9 +11,16 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from torch.testing import assert_close
 
 from scripts.networks import VDVAE
+from scripts.training.handlers import MovingAverage
 from scripts.training.losses import ELBOLoss, negative_log_likelihood, weight_penalty
 from scripts.training.metrics import additional_metrics, elbo_metrics, key_metric
-from scripts.training.trainer import TrainingStalledError, VDVAEEvaluator, VDVAETrainer
+from scripts.training.trainer import (
+    TrainingStalledError,
+    VDVAEEvaluator,
+    VDVAETrainer,
+    _warn_of_slow_bfloat16,
+    autocast,
+)
 from scripts.training.voxel_statistics import start_from_scans, voxel_statistics
 
 
@@ -62,7 +70,10 @@ def test_a_step_is_the_clipped_gradient_of_the_objective():
     assert_close(weights(network), weights(reference), rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_equals_a_larger_batch():
+@pytest.mark.parametrize(("scans", "updates"), [(4, 1), (6, 2), (8, 2)])
+def test_accumulation_equals_a_larger_batch(scans, updates):
+    """Also where the last update of an epoch has fewer batches (6 scans), and for the moving average of the weights."""
+
     # temperature and order apart, two batches of 2 hold what one of 4 holds: use the posterior's mean throughout
     class Mean(VDVAE):
         def forward(self, x, temperature=0.0):
@@ -72,11 +83,16 @@ def test_accumulation_equals_a_larger_batch():
     for batch_size, steps in ((4, 1), (2, 2)):
         torch.manual_seed(0)
         network = Mean(3, 1, [4, 6], [1, 2], [2, 3], [3, 2], spatial_shape=[8, 8, 8])
-        engine = trainer(network, loader(batch_size=batch_size), accumulation_steps=steps)
+        average = MovingAverage(network, momentum=0.5)
+        data = loader(scans, batch_size)
+        engine = trainer(network, data, accumulation_steps=steps, train_handlers=[average], max_grad_norm=1e9, lr=1e-6)
         engine.run()
-        assert engine.state.updates == 1
-        results.append(weights(network))
-    assert_close(*results, rtol=1e-4, atol=1e-6)
+        assert engine.state.updates == updates
+        results.append((weights(network), weights(average.ema_model)))
+    start = weights(Mean(3, 1, [4, 6], [1, 2], [2, 3], [3, 2], spatial_shape=[8, 8, 8]))
+    for one, other in zip(*results, strict=True):
+        assert not torch.equal(one, start)
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_learning_rate_moves_on_with_updates_not_with_batches():
@@ -155,7 +171,7 @@ def test_skips_in_a_row_end_the_run_with_a_sentence(max_skips):
 def test_amp_on_the_cpu_is_bfloat16_and_close_to_full_precision():
     norms = {}
     for amp in (False, True):
-        engine = trainer(tiny(), amp=amp, weight_penalty=0.0)
+        engine = trainer(tiny(), amp=amp, amp_dtype=torch.bfloat16, weight_penalty=0.0)
         torch.manual_seed(0)
         engine.run()
         assert not engine.scaler.is_enabled()
@@ -164,6 +180,27 @@ def test_amp_on_the_cpu_is_bfloat16_and_close_to_full_precision():
         assert engine.state.output["pred"].kl.dtype == torch.float32
     assert norms[True] != norms[False]
     assert norms[True] == pytest.approx(norms[False], rel=0.1)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_amp_on_a_cpu_without_bfloat16_stays_in_single_precision_and_says_so(supported, monkeypatch, caplog):
+    monkeypatch.setattr("scripts.training.trainer.cpu_has_bfloat16", lambda: supported)
+    _warn_of_slow_bfloat16.cache_clear()
+    with caplog.at_level("WARNING"), autocast(torch.device("cpu"), True) as cast:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if supported else torch.float32)
+    assert cast.fast_dtype == torch.bfloat16
+    assert ("has no instructions for bfloat16" in caplog.text) != supported
+    with autocast(torch.device("cpu"), True, torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_emulated_bfloat16_of_a_gpu_is_not_used(monkeypatch):
+    # an older GPU: PyTorch says yes, unless asked without emulation
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no GPU here
+        assert autocast(torch.device("cuda"), True).fast_dtype == torch.float16
 
 
 def test_float16_gradients_are_unscaled_before_clipping():

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_bundle
+from conftest import ROOT, TINY, run_bundle, run_bundle_process
 from monai.bundle import ConfigParser, create_workflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +26,8 @@ def checkpoint(output) -> dict:
 def trained(cohort, tmp_path_factory):
     """A run of two epochs, with figures and a preview, and what it printed."""
     output = tmp_path_factory.mktemp("trained")
-    result = run_bundle("--dataset_dir", cohort, "--output_dir", output, "--figure_interval", 1, "--preview", True)
+    words = ("--dataset_dir", cohort, "--output_dir", output, "--figure_interval", 1, "--preview", True)
+    result = run_bundle_process(*words)
     assert result.returncode == 0, result.stderr
     return output, result.stderr
 
@@ -127,7 +128,8 @@ def test_restore_optimizer_false_starts_anew_from_the_weights(trained, cohort, t
     saved = checkpoint(tmp_path)
     assert (saved["epoch"], saved["updates"]) == (1, 2)
     # with a learning rate of zero the weights are still those that the run started from
-    assert all(torch.equal(checkpoint(whole)["network"][name], tensor) for name, tensor in saved["network"].items())
+    started = checkpoint(whole)["network"]
+    assert all(torch.equal(started[name], tensor) for name, tensor in saved["network"].items())
 
 
 KNOBS = {
@@ -322,10 +324,17 @@ COMMAND_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), COMMAND_ERRORS[:1] + COMMAND_ERRORS[4:5] + COMMAND_ERRORS[-1:])
-def test_the_last_line_of_a_failed_command_is_a_sentence(arguments, words, cohort, tmp_path):
+LAST_LINES = [
+    (run_bundle_process, *COMMAND_ERRORS[0]),
+    (run_bundle, *COMMAND_ERRORS[4]),
+    (run_bundle, *COMMAND_ERRORS[-1]),
+]
+
+
+@pytest.mark.parametrize(("run", "arguments", "words"), LAST_LINES)
+def test_the_last_line_of_a_failed_command_is_a_sentence(run, arguments, words, cohort, tmp_path):
     given = () if "--dataset_dir" in arguments else ("--dataset_dir", cohort)
-    result = run_bundle(*given, "--output_dir", tmp_path / "out", *arguments)
+    result = run(*given, "--output_dir", tmp_path / "out", *arguments)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("Error: ")

@@ -53,7 +53,7 @@ def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = No
     A CPU without instructions for bfloat16 takes 16 times as long for a training step in it as in single precision (32
     voxels a side, AVX2), so that it stays in that unless a ``dtype`` is asked for.
     """
-    if enabled and dtype is None and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if enabled and dtype is None and device.type == "cpu" and not cpu_has_bfloat16():
         _warn_of_slow_bfloat16()
         enabled = False
     if dtype is None:
@@ -61,6 +61,11 @@ def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = No
         has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if has_bfloat16 else torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether oneDNN, which PyTorch computes convolutions with, has instructions for bfloat16 on this processor."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache
