@@ -19,12 +19,13 @@ from conftest import ROOT, bundle_command, fitted_scans, inference_config, run_b
 from groups import run_bundle_group
 from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from torch.distributions import Normal, kl_divergence
 
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, scan_generator
-from scripts.inference.inferers import Reconstruction, Sampling, Scoring, level_temperatures
+from scripts.inference.inferers import Reconstruction, Sampling, Scoring, level_temperatures, quantile
 from scripts.inference.outputs import ScanLayout
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import drawing, noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, negative_log_likelihood
 
@@ -155,6 +156,8 @@ def test_levels_and_temperatures_are_named_by_grids_that_exist(network):
 class Perfect(torch.nn.Module):
     """A network that reconstructs every scan exactly."""
 
+    arguments: ClassVar[dict] = {}
+
     def infer(self, x, temperature):
         return VDVAEOutput(x, torch.full_like(x, 0.1), torch.zeros(len(x), 1)), []
 
@@ -211,11 +214,17 @@ def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, we
     for index in range(coarse, len(network.latent_grids())):
         del latents[f"z{index:02d}"]
     (tmp_path / "latents").mkdir()
-    np.savez(tmp_path / "latents" / "cut_latents.npz", **latents)
+    cut = dict(latents)
+    np.savez(tmp_path / "latents" / "cut_latents.npz", **cut)
     np.savez(tmp_path / "latents" / "edited_latents.npz", **{**latents, "z00": latents["z00"] + 3})
     del latents["z00"]
     np.savez(tmp_path / "latents" / "gap_latents.npz", **latents)
     np.savez(tmp_path / "latents" / "strange_latents.npz", a=1)
+    whole = (tmp_path / "latents" / "cut_latents.npz").read_bytes()
+    (tmp_path / "latents" / "torn_latents.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "latents" / "empty_latents.npz").write_bytes(b"")
+    (tmp_path / "latents" / "text_latents.npz").write_text("no latents")
+    np.savez(tmp_path / "latents" / "small_latents.npz", **{**cut, "z00": cut["z00"][:, :1, :1, :1]})
     log = run("decode", tmp_path / "latents", tmp_path / "out", weights, code=1)
     assert np.allclose(
         load(tmp_path / "out", "cut_recon.nii.gz"), load(reconstructed[0], "RAS/RAS_recon_to2.nii.gz"), atol=1e-2
@@ -223,8 +232,10 @@ def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, we
     assert not np.allclose(
         load(tmp_path / "out", "edited_recon.nii.gz"), load(tmp_path / "out", "cut_recon.nii.gz"), atol=1
     )
-    assert "2 scan(s) failed" in log
+    assert "6 scan(s) failed" in log
     failed = (tmp_path / "out" / "failed.csv").read_text()
+    assert all(f"{name}_latents.npz' cannot be read as latents" in failed for name in ("torn", "empty", "text"))
+    assert "z00 has shape [8, 1, 1, 1], but the network has [8, 2, 2, 2]: decode with the weights" in failed
     assert "lacks z00 but has later latents" in failed
     assert "lacks affine, b_min" in failed
 
@@ -254,6 +265,37 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
 # Scoring
 
 
+@pytest.mark.parametrize("count", [1, 2, 1000, 1001])
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.999, 1.0])
+def test_quantiles_are_those_of_pytorch(count, q):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    torch.testing.assert_close(quantile(values, q), torch.quantile(values, q), rtol=0, atol=1e-4)
+
+
+def test_quantiles_of_more_values_than_pytorch_takes():
+    values = torch.arange(17_000_001, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(values, 0.999)
+    assert quantile(values, 0.999).item() == pytest.approx(16_983_000, abs=1)
+
+
+def test_a_restored_scan_is_what_the_decoder_makes_of_restored_latents(scans, network):
+    """Restored from the coarsest on: what is surprising is judged, and replaced, given what was restored above."""
+    x = upright(scans)[None] + torch.linspace(0, 0.5, 8)
+    scored = Scoring(restore=0.05, smoothing=1e-3)(x, network)
+    latents, chosen = [], []
+    while len(latents) < network.num_latents:
+        known = iter(latents)
+        with drawing(lambda q, known=known: next(known, q.mean)):
+            q = network.infer(x, temperature=0.0)[1][len(latents)]
+        prior = Normal(torch.zeros_like(q.mean), 1.0) if q.prior_mean is None else Normal(q.prior_mean, q.prior_std)
+        surprising = kl_divergence(Normal(q.mean, q.std), prior) > 0.05
+        chosen.append(surprising.any().item() and not surprising.all().item())
+        latents.append(torch.where(surprising, prior.mean, q.mean))
+    assert any(chosen)
+    torch.testing.assert_close(scored["restored"], network.decode(latents, temperature=0.0)[0], rtol=1e-4, atol=1e-5)
+
+
 def rows_of(path):
     with path.open() as file:
         return {row.pop("image"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)}
@@ -275,7 +317,7 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
         .get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"]
         .as_tensor()
     )
-    with torch.no_grad(), noise_from([scan_generator(0, "RAS.nii.gz")]):
+    with torch.no_grad(), noise_from([scan_generator(0, "RAS/RAS.nii.gz")]):
         output = super(VDVAEReconstruction, network).forward(x[None])
     nll = negative_log_likelihood(output.loc, output.scale, x[None])
     assert one["RAS/RAS.nii.gz"]["nll"] == pytest.approx(float(nll), rel=1e-4)
@@ -367,6 +409,36 @@ def test_a_killed_job_leaves_nothing_torn_and_is_finished_by_the_next(cohort, we
     assert {name: (output / name).stat().st_mtime_ns for name in done} == done
 
 
+def test_the_results_of_a_scan_that_changed_are_made_again(scans, weights, tmp_path):
+    shutil.copytree(scans, tmp_path / "scans")
+    run("reconstruct", tmp_path / "scans", tmp_path / "out", weights)
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out", "*_recon.nii.gz")}
+    shutil.copy2(scans / "LPS" / "LPS.nii.gz", tmp_path / "scans" / "PIR" / "PIR.nii.gz")  # with an old time of change
+    log = run("reconstruct", tmp_path / "scans", tmp_path / "out", weights)
+    assert "Of 5 scans, 4 are finished already" in log
+    changed = [name for name, time in before.items() if (tmp_path / "out" / name).stat().st_mtime_ns != time]
+    assert changed == ["PIR/PIR_recon.nii.gz"]
+
+
+def test_scans_whose_results_would_have_one_name_are_refused(scans, weights, tmp_path):
+    (tmp_path / "scans").mkdir()
+    shutil.copy(scans / "RAS" / "RAS.nii.gz", tmp_path / "scans" / "a.nii.gz")
+    nib.save(nib.load(scans / "LPS" / "LPS.nii.gz"), tmp_path / "scans" / "a.nii")
+    log = run("reconstruct", tmp_path / "scans", tmp_path / "out", weights, code=1)
+    assert "a.nii' and '" in log.splitlines()[-1] and "would both be written to" in log.splitlines()[-1]
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_scans_of_one_name_in_two_folders_have_noise_of_their_own(scans, weights, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / "scans" / folder).mkdir(parents=True)
+        shutil.copy(scans / "RAS" / "RAS.nii.gz", tmp_path / "scans" / folder / "T1.nii.gz")
+    run("reconstruct", tmp_path / "scans", tmp_path / "out", weights, "--temperature", 1.0, "--figures", False)
+    first, second = (load(tmp_path / "out" / folder, "T1_recon.nii.gz") for folder in ("a", "b"))
+    assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.8
+    assert not np.allclose(first, second)
+
+
 def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, tmp_path):
     shutil.copytree(reconstructed[0], tmp_path / "out")
     log = run("reconstruct", scans, tmp_path / "out", weights, "--levels", "each", "--temperature", 0.5, code=1)
@@ -374,6 +446,16 @@ def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, 
     run("reconstruct", scans, tmp_path / "out", weights, "--levels", "each", "--temperature", 0.5, "--overwrite", True)
     before, after = (load(f, "RAS/RAS_recon.nii.gz") for f in (reconstructed[0], tmp_path / "out"))
     assert not np.allclose(before, after)
+    for change, value in (
+        ("keep_aspect", False),
+        ("network_def", "sigmoid"),
+        ("amp_dtype", "$torch.bfloat16"),
+        ("seed", 1),
+    ):
+        key = "network_def#output_activation" if change == "network_def" else change
+        words = ("--levels", "each", "--temperature", 0.5, f"--{key}", value)
+        log = run("reconstruct", scans, tmp_path / "out", weights, *words, code=1)
+        assert f"holds results of 'reconstruct' made with another {change}: set --output_dir" in log
     told = (tmp_path / "out" / "reconstruct.json").read_bytes()
     log = run("reconstruct", scans, tmp_path / "out", weights, "--levels", "[9]", "--overwrite", True, code=1)
     assert "levels" in log.splitlines()[-1]

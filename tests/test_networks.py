@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
 from scripts.layers.convolutions import gelu_convs, upsample
-from scripts.layers.gaussian import Posterior, draw, kl_divergence, noise_from
+from scripts.layers.gaussian import Posterior, draw, drawing, kl_divergence, noise_from
+from scripts.layers.levels import find_level, grid_name
 from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE, VDVAEReconstruction
 
@@ -647,6 +648,20 @@ def test_kl_has_a_floor_under_the_variance_of_the_prior():
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_outside_of_training_the_kl_is_exact_and_never_negative():
+    changes = {"num_latents": [1, 1, 1], "kernel_sizes": [1, 1, 1]}
+    network = make(**changes, kl_floor=1e-5)
+    with torch.no_grad():
+        for block in blocks_of(network, StochasticBlock):  # prior and posterior as narrow as they can be
+            for net in (block.prior, block.posterior):
+                net.std.weight.zero_()
+                net.std.bias.fill_(-100)
+            block.posterior.mean.weight.zero_()
+    exact, floored = network.eval()(scans()).kl, network.train()(scans()).kl
+    assert torch.allclose(exact[:, 1:], torch.zeros(1), atol=1e-3)
+    assert (floored[:, 1:] < -1).all()  # 1e-6 / 1e-5 in the place of 1
+
+
 def test_how_a_network_starts():
     for network in (make(), make(plain_encoder=True, strided=True, separate_heads=True)):
         convs = {name: m for name, m in network.named_modules() if isinstance(m, torch.nn.Conv3d)}
@@ -771,6 +786,8 @@ REFUSED = [
     ("latents_off", {"latents_off": [5]}),
     ("latents_off", {"latents_off": [-1]}),
     ("std_form", {"std_form": "softplus"}),
+    ("kl_floor", {"kl_floor": 1.0}),
+    ("kl_floor", {"kl_floor": True}),
     ("output_activation", {"output_activation": "relu"}),
     ("init", {"init": "zeros"}),
     ("checkpoint_levels", {"checkpoint_levels": 4}),
@@ -821,6 +838,34 @@ def test_noise_of_a_scan_does_not_depend_on_the_batch():
         with noise_from(generators[:2]), pytest.raises(ValueError, match="2 generators for a batch of 3"):
             network(x)
         assert not torch.equal(network(x).loc, network(x).loc)
+
+
+def test_a_rule_chooses_latents_inside_the_decoders_pass():
+    network, x = randomise(make()).eval(), scans()
+    with torch.no_grad():
+        plain = network.infer(x, temperature=0)[1]
+        with drawing(lambda q: q.mean + 1):
+            (loc, scale, _), chosen = network.infer(x, temperature=0)
+        assert all(torch.equal(q.z, q.mean + 1) for q in chosen)
+        # what is below is conditioned on what was chosen above
+        assert torch.equal(plain[0].mean, chosen[0].mean)
+        for before, after in zip(plain[1:], chosen[1:], strict=True):
+            assert not torch.allclose(before.prior_mean, after.prior_mean)
+            assert not torch.allclose(before.mean, after.mean)
+        decoded = network.decode([q.z for q in chosen], temperature=0)
+        torch.testing.assert_close(decoded, (loc, scale), rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(a.z, b.z) for a, b in zip(network.infer(x, temperature=0)[1], plain, strict=True))
+
+
+def test_levels_are_named_by_their_grids():
+    assert [grid_name(grid) for grid in make().grids((8, 8, 8))] == ["8³", "4³", "2³"]
+    assert grid_name((4, 4)) == "4²" and grid_name((3, 4, 3)) == "3×4×3"
+    grids = make().grids((4, 8, 16))
+    assert [find_level("levels", name, grids) for name in ("4x8x16", "2×4×8", "1x2x4")] == [0, 1, 2]
+    assert [find_level("levels", name, make().grids((8, 8, 8))) for name in (8, "4", "2³", "4x4x4")] == [0, 1, 2, 1]
+    for wrong in (True, 3, "4x4", None):
+        with pytest.raises(ValueError, match=r"levels names the grid .*: this network's levels have the grids 2, 4, 8"):
+            find_level("levels", wrong, make().grids((8, 8, 8)))
 
 
 def test_a_temperature_for_each_level():
