@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.utils import settings
+from scripts.utils import locks
 
 OUT, ERR = sys.stdout, sys.stderr  # to which loggers write that were made while modules were imported
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -158,9 +158,9 @@ def _kept_signal_handlers() -> Iterator[None]:
 @contextmanager
 def _released_locks() -> Iterator[None]:
     """A run that fails holds the lock of its folder until its process ends."""
-    before = set(settings._locks)
+    before = set(locks._locks)
     try:
         yield
     finally:
-        for folder in set(settings._locks) - before:
-            settings.release_output_dir(folder)
+        for folder in set(locks._locks) - before:
+            locks.release_output_dir(folder)

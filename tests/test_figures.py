@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from scripts.utils import figures
+from scripts.utils import figures, plots, slices
 
 RNG = np.random.default_rng(0)
 
@@ -116,7 +116,7 @@ SIDES = [
 def test_planes_are_upright(axis, voxel, sides):
     volume = np.zeros((8, 8, 8))
     volume[voxel] = 1
-    row, column = np.argwhere(figures.plane(volume, axis, voxel[axis]))[0]
+    row, column = np.argwhere(slices.plane(volume, axis, voxel[axis]))[0]
     for place, expected in zip((row, column), sides, strict=True):
         assert expected is None or (place < 4) == expected
 
@@ -124,7 +124,7 @@ def test_planes_are_upright(axis, voxel, sides):
 def test_a_2d_scan_is_upright():
     image = np.zeros((6, 8))
     image[0, 7] = 1  # left, front
-    assert figures.plane(image, None)[0, 0] == 1
+    assert slices.plane(image, None)[0, 0] == 1
 
 
 def test_upright_in_the_picture_itself(tmp_path):
@@ -142,8 +142,8 @@ def test_upright_in_the_picture_itself(tmp_path):
 def test_cuts_go_through_the_middle_of_the_foreground():
     volume = np.full((20, 20, 20), -1.0)
     volume[2:6, 10:18, 5:6] = 1
-    assert figures.middle(volume) == (4, 14, 5)
-    assert figures.middle(np.zeros((4, 6, 8))) == (2, 3, 4)
+    assert slices.middle(volume) == (4, 14, 5)
+    assert slices.middle(np.zeros((4, 6, 8))) == (2, 3, 4)
 
 
 HISTORY = {
@@ -160,15 +160,15 @@ HISTORY = {
 def test_curves(tmp_path, names):
     path = tmp_path / "c.png"
     references = {"loss": {"mean scan": 300.0, "Gaussian": -20.0}, "other": {"unused": 1.0}}
-    figures.curves(path, {name: HISTORY[name] for name in names}, references)
+    plots.curves(path, {name: HISTORY[name] for name in names}, references)
     check_picture(path)
 
 
 def test_a_reference_line_is_drawn_where_the_curve_never_goes(tmp_path):
     history = {"bits_per_dim": HISTORY["bits_per_dim"]}
-    figures.curves(tmp_path / "without.png", history)
+    plots.curves(tmp_path / "without.png", history)
     without = imread(tmp_path / "without.png")
-    figures.curves(tmp_path / "with.png", history, {"bits_per_dim": {"published": -3.0}})
+    plots.curves(tmp_path / "with.png", history, {"bits_per_dim": {"published": -3.0}})
     assert (without != imread(tmp_path / "with.png")).any()
 
 
@@ -176,14 +176,14 @@ def test_a_reference_line_is_drawn_where_the_curve_never_goes(tmp_path):
 def test_kl_per_latent(tmp_path, time):
     path = tmp_path / "k.png"
     kl = torch.rand(time, 6) * torch.tensor([100.0, 0, 1e-6, 50, 3000, torch.nan])
-    figures.kl_per_latent(path, range(0, 10 * time, 10), kl, [20, 160, 160, 160, 1280, 1280], ["1³", *["2³"] * 3, 1, 0])
+    plots.kl_per_latent(path, range(0, 10 * time, 10), kl, [20, 160, 160, 160, 1280, 1280], ["1³", *["2³"] * 3, 1, 0])
     check_picture(path)
 
 
 def test_kl_per_latent_is_brighter_where_a_latent_lives(tmp_path):
     kl = np.zeros((2, 2))
     kl[:, 1] = 1000.0
-    figures.kl_per_latent(tmp_path / "k.png", [0, 1], kl, [100, 100], ["1³", "2³"])
+    plots.kl_per_latent(tmp_path / "k.png", [0, 1], kl, [100, 100], ["1³", "2³"])
     pixels = imread(tmp_path / "k.png")[..., :3].mean(-1)
     column = pixels[:, pixels.shape[1] // 2]
     height = len(column)
@@ -196,8 +196,8 @@ REFUSED = [
     (lambda p: figures.batch(p, [scan(8, 8)], ["a", "b"]), "1 images, 2 names"),
     (lambda p: figures.progressive(p, scan(8, 8), [scan(8, 8)], [], (-1, 1)), "1 recons, 0 labels"),
     (lambda p: figures.samples(p, {}, (-1, 1)), "samples_by_temperature is empty"),
-    (lambda p: figures.curves(p, {"loss": {"training": []}}), "history holds no values"),
-    (lambda p: figures.kl_per_latent(p, [1, 2], np.ones((1, 3)), [1] * 3, [0] * 3), "2 updates, 3 dims and 3 levels"),
+    (lambda p: plots.curves(p, {"loss": {"training": []}}), "history holds no values"),
+    (lambda p: plots.kl_per_latent(p, [1, 2], np.ones((1, 3)), [1] * 3, [0] * 3), "2 updates, 3 dims and 3 levels"),
 ]
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 import weakref
+from typing import ClassVar
 
 import nibabel as nib
 import numpy as np

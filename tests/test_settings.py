@@ -5,7 +5,8 @@ import json
 import pytest
 from filelock import FileLock, Timeout
 
-from scripts.utils.settings import claim_output_dir, command_line_config, release_output_dir, save_config
+from scripts.utils.locks import claim_output_dir, release_output_dir
+from scripts.utils.settings import command_line_config, save_config
 
 CONFIG = "configs/train.json"
 
@@ -86,7 +87,7 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoint.pt").write_text("")
-    with pytest.raises(FileExistsError, match="go on with it by --resume True"):
+    with pytest.raises(FileExistsError, match="resume it by --resume True"):
         claim_output_dir(tmp_path, tmp_path, resume=False)
     claim_output_dir(tmp_path, tmp_path, resume=True)
 

@@ -25,11 +25,11 @@ from scripts.data.registration import (
     template_brain,
 )
 from scripts.data.transforms import CheckScand, LoadScand, ScanError
-from scripts.utils.figures import plane
 from scripts.utils.files import write_bytes, write_text, write_whole
 from scripts.utils.formats import file_states
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.sitk_images import FLIP, array_and_affine, to_sitk
+from scripts.utils.slices import plane
 
 __all__ = ["METHOD", "Job", "prepare_scan", "read_record"]
 

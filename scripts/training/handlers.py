@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
-from scripts.utils import figures
+from scripts.utils import figures, plots
 from scripts.utils.distributed import gather
 from scripts.utils.files import write_csv
 from scripts.utils.names import image_caption
@@ -300,7 +300,7 @@ class Figures:
         scalars = {name: parts for name, parts in series.items() if not name.startswith(("kl_z", "kl_per_dim_z"))}
         if not scalars:
             return
-        figures.curves(self._path("curves", suffix), scalars)
+        plots.curves(self._path("curves", suffix), scalars)
         part = "validation" if "validation" in series.get("kl_z00", {}) else "training"
         table = [series[f"kl_z{i:02d}"][part] for i in range(self.network.num_latents)]
         updates = [update for update, _ in table[0]]
@@ -308,7 +308,7 @@ class Figures:
         dims = [int(np.prod(grid)) for grid in self.network.latent_grids()]
         grids = self.network.grids()
         levels = [grid_name(grids[level]) for level in self.network.latent_levels]
-        figures.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, levels)
+        plots.kl_per_latent(self._path("kl_per_latent", suffix), updates, kl, dims, levels)
 
 
 def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:

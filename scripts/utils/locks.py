@@ -1,0 +1,88 @@
+"""A run's folders: that they can be written to, and that no two runs write to one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+__all__ = ["claim_output_dir", "release_output_dir"]
+
+logger = logging.getLogger(__name__)
+
+# seconds in which the remains of a killed run end, such as workers that still hold its lock
+LOCK_TIMEOUT = 60.0
+
+_locks: dict[Path, FileLock] = {}  # held by this process
+
+
+def claim_output_dir(
+    output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str, patience: float = LOCK_TIMEOUT
+) -> None:
+    """Check, before anything is read, that a run can write, overwrites no other run, and is alone in ``ckpt_dir``.
+
+    ``ckpt_dir`` is locked until :py:func:`release_output_dir` or until this process ends, however that happens.
+
+    Args:
+        output_dir: made if need be.
+        ckpt_dir: of the checkpoints; its parent is made if need be.
+        resume: as the config has it; False refuses a ``ckpt_dir`` that holds a checkpoint.
+        patience: seconds to wait for another run in ``ckpt_dir`` to end.
+
+    Raises:
+        NotADirectoryError: a folder is a file.
+        PermissionError: a folder cannot be made or written to.
+        FileExistsError: ``ckpt_dir`` holds the checkpoint of a run, and this one does not resume it.
+        BlockingIOError: another run is using ``ckpt_dir``.
+    """
+    _make_writable("output_dir", Path(output_dir))
+    _make_writable("ckpt_dir", Path(ckpt_dir).absolute().parent)  # it is made itself by the first checkpoint
+    _lock(Path(ckpt_dir).absolute(), patience)
+    if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
+        release_output_dir(ckpt_dir)
+        raise FileExistsError(
+            f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: resume it by --resume True (or auto, where a "
+            "scheduler or torchrun starts it again), or set --output_dir to another folder."
+        )
+
+
+def _make_writable(name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{name} '{folder}' is not a folder: set --{name} to one.") from error
+    except OSError as error:
+        raise PermissionError(
+            f"{name} '{folder}' cannot be written to ({error.strerror}): "
+            f"set --{name} to a folder that you can write to."
+        ) from error
+
+
+def _lock(ckpt_dir: Path, patience: float) -> None:
+    if ckpt_dir in _locks:
+        return
+    lock = FileLock(ckpt_dir.with_name(f".{ckpt_dir.name}.lock"), thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Another run is using ckpt_dir '%s': waiting %g s for its end.", ckpt_dir, patience)
+        try:
+            lock.acquire(timeout=patience, poll_interval=0.5)
+        except Timeout:
+            raise BlockingIOError(
+                f"ckpt_dir '{ckpt_dir}' is in use by another run, which would lose what this one writes: wait for its "
+                "end, or set --output_dir to another folder."
+            ) from None
+    _locks[ckpt_dir] = lock
+
+
+def release_output_dir(ckpt_dir: str | os.PathLike) -> None:
+    """Unlock ``ckpt_dir`` for other processes."""
+    lock = _locks.pop(Path(ckpt_dir).absolute(), None)
+    if lock is not None:
+        lock.release()

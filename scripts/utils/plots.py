@@ -1,0 +1,179 @@
+"""Plots of a training run: its quantities and the KL divergence of each latent against updates, as PNG files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from scripts.utils.sheet import DPI, save
+from scripts.utils.slices import as_array
+
+__all__ = ["curves", "kl_per_latent"]
+
+# what the y axis of a curve says
+UNITS = {
+    "loss": "nats a scan",
+    "nll": "nats a scan",
+    "kl": "nats a scan",
+    "elbo": "nats a scan",
+    "bits_per_dim": "bits a voxel and channel",
+    "mse": "squared intensity",
+    "psnr": "dB",
+    "grad_norm": "nats a scan",
+    "skipped": "updates",
+    "beta": "weight of the KL",
+}
+TITLES = {
+    "nll": "negative log-likelihood",
+    "kl": "KL divergence",
+    "bits_per_dim": "bits per dim",
+    "mse": "mean squared error",
+    "grad_norm": "gradient norm",
+    "skipped": "skipped updates",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "elbo": "ELBO",
+}
+LINEAR = {"beta", "skipped"}
+COLOURS = {"training": "tab:blue", "validation": "tab:orange"}
+KL_FLOOR = 1e-4  # nats a dimension: below, a latent says as good as nothing
+
+
+def curves(
+    path: str | os.PathLike,
+    history: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    references: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
+    """Every quantity of a training run against the number of updates, one small panel each.
+
+    What is positive and spans more than a factor of 20 gets a logarithmic axis. On a linear one, the first 5 % of the
+    updates may leave the panel: they are often orders of magnitude away from the rest.
+
+    Args:
+        path: of the PNG.
+        history: quantity -> ``{"training": [(update, value), ...], "validation": [...]}``, either may be missing.
+        references: quantity -> label -> value of a horizontal line to compare with.
+    """
+    panels = {
+        name: {side: np.asarray(points, float).reshape(-1, 2) for side, points in sides.items() if len(points)}
+        for name, sides in history.items()
+    }
+    panels = {name: sides for name, sides in panels.items() if sides}
+    if not panels:
+        raise ValueError("history holds no values: there is nothing to draw.")
+    across = min(len(panels), 3)
+    down = math.ceil(len(panels) / across)
+    figure = Figure((5.2 * across, 3.1 * down), dpi=DPI, layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
+    for axes, (name, sides) in zip(grid, panels.items(), strict=False):
+        _curve(axes, name, sides, (references or {}).get(name, {}))
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[max(0, len(panels) - across) : len(panels)]:
+        axes.set_xlabel("updates")
+        axes.tick_params(labelbottom=True)
+    return save(path, figure)
+
+
+def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mapping[str, float]) -> None:
+    for side, points in sides.items():
+        updates, values = points[np.isfinite(points).all(1)].T
+        colour = COLOURS.get(side)
+        window = len(values) // 50
+        if window < 3:
+            marker = "o" if len(values) < 30 else None
+            axes.plot(updates, values, color=colour, marker=marker, markersize=3, linewidth=1.2, label=side)
+            continue
+        axes.plot(updates, values, color=colour, alpha=0.3, linewidth=0.7)
+        sums = np.cumsum(np.insert(values, 0, 0.0))
+        smooth = (sums[window:] - sums[:-window]) / window
+        axes.plot(updates[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.4, label=side)
+    for (label, value), style in zip(lines.items(), ("--", ":", "-.", (0, (6, 2))) * len(lines), strict=False):
+        axes.axhline(value, color="0.25", linestyle=style, linewidth=1, label=f"{label}: {value:g}")
+    points = np.concatenate(list(sides.values()))
+    points = points[np.isfinite(points).all(1)]
+    if len(points):
+        values = points[:, 1]
+        if name not in LINEAR and values.min() > 0 and values.max() > 20 * values.min():
+            axes.set_yscale("log")
+        elif name not in LINEAR and len(points) >= 20:
+            shown = np.concatenate([values[points[:, 0] >= 0.05 * points[:, 0].max()], list(lines.values())])
+            margin = 0.06 * (np.ptp(shown) or abs(shown[0]) or 1.0)
+            axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    axes.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=11)
+    axes.set_ylabel(UNITS.get(name, ""), fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(sides) + len(lines) > 1 or "training" not in sides:
+        axes.legend(fontsize=8, framealpha=0.7)
+
+
+def kl_per_latent(
+    path: str | os.PathLike, updates: Sequence[float], kl, dims: Sequence[int], levels: Sequence[str]
+) -> Path:
+    """Which latents are active: the KL divergence of each one over the course of training.
+
+    Args:
+        path: of the PNG.
+        updates: when the KL was measured, ``[time]``, rising.
+        kl: ``[time, latents]`` in nats a scan, top first.
+        dims: numbers in each latent (channels times grid), ``[latents]``; the colour is KL over dims.
+        levels: of each latent by its grid, such as "4³", ``[latents]``; latents of one level are bracketed.
+    """
+    updates, kl = np.asarray(updates, float), as_array(kl)
+    time, latents = kl.shape
+    if time == 0 or latents == 0:
+        raise ValueError(f"kl has shape {list(kl.shape)}: there is nothing to draw.")
+    if len(updates) != time or len(dims) != latents or len(levels) != latents:
+        raise ValueError(
+            f"kl has shape {list(kl.shape)}, but there are {len(updates)} updates, {len(dims)} dims and {len(levels)} "
+            "levels: kl is [time, latents]."
+        )
+    density = kl / np.asarray(dims, float)
+    starts = [i for i in range(latents) if i == 0 or levels[i] != levels[i - 1]]
+    bounds = [*starts, latents]
+
+    figure = Figure((11.5, max(3.2, 1.6 + 0.2 * latents)), dpi=DPI, layout="constrained")
+    axes, bars = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [4, 1.5]})
+    top = np.nanmax(np.where(np.isfinite(density), density, np.nan), initial=10 * KL_FLOOR)
+    norm = LogNorm(KL_FLOOR, 10 ** math.ceil(math.log10(top)), clip=True)
+    shown = np.ma.masked_invalid(np.maximum(density, KL_FLOOR)).T
+    mesh = axes.pcolormesh(_edges(updates), np.arange(latents + 1), shown, norm=norm, cmap="magma", rasterized=True)
+    colour_bar = figure.colorbar(mesh, ax=axes, location="left", pad=0.02, aspect=30, extend="min")
+    colour_bar.set_label(f"KL, nats per dimension (black: {KL_FLOOR:g} or less)")
+    axes.set_xlabel("updates")
+    axes.set_title("KL divergence of each latent, coarsest on top", fontsize=11)
+
+    last = np.nan_to_num(kl[-1], posinf=0.0)
+    bars.barh(np.arange(latents) + 0.5, last, height=0.8, color="tab:purple")
+    bars.set_xscale("symlog", linthresh=1, linscale=0.5)
+    bars.set_xlim(0, max(10, 1.3 * last.max()))
+    bars.set_xlabel("nats a scan")
+    bars.set_title(f"at update {updates[-1]:,.0f}, sum {last.sum():,.0f}", fontsize=11)
+    bars.grid(axis="x", alpha=0.3)
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.tick_params(axis="y", left=False, labelleft=False, labelright=True, pad=2)
+    for start in starts[1:]:
+        axes.axhline(start, color="white", linewidth=0.8)
+        bars.axhline(start, color="0.6", linewidth=0.6)
+    axes.set_yticks([(a + b) / 2 for a, b in itertools.pairwise(bounds)], [levels[i] for i in starts])
+    axes.tick_params(axis="y", left=False, labelsize=9)
+    axes.set_ylim(latents, 0)
+    return save(path, figure)
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """Edges of the cells around rising points."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    between = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[1.5 * centres[0] - 0.5 * centres[1]], between, [1.5 * centres[-1] - 0.5 * centres[-2]]])
