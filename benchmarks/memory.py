@@ -171,14 +171,12 @@ def compare_steps(
     """Time steps with and without checkpointing in turn, and print the ratio of the medians."""
     torch.set_num_threads(threads)
     scans = torch.rand(batch_size, 1, *[size] * 3)
-    network = VDVAE(**network_def(size))
-    step = TrainingStep(network, scans, precision)
     seconds: dict[int, list[float]] = {0: [], checkpoint_levels: []}
+    steps = {levels: TrainingStep(VDVAE(**network_def(size, levels)), scans, precision) for levels in seconds}
     for update in range(updates + 1):
         for levels, times in seconds.items():
-            network.checkpoint_levels = levels
             start = time.perf_counter()
-            step()
+            steps[levels]()
             if update > 0:  # the first warms up
                 times.append(time.perf_counter() - start)
     without, with_checkpoints = (statistics.median(times) for times in seconds.values())
