@@ -84,7 +84,7 @@ def main(*runs: str, output_dir: str | None = None) -> None:
 def draw(table: dict[str, dict[str, dict[int, float]]], gaussian: dict[str, float], folder: Path) -> Path:
     """Draw bits per dim, error and KL of the runs against updates."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    labels = {"bits_per_dim": "bits per dim", "mse": "mean squared error", "kl": "KL, nats a scan"}
+    labels = {"bits_per_dim": "bits per dim", "mse": "mean squared error", "kl": "KL, nats per scan"}
     for axes, (quantity, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
         for name, series in table.items():
             axes.plot(*zip(*sorted(series[quantity].items()), strict=True), marker="o", markersize=3, label=name)

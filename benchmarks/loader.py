@@ -107,7 +107,7 @@ def main(
     profile: bool = False,
     spacing: float = 1.0,
 ) -> None:
-    """Print scans a second of the loader and of the training step, and the loader's share of what the step takes.
+    """Print scans per second of the loader and of the training step, and the loader's share of what the step takes.
 
     Args:
         size: voxels an axis: 8, 32, 64, 128 or 256.
@@ -115,7 +115,7 @@ def main(
         draws: augmented scans taken from the cache.
         batch_size: of the training step.
         updates: of the training step that are measured; 0 leaves it out.
-        half: keep 16 bits a voxel in the cache.
+        half: keep 16 bits per voxel in the cache.
         profile: print what each transform costs instead.
         spacing: of the scans, in mm.
     """
@@ -128,7 +128,7 @@ def main(
             print_profile(scans[0], parser)
             return
         first, later = loader_rates(scans, parser, Path(folder) / "cache", draws, half)
-    print(f"{size}³ from {spacing:g} mm, one worker, scans a second")
+    print(f"{size}³ from {spacing:g} mm, one worker, scans per second")
     print(f"{'first epoch':<32}{first:>10.2f}")
     print(f"{'cached, augmented':<32}{later:>10.2f}")
     if updates:

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --size 32 --batch_size 8
 
 In turn: one process trains alone while the other waits; both train together and share their gradients (DDP over Gloo);
-both train without sharing; both add up tensors of the gradients' size and do nothing else. The ratio is scans a second
-of both over scans a second of one, from the same minutes.
+both train without sharing; both add up tensors of the gradients' size and do nothing else. The ratio is scans per second
+of both over scans per second of one, from the same minutes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(rank: int, folder: str, size: int, batch_size: int, updates: int, ro
 def main(
     size: int = 32, batch_size: int = 8, updates: int = 3, rounds: int = 3, precision: str = "fp32"
 ) -> dict[str, float]:
-    """Print scans a second of one and of two processes, their ratio, and the share of a step that exchange takes.
+    """Print scans per second of one and of two processes, their ratio, and the share of a step that exchange takes.
 
     Args:
         size: voxels an axis, one that has a config, or 8 for a tiny network.

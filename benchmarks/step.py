@@ -71,7 +71,7 @@ class TrainingStep:
         self.optimizer.zero_grad()
 
     def loss(self) -> Tensor:
-        """Negative ELBO in nats a scan, plus the weight penalty."""
+        """Negative ELBO in nats per scan, plus the weight penalty."""
         with torch.autocast(self.scans.device.type, torch.bfloat16, enabled=self.bfloat16):
             output = self.network(self.scans)
         loss, _ = self.loss_function(output, self.scans, update=0)

@@ -278,7 +278,7 @@ def nodes(epochs: int = 150, port: int = 29619) -> None:
             return Run(work, CONFIGS, *words, restarts=3, meeting=meeting, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
         def changes() -> list[str]:
-            """Each place where the run went on, as the first process, which may be on any node, tells it."""
+            """Each place where the run went on, as rank 0, which may be on any node, tells it."""
             lines = (line for run in runs for line in run.text.splitlines())
             told = [line for line in lines if "Resuming from" in line or "An epoch had" in line]
             return [re.sub(r"^\S+ |from '.*?' ", "", line) for line in sorted(told, key=lambda line: line[:8])]

@@ -3,7 +3,7 @@
     python -m benchmarks.throughput --size 32 --batch_size 8
     python -m benchmarks.throughput --shapes
 
-The share is 3 x the GFLOP of a forward pass x scans a second / GFLOP a second of a 2048 x 2048 fp32 product: a backward
+The share is 3 x the GFLOP of a forward pass x scans per second / GFLOP a second of a 2048 x 2048 fp32 product: a backward
 pass computes about twice what the forward pass does. Both rates are measured in turn, so that what else the machine
 does slows both.
 """
@@ -101,7 +101,7 @@ def print_throughput(size: int, batch_size: int, updates: int, precision: str, c
     print(f"forward {gflop:.1f} GFLOP a scan; {updates} updates of {batch_size} scans of {size}³, {precision}")
     print(f"{'':<20}{'min':>10}{'median':>10}{'max':>10}")
     for name, values in zip(
-        ("scans a second", "matmul GFLOP/s", "share of matmul"), zip(*rows, strict=True), strict=True
+        ("scans per second", "matmul GFLOP/s", "share of matmul"), zip(*rows, strict=True), strict=True
     ):
         print(f"{name:<20}{min(values):>10.3f}{statistics.median(values):>10.3f}{max(values):>10.3f}")
 
@@ -165,7 +165,7 @@ def main(
     checkpoint_levels: int | None = None,
     shapes: bool = False,
 ) -> None:
-    """Print scans a second of full training steps and their share of the matrix multiplication rate.
+    """Print scans per second of full training steps and their share of the matrix multiplication rate.
 
     Args:
         size: voxels an axis of the scans.

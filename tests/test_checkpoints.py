@@ -131,7 +131,7 @@ def test_what_resume_can_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scans", "scans_a_batch", "batches", "accumulation_steps", "expected"),
+    ("scans", "scans_per_batch", "batches", "accumulation_steps", "expected"),
     [
         (8, 4, 5, 1, 2),  # as it was saved
         (8, 2, 10, 1, 4),  # half as many processes
@@ -142,8 +142,8 @@ def test_what_resume_can_be(tmp_path):
         (0, 4, 5, 1, 0),
     ],
 )
-def test_an_epoch_goes_on_with_other_batches(scans, scans_a_batch, batches, accumulation_steps, expected):
-    assert place_in_epoch(scans, scans_a_batch, batches, accumulation_steps) == expected
+def test_an_epoch_goes_on_with_other_batches(scans, scans_per_batch, batches, accumulation_steps, expected):
+    assert place_in_epoch(scans, scans_per_batch, batches, accumulation_steps) == expected
 
 
 def test_an_epoch_begun_with_one_batch_size_ends_with_another(earlier, cohort):

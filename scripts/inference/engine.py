@@ -45,8 +45,7 @@ class Failure(NamedTuple):
 
 
 class Failures:
-    """
-    The scans of this run of which nothing came, with their reasons.
+    """The scans of this run of which nothing came, with their reasons.
 
     Args:
         path: of a CSV file that lists them.
@@ -60,8 +59,7 @@ class Failures:
         self.found.append(failure)
 
     def finish(self) -> None:
-        """
-        Write the list and say what is in it, on the first process for all of them, and part from the others.
+        """Write the list and say what is in it, on rank 0 for all of them, and destroy the process group.
 
         Raises:
             SystemExit: with code 1, on every process, when there are any.
@@ -79,14 +77,13 @@ class Failures:
 
 
 def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*") -> list[dict[str, Any]]:
-    """
-    The scans of a folder, or all of a datalist's (its `testing` ones alone where it has such).
+    """The scans of a folder, or all of a datalist's (its ``testing`` ones alone where it has such).
 
     Args:
-        dataset_dir, scan_pattern: see :py:func:`scripts.data.datalist.make_datalist`.
+        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.make_datalist`.
 
     Returns:
-        `[{"image": path}, ...]`.
+        ``[{"image": path}, ...]``.
     """
     root = Path(dataset_dir).expanduser()
     if root.suffix == ".json" and root.is_file():
@@ -97,10 +94,10 @@ def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]
 
 
 def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:
-    """Names for scans to be drawn, numbered from 1: their results go to `output_dir`, and their noise follows from it.
+    """Names for scans to be drawn, numbered from 1; their noise follows from the name.
 
     Raises:
-        ValueError: when `count` is less than 1.
+        ValueError: when ``count`` is less than 1.
     """
     if count < 1:
         raise ValueError(f"samples is {count}: set --samples to 1 or more.")
@@ -121,7 +118,7 @@ def _identity(value: Any) -> Any:
 
 
 class _ReadOrFail(torch.utils.data.Dataset):
-    """Items of a data set, or a :py:class:`Failure` where a transform raised a :py:class:`ScanError`."""
+    """Items of a data set, or a :class:`Failure` where a transform raised a :class:`ScanError`."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
         self.dataset, self.indices = dataset, indices
@@ -142,21 +139,20 @@ class _ReadOrFail(torch.utils.data.Dataset):
 
 
 class ScanEvaluator(Evaluator):
-    """
-    A MONAI evaluator for one job: it applies an inferer to every scan and a postprocessing to each result.
+    """A MONAI evaluator for one job: it applies an inferer to every scan and a postprocessing to each result.
 
     A scan whose results are there already is left alone. One that cannot be read, or whose results cannot be made, is
     noted and the others continue. With several processes each takes its share.
 
     Args:
-        job: its name; `<job>.json` in `output_dir` says with what its results were made.
+        job: its name; ``<job>.json`` in ``output_dir`` says with what its results were made.
         output_dir: folder of the results, made if need be.
         settings: on which the results depend; files among them (a checkpoint) by their content. The arguments of the
-            network, `seed`, `amp` and `amp_dtype` are added.
+            network, ``seed``, ``amp`` and ``amp_dtype`` are added.
         device: of the network.
-        dataset: with preprocessing; its items hold `image`, `[channels, *spatial]`.
+        dataset: with preprocessing; its items hold ``image``, ``[channels, *spatial]``.
         network: the network.
-        inferer: see :py:mod:`scripts.inference.inferers`; takes a batch of images and gives a dictionary of batches.
+        inferer: see :mod:`scripts.inference.inferers`; takes a batch of images and gives a dictionary of batches.
         postprocessing: takes the item of one scan, the inferer's results among it, and saves what is wanted.
         layouts: of the results; a scan is finished when all of them exist.
         failures: where scans that failed are noted.
@@ -239,7 +235,7 @@ class ScanEvaluator(Evaluator):
         return min(path.stat().st_mtime for path in results) >= changed
 
     def _check_names(self) -> None:
-        """Refuse scans whose results would have one name, such as those of `a.nii` and `a.mha`."""
+        """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``."""
         seen: dict[Path, str] = {}
         for name in map(item_path, self.dataset.data):
             try:
@@ -254,8 +250,7 @@ class ScanEvaluator(Evaluator):
             seen[path] = name
 
     def run(self) -> None:
-        """
-        Go over the scans that are not finished, then make the summary.
+        """Go over the scans that are not finished, then make the summary.
 
         Raises:
             FileExistsError: when there are results made with other settings.

@@ -58,8 +58,7 @@ Summary = dict[str, Any]
 
 
 def prepare(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
-    """
-    Make the folder of the results.
+    """Make the folder of the results.
 
     Raises:
         FileNotFoundError: when there are no weights to evaluate.
@@ -73,15 +72,14 @@ def prepare(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
 
 
 def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) -> dict[str, list[dict]]:
-    """
-    The scans that a model has not learnt from: a datalist's `testing` side if it has one, else its `validation` side.
+    """The scans that a model was not trained on: a datalist's ``testing`` side if it has one, else ``validation``.
 
     Args:
-        datalist: see :py:func:`scripts.data.datalist.make_datalist`.
-        output_dir: when it is the folder of a training run, its `datalist.json` says what was trained on.
+        datalist: see :func:`scripts.data.datalist.make_datalist`.
+        output_dir: when it is the folder of a training run, its ``datalist.json`` says what was trained on.
 
     Returns:
-        `{"validation": [...]}`.
+        ``{"validation": [...]}``.
 
     Raises:
         ValueError: when that run was trained on some of them.
@@ -105,11 +103,10 @@ def _path(item: Mapping[str, Any]) -> str:
 
 
 class ScanTable:
-    """
-    Collects a row of numbers for each scan that an evaluator sees.
+    """Collects a row of numbers for each scan that an evaluator sees.
 
-    `bits_per_dim`, `nll`, `kl`, `kl_z00`, ... and `mse` are what training's validation reports, of latents that are
-    drawn. `recon_mse`, `psnr` and `ssim` are of the reconstruction from the posterior's means.
+    ``bits_per_dim``, ``nll``, ``kl``, ``kl_z00``, ... and ``mse`` are what training's validation reports, of drawn
+    latents. ``recon_mse``, ``psnr`` and ``ssim`` are of the reconstruction from the posterior's means.
 
     Args:
         items: all held-out scans, those of other processes among them.
@@ -139,7 +136,7 @@ class ScanTable:
         self.numbers = gather(self.numbers)
 
     def write(self, path: str | os.PathLike) -> None:
-        """As CSV, a row a scan: its path, subject and session, then the numbers."""
+        """As CSV, one row per scan: its path, subject and session, then the numbers."""
         names = [
             {"image": ";".join(map(str, ensure_tuple(item["image"])))} | {k: item.get(k, "") for k in NAMES}
             for item in self.items
@@ -149,7 +146,7 @@ class ScanTable:
         write_csv(path, list(rows[0]), cells)
 
     def summary(self) -> Summary:
-        """`{quantity: {"mean", "std", "count"}}`; the standard deviation is of scans, not of the mean."""
+        """``{quantity: {"mean", "std", "count"}}``; the standard deviation is of scans, not of the mean."""
         columns = {name: np.array([row[name] for row in self.numbers]) for name in self.numbers[0]}
         return {
             name: {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else None, "count": len(values)}
@@ -158,20 +155,19 @@ class ScanTable:
 
 
 class SampleComparison:
-    """
-    Draws samples and compares them with held-out scans: do they look like scans, and do they vary as scans do?
+    """Draws samples and compares them with held-out scans: do they look like scans, and do they vary as scans do?
 
-    Squared maximum mean discrepancies (MMD; Gretton et al. 2012), unbiased, of whole images: `mmd_gaussian` with a
-    Gaussian kernel as wide as the median distance between scans, `mmd_linear` of the dot product (MONAI's own), which
-    sees the mean image alone. `ms_ssim` is the mean MS-SSIM of all pairs of samples, and of all pairs of scans.
+    Squared maximum mean discrepancies (MMD; Gretton et al. 2012), unbiased, of whole images: ``mmd_gaussian`` with a
+    Gaussian kernel as wide as the median distance between scans, ``mmd_linear`` of the dot product (MONAI's own), which
+    sees the mean image alone. ``ms_ssim`` is the mean MS-SSIM of all pairs of samples, and of all pairs of scans.
 
     Samples and scans are kept on disk meanwhile, so that memory does not grow with their number. Each sample has noise
-    of its own, the same that the bundle's `sample` gives to the sample of this number.
+    of its own, the same that the bundle's ``sample`` gives to the sample of this number.
 
     Args:
         network: the network.
         dataset: of held-out scans; as many as there are samples are chosen at random, or all.
-        inferer: draws samples, see :py:class:`scripts.inference.inferers.Sampling`.
+        inferer: draws samples, see :class:`scripts.inference.inferers.Sampling`.
         samples: how many; 0 compares nothing.
         value_range: of the intensities.
         scratch_dir: a folder for images, removed at the end.
@@ -179,7 +175,7 @@ class SampleComparison:
         seed: of the noise and of all choices.
 
     Raises:
-        ValueError: when `samples` is negative or 1.
+        ValueError: when ``samples`` is negative or 1.
     """
 
     def __init__(
@@ -206,8 +202,7 @@ class SampleComparison:
         self.metric = ms_ssim_metric(network.spatial_shape, value_range)
 
     def run(self) -> Summary | None:
-        """
-        Compare.
+        """Compare.
 
         Returns:
             What is found, the same on every process; None without samples.
@@ -254,7 +249,7 @@ class SampleComparison:
             np.save(self._path("scan", number + 1), image.float().numpy())
 
     def _similarities(self, kind: str) -> Tensor:
-        """MS-SSIM of every sample (or scan) with every other, `[images, images]`; each process takes some rows."""
+        """MS-SSIM of every sample (or scan) with every other, ``[images, images]``; each process takes some rows."""
         count = self.samples if kind == "sample" else self.scans
         found = []
         for row in _progress(range(idist.get_rank(), count, idist.get_world_size()), f"MS-SSIM of pairs of {kind}s"):
@@ -315,7 +310,7 @@ def _std(values: Sequence[float]) -> float | None:
 
 
 def _dot_products(paths: Sequence[Path]) -> Tensor:
-    """Of all images with each other, `[images, images]`, in double precision; a part of each in memory at a time."""
+    """Of all images with each other, ``[images, images]``, in double precision; a part of each in memory at a time."""
     size = np.load(paths[0], mmap_mode="r").size
     dots = torch.zeros(len(paths), len(paths), dtype=torch.float64)
     step = max(1, VOXELS // len(paths))
@@ -342,7 +337,7 @@ def _scratch(folder: Path) -> Iterator[None]:
 
 
 def _progress(values: Sequence[int], what: str) -> Iterator[int]:
-    """A progress bar on standard error, of the first process."""
+    """A progress bar on standard error, of rank 0."""
     return tqdm(values, desc=what, file=sys.stderr, disable=idist.get_rank() > 0)
 
 
@@ -353,8 +348,7 @@ def evaluate(
     evaluation_dir: str | os.PathLike,
     settings: Mapping[str, Any],
 ) -> None:
-    """
-    Evaluate, and write `evaluation.csv` (a row a scan) and `summary.json`, by the first process.
+    """Evaluate, and write ``evaluation.csv`` (one row per scan) and ``summary.json``, by rank 0.
 
     Args:
         evaluator: runs the network on this process's share of the held-out scans.

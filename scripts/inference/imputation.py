@@ -39,20 +39,19 @@ def pair_masks(
     mask_dir: str | os.PathLike | None,
     mask_pattern: str | None = None,
 ) -> list[dict[str, Any]]:
-    """
-    The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
+    """The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
 
     Args:
-        dataset_dir, scan_pattern: see :py:func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
+        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
             first names the scan.
         mask_dir: the folder that holds the masks.
         mask_pattern: of the masks; None: that of the scans.
 
     Returns:
-        `[{"image": path, "mask": path}, ...]`; the mask is None where there is none.
+        ``[{"image": path, "mask": path}, ...]``; the mask is None where there is none.
 
     Raises:
-        ValueError: when `mask_dir` is None.
+        ValueError: when ``mask_dir`` is None.
         FileNotFoundError, NotADirectoryError: when a folder does not exist, nothing matches, or no scan has a mask.
     """
     if mask_dir is None:
@@ -85,14 +84,13 @@ def pair_masks(
 
 
 class HideMissingd(MapTransform):
-    """
-    Give what a scan's mask marks the scan's background, and keep a copy of the scan as it was.
+    """Give what a scan's mask marks the scan's background, and keep a copy of the scan as it was.
 
-    It belongs right after loading. Adds `missing`, bool `[1, *spatial]`, true where the mask is above 0, and
-    `observed`, the scan as loaded. The background is the lowest value outside the mask, of each channel.
+    It belongs right after loading. Adds ``missing``, bool ``[1, *spatial]``, true where the mask is above 0, and
+    ``observed``, the scan as loaded. The background is the lowest value outside the mask, of each channel.
 
     Args:
-        keys: of the loaded scan, `[channels, *spatial]`.
+        keys: of the loaded scan, ``[channels, *spatial]``.
         mask: key of the mask's path.
 
     Raises:
@@ -143,11 +141,10 @@ class HideMissingd(MapTransform):
 
 
 class FitMaskd(MapTransform):
-    """
-    Bring what :py:class:`HideMissingd` added to the network's grid, as the scan was brought there.
+    """Bring what :class:`HideMissingd` added to the network's grid, as the scan was brought there.
 
-    It belongs last. Adds `missing_fitted`, bool `[1, *spatial_shape]`: every voxel of which the hidden background makes
-    up more than a hundredth, and those between which a missing voxel of the scan lies; and `shown`, the scan with
+    It belongs last. Adds ``missing_fitted``, bool ``[1, *spatial_shape]``: every voxel of which the hidden background
+    makes up more than a hundredth, and those between which a missing voxel of the scan lies; and ``shown``, the scan with
     nothing hidden, for figures.
 
     Args:
@@ -188,7 +185,7 @@ class _FitLike(FitShape):
         return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
 
     def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
-        """The voxels of the new grid from which a missing voxel of the old one, `[1, *spatial]`, is interpolated."""
+        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
         rank = missing.ndim - 1
         to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
         voxels = np.argwhere(missing[0].numpy())
@@ -200,13 +197,12 @@ class _FitLike(FitShape):
 
 
 class FillInd(MapTransform):
-    """
-    Put draws into a scan where it is missing, and keep what was observed; add their mean and spread.
+    """Put draws into a scan where it is missing, and keep what was observed; add their mean and spread.
 
-    Adds `imputed_mean`, and `imputed_std`, the standard deviation over the draws, 0 where the scan was observed.
+    Adds ``imputed_mean``, and ``imputed_std``, the standard deviation over the draws, 0 where the scan was observed.
 
     Args:
-        keys: of the draws, `[channels, *spatial]` on the scan's own grid and in its units.
+        keys: of the draws, ``[channels, *spatial]`` on the scan's own grid and in its units.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -221,7 +217,7 @@ class FillInd(MapTransform):
 
 
 class DrawImputation(Transform):
-    """A scan, what of it is missing, and the draws' mean, spread and first, as `SaveFigured` draws it."""
+    """A scan, what of it is missing, and the draws' mean, spread and first, as ``SaveFigured`` draws it."""
 
     def __init__(self, keys: KeysCollection) -> None:
         self.keys = ensure_tuple(keys)
@@ -235,5 +231,5 @@ class DrawImputation(Transform):
 
 
 def stack_missing(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """`mask` for :py:class:`scripts.inference.inferers.Imputation`, bool `[batch, 1, *spatial]`."""
+    """``mask`` for :class:`scripts.inference.inferers.Imputation`, bool ``[batch, 1, *spatial]``."""
     return {"mask": torch.stack([item["missing_fitted"] for item in items])}

@@ -1,7 +1,7 @@
 """What can be asked of a trained network, each as a MONAI inferer that takes a batch of preprocessed scans.
 
-Scans are `[batch, channels, *spatial]` in the range of the network's output activation. Every inferer returns a
-dictionary of tensors whose first axis is the batch. Noise comes from :py:func:`scripts.layers.gaussian.noise_from`
+Scans are ``[batch, channels, *spatial]`` in the range of the network's output activation. Every inferer returns a
+dictionary of tensors whose first axis is the batch. Noise comes from :func:`scripts.layers.gaussian.noise_from`
 where the caller uses it, so that the result of a scan does not depend on its batch.
 """
 
@@ -56,14 +56,13 @@ def level_temperatures(network: VDVAE, setting: str, temperature: Temperature) -
 
 
 class Reconstruction(Inferer):
-    """
-    Reconstruct scans: `recon` and `scale` (mean and standard deviation of each voxel) and `zscore`.
+    """Reconstruct scans: ``recon`` and ``scale`` (mean and standard deviation of each voxel) and ``zscore``.
 
     Args:
-        temperature: of the posterior; 0 takes its mean. See :py:func:`level_temperatures`.
+        temperature: of the posterior; 0 takes its mean. See :func:`level_temperatures`.
         levels: the grid of the finest level whose latents come from the posterior, such as 4; finer ones are the
-            prior's mean. None: all come from the posterior. `"each"`: all, and `recon_to1`, `recon_to2`, ... for each
-            grid with latents too.
+            prior's mean. None: all come from the posterior. ``"each"``: all, and ``recon_to1``, ``recon_to2``, ... for
+            each grid with latents too.
     """
 
     def __init__(self, temperature: Temperature = 0.0, levels: int | str | None = None) -> None:
@@ -74,7 +73,7 @@ class Reconstruction(Inferer):
         """The names of its results.
 
         Raises:
-            ValueError: no level has the grid that `levels` names.
+            ValueError: no level has the grid that ``levels`` names.
         """
         steps = self._steps(network)
         return ["recon", "scale", "zscore", *(steps if self.levels == "each" else ())]
@@ -108,8 +107,7 @@ def _with_zscore(inputs: Tensor, loc: Tensor, scale: Tensor) -> dict[str, Tensor
 
 
 class Encoding(Inferer):
-    """
-    Encode scans: `z00`, `mean00` and `std00` of the posterior of the coarsest latent, `z01`, ... of the next.
+    """Encode scans: ``z00``, ``mean00`` and ``std00`` of the coarsest latent's posterior, ``z01``, ... of the next.
 
     Args:
         temperature: of z; 0 makes it the mean.
@@ -127,8 +125,7 @@ class Encoding(Inferer):
 
 
 class Decoding(Inferer):
-    """
-    Decode latents: `recon` and `scale`. Latents that are left out come from the prior.
+    """Decode latents: ``recon`` and ``scale``. Latents that are left out come from the prior.
 
     Args:
         temperature: of the prior; 0 takes its mean.
@@ -138,17 +135,16 @@ class Decoding(Inferer):
         self.temperature = temperature
 
     def __call__(self, inputs: Sequence[Tensor], network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`inputs` are the first latents, each `[batch, latent_channels, *grid]`, top first."""
+        """``inputs`` are the first latents, each ``[batch, latent_channels, *grid]``, top first."""
         loc, scale = network.decode(inputs, level_temperatures(network, "temperature", self.temperature))
         return {"recon": loc, "scale": scale}
 
 
 class Sampling(Inferer):
-    """
-    Draw scans from the prior: `sample`, the mean of each voxel given the latents that were drawn.
+    """Draw scans from the prior: ``sample``, the mean of each voxel given the latents that were drawn.
 
     Args:
-        temperature: multiplies the prior's standard deviations. See :py:func:`level_temperatures`.
+        temperature: multiplies the prior's standard deviations. See :func:`level_temperatures`.
         voxel_noise: also draw each voxel from its own distribution, as the likelihood says.
     """
 
@@ -157,7 +153,7 @@ class Sampling(Inferer):
         self.voxel_noise = voxel_noise
 
     def __call__(self, inputs: int, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`inputs` is the number of scans."""
+        """``inputs`` is the number of scans."""
         temperature = level_temperatures(network, "sample_temperature", self.temperature)
         loc, scale = network.decode([], temperature, batch_size=inputs)
         return {"sample": draw_voxels(loc, scale, network) if self.voxel_noise else loc}
@@ -170,16 +166,15 @@ def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:
 
 
 class Interpolation(Inferer):
-    """
-    Scans between two: `step00` to `stepNN`, from the first to the second in equal steps of their latents.
+    """Scans between two: ``step00`` to ``stepNN``, from the first to the second in equal steps of their latents.
 
     Latents are the posterior's means, so that the steps lie on straight lines between these, and the ends are the
-    reconstructions that :py:class:`Reconstruction` makes at temperature 0.
+    reconstructions that :class:`Reconstruction` makes at temperature 0.
 
     Args:
         steps: how many scans, both ends included.
-        levels: grids of the levels whose latents go over to the second scan, such as `[1, 2]`; the others stay those of
-            the first. None: all go over.
+        levels: grids of the levels whose latents go over to the second scan, such as ``[1, 2]``; the others stay those
+            of the first. None: all go over.
     """
 
     def __init__(self, steps: int = 7, levels: Sequence[int | str] | None = None) -> None:
@@ -193,7 +188,7 @@ class Interpolation(Inferer):
         return [f"step{step:02d}" for step in range(self.steps)]
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`inputs` is `[batch, 2, channels, *spatial]`: the two scans."""
+        """``inputs`` is ``[batch, 2, channels, *spatial]``: the two scans."""
         moving = moving_levels(network, self.levels)
         first, second = (network.encode(inputs[:, end], temperature=0.0) for end in (0, 1))
         moves = [level in moving for level in network.latent_levels]
@@ -205,7 +200,7 @@ class Interpolation(Inferer):
 
 
 def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int]:
-    """The numbers of the levels that :py:class:`Interpolation` moves.
+    """The numbers of the levels that :class:`Interpolation` moves.
 
     Raises:
         ValueError: no level has a grid that is named.
@@ -217,13 +212,12 @@ def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int
 
 
 class Imputation(Inferer):
-    """
-    Fill in what is missing, by iterated draws: latents given the scan, then the missing voxels given the latents.
+    """Fill in what is missing, by iterated draws: latents given the scan, then the missing voxels given the latents.
 
     What is missing starts as the prior's mean scan. Each iteration draws the latents from the posterior of the scan as
     it is filled in so far, and the missing voxels from their distribution given the latents; what was observed is put
     back each time. It is the Markov chain of Rezende et al. 2014 (arXiv:1401.4082, appendix F). A draw is what the last
-    iteration's latents say of the missing voxels: `imputed_00`, `imputed_01`, ..., one for each chain.
+    iteration's latents say of the missing voxels: ``imputed_00``, ``imputed_01``, ..., one for each chain.
 
     Args:
         iterations: of a chain.
@@ -246,7 +240,7 @@ class Imputation(Inferer):
         return [f"imputed_{draw:02d}" for draw in range(self.draws)]
 
     def __call__(self, inputs: Tensor, network: VDVAE, mask: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`mask`, `[batch, 1, *spatial]`, is true where a voxel is missing; what `inputs` hold there is not used."""
+        """``mask``, ``[batch, 1, *spatial]``, is true where a voxel is missing, and ``inputs`` are not used there."""
         results = {}
         for name in self.images():
             chain = self.chain(inputs, network, mask)
@@ -265,21 +259,22 @@ class Imputation(Inferer):
 
 
 class Scoring(Inferer):
-    """
-    Say how likely scans are, and where they are not.
+    """Say how likely scans are, and where they are not.
 
-    `[batch]` each: `bits_per_dim`, `elbo` (nats), `nll` and `kl` (its parts), `kl_z00`, ... (of each latent), `psnr`
-    and `ssim` of the reconstruction, `anomaly_score` (the 99.9th percentile of the anomaly map in the foreground).
-    Shaped like the scans: `recon`, the reconstruction; `restored`, the scan as the model would rather have it; and
-    `anomaly`, how many standard deviations the scan is brighter (or darker, below 0) than that.
+    ``[batch]`` each: ``bits_per_dim``, ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each
+    latent), ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in
+    the foreground).
+    Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
+    ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that.
 
     Args:
         importance_samples: with K = 1 the bound is the ELBO with its KL in closed form. With more it is the
             importance-weighted bound of K draws (Burda et al. 2016, arXiv:1509.00519), in the mean tighter with each.
         smoothing: standard deviation in voxels of the Gaussian that smooths the anomaly map.
         restore: what is surprising enough to be restored: where the posterior of a latent costs more than so many nats
-            in one dimension, its mean gives way to the prior's. None restores nothing. A network that reconstructs well
-            reconstructs lesions too: without this they do not show.
+            in one dimension, its mean gives way to the prior's. Latents are restored from the coarsest on, each judged
+            by a prior that is conditioned on what was restored above. None restores nothing. A network that
+            reconstructs well reconstructs lesions too: without this they do not show.
     """
 
     def __init__(self, importance_samples: int = 1, smoothing: float = 0.25, restore: float | None = 0.3) -> None:
@@ -328,20 +323,20 @@ def foreground(scans: Tensor, network: VDVAE) -> Tensor:
 
 
 def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
-    """Of each scan's values in its foreground, `[batch]`; of all values, if it has none."""
+    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
     pairs = zip(values, foreground(scans, network), strict=True)
     return torch.stack([quantile(v[f] if f.any() else v.flatten(), percentile / 100) for v, f in pairs])
 
 
 def quantile(values: Tensor, q: float) -> Tensor:
-    """`torch.quantile` of any number of values; that function refuses more than 16 million."""
+    """``torch.quantile`` of any number of values; that function refuses more than 16 million."""
     place = q * (values.numel() - 1)
     below, above = (values.kthvalue(1 + number).values for number in (math.floor(place), math.ceil(place)))
     return torch.lerp(below, above, place - math.floor(place))
 
 
 def log_ratio(q: Posterior) -> Tensor:
-    """log q(z) - log p(z) of a latent that was drawn, in nats: `[batch]`, in double precision."""
+    """log q(z) - log p(z) of a latent that was drawn, in nats: ``[batch]``, in double precision."""
     z, mean, std = (t.double() for t in (q.z, q.mean, q.std))
     prior_mean = torch.zeros_like(z) if q.prior_mean is None else q.prior_mean.double()
     prior_std = torch.ones_like(z) if q.prior_std is None else q.prior_std.double()
@@ -350,7 +345,7 @@ def log_ratio(q: Posterior) -> Tensor:
 
 
 def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Tensor]:
-    """PSNR (dB) and SSIM of reconstructions, `[batch]`, on the range that scans are scaled to."""
+    """PSNR (dB) and SSIM of reconstructions, ``[batch]``, on the range that scans are scaled to."""
     low, high = OUTPUT_RANGES[network.output_activation]
     smallest = min(scans.shape[2:])
     window = min(11, smallest if smallest % 2 else smallest - 1)

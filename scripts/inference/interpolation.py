@@ -31,13 +31,12 @@ logger = logging.getLogger(__name__)
 def list_pair(
     scans_between: Sequence[Any] | None, dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]
 ) -> list[dict[str, Any]]:
-    """
-    The two scans to interpolate between, as the one item of a data set: `[{"image": first, "second": second}]`.
+    """The two scans to interpolate between, as the one item of a data set: ``[{"image": first, "second": second}]``.
 
     Args:
         scans_between: paths of the two, each a list of paths where a scan has several channels. None: the first two of
-            `dataset_dir`.
-        dataset_dir, scan_pattern: see :py:func:`scripts.inference.engine.list_scans`.
+            ``dataset_dir``.
+        dataset_dir, scan_pattern: see :func:`scripts.inference.engine.list_scans`.
 
     Raises:
         ValueError: when there are not two.
@@ -57,9 +56,7 @@ def list_pair(
 
 
 def pair_layout(pair: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike) -> Callable[..., ScanLayout]:
-    """
-    Makes the layout of a pair's results: `a_to_b_step00.nii.gz` for `a.nii.gz` and `b.nii.gz`, in `output_dir` itself.
-    """
+    """Makes the layout of a pair's results in ``output_dir``: ``a_to_b_step00.nii.gz`` for ``a.nii.gz`` and ``b.nii.gz``."""
     (item,) = pair
     root = Path(item_path(item)).expanduser().absolute().parent
     second = scan_stem(ensure_tuple(item["second"])[0])
@@ -67,11 +64,10 @@ def pair_layout(pair: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike
 
 
 class BothScans(Transform):
-    """
-    Apply a preprocessing to both scans of an item.
+    """Apply a preprocessing to both scans of an item.
 
     Args:
-        preprocessing: takes and returns `{"image": ...}`.
+        preprocessing: takes and returns ``{"image": ...}``.
     """
 
     def __init__(self, preprocessing: Callable[[Mapping], Mapping]) -> None:
@@ -89,13 +85,12 @@ class BothScans(Transform):
 
 
 def stack_pairs(items: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Both scans of each item, `[batch, 2, channels, *spatial]`."""
+    """Both scans of each item, ``[batch, 2, channels, *spatial]``."""
     return torch.stack([torch.stack([item[key].as_tensor() for key in ("image", "second")]) for item in items])
 
 
 class SaveStepsd(Transform):
-    """
-    Write the steps from one scan to another: each as NIfTI on the first scan's fitted grid, its intensities from 0
+    """Write the steps from one scan to another: each as NIfTI on the first scan's fitted grid, its intensities from 0
     (background) to 1, and all in one figure.
 
     Args:

@@ -52,7 +52,7 @@ LATENTS_SUFFIXES = ("_latents.npz", ".npz")
 
 
 def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike) -> str:
-    """The folder to which the names of results are relative: `dataset_dir`, or for a datalist what its scans share."""
+    """The folder that names of results are relative to: ``dataset_dir``, or for a datalist what its scans share."""
     root = Path(dataset_dir).expanduser()
     if root.is_dir():
         return str(root.absolute())
@@ -69,13 +69,12 @@ def scan_stem(scan: str | os.PathLike) -> str:
 
 
 class ScanLayout(FolderLayoutBase):
-    """
-    The name of a result: that of its scan, relative to a root, with a postfix, under another folder.
+    """The name of a result: that of its scan, relative to a root, with a postfix, under another folder.
 
     Args:
         root: the folder that the scans are under.
         output_dir: the folder for results.
-        postfix: `recon` makes `sub-01/sub-01_T1w_recon.nii.gz` of `sub-01/sub-01_T1w.nii.gz`.
+        postfix: ``recon`` makes ``sub-01/sub-01_T1w_recon.nii.gz`` of ``sub-01/sub-01_T1w.nii.gz``.
         extension: of the result, with its dot.
     """
 
@@ -86,11 +85,10 @@ class ScanLayout(FolderLayoutBase):
         self.postfix, self.extension = postfix, extension
 
     def filename(self, subject: str | os.PathLike = "subject", idx: Any = None, **kwargs: Any) -> str:
-        """
-        The path of a scan's result; its folder is made.
+        """The path of a scan's result; its folder is made.
 
         Raises:
-            ScanError: when the scan is not under the root, so that its result would not be under `output_dir`.
+            ScanError: when the scan is not under the root, so that its result would not be under ``output_dir``.
         """
         path = self.path(subject)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +108,7 @@ class ScanLayout(FolderLayoutBase):
 
 
 class WholeNibabelWriter(NibabelWriter):
-    """MONAI's `NibabelWriter`, which writes an image as it lies, in files that appear whole or not at all."""
+    """MONAI's ``NibabelWriter``, which writes an image as it lies, in files that appear whole or not at all."""
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = False, **options: Any) -> None:
         # MONAI's asks for a resampling even to the same grid, and takes a volume without channels for a slice there
@@ -123,11 +121,10 @@ class WholeNibabelWriter(NibabelWriter):
 
 
 class IntensityUnitsd(MapTransform):
-    """
-    Prepare results that are no intensities for the inverse of the preprocessing, which takes all for intensities.
+    """Prepare results that are no intensities for the inverse of the preprocessing, which takes all for intensities.
 
-    `deviation`: a standard deviation goes back to the scan's units by their scale alone, without their offset. `none`:
-    a number without units, such as a z-score, comes out as it goes in.
+    ``deviation``: a standard deviation goes back to the scan's units by their scale alone, without their offset.
+    ``none``: a number without units, such as a z-score, comes out as it goes in.
 
     Args:
         keys: of the results.
@@ -151,7 +148,7 @@ class IntensityUnitsd(MapTransform):
 
 
 def scaling_of(image: MetaTensor) -> dict[str, Any]:
-    """What :py:class:`scripts.data.transforms.RobustScaled` did to a scan: `gain`, `offset` and `b_min`."""
+    """What :class:`scripts.data.transforms.RobustScaled` did to a scan: ``gain``, ``offset`` and ``b_min``."""
     (info,) = (
         operation[TraceKeys.EXTRA_INFO]
         for operation in image.applied_operations
@@ -161,10 +158,9 @@ def scaling_of(image: MetaTensor) -> dict[str, Any]:
 
 
 class FitBackd(MapTransform):
-    """
-    Take what was decoded to the grid and the units of the scan that its latents came from.
+    """Take what was decoded to the grid and the units of the scan that its latents came from.
 
-    Needs what :py:class:`LoadLatentsd` reads. Input: `[channels, *spatial]`; output: on the scan's grid.
+    Needs what :class:`LoadLatentsd` reads. Input: ``[channels, *spatial]``; output: on the scan's grid.
 
     Args:
         keys: of the decoded images.
@@ -191,9 +187,10 @@ class FitBackd(MapTransform):
 
 
 class SaveLatentsd(Transform):
-    """
-    Write a scan's latents as `.npz`: arrays `z00`, `mean00`, `std00`, `z01`, ..., top first, `[channels, *grid]`, and
-    what decoding to the scan's grid and units needs (`affine`, `scan_affine`, `scan_shape`, `gain`, `offset`, `b_min`).
+    """Write a scan's latents as ``.npz``: arrays ``z00``, ``mean00``, ``std00``, ``z01``, ..., ``[channels, *grid]``.
+
+    Top first; with them what decoding to the scan's grid and units needs: ``affine``, ``scan_affine``, ``scan_shape``,
+    ``gain``, ``offset`` and ``b_min``.
 
     Args:
         layout: says where.
@@ -218,11 +215,10 @@ class SaveLatentsd(Transform):
 
 
 class LoadLatentsd(MapTransform):
-    """
-    Read what :py:class:`SaveLatentsd` wrote; latents may be missing from some place on.
+    """Read what :class:`SaveLatentsd` wrote; latents may be missing from some place on.
 
     Args:
-        grids: of each latent, `(channels, *grid)`, top first.
+        grids: of each latent, ``(channels, *grid)``, top first.
 
     Raises:
         ScanError: when the file is damaged, not such a file, or of another network.
@@ -264,11 +260,10 @@ class LoadLatentsd(MapTransform):
 
 
 class SaveScansd(MapTransform):
-    """
-    Write images as NIfTI with MONAI's `SaveImage`, each named after its scan and its key.
+    """Write images as NIfTI with MONAI's ``SaveImage``, each named after its scan and its key.
 
     Args:
-        keys: of the images, `[channels, *spatial]`.
+        keys: of the images, ``[channels, *spatial]``.
         layout: makes the layout of a key's files.
     """
 
@@ -286,12 +281,11 @@ class SaveScansd(MapTransform):
 
 
 class SaveFigured(Transform):
-    """
-    Draw a scan's result as PNG, on the network's grid.
+    """Draw a scan's result as PNG, on the network's grid.
 
     Args:
         layout: says where.
-        draw: `draw(path, data, value_range)`, one of the functions of this module.
+        draw: ``draw(path, data, value_range)``, one of the functions of this module.
         value_range: what black and white stand for.
         enabled: False draws nothing.
     """
@@ -332,8 +326,7 @@ def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[flo
 
 
 class SaveRowd(Transform):
-    """
-    Write the numbers of a scan as JSON, one file a scan; :py:func:`row_table` puts them together.
+    """Write the numbers of a scan as JSON, one file per scan; :func:`row_table` puts them together.
 
     Args:
         layout: says where.
@@ -350,8 +343,7 @@ class SaveRowd(Transform):
 
 
 class SaveSampled(Transform):
-    """
-    Write a scan that was drawn from the model as NIfTI, its intensities from 0 (background) to 1.
+    """Write a scan that was drawn from the model as NIfTI, its intensities from 0 (background) to 1.
 
     Args:
         layout: says where.
@@ -381,19 +373,19 @@ def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[st
 
 
 def stack_latents(items: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
-    """The latents of some items, each `[batch, latent_channels, *grid]`; all items must have as many."""
+    """The latents of some items, each ``[batch, latent_channels, *grid]``; all items must have as many."""
     return [torch.stack(latents) for latents in zip(*(item["latents"] for item in items), strict=True)]
 
 
 def row_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
-    """Put what :py:class:`SaveRowd` wrote of these scans together, as CSV, one row a scan, its path first."""
+    """Put what :class:`SaveRowd` wrote of these scans together, as CSV, one row per scan, its path first."""
     found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
     rows = ((scan, json.loads(file.read_text(encoding="utf-8"))) for scan, file in found if file.exists())
     _write_table(path, rows)
 
 
 def latent_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
-    """Put the coarsest latent's posterior means of these scans together, as CSV, one row a scan, its path first."""
+    """Put the coarsest latent's posterior means of these scans together, as CSV, one row per scan, its path first."""
 
     def rows():
         for scan in scans:
@@ -428,4 +420,4 @@ def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:
             voxels / count,
             voxels,
         )
-    logger.info("They are in '%s'; the means of the coarsest are in latents.csv, a row a scan.", output_dir)
+    logger.info("They are in '%s'; the means of the coarsest are in latents.csv, one row per scan.", output_dir)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read safely, enough to go on as if nothing had happened."""
+"""Checkpoints: written whole, read safely, enough to resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unwrap(network: nn.Module) -> VDVAE:
 
 
 def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path | None:
-    """The newest whole checkpoint of a run to go on from; None for a run that starts.
+    """The newest whole checkpoint of a run to resume from; None for a run that starts.
 
     What a killed process left half-written is removed, a damaged checkpoint is set aside (``damaged_checkpoint.pt``).
 
@@ -186,7 +186,7 @@ def starts_untrained(
 
 
 class CheckpointHandler:
-    """Save everything that a run needs to go on: as epochs, updates or minutes pass, and at the end.
+    """Save everything that a run needs to resume: as epochs, updates or minutes pass, and at the end.
 
     ``checkpoint.pt`` is the newest, ``checkpoint_1.pt`` the one before it, and so on; with ``keep_checkpoints`` each
     epoch's is kept as ``checkpoint_epoch=N.pt`` too. ``model.pt`` holds the averaged weights alone, a state dict, of
@@ -282,7 +282,7 @@ class CheckpointHandler:
         )
 
     def save(self, engine: Engine) -> None:
-        """Save now, between two updates. The first process alone does anything."""
+        """Save now, between two updates. Only rank 0 does anything."""
         state = engine.state
         if idist.get_rank() > 0 or self._saved_at[0] == state.updates > 0:
             return
@@ -294,9 +294,9 @@ class CheckpointHandler:
             "epoch": state.epoch if engine.epoch_ends else state.epoch - 1,
             "scans_into_epoch": 0
             if engine.epoch_ends
-            else state.iteration % state.epoch_length * _scans_a_batch(engine),
+            else state.iteration % state.epoch_length * _scans_per_batch(engine),
             "batches": state.epoch_length,
-            "scans_a_batch": _scans_a_batch(engine),
+            "scans_a_batch": _scans_per_batch(engine),
             "updates": state.updates,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
@@ -332,7 +332,7 @@ class CheckpointHandler:
     def resume(self, engine: Engine, path: str | os.PathLike, restore_optimizer: bool = True) -> None:
         """Go on from a checkpoint, with the same scans, batch size and number of processes bit for bit.
 
-        With others the epoch goes on at the batch that holds the first scan that has not been seen in it.
+        With others the epoch is resumed at the batch that holds the first scan that has not been seen in it.
 
         Args:
             engine: the trainer, before it runs.
@@ -351,7 +351,7 @@ class CheckpointHandler:
             return
         self._check_split(checkpoint, path)
         within_epoch = place_in_epoch(
-            checkpoint["scans_into_epoch"], _scans_a_batch(engine), state.epoch_length, engine.accumulation_steps
+            checkpoint["scans_into_epoch"], _scans_per_batch(engine), state.epoch_length, engine.accumulation_steps
         )
         rates = [_base_rate(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -374,7 +374,8 @@ class CheckpointHandler:
             f" and {within_epoch} batches" if within_epoch else "",
             state.updates,
         )
-        before, now = (checkpoint["batches"], checkpoint["scans_a_batch"]), (state.epoch_length, _scans_a_batch(engine))
+        before = checkpoint["batches"], checkpoint["scans_a_batch"]
+        now = state.epoch_length, _scans_per_batch(engine)
         if before != now:
             logger.info("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
 
@@ -410,17 +411,17 @@ def _is_stable(engine: Engine) -> bool:
     return engine.state.skipped_in_a_row < STREAK
 
 
-def _scans_a_batch(engine: Engine) -> int:
+def _scans_per_batch(engine: Engine) -> int:
     """On all processes together."""
     return engine.data_loader.batch_size * idist.get_world_size()
 
 
-def place_in_epoch(scans: int, scans_a_batch: int, batches: int, accumulation_steps: int = 1) -> int:
+def place_in_epoch(scans: int, scans_per_batch: int, batches: int, accumulation_steps: int = 1) -> int:
     """How many batches of an epoch lie behind a run that has seen so many of its scans.
 
     Whole updates, none of which holds a scan that has not been seen; at least one is left to do.
     """
-    done = min(scans // scans_a_batch, batches - 1)
+    done = min(scans // scans_per_batch, batches - 1)
     return done - done % accumulation_steps
 
 

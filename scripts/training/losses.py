@@ -1,4 +1,4 @@
-"""The objective: negative ELBO in nats a scan, and the weight penalty."""
+"""The objective: negative ELBO in nats per scan, and the weight penalty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.networks import VDVAEOutput
 
 
 def negative_log_likelihood(loc: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """Of scans under independent Gaussians a voxel, in nats a scan: ``[batch]``, computed in fp32.
+    """Of scans under independent Gaussians, one per voxel, in nats per scan: ``[batch]``, computed in fp32.
 
     Args:
         loc, scale, target: ``[batch, channels, *spatial]``.
@@ -23,7 +23,7 @@ def negative_log_likelihood(loc: Tensor, scale: Tensor, target: Tensor) -> Tenso
 
 
 def bits_per_dim(nats: Tensor, scan: Tensor) -> Tensor:
-    """Nats a scan as bits a voxel and channel.
+    """Nats per scan as bits per voxel and channel.
 
     Args:
         nats: any shape.
@@ -59,14 +59,13 @@ class ELBOLoss(nn.Module):
         return min(1.0, update / self.kl_warmup) if self.kl_warmup else 1.0
 
     def forward(self, output: VDVAEOutput, target: Tensor, update: int) -> tuple[Tensor, Tensor]:
-        """
-        Args:
+        """Args:
             output: of the network.
             target: the scans, ``[batch, channels, *spatial]``.
             update: number of the update, from 0.
 
         Returns:
-            the loss, a scalar in nats a scan, and the negative log-likelihoods, ``[batch]``.
+            the loss, a scalar in nats per scan, and the negative log-likelihoods, ``[batch]``.
         """
         nll = negative_log_likelihood(output.loc, output.scale, target)
         return (nll + self.beta(update) * output.kl.sum(1)).mean(), nll

@@ -35,8 +35,8 @@ class FiniteAverage(Average):
 def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only: bool = False) -> dict[str, Metric]:
     """Means over all scans of what a trainer or evaluator of this bundle reports.
 
-    The first, ``bits_per_dim``, is the key metric; lower is better. ``nll`` and ``kl`` are in nats a scan, ``mse`` in
-    squared units of the network. ``kl_z00``, ``kl_z01``, ... are the nats a scan of each latent, top first, and
+    The first, ``bits_per_dim``, is the key metric; lower is better. ``nll`` and ``kl`` are in nats per scan, ``mse`` in
+    squared units of the network. ``kl_z00``, ``kl_z01``, ... are the nats per scan of each latent, top first, and
     ``kl_per_dim_z00``, ... the same divided by the number of the latent's dimensions.
 
     Args:

@@ -25,12 +25,11 @@ DRAWS = 8  # of each augmentation, of which the strongest is shown
 
 
 def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: Sequence[float], count: int = 8) -> None:
-    """
-    Save training scans as NIfTI and as one PNG, `preview.png`.
+    """Save training scans as NIfTI and as one PNG, ``preview.png``.
 
     Args:
         output_dir: made if needed.
-        dataset: with augmentation; its items hold `image`, `[channels, *spatial]`.
+        dataset: with augmentation; its items hold ``image``, ``[channels, *spatial]``.
         value_range: of its scans.
         count: number of scans.
     """
@@ -49,8 +48,7 @@ def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: S
 def save_augmentations(
     output_dir: str | os.PathLike, dataset: Dataset, augmentation: Mapping[str, RandomizableTransform], seed: int = 0
 ) -> None:
-    """
-    Save one scan under each augmentation alone at its strongest, then under all of them at once: `augmentations.png`.
+    """Save one scan under each augmentation alone at its strongest, then under all at once: ``augmentations.png``.
 
     The strongest is the one of eight draws that changes the scan most (by its mean absolute difference). The transforms
     themselves are left as they are.

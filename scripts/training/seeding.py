@@ -2,7 +2,7 @@
 
 The order of the scans follows from (seed, epoch), a scan's augmentation from (seed, epoch, scan), the latents' noise
 from (seed, batch, process). None depends on what ran before, on the number of loader workers or, but for the noise, on
-the number of processes: a run goes on from the middle of an epoch as if it had never stopped.
+the number of processes: a run resumes in the middle of an epoch as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 class SeededDataset(Dataset):
-    """
-    MONAI's ``Dataset`` whose random transforms draw, for each item, from (seed, epoch, index) alone.
+    """MONAI's ``Dataset`` whose random transforms draw, for each item, from (seed, epoch, index) alone.
 
     Args:
         data: a sequence of items.
@@ -54,8 +53,7 @@ class SeededDataset(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """
-    The scans of an epoch in random order, shared between the processes; it can begin in the middle.
+    """The scans of an epoch in random order, shared between the processes; it can begin in the middle.
 
     Processes get equally many. Where they do not divide the scans, a few scans are left out of an epoch, others each
     time.
@@ -76,8 +74,7 @@ class EpochSampler(DistributedSampler):
 
 
 class EpochSeeds:
-    """
-    A handler that gives each epoch its augmentation, each batch its noise, and that begins an epoch where it was left.
+    """A handler that gives each epoch its augmentation, each batch its noise, and resumes an epoch where it stopped.
 
     Args:
         seed: of the run.

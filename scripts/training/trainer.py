@@ -203,7 +203,7 @@ class VDVAETrainer(SupervisedTrainer):
         engine.network.train()
         if first:
             engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
-        # gradients travel between processes once an update, not once a batch
+        # gradients travel between processes once per update, not once per batch
         waits = isinstance(engine.network, DistributedDataParallel) and not last
         with engine.network.no_sync() if waits else contextlib.nullcontext():
             with autocast(state.device, engine.amp, engine.amp_dtype):
@@ -263,7 +263,7 @@ class VDVAETrainer(SupervisedTrainer):
                 f"{self.max_skips} updates in a row (max_skips) were skipped because the gradients were not finite or "
                 f"their norm was above skip_grad_norm ({self.skip_grad_norm:g}; the last was {norm:g}). Look at the "
                 "scans that are named above; lower --learning_rate, raise --skip_grad_norm, or train without --amp, "
-                "and go on by --resume True from the last checkpoint, which was saved before."
+                "and resume by --resume True from the last checkpoint, which was saved before."
             )
         return norm
 
