@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --size 32 --batch_size 8
 
 In turn: one process trains alone while the other waits; both train together and share their gradients (DDP over Gloo);
-both train without sharing; both add up tensors of the gradients' size and do nothing else. The ratio is scans per second
-of both over scans per second of one, from the same minutes.
+both train without sharing; both add up tensors of the gradients' size and do nothing else. The ratio is scans per
+second of both over scans per second of one, from the same minutes.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks.throughput --size 32 --batch_size 8
     python -m benchmarks.throughput --shapes
 
-The share is 3 x the GFLOP of a forward pass x scans per second / GFLOP a second of a 2048 x 2048 fp32 product: a backward
-pass computes about twice what the forward pass does. Both rates are measured in turn, so that what else the machine
-does slows both.
+The share is 3 x the GFLOP of a forward pass x scans per second / GFLOP per second of a 2048 x 2048 fp32 product: a
+backward pass computes about twice what the forward pass does. Both rates are measured in turn, so that what else the
+machine does slows both.
 """
 
 from __future__ import annotations

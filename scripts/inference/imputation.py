@@ -144,8 +144,8 @@ class FitMaskd(MapTransform):
     """Bring what :class:`HideMissingd` added to the network's grid, as the scan was brought there.
 
     It belongs last. Adds ``missing_fitted``, bool ``[1, *spatial_shape]``: every voxel of which the hidden background
-    makes up more than a hundredth, and those between which a missing voxel of the scan lies; and ``shown``, the scan with
-    nothing hidden, for figures.
+    makes up more than a hundredth, and those between which a missing voxel of the scan lies; and ``shown``, the scan
+    with nothing hidden, for figures.
 
     Args:
         keys: of the fitted and scaled scan.

@@ -56,7 +56,7 @@ def list_pair(
 
 
 def pair_layout(pair: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike) -> Callable[..., ScanLayout]:
-    """Makes the layout of a pair's results in ``output_dir``: ``a_to_b_step00.nii.gz`` for ``a.nii.gz`` and ``b.nii.gz``."""
+    """Makes the layout of a pair's results: ``output_dir/a_to_b_step00.nii.gz`` for ``a.nii.gz`` and ``b.nii.gz``."""
     (item,) = pair
     root = Path(item_path(item)).expanduser().absolute().parent
     second = scan_stem(ensure_tuple(item["second"])[0])
