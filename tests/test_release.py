@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT, inference_config
 from monai.bundle import download_large_files
+from packaging.requirements import Requirement
 
 from scripts import release
 from scripts.release import ReleaseError, make_release, ship_weights
@@ -169,6 +170,14 @@ def test_a_large_file_is_listed_not_shipped(bundle, tmp_path, monkeypatch):
     assert (tmp_path / "elsewhere" / NAME / "models/model.pt").read_bytes() == hosted.read_bytes()
     # the address is known now
     assert make_release(str(tmp_path / "again"), bundle_root=str(bundle)).read_bytes() == path.read_bytes()
+
+
+def test_the_bundles_own_versions_are_the_same_everywhere_and_on_every_python():
+    requirements = ROOT / "requirements.txt"
+    release._check_versions(json.loads((ROOT / "configs/metadata.json").read_text()), requirements)
+    lines = requirements.read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert [r.name for r in pinned if r.marker or [s.operator for s in r.specifier] != ["=="]] == []
 
 
 def test_the_bundles_own_list_is_one_that_monai_reads():

