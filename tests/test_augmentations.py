@@ -14,6 +14,7 @@ from monai.transforms import Compose
 from monai.utils import set_determinism
 
 from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand
+from scripts.training.seeding import SeededDataset
 
 CONFIG = json.loads((ROOT / "configs" / "train.json").read_text())
 AUGMENTATIONS = list(CONFIG["augmentation"])
@@ -231,6 +232,21 @@ def test_augmented_scans_batch_and_leave_the_cached_ones_alone(scans):
         assert batch["image"].shape == (3, 1, 16, 16, 16)
         assert batch["image"].dtype == torch.float32
     assert torch.equal(preprocessed[0]["image"], before)
+
+
+def test_slices_are_augmented_whichever_transforms_act():
+    """Also where an affine acts and the crop behind it does not, which MONAI's own cannot join in 2D."""
+    parser = parse(spatial_shape=[16, 16], network_def={**CONFIG["network_def"], "spatial_dims": 2})
+    dataset = SeededDataset(
+        [{"image": MetaTensor(torch.rand(1, 16, 16))}] * 512, parser.get_parsed_content("train#preprocessing")
+    )
+    acted = [parser.get_parsed_content("augmentation")[name] for name in ("affine", "crop")]
+    seen = set()
+    for index in range(512):
+        image = dataset[index]["image"]
+        assert image.shape == (1, 16, 16) and torch.isfinite(image).all()
+        seen.add(tuple(transform._do_transform for transform in acted))
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("shape", [[16, 16], [16, 12]])

@@ -9,11 +9,23 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, RandomizableTransform, RandTorchIOd, Resample
+from monai.transforms import MapTransform, RandAffined, RandomizableTransform, RandTorchIOd, Resample
 from monai.transforms.utils import create_grid
 from scipy import ndimage
 
-__all__ = ["RandElasticd", "RandHaircutd", "RandTorchIOScand"]
+__all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandTorchIOScand"]
+
+
+class RandAffineScand(RandAffined):
+    """MONAI's ``RandAffined``, which does nothing at all where it does not act.
+
+    Lazily, MONAI's notes an identity then, and always one of three dimensions, which cannot be joined with a transform
+    of a 2D scan before it (MONAI 1.6.1).
+    """
+
+    def push_transform(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note an operation, if there was one."""
+        return super().push_transform(data, *args, **kwargs) if self._do_transform else data
 
 
 class RandElasticd(RandomizableTransform, MapTransform):

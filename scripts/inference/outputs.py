@@ -368,7 +368,8 @@ def from_zero_to_one(scan: torch.Tensor, value_range: Sequence[float]) -> torch.
 def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[str], most: int = 64) -> None:
     """Show the first samples on one sheet."""
     files = [file for file in map(layout.path, scans[:most]) if file.exists()]
-    images = [np.atleast_3d(nib.load(file).get_fdata(dtype=np.float32))[None] for file in files]
+    arrays = [np.atleast_3d(nib.load(file).get_fdata(dtype=np.float32)) for file in files]
+    images = [np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None] for array in arrays]
     figures.batch(path, images, [file.name.split(".")[0] for file in files], value_range=(0, 1))
 
 
