@@ -3,8 +3,8 @@
     python -m scripts.check DIR
     python -m scripts.check DIR --scan_pattern "*_FLAIR.nii.gz" --spacing 1 --orientation RAS --strict True
 
-Writes ``report.csv`` (one row per scan) and ``contact_sheet.png``, and prints what is worst. Each scan is compared with
-what is asked for, and with what most of the cohort has; nobody says beforehand how a scan should look.
+Writes ``report.csv`` (one row per scan) and ``contact_sheet.png``, and prints the worst scans. Each scan is compared
+with what is asked for, and with the rest of the cohort; what a scan should look like need not be specified.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def check(
         dataset_dir: the folder that holds the scans. Nothing in it is changed.
         scan_pattern: a glob on the files' names, or a list of them, one per channel; see
             :py:func:`scripts.data.datalist.find_scans`.
-        output_dir: folder for the report, made if need be; ``check`` in the current folder if not given.
+        output_dir: folder for the report, created if needed; ``check`` in the current folder if not given.
         workers: processes to use; as many as there are cores, fewer for few scans, if not given.
         spacing: the voxel size in mm that is expected along each axis (right, anterior, superior), or one for all; what
             most of the cohort has if not given.

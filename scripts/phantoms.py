@@ -1,4 +1,4 @@
-"""Phantom cohorts: synthetic scans to train on, test with and learn from, where no scans of people are at hand.
+"""Make cohorts of phantoms: synthetic scans to train on, to test with and to learn from, without any scans of people.
 
     python -m scripts.phantoms brains --output_dir phantoms --count 256
     python -m scripts.phantoms ellipsoids --output_dir ellipsoids --count 64 --size 32
@@ -8,7 +8,7 @@ tissue maps that the nilearn wheel ships, bent by a random diffeomorphism; contr
 hyperintensities are drawn per scan. ``ellipsoids`` are the simplest learnable stand-in: one randomly turned and sized
 bright ellipsoid on filtered noise.
 
-A phantom depends on its seed and its index alone, never on how many are made, in which order or by how many processes.
+A phantom depends only on its seed and its index, never on how many are made, in which order or by how many processes.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def make_brains(
 ) -> str:
     """Write a cohort of FLAIR-like brains in ICBM152 space as ``sub-0001_FLAIR.nii.gz`` and so on.
 
-    Safe to call again: scans that stand there are kept, an interrupted cohort is continued, a larger ``count`` adds
-    scans. A folder that holds anything else is refused. Scans are written whole or not at all.
+    Safe to call again: existing scans are kept, an interrupted cohort is continued, a larger ``count`` adds scans. A
+    folder that holds other scans is refused. Scans are written whole or not at all.
 
     Args:
-        output_dir: folder for the scans, made if need be.
+        output_dir: folder for the scans, created if needed.
         count: how many scans, 1 or more.
         seed: seed of the cohort, 0 or more.
         start: number of the first scan, 0 or more.
@@ -67,14 +67,14 @@ def make_brains(
         lesions: probability that a scan has white-matter hyperintensities, 0 to 1. If it is more than 0, each scan
             gets a lesion mask, empty ones included.
         mask_dir: folder for the lesion masks, ``sub-0001_lesions.nii.gz`` and so on; ``<output_dir>_masks`` if not
-            given. Apart from the scans, so that no pattern for scans matches a mask.
+            given. It is not the scans' folder, so that no pattern for scans matches a mask.
         workers: processes to use; as many as there are cores, fewer for a small cohort, if not given.
 
     Returns:
         ``output_dir``.
 
     Raises:
-        ValueError: an argument is outside what is said above.
+        ValueError: an argument is outside the limits above.
         NotADirectoryError: ``output_dir`` or ``mask_dir`` is a file.
         FileExistsError: ``output_dir`` holds scans that are not of this cohort.
     """
@@ -111,7 +111,7 @@ def make_ellipsoids(
     """Write a cohort of bright ellipsoids on filtered noise as ``sub-0001_ellipsoid.nii.gz`` and so on.
 
     Args:
-        output_dir: folder for the phantoms, made if need be.
+        output_dir: folder for the phantoms, created if needed.
         count: how many phantoms, 1 or more.
         seed: seed of the cohort, 0 or more.
         start: number of the first phantom, 0 or more.
@@ -120,7 +120,11 @@ def make_ellipsoids(
         mask_dir: folder for masks of the ellipsoids, ``sub-0001_mask.nii.gz`` and so on; none are written if not given.
         workers: processes to use; as many as there are cores, fewer for a small cohort, if not given.
 
-    Returns and raises as :func:`make_brains` does.
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        As :py:func:`make_brains`.
     """
     _check_cohort(count, start, workers)
     shape = check_ellipsoid_phantom(start, seed, size, spacing)
@@ -145,7 +149,9 @@ def _make_cohort(
     folder = as_folder("output_dir", output_dir)
     mask_suffix, mask_folder = (masks[0], as_folder("mask_dir", masks[1])) if masks else (None, None)
     if mask_folder is not None and mask_folder.resolve() == folder.resolve():
-        raise ValueError(f"mask_dir is the folder of the scans, {folder}: give another, so that masks are never scans.")
+        raise ValueError(
+            f"mask_dir is the folder of the scans, {folder}: give another, so that masks are never taken for scans."
+        )
     _claim(folder, recipe, indices, suffix)
 
     jobs = []
@@ -167,10 +173,14 @@ def _make_cohort(
 
 
 def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) -> None:
-    """Make the folder this cohort's own, or refuse it.
+    """Check that a folder belongs to this cohort, or claim it.
 
-    ``phantoms.json`` says whose the folder is. It is written before the first scan: each scan appears whole, by a
-    rename, so with the same recipe a scan that exists is right, and the cohort is complete when none is missing.
+    ``phantoms.json`` says which cohort a folder belongs to. It is written before the first scan: each scan appears
+    whole, by a rename, so with the same recipe a scan that exists is right, and the cohort is complete when none is
+    missing.
+
+    Raises:
+        FileExistsError: the folder holds other scans.
     """
     path = folder / "phantoms.json"
     request = {**recipe, "start": indices.start, "count": len(indices)}
@@ -180,7 +190,7 @@ def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) ->
             start, end = found["start"], found["start"] + found["count"]
         except (ValueError, TypeError, KeyError):
             raise FileExistsError(
-                f"output_dir {folder} has a phantoms.json that can't be read: give another."
+                f"output_dir {folder} has a phantoms.json that cannot be read: give another."
             ) from None
         same = all(found.get(key) == value for key, value in recipe.items())
         if not same or start < indices.start or end > indices.stop:
@@ -203,7 +213,7 @@ def _write_phantom(
     phantom: Callable[[int], Phantom], index: int, image_path: Path, mask_path: Path | None, world: str
 ) -> None:
     image, affine, mask = phantom(index)
-    # The mask goes first: a scan that exists then has its mask.
+    # The mask is written first, so that every scan that exists has its mask.
     if mask_path is not None:
         write_bytes(mask_path, nifti_bytes(mask, affine, world, compresslevel=1))
     write_bytes(image_path, nifti_bytes(image, affine, world, compresslevel=1))

@@ -1,4 +1,4 @@
-"""Make scans to train on of raw heads: bias-corrected, aligned to ICBM152, skull-stripped, on one grid.
+"""Prepare raw heads for training: bias-corrected, aligned to ICBM152, skull-stripped, on one grid.
 
     python -m scripts.prepare raw --output_dir prepared
 
@@ -38,7 +38,7 @@ SHOWN = 48  # scans on the contact sheet
 
 
 class Prepared(NamedTuple):
-    """What :func:`prepare` did.
+    """What :py:func:`prepare` did.
 
     Attributes:
         rows: one per scan, the lines of ``alignment.csv``, those that look wrong first.
@@ -61,7 +61,7 @@ def prepare(
 ) -> Prepared:
     """Align every scan under a folder to ICBM152, correct its bias field, strip its skull, resample it once.
 
-    Safe to call again: what was made from the same file with the same settings is kept.
+    Safe to call again: results of the same file with the same settings are kept.
 
     Args:
         dataset_dir: the folder that holds the scans.
@@ -70,13 +70,13 @@ def prepare(
         spacing: edge of a voxel of the results in mm, 0.5 to 8. The grid covers 196 x 232 x 188 mm.
         mask_dir: a folder of brain masks of your own, each with the relative path of its scan; the suffix may differ.
             A mask may have another grid, not another world.
-        keep_skull: leave in what is outside of the brain.
+        keep_skull: keep what is outside of the brain.
         bias_correction: correct the bias field (N4).
         workers: processes to use, each with one thread; as many as there are cores if not given.
 
     Raises:
-        ValueError: an argument is outside what is said above, or two scans would get the same name.
-        OSError: a folder does not exist or holds no scan, or a worker process was killed; what is done is kept.
+        ValueError: an argument is outside the limits above, or two scans would get the same name.
+        OSError: a folder does not exist or holds no scan, or a worker process was killed; finished results are kept.
     """
     check_number("spacing (mm)", spacing, 0.5, 8)
     if workers is not None:
@@ -85,7 +85,7 @@ def prepare(
     root, folder = Path(dataset_dir).expanduser(), Path(output_dir).expanduser()
     inner, outer = folder.resolve(), root.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ValueError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give a folder apart.")
+        raise ValueError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
     settings = {
         "method": METHOD,
         "spacing": float(spacing),
@@ -110,7 +110,7 @@ def prepare(
 
 
 def _run(jobs: Sequence[Job], workers: int | None, total: int) -> dict[str, str]:
-    """Do the jobs in parallel; returns the failures."""
+    """Prepare scans in parallel; returns the reasons of failures by name."""
     if not jobs:
         logger.info("All %d scans are prepared already.", total)
         return {}
@@ -122,7 +122,7 @@ def _run(jobs: Sequence[Job], workers: int | None, total: int) -> dict[str, str]
 
 
 def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], jobs: dict[str, Job]) -> None:
-    """Write what concerns the whole cohort, and log what a person should look at."""
+    """Write the tables and figures of the whole cohort, and log what people should look at."""
     if failures:
         write_csv(folder / "failed.csv", ("scan", "reason"), sorted(failures.items()))
         logger.error("%d scan(s) failed, see %s:", len(failures), folder / "failed.csv")
@@ -181,7 +181,7 @@ def _contact_sheet(path: Path, rows: Sequence[dict[str, Any]], jobs: dict[str, J
 
 
 def _stems(names: Sequence[str]) -> list[str]:
-    """Paths of the results, without their endings. Scans whose names differ in the suffix alone keep it as a word."""
+    """Paths of the results, without suffixes; where names differ only in the suffix, it becomes part of the name."""
     often = Counter(map(without_image_suffix, names))
     stems = []
     for name in names:

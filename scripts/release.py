@@ -1,5 +1,4 @@
-"""
-Releases: the bundle as one zip in the Model Zoo's form, and weights in half precision.
+"""Releases: the bundle as a zip in the form of the Model Zoo, and weights in half precision.
 
     python -m scripts.release bundle --output_dir releases
     python -m scripts.release weights output/checkpoints/model.pt --output models/model.pt
@@ -73,24 +72,23 @@ FORMAT_KEYS = {
 
 
 class ReleaseError(ValueError):
-    """A bundle is not fit for release; the sentence says what is wrong and what to do."""
+    """A bundle cannot be released; the sentence says what is wrong and what to do."""
 
 
 def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bundle_root: str = ".") -> Path:
-    """
-    Check the bundle and write it as `<name>_v<version>.zip`, which holds one folder, `<name>`.
+    """Check the bundle and write it as ``<name>_v<version>.zip``, which holds one folder, ``<name>``.
 
-    In it are the files that git tracks, as they lie in the folder, without the tests; and all `models/*.pt`. A file
-    above 25 MB stays out: it gets an entry in `large_files.yml` instead, in the folder and in the zip.
+    It holds the files that git tracks, as they are in the folder, without the tests; and all ``models/*.pt``. A file
+    above 25 MB is not included, but listed in ``large_files.yml``, in the folder and in the zip.
 
     Args:
         output_dir: made if needed.
-        url: where the file above 25 MB will be; of several `{"models/a.pt": url, ...}`. Not needed for files that
-            `large_files.yml` lists already.
+        url: where the file above 25 MB will be; for several ``{"models/a.pt": url, ...}``. Not needed for files that
+            ``large_files.yml`` lists already.
         bundle_root: the bundle's folder.
 
     Returns:
-        the zip.
+        Path of the zip.
 
     Raises:
         ReleaseError: the bundle is incomplete or contradicts itself, a large file has no url, or there is another
@@ -133,7 +131,7 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
 
 
 def _list_files(root: Path) -> list[str]:
-    """Paths of what is released, relative to the root, in the order of their names."""
+    """Paths of the files to release, relative to the root, in the order of their names."""
     tracked = [file for file in _git(root, "ls-files", "-z").split("\0") if file]
     missing = [file for file in tracked if not (root / file).is_file()]
     if missing:
@@ -143,7 +141,7 @@ def _list_files(root: Path) -> list[str]:
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", ".").splitlines()
     if changed:
         logger.warning(
-            "%d files differ from the last commit; they are released as they lie in the folder.", len(changed)
+            "%d files differ from the last commit; they are released as they are in the folder.", len(changed)
         )
     weights = [path.relative_to(root).as_posix() for path in root.glob("models/*.pt")]
     return sorted(file for file in {*tracked, *weights} if not file.startswith(NOT_SHIPPED))
@@ -248,7 +246,7 @@ def _read_network(root: Path, config_files: Sequence[str]) -> VDVAE:
 
 
 def _check_weights(root: Path, file: str) -> None:
-    """`models/model.pt` is of the default network, `models/model_64.pt` of that with `configs/size_64.json`."""
+    """Check that weights fit: ``model_64.pt`` the network of ``configs/size_64.json``, others the default one."""
     overlay = f"configs/size_{Path(file).stem.rpartition('_')[2]}.json"
     config_files = [INFERENCE, overlay] if (root / overlay).is_file() else [INFERENCE]
     state = _load(_read_network(root, config_files), root / file, config_files).state_dict()
@@ -282,7 +280,7 @@ def _check_data_format(data_format: Mapping[str, Any], network: VDVAE) -> None:
 def _list_large_files(
     root: Path, large: Sequence[str], files: Sequence[str], url: str | Mapping[str, str] | None
 ) -> list[dict[str, str]]:
-    """The entries of `large_files.yml`, in the order of their paths."""
+    """The entries of ``large_files.yml``, in the order of their paths."""
     if isinstance(url, str) and len(large) != 1:
         raise ReleaseError(
             f"--url is one address, but {len(large)} files are above 25 MB{''.join(f', {file}' for file in large)}: "
@@ -321,7 +319,7 @@ def _read_large_files(root: Path) -> list[dict[str, str]]:
 
 
 def _large_files_text(root: Path, entries: Sequence[Mapping[str, str]]) -> str:
-    """With the comment at the top of the file that is there."""
+    """The content of ``large_files.yml``, with the comments of the file that is there."""
     lines = (root / LARGE_FILES).read_text(encoding="utf-8").splitlines(keepends=True)
     comment = "".join(line for line in lines if line.startswith("#"))
     return comment + yaml.safe_dump({"large_files": list(entries)}, sort_keys=False)
@@ -332,7 +330,7 @@ def _bundle_name(metadata: Mapping[str, Any]) -> str:
 
 
 def _zip(folder: str, contents: Mapping[str, bytes], executable: set[str]) -> bytes:
-    """A zip in memory that depends on names and contents alone, not on dates or owners."""
+    """A zip in memory that depends on names and contents only, not on dates or owners."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for file in sorted(contents):
@@ -350,15 +348,17 @@ def _sha256(data: bytes) -> str:
 def ship_weights(
     checkpoint: str, output: str = "models/model.pt", config_file: str | Sequence[str] = INFERENCE
 ) -> Path:
-    """
-    Write a copy of a `model.pt` in half precision, which loads like the whole one.
+    """Write a copy of a ``model.pt`` in half precision, which loads like the original.
 
     Single precision becomes half, every other type stays (the template's affine is double).
 
     Args:
-        checkpoint: a `model.pt`, or `best_model.pt`.
-        output: the copy, in an existing folder.
-        config_file: the config, or several, whose `network_def` the weights belong to.
+        checkpoint: a ``model.pt`` or ``best_model.pt``.
+        output: path of the copy, in an existing folder.
+        config_file: the config, or several, whose ``network_def`` the weights belong to.
+
+    Returns:
+        ``output``.
 
     Raises:
         ReleaseError: the weights don't fit the network, or a value is not finite, or too large for half precision.

@@ -126,7 +126,7 @@ def test_a_damaged_file_is_computed_anew(items, tmp_path, damage):
     dataset = cache(items, tmp_path)
     before = dataset[0]["image"]
     dataset.path(0).write_bytes(damage(dataset.path(0).read_bytes()))
-    with pytest.warns(UserWarning, match="is damaged; it is computed anew"):
+    with pytest.warns(UserWarning, match="is damaged; it is computed again"):
         after = dataset[0]["image"]
     assert torch.equal(after.as_tensor(), before.as_tensor())
     assert torch.equal(dataset[0]["image"].as_tensor(), before.as_tensor())

@@ -95,7 +95,7 @@ def test_a_run_is_not_overwritten(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     other = FileLock(tmp_path / ".checkpoints.lock")
     with other, pytest.raises(BlockingIOError, match="is in use by another run"):
-        claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto", patience=0.1)
+        claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto", timeout=0.1)
     claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto")
     claim_output_dir(tmp_path, tmp_path / "checkpoints", resume="auto")  # the same process once more
     with pytest.raises(Timeout):

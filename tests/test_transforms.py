@@ -89,7 +89,7 @@ def test_files_that_are_not_what_they_seem(tmp_path):
     (tmp_path / "unzipped.nii.gz").write_bytes((tmp_path / "plain.nii").read_bytes())
     for name, sentence in (
         ("empty.nii", r"empty.nii' is an empty file \(0 bytes\): replace it"),
-        ("gone.nii", r"gone.nii' is a link to 'nowhere.nii', which does not exist: mend the link"),
+        ("gone.nii", r"gone.nii' is a link to 'nowhere.nii', which does not exist: repair the link"),
         ("zipped.nii", r"zipped.nii' holds .gz data, which its name hides: rename it to end in .nii.gz"),
         ("unzipped.nii.gz", r"unzipped.nii.gz' holds .nii data, which its name hides: rename it to end in .nii"),
     ):
@@ -354,7 +354,7 @@ def test_scaling_refuses_what_shows_nothing():
         ({"spacing": "banana"}, "expected_spacing is 'banana': give one number of mm"),
         ({"spacing": [1, 1, -1]}, r"expected_spacing is \[1, 1, -1\]"),
         ({"field_of_view": [0, 200, 200]}, "expected_field_of_view"),
-        ({"orientation": "LPX"}, "expected_orientation is 'LPX': give a letter an axis"),
+        ({"orientation": "LPX"}, "expected_orientation is 'LPX': give one letter per axis"),
         ({"orientation": "RLS"}, "expected_orientation is 'RLS'"),
     ],
 )

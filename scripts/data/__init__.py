@@ -1,1 +1,1 @@
-"""From files on disk to tensors: finding, checking, fitting, augmenting and caching scans."""
+"""From files on disk to tensors: finding, checking, fitting, augmenting, caching, preparing and making scans."""

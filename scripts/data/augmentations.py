@@ -1,4 +1,4 @@
-"""The random transforms that MONAI and TorchIO lack, or that need a hand to fit in."""
+"""The random transforms that MONAI and TorchIO lack, or that need an adapter."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ class RandAffineScand(RandAffined):
 
 
 class RandElasticd(RandomizableTransform, MapTransform):
-    """
-    Bend a scan by a smooth random displacement, in 2D or 3D.
+    """Bend a scan by a smooth random displacement, in 2D or 3D.
 
-    The displacement is that of MONAI's `Rand3DElasticd`: white noise in [-1, 1] an axis and voxel, smoothed by a
-    Gaussian and multiplied by the magnitude. That one resamples every scan whatever its `prob`, has no 2D form with
+    The displacement is that of MONAI's ``Rand3DElasticd``: white noise in [-1, 1] per axis and voxel, smoothed by a
+    Gaussian and multiplied by the magnitude. MONAI's resamples every scan whatever its ``prob``, has no 2D form with
     the same arguments, and smooths by a dense convolution, which took most of its time.
 
-    Input and output: `[channels, *spatial]`; what comes from outside is 0. All keys are bent alike.
+    Input and output: ``[channels, *spatial]``; what comes from outside is 0. All keys are bent in the same way.
 
     Args:
         keys: the keys that hold scans of one shape.
-        prob: how often a scan is bent.
+        prob: probability that a scan is bent.
         sigma_range: of the Gaussian, in voxels.
         magnitude_range: of the displacement, in voxels before smoothing.
-        mode: the interpolation, `bilinear` (trilinear in 3D) or `nearest`.
+        mode: the interpolation, ``bilinear`` (trilinear in 3D) or ``nearest``.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class RandElasticd(RandomizableTransform, MapTransform):
         shape = d[self.first_key(d)].shape[1:]
         sigma, magnitude = (self.R.uniform(*r) for r in (self.sigma_range, self.magnitude_range))
         noise = self.R.uniform(-1, 1, (len(shape), *shape)).astype(np.float32)
-        # cut off at 3 sigma: what is left out weighs 0.3 %
+        # cut off at 3 sigma, beyond which lie 0.3 % of the weight
         smooth = ndimage.gaussian_filter(noise, (0, *[sigma] * len(shape)), mode="constant", truncate=3)
         grid = torch.as_tensor(create_grid(shape, dtype=np.float32))
         grid[: len(shape)] += magnitude * torch.from_numpy(smooth)
@@ -79,23 +78,22 @@ class RandElasticd(RandomizableTransform, MapTransform):
 
 
 class RandHaircutd(RandomizableTransform, MapTransform):
-    """
-    Shave a few voxels off the edge of the brain, as a tighter skull-strip would.
+    """Shave a few voxels off the edge of the brain, as a tighter skull-strip would.
 
     The background is what lies near the image's lowest value and reaches the border of the volume; dark voxels enclosed
     by the brain are not an edge. An image without background is returned as it is.
 
-    Input and output: `[channels, *spatial]`. All keys and channels lose the same number of voxels.
+    Input and output: ``[channels, *spatial]``. All keys and channels lose the same number of voxels.
 
     Args:
         keys: the keys that hold skull-stripped scans.
-        prob: how often a scan is shaved.
+        prob: probability that a scan is shaved.
         width: the fewest and the most voxels to shave off.
         threshold: how far above the lowest value, as a share of the image's range, still counts as background.
-            Resampling leaves a faint rim around the brain; without this the haircut would take that rim alone.
+            Resampling leaves a faint rim around the brain; with 0, the haircut would remove only that rim.
 
     Raises:
-        ValueError: when `width` is not a pair of whole numbers, the first at least 1 and at most the second.
+        ValueError: when ``width`` is not a pair of whole numbers, the first at least 1 and at most the second.
     """
 
     def __init__(
@@ -128,8 +126,8 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         lowest = pixels.amin()
         dark = pixels <= lowest + self.threshold * (pixels.amax() - lowest)
         brain = ~_reaching_border(dark.all(dim=0).cpu().numpy())
-        # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would. What
-        # lies past the border of the volume is unknown, so a scan cut off there keeps that face.
+        # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would.
+        # Nothing is known beyond the border of the volume, so a brain that is cut off there keeps that face.
         step = ndimage.generate_binary_structure(brain.ndim, min(2, brain.ndim))
         brain = ndimage.binary_erosion(brain, step, iterations=width, border_value=1)
         return torch.where(torch.from_numpy(brain).to(pixels.device), image, lowest)
@@ -147,20 +145,19 @@ def _reaching_border(mask: np.ndarray) -> np.ndarray:
 
 
 class RandTorchIOScand(RandomizableTransform, MapTransform):
-    """
-    A TorchIO transform through MONAI's `RandTorchIOd`, keeping the scan's metadata.
+    """Apply a TorchIO transform through MONAI's ``RandTorchIOd``, and keep the scan's metadata.
 
-    Some TorchIO transforms return a bare tensor; then the affine and the file name would be lost, and a batch of scans
-    of which some were transformed could not be collated. TorchIO sees the scan without its affine: what it takes in mm
-    are voxels here. It draws from PyTorch's own generator, which `monai.utils.set_determinism` seeds.
+    Some TorchIO transforms return a plain tensor; the affine and the file name would be lost, and a batch of scans of
+    which some were transformed could not be collated. TorchIO gets the scan without its affine: its arguments in mm are
+    voxels here. It draws from PyTorch's own generator, which ``monai.utils.set_determinism`` seeds.
 
-    Input and output: `[channels, x, y, z]`; a 2D scan (`[channels, x, y]`) is returned as it is.
+    Input and output: ``[channels, x, y, z]``; a 2D scan (``[channels, x, y]``) is returned as it is.
 
     Args:
         keys: the keys that hold scans.
-        name: the TorchIO transform, such as `RandomMotion`.
-        prob: how often it is applied.
-        kwargs: what the TorchIO transform takes.
+        name: the TorchIO transform, such as ``RandomMotion``.
+        prob: probability that it is applied.
+        kwargs: further arguments of the TorchIO transform.
     """
 
     def __init__(self, keys: KeysCollection, name: str, prob: float = 0.1, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Preprocessed scans on disk: each is computed once, and served only while its file and the settings are the same."""
+"""Preprocessed scans on disk: each is computed once, and used only while its file and the settings are the same."""
 
 from __future__ import annotations
 
@@ -36,22 +36,21 @@ NAMED = 5  # scans that a warning names; the rest are counted
 
 
 class ScanCache(PersistentDataset):
-    """
-    A data set of preprocessed scans, each in a file of its own.
+    """A data set of preprocessed scans, each in a file of its own.
 
-    A file's name is a hash of where the scan is, of its size and times of modification, of the transforms and their
-    settings, of their source code and of MONAI's version. So another file or another setting is another name, and
-    nothing stale is served. Files appear whole, by a rename: a process that is killed while it writes leaves none, and
-    several may write at once. A file that cannot be read is computed anew.
+    A file's name is a hash of the scan's path, size and times, of the transforms and their settings, of their source
+    code and of MONAI's version. Another scan or another setting has another name, so nothing stale is used. Files
+    appear whole, by a rename: a process that is killed while it writes leaves none, and several may write at once. A
+    file that cannot be read is computed again.
 
-    Its items are `{"image": MetaTensor [channels, *spatial], float32}` with the affine of the grid and the scan's path
-    as `filename_or_obj`.
+    Items are ``{"image": image}``, a float32 MetaTensor ``[channels, *spatial]`` with the affine of the grid and the
+    scan's path as ``filename_or_obj``.
 
     Args:
-        data: a list of `{"image": path, ...}`, see :py:func:`scripts.data.datalist.make_datalist`.
-        transform: a `Compose` of what is deterministic, :py:class:`scripts.data.transforms.CheckScand` among them.
-        cache_dir: folder of the files, made if need be. None computes each scan anew each time.
-        half_precision: keep 16 bits a voxel: half the disk, and intensities in [0, 1] to within 0.00025.
+        data: a list of ``{"image": path, ...}``, see :py:func:`scripts.data.datalist.make_datalist`.
+        transform: a ``Compose`` of what is deterministic, :py:class:`scripts.data.transforms.CheckScand` among them.
+        cache_dir: folder of the files, created if needed. None computes each scan each time.
+        half_precision: keep 16 bits per voxel: half the disk space, and intensities in [0, 1] to within 0.00025.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class ScanCache(PersistentDataset):
         self.settings = joblib.hash([steps, code, monai.__version__, half_precision])
 
     def path(self, index: int) -> Path | None:
-        """Where a scan's file is, or will be; None without a `cache_dir`."""
+        """The path of a scan's file, which need not exist yet; None without a ``cache_dir``."""
         if self.cache_dir is None:
             return None
         image = self.data[index]["image"]
@@ -76,8 +75,7 @@ class ScanCache(PersistentDataset):
         return self.cache_dir / f"{joblib.hash([image, state, self.settings])}.pt"
 
     def notes(self, index: int) -> dict[str, Any]:
-        """
-        What :py:class:`scripts.data.transforms.CheckScand` noted of a scan: `geometry` and `differences`.
+        """What :py:class:`scripts.data.transforms.CheckScand` noted about a scan: ``geometry`` and ``differences``.
 
         Raises:
             ScanError: when the scan cannot be used.
@@ -96,7 +94,7 @@ class ScanCache(PersistentDataset):
             try:
                 return torch.load(path, weights_only=True, mmap=mmap)
             except (RuntimeError, EOFError, pickle.UnpicklingError):
-                warnings.warn(f"The cached scan '{path}' is damaged; it is computed anew.", stacklevel=2)
+                warnings.warn(f"The cached scan '{path}' is damaged; it is computed again.", stacklevel=2)
         entry = self._compute(index)
         if path is not None:
             write_whole(path, lambda temporary: torch.save(entry, temporary))
@@ -105,7 +103,7 @@ class ScanCache(PersistentDataset):
     def _compute(self, index: int) -> dict[str, Any]:
         try:
             image = self.transform({"image": self.data[index]["image"]})["image"]
-        except RuntimeError as error:  # Compose wraps the sentence in its own
+        except RuntimeError as error:  # Compose wraps the error in its own
             raise error.__cause__ if isinstance(error.__cause__, ScanError) else error from None
         return {
             "image": image.as_tensor().to(torch.float16 if self.half_precision else torch.float32).contiguous(),
@@ -117,7 +115,7 @@ class ScanCache(PersistentDataset):
 
 
 def _describe(value: Any) -> Any:
-    """What a transform is and how it is set, without what its file readers remember of the last file."""
+    """A transform's class and settings, without what its file readers keep of the last file."""
     if isinstance(value, ImageReader):
         return type(value).__qualname__
     if isinstance(value, Transform):
@@ -136,26 +134,25 @@ def read_cohort(
     workers: int = 1,
     skipped_file: str | os.PathLike | None = None,
 ) -> dict[str, list[dict]]:
-    """
-    Read every scan of a run once, fill the cache with it, and say which scans cannot or should not be used.
+    """Read every scan of a run once, fill the cache with it, and say which scans cannot or should not be used.
 
-    Several processes (torchrun's) each read a share of the scans into the cache; then the first looks at all of them.
+    Several processes (torchrun's) each read a share of the scans into the cache; then rank 0 goes through all of them.
 
     Args:
-        datalist: `{"training": [{"image": path}, ...], "validation": [...]}`.
+        datalist: ``{"training": [{"image": path}, ...], "validation": [...]}``.
         transform, cache_dir, half_precision: see :py:class:`ScanCache`.
-        policy: what becomes of a scan that cannot be used, or whose geometry differs from what is expected. `warn`:
-            the first ends the run, of the second the log tells. `skip`: both are left out, and written to
-            `skipped_file` with the reason. `fail`: either ends the run.
-        workers: processes that read scans, for each of torchrun's.
-        skipped_file: a CSV file, written when `policy` is `skip` and something is left out.
+        policy: what to do about a scan that cannot be used, and about one whose geometry differs from what is expected.
+            ``warn``: the former ends the run, the latter is logged. ``skip``: both are left out, and written to
+            ``skipped_file`` with the reason. ``fail``: both end the run.
+        workers: processes that read scans, per process of torchrun's.
+        skipped_file: a CSV file, written when ``policy`` is ``skip`` and something is left out.
 
     Returns:
         The datalist without what is skipped.
 
     Raises:
-        ScanError: as `policy` says, or when nothing of a side is left.
-        ValueError: when `policy` is none of the three.
+        ScanError: as ``policy`` says, or when nothing of a side is left.
+        ValueError: when ``policy`` is none of the three.
     """
     if policy not in POLICIES:
         raise ValueError(f"scan_policy is '{policy}': it must be one of {', '.join(POLICIES)}.")
@@ -209,14 +206,14 @@ def _select(
 
 
 def _read_all(dataset: ScanCache, workers: int, side: str) -> Iterator[dict[str, Any] | ScanError]:
-    """The notes on each scan, in order, or why it cannot be used; what is not cached is read in parallel."""
+    """Yield the notes on each scan, in order, or why it cannot be used; what is not cached is read in parallel."""
     found = _read_missing(dataset, workers, f"reading {side} scans")
     for index in range(len(dataset)):
         yield found[index] if index in found else _try(dataset, index)
 
 
 def _read_missing(dataset: ScanCache, workers: int, what: str) -> dict[int, dict[str, Any] | ScanError]:
-    """The same of the scans that are not cached, by their index."""
+    """Read the scans that are not cached in parallel: the notes on each, or why it cannot be used, by its index."""
     paths = [dataset.path(index) for index in range(len(dataset))]
     missing = [index for index, path in enumerate(paths) if path is None or not path.is_file()]
     jobs = [delayed(_try)(dataset, index) for index in missing]

@@ -1,7 +1,6 @@
-"""The scans of a data set compared with each other: which of them differ from what most of the cohort has.
+"""Which scans of a data set differ from the rest of the cohort.
 
-Nobody says beforehand how a scan should look, so the limits follow from the cohort. They are wide on purpose: a list of
-false alarms is read once and never again.
+The limits follow from the cohort itself. They are wide on purpose: people read a list of false alarms only once.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from scripts.data.inspection import Scan
 
 __all__ = ["MIN_COHORT", "compare_geometry", "compare_looks"]
 
-# Below this, the middle of a cohort is a matter of chance, and no scan is compared with the others.
+# In a smaller cohort the median is a matter of chance, and no scan is compared with the others.
 MIN_COHORT = 10
-# What nine tenths share is usual, and the rest differ from it. Less than that is a cohort of several protocols, in
-# which no voxel size and no orientation is wrong.
+# A voxel size or orientation that nine tenths share is usual, and the rest differ from it. With less than that, the
+# cohort has several protocols, and none of them is wrong.
 USUAL = 0.9
 # A value is far from the others when it lies TAIL_FACTOR times further from the median than the outer TAIL of the
 # cohort begins. For a normal distribution that is 5.1 standard deviations. Because it is measured in the tail, a second
 # kind of scan that makes up more than a tenth of a cohort moves the limit beyond itself.
 TAIL, TAIL_FACTOR = 0.1, 4.0
-# And however alike the others are, it must be at least this far from their median.
+# It must also be at least this far from the median, however similar the others are.
 MIN_DISTANCE = {
     "similarity": 0.05,  # correlation; turned heads differ by more, and other heads by less (docs/checking.md)
-    "contrast": 0.2,  # correlation; gray and white matter alone decide it, so it varies more
+    "contrast": 0.2,  # correlation; only gray and white matter count, so it varies more
     "background": 0.15,  # share of voxels; a neck more or less moves it by less
     "range": 2.0,  # powers of ten: MR units are arbitrary, but 0 to 1 among 0 to 4000 is another processing
     "coarsest voxel": math.log10(2),  # powers of ten: twice as thick

@@ -1,4 +1,4 @@
-"""Which scans a run reads, and which side of the split each one falls on."""
+"""Which scans a run reads, and on which side of the split each of them is."""
 
 from __future__ import annotations
 
@@ -41,27 +41,26 @@ SIDES = ("training", "validation", "testing")
 def find_scans(
     dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*"
 ) -> list[Path] | list[list[Path]]:
-    """
-    List the scans under a folder, at any depth, sorted by their path relative to it.
+    """List the scans under a folder, at any depth, sorted by their path relative to it.
 
-    Hidden files and folders (names that begin with a dot, such as the `._*` twins macOS leaves) are passed over;
-    links to folders are followed once.
+    Hidden files and folders (names that begin with a dot, such as the ``._*`` files of macOS) are skipped; links to
+    folders are followed once.
 
     Args:
         dataset_dir: the folder that holds the scans.
-        scan_pattern: a glob on the file name (`*_FLAIR.nii.gz`), or on the last parts of the path
-            (`sub-*/anat/*.nii.gz`). One that ends in a slash matches folders, each a DICOM series (`*/FLAIR/`).
-            A list of patterns makes each scan of several files, its channels: those for which the same text stands in
-            place of the wildcards, in folders of the same name above (`["*_T1w.nii.gz", "*_FLAIR.nii.gz"]`). A scan
+        scan_pattern: a glob on the file name (``*_FLAIR.nii.gz``), or on the last parts of the path
+            (``sub-*/anat/*.nii.gz``). One that ends in a slash matches folders, each a DICOM series (``*/FLAIR/``).
+            With a list of patterns a scan is several files, its channels: those with the same text in place of the
+            wildcards, in folders of the same name above (``["*_T1w.nii.gz", "*_FLAIR.nii.gz"]``). A scan
             that lacks a channel is left out, and the log says so.
 
     Returns:
-        Paths that begin with `dataset_dir`; with a list of patterns, lists of as many.
+        Paths that begin with ``dataset_dir``; with a list of patterns, lists of as many.
 
     Raises:
-        FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
-        NotADirectoryError: when `dataset_dir` is a file.
-        ValueError: when `scan_pattern` is empty.
+        FileNotFoundError: when ``dataset_dir`` does not exist, or nothing in it matches.
+        NotADirectoryError: when ``dataset_dir`` is a file.
+        ValueError: when ``scan_pattern`` is empty.
     """
     root = Path(dataset_dir).expanduser()
     if not root.exists():
@@ -100,21 +99,19 @@ def find_scans(
 def find_by_wildcards(
     root: Path, pattern: str, folder_setting: str = "dataset_dir", pattern_setting: str = "scan_pattern"
 ) -> dict[tuple[str, ...], str]:
-    """
-    The files that match a pattern, each under the text that stands in place of its wildcards, so that files of two
-    patterns can be paired.
+    """Find the files that match a pattern, by the text in place of its wildcards, so that files of two can be paired.
 
     Args:
         root: the folder to search, at any depth.
         pattern: see :py:func:`find_scans`.
-        folder_setting, pattern_setting: what the messages call the two.
+        folder_setting, pattern_setting: names of the two settings, for messages.
 
     Returns:
-        `{(folder above what the pattern speaks of, text of the first wildcard, ...): relative posix path}`, in order.
+        ``{(folder above the pattern's parts, text of the first wildcard, ...): relative posix path}``, by path.
 
     Raises:
         FileNotFoundError: when nothing matches.
-        ValueError: when `pattern` names no file.
+        ValueError: when ``pattern`` names no file.
     """
     match = _compile_pattern(pattern, pattern_setting)
     names = sorted(_walk(root, folders=pattern.endswith("/")))
@@ -132,19 +129,19 @@ def find_by_wildcards(
 
 
 def _walk(root: Path, folders: bool) -> Iterator[str]:
-    """Yield the posix path, relative to root, of each file (or each folder) under root."""
+    """Yield the posix path, relative to root, of each file (or each folder) under root that is not hidden."""
 
-    def refuse(error: OSError):  # os.walk would leave an unreadable folder out in silence
+    def refuse(error: OSError):  # os.walk would silently leave out a folder that cannot be read
         raise error
 
     seen = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was listed already
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        # Sorted, so that of two links to one folder the same one is always met first.
+        # Sorted, so that of two links to one folder it is always the same one that is followed.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         prefix = "" if prefix == "./" else prefix
@@ -152,9 +149,11 @@ def _walk(root: Path, folders: bool) -> Iterator[str]:
 
 
 def _compile_pattern(pattern: str, setting: str) -> Callable[[str], tuple[str, ...] | None]:
-    """
-    A function of a relative posix path: None if it does not match, part by part from the right as `PurePath.match`
-    does; else the folders above what the pattern speaks of, then what stands in place of each wildcard.
+    """Make a function that matches relative posix paths, part by part from the right as ``PurePath.match`` does.
+
+    Returns:
+        A function that gives None for a path that does not match; else the folders above the pattern's parts, then the
+        text in place of each wildcard.
     """
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
     while parts and parts[0] == "**":  # any depth is searched already
@@ -188,22 +187,20 @@ def _expression(part: str) -> re.Pattern:
 
 
 def subject_name(name: str) -> str:
-    """
-    The subject a scan belongs to, from its relative posix path.
+    """The subject of a scan, from its relative posix path.
 
-    That is its BIDS entity (`sub-01`), its UK Biobank participant (`1234567_20253_2_0.nii.gz` → `1234567`), or, without
-    either, its file name up to the first dot.
+    That is its BIDS entity (``sub-01``), its UK Biobank participant (``1234567`` of ``1234567_20253_2_0.nii.gz``), or
+    else its file name up to the first dot.
     """
     found = SUBJECT.search(name)
     return found[found.lastindex] if found else name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
 
 
 def subject_names(names: Sequence[str]) -> list[str]:
-    """
-    The subject of each scan of a cohort.
+    """The subject of each scan of a cohort.
 
-    When no name tells the subject and every file is called the same (`101/T1.nii.gz`, `102/T1.nii.gz`), the first
-    folder in which they differ is.
+    Where no name has a subject and all files have the same name (``101/T1.nii.gz``, ``102/T1.nii.gz``), it is the first
+    folder in which the paths differ.
 
     Args:
         names: the scans' relative posix paths.
@@ -216,7 +213,7 @@ def subject_names(names: Sequence[str]) -> list[str]:
 
 
 def session_name(name: str) -> str | None:
-    """The session of a scan: its BIDS entity (`ses-2`), or its UK Biobank instance (`2`), from its path; else None."""
+    """The session of a scan, from its path: its BIDS entity (``ses-2``) or UK Biobank instance (``2``); else None."""
     found = SESSION.search(name)
     return found[found.lastindex] if found else None
 
@@ -224,8 +221,7 @@ def session_name(name: str) -> str | None:
 def split_by_subject(
     names: Sequence[str], train_fraction: float = 0.95, seed: int = 0, subjects: Sequence[str] | None = None
 ) -> tuple[list[int], list[int]]:
-    """
-    Split scans in two so that no subject is on both sides and neither side is empty.
+    """Split scans in two so that no subject is on both sides and neither side is empty.
 
     The split depends on the set of names and on the seed, not on the order of the names.
 
@@ -236,10 +232,10 @@ def split_by_subject(
         subjects: of each scan, by default what :py:func:`subject_names` finds.
 
     Returns:
-        Indices into `names`: of the training scans and of the validation scans, each in order of name.
+        Indices into ``names``: of the training scans and of the validation scans, each in order of name.
 
     Raises:
-        ValueError: when `train_fraction` is not between 0 and 1, or when there are fewer than two subjects.
+        ValueError: when ``train_fraction`` is not between 0 and 1, or when there are fewer than two subjects.
     """
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
@@ -265,30 +261,29 @@ def make_datalist(
     max_scans: int | None = None,
     batch_size: int | None = None,
 ) -> dict[str, list[dict]]:
-    """
-    List the scans to train on and those to validate on.
+    """List the scans to train on and those to validate on.
 
-    The order and the split depend on the scans' relative names and on the seed alone, never on the file system; a
+    The order and the split depend only on the scans' relative names and on the seed, never on the file system; a
     subject's scans stay on one side.
 
     Args:
         dataset_dir: the folder that holds the scans, or a datalist in the Medical Decathlon form: a JSON file whose
-            `training` and, if it has its own split, `validation` are lists of `{"image": path}`, with paths relative
-            to the file, or a list of paths, one a channel. An item may name its `subject`. `testing` is passed on.
-            `scan_pattern` does not apply to it, nor does `train_fraction` when it has its own split.
-        scan_pattern: a glob on the files' names, or a list of them, one a channel; see :py:func:`find_scans`.
+            ``training`` and, if it has its own split, ``validation`` are lists of ``{"image": path}``, with paths
+            relative to the file, or a list of paths, one per channel. An item may name its ``subject``. ``testing`` is
+            kept. ``scan_pattern`` does not apply to it, nor does ``train_fraction`` when it has its own split.
+        scan_pattern: a glob on the files' names, or a list of them, one per channel; see :py:func:`find_scans`.
         train_fraction: the share of subjects to train on, between 0 and 1.
-        seed: chooses the split, and the scans that `max_scans` keeps.
+        seed: chooses the split, and the scans that ``max_scans`` keeps.
         max_scans: keep this many scans, chosen at random. None keeps them all.
-        batch_size: when given, refuse a training side that cannot fill one batch.
+        batch_size: if given, a training side that cannot fill one batch is refused.
 
     Returns:
-        `{"training": [{"image": path, "subject": name}, ...], "validation": [...]}`, and `testing` if there is one.
-        Items have a `session` where their names tell it; `image` is a list for several channels.
+        ``{"training": [{"image": path, "subject": name}, ...], "validation": [...]}``, and ``testing`` if there is one.
+        Items have a ``session`` where their names tell it; ``image`` is a list for several channels.
 
     Raises:
-        FileNotFoundError: when `dataset_dir` does not exist, or nothing in it matches.
-        NotADirectoryError: when `dataset_dir` is a file that does not end in .json.
+        FileNotFoundError: when ``dataset_dir`` does not exist, or nothing in it matches.
+        NotADirectoryError: when ``dataset_dir`` is a file that does not end in .json.
         ValueError: when the scans cannot be split, an argument is out of range, or the JSON is not a datalist.
     """
     if not 0 < train_fraction < 1:
@@ -318,35 +313,33 @@ def make_datalist(
 
 
 def check_batch_size(training: list, batch_size: int, of: int | None = None) -> None:
-    """
-    Refuse a training side that cannot fill one batch (with several processes, give the sum of their batches).
+    """Refuse a training side that cannot fill one batch.
 
     Args:
         training: the training side of a datalist.
-        batch_size: scans in a batch.
+        batch_size: scans in a batch; with several processes, in one batch of each.
         of: how many scans both sides hold, for the message.
 
     Raises:
-        ValueError: when `training` holds fewer than `batch_size` scans.
+        ValueError: when ``training`` holds fewer than ``batch_size`` scans.
     """
     if len(training) < batch_size:
         total = f" of the {of} scans" if of is not None else " scan(s)"
         raise ValueError(
             f"The training side holds {len(training)}{total}, fewer than batch_size {batch_size}: lower --batch_size "
-            "(or the number of processes, of whose batches this is the sum), add scans, or raise --train_fraction or "
+            "(or the number of processes, whose batches it adds up), add scans, or raise --train_fraction or "
             "--max_scans."
         )
 
 
 def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> None:
-    """
-    Write a datalist as JSON, whole or not at all, so that a run can be repeated on the same scans.
+    """Write a datalist as JSON, whole or not at all, so that a run can be repeated on the same scans.
 
     Paths are written absolute: relative ones would be read as relative to the JSON's own folder.
 
     Args:
         datalist: what :py:func:`make_datalist` returns.
-        path: the file to write; its folder is made if need be.
+        path: the file to write; its folder is created if needed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +359,7 @@ def as_text(found: Path | list[Path]) -> str | list[str]:
 
 
 def _with_entities(sides: dict[str, list[dict]], root: Path) -> dict[str, list[dict]]:
-    """The same items with their subject and, if the name tells one, their session, where the items don't say so."""
+    """Add to items their subject and, if there is one, their session, by their names, where they have none."""
     items = [item for side in sides.values() for item in side]
     names = [_relative_name(item, root) for item in items]
     entities = []
@@ -384,20 +377,20 @@ def _with_entities(sides: dict[str, list[dict]], root: Path) -> dict[str, list[d
 
 
 def _relative_name(item: dict, root: Path) -> str:
-    """The posix path of an item's first (usually only) file, relative to root where it lies under it."""
-    # Both come from the same joining of paths, so comparing text is enough, and resolving 40,000 paths is slow.
+    """The posix path of an item's first (usually only) file, relative to root if it lies under it."""
+    # Both come from the same joining of paths, so comparing strings is enough, and resolving 40,000 paths is slow.
     return item_path(item).removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
 
 
 def _keep(items: list, count: int | None, generator: random.Random) -> list:
-    """A random subset of `count` items, in their own order."""
+    """A random subset of ``count`` items, in their own order."""
     if count is None or count >= len(items):
         return items
     return [items[i] for i in sorted(generator.sample(range(len(items)), count))]
 
 
 def _keep_both(training: list, validation: list, count: int | None, generator: random.Random) -> tuple[list, list]:
-    """A random subset of `count` items in all, the two sides in their own proportion and neither empty."""
+    """A random subset of ``count`` items, the two sides in the same proportion as before and neither empty."""
     total = len(training) + len(validation)
     if count is None or count >= total:
         return training, validation

@@ -31,18 +31,17 @@ TOLERANCE = 0.02  # relative: scanners write 0.9375 as 0.94
 
 
 class HeaderError(ValueError):
-    """A header that cannot be true; the message goes on from the file's name."""
+    """A header that cannot be true; the message continues a sentence that begins with the file's name."""
 
 
 def world_axes(affine: np.ndarray) -> np.ndarray:
-    """
-    The signed permutation nearest to an affine: which axis of the world each stored axis runs along, and which way.
+    """The signed permutation nearest to an affine: which axis of the world each stored axis runs along, and which way.
 
     Args:
-        affine: `[rank + 1, rank + 1]`, voxel indices to world millimetres.
+        affine: ``[rank + 1, rank + 1]``, voxel indices to world millimetres.
 
     Returns:
-        `[rank, rank]`, of 0, 1 and -1; one entry a column, which is a stored axis.
+        ``[rank, rank]``, of 0, 1 and -1; one entry per column, which is a stored axis.
     """
     rank = len(affine) - 1
     axes = np.zeros((rank, rank))
@@ -52,16 +51,15 @@ def world_axes(affine: np.ndarray) -> np.ndarray:
 
 
 def describe(image: MetaTensor) -> dict[str, Any]:
-    """
-    The geometry of a loaded scan, as plain numbers and texts.
+    """The geometry of a loaded scan, as plain numbers and strings.
 
     Args:
-        image: `[channels, *spatial]` as it was stored, with its affine.
+        image: ``[channels, *spatial]`` as it was stored, with its affine.
 
     Returns:
-        `spacing` and `field_of_view` in mm along the world's axes (right, anterior, superior), `shape` and
-        `orientation` of the stored axes (such as `LPS`), `oblique`, the largest angle in degrees between a stored axis
-        and the world's axis nearest to it, and `affine`.
+        ``spacing`` and ``field_of_view`` in mm along the world's axes (right, anterior, superior), ``shape`` and
+        ``orientation`` of the stored axes (such as ``LPS``), ``oblique``, the largest angle in degrees between a stored
+        axis and the world's axis nearest to it, and ``affine``.
     """
     rank = image.ndim - 1
     affine = to_affine_nd(rank, image.affine.numpy().astype(float))
@@ -80,11 +78,13 @@ def describe(image: MetaTensor) -> dict[str, Any]:
 
 
 def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """
-    What the headers of a scan's NIfTI files leave open or contradict; other formats have one affine, and no such gaps.
+    """What the headers of a scan's NIfTI files do not say, or contradict. Other formats have one affine, always.
 
     Args:
         paths: the file, or one for each channel.
+
+    Returns:
+        Half sentences, for people.
 
     Raises:
         HeaderError: when the affine is singular, or the voxels are complex numbers.
@@ -94,7 +94,7 @@ def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> l
         if not path.name.endswith(NIFTI_SUFFIXES):
             continue
         image = nib.load(path)
-        # MONAI's reader replaces a singular affine, and drops imaginary parts, with hardly a word
+        # MONAI's reader replaces a singular affine, and drops imaginary parts, with no more than a warning
         if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
             raise HeaderError("has a singular affine in its header, so its voxel size is unknown")
         if np.issubdtype(image.get_data_dtype(), np.complexfloating):
@@ -127,15 +127,17 @@ def differences(
     orientation: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> list[str]:
-    """
-    In words, where a scan's geometry is not what is expected. What is None is not compared.
+    """Say where a scan's geometry is not what is expected. What is None is not compared.
 
     Args:
         geometry: of the scan, see :py:func:`describe`.
         spacing: the voxel size in mm along each axis (right, anterior, superior), or one for all.
         field_of_view: the extent of the scan in mm, likewise.
-        orientation: of the stored axes, such as `RAS`.
+        orientation: of the stored axes, such as ``RAS``.
         tolerance: the relative difference of sizes that still counts as equal.
+
+    Returns:
+        Half sentences, for people.
     """
     found = []
     for name, expected in (("spacing", spacing), ("field_of_view", field_of_view)):

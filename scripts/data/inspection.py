@@ -1,4 +1,4 @@
-"""One scan of a data set that is checked: what its files hold, and what is wrong with it taken by itself."""
+"""One scan of a data set that is checked: what its files hold, and what is wrong with it by itself."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Scan:
     duplicate_of: str | None = None
 
     def flag(self, verdict: str, reason: str) -> None:
-        """Add a reason; the worst verdict stays."""
+        """Add a reason; the worst verdict is kept."""
         self.verdict = min(self.verdict, verdict, key=VERDICTS.index)
         self.reasons.append(reason)
 
@@ -106,7 +106,7 @@ class Inspection(NamedTuple):
 
 
 def inspect(paths: list[Path], checks: CheckScand) -> Inspection:
-    """Read one scan and note what is wrong with it; whatever that is, nothing raises.
+    """Read one scan and note what is wrong with it; never raises.
 
     Args:
         paths: of its channels.
@@ -114,7 +114,7 @@ def inspect(paths: list[Path], checks: CheckScand) -> Inspection:
     """
     scan = Scan("")
     try:
-        # Root reads what nobody may read, and would call it good; the user who trains could not.
+        # root can read such a file, and would find it good (measured); other users cannot train on it
         if any(path.exists() and not path.stat().st_mode & 0o444 for path in paths):
             raise ScanError("its permissions let nobody read it")
         image = _load(paths)
@@ -150,7 +150,7 @@ def _load(paths: list[Path]) -> MetaTensor:
 
 
 def _describe(scan: Scan, paths: list[Path], image: MetaTensor) -> None:
-    """Fill in what can be said of any scan that could be read."""
+    """Fill in what is known of any scan that could be read."""
     scan.shape = list(image.shape[1:])
     scan.dtype = _dtype(paths[0])
     pixels = image.as_tensor().numpy()

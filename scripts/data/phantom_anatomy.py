@@ -56,10 +56,10 @@ class _Atlas(NamedTuple):
 
 
 def check_brain(index: int, seed: int, spacing: float) -> None:
-    """Refuse arguments of :py:func:`brain_anatomy` that make no sense.
+    """Refuse invalid arguments of :py:func:`brain_anatomy`.
 
     Raises:
-        ValueError: one is outside what is said there.
+        ValueError: one is outside the limits there.
     """
     check_integer("index", index, 0)
     check_integer("seed", seed, 0)
@@ -67,7 +67,7 @@ def check_brain(index: int, seed: int, spacing: float) -> None:
 
 
 def random_streams(index: int, seed: int) -> list[np.random.Generator]:
-    """Independent generators for anatomy, contrast, scanner and lesions: a draw more in one leaves the others alone."""
+    """Independent generators for anatomy, contrast, scanner and lesions: draws from one never affect the others."""
     return [np.random.default_rng(s) for s in np.random.SeedSequence([seed, index]).spawn(4)]
 
 
@@ -80,7 +80,7 @@ def brain_anatomy(index: int, seed: int = 0, spacing: float = 2.0) -> Anatomy:
         spacing: edge of a voxel in mm, between 0.5 and 16.
 
     Raises:
-        ValueError: an argument is outside what is said above.
+        ValueError: an argument is outside the limits above.
     """
     check_brain(index, seed, spacing)
     with one_thread():
@@ -104,7 +104,7 @@ def brain_anatomy(index: int, seed: int = 0, spacing: float = 2.0) -> Anatomy:
         def to_atlas(points: torch.Tensor, moved_by: torch.Tensor) -> torch.Tensor:
             return ((points * half) @ linear.T + shift + moved_by) / half
 
-        # Only voxels near the brain are worth the work, a third of the grid; 4 mm is enough to find them.
+        # Only voxels near the brain, a third of the grid, are computed; 4 mm is enough to find them.
         step = int(CONTROL_SPACING) // _atlas_stride(spacing)
         coarse = atlas.brain[:, :, ::step, ::step, ::step].contiguous()
         near = torch.from_numpy(sample_maps(coarse, to_atlas(control, displacement.flatten(2)[0].T))[0] > 0.05)
@@ -119,7 +119,7 @@ def brain_anatomy(index: int, seed: int = 0, spacing: float = 2.0) -> Anatomy:
         brain = np.zeros(shape, bool)
         brain[tuple(voxels[inside].T)] = True
 
-        # Sulci and the cortex's thickness differ by more than a smooth warp can say: shift the tissues' log odds too.
+        # Sulci and the cortex's thickness differ by more than a smooth warp can: shift the tissues' log odds as well.
         odds = smooth_fields(shape_stream, 3, ((5.0, 0.35), (20.0, 0.25)))
         odds[:, 0] += 0.7 + 0.35 * atrophy
         tissues = sample_maps(atlas.tissues, moved) * np.exp(sample_maps(odds, moved))
@@ -168,7 +168,7 @@ def _atlas_stride(spacing: float) -> int:
 
 
 def _residual_affine(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """What affine registration leaves over: ``[3, 3]`` and a shift in mm."""
+    """What affine registration does not correct: ``[3, 3]`` and a shift in mm."""
     turn = Rotation.from_rotvec(rng.normal(0, np.deg2rad(1.2), 3)).as_matrix()
     stretch = np.diag(np.exp(rng.normal(0, 0.02, 3)))
     return torch.from_numpy(turn @ stretch).float(), torch.from_numpy(rng.normal(0, 1.0, 3)).float()

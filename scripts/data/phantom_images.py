@@ -52,7 +52,7 @@ def brain_phantom(index: int, seed: int = 0, spacing: float = 2.0, lesions: floa
         lesions: probability that a scan has lesions, 0 to 1.
 
     Raises:
-        ValueError: an argument is outside what is said above.
+        ValueError: an argument is outside the limits above.
     """
     check_brain_phantom(index, seed, spacing, lesions)
     with one_thread():
@@ -97,7 +97,7 @@ def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32,
         spacing: edge of a voxel in mm, more than 0. World zero is the centre of the grid.
 
     Raises:
-        ValueError: an argument is outside what is said above.
+        ValueError: an argument is outside the limits above.
     """
     shape = check_ellipsoid_phantom(index, seed, size, spacing)
     rng = np.random.default_rng([seed, index])
@@ -106,7 +106,7 @@ def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32,
     voxels = np.moveaxis(np.indices(shape, np.float32), 0, -1) - centre
     distance = np.linalg.norm(voxels @ Rotation.random(random_state=rng).as_matrix() / radii, axis=-1)
     noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma=1.5)
-    # An edge two voxels wide: what a voxel that the surface crosses would measure.
+    # An edge two voxels wide, as of voxels that the surface crosses.
     inside = np.clip((1 - distance) * radii.min() / 2 + 0.5, 0, 1)
     image = 300 + 60 * noise / noise.std() + inside * rng.uniform(400, 700)
     affine = _affine(spacing, -spacing * (np.array(shape) - 1) / 2)
@@ -114,20 +114,23 @@ def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32,
 
 
 def check_brain_phantom(index: int, seed: int, spacing: float, lesions: float) -> None:
-    """Refuse arguments of :py:func:`brain_phantom` that make no sense.
+    """Refuse invalid arguments of :py:func:`brain_phantom`.
 
     Raises:
-        ValueError: one is outside what is said there.
+        ValueError: one is outside the limits there.
     """
     check_brain(index, seed, spacing)
     check_number("lesions (a probability)", lesions, 0, 1)
 
 
 def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], spacing: float) -> tuple[int, ...]:
-    """The shape that ``size`` stands for; refuse arguments of :py:func:`ellipsoid_phantom` that make no sense.
+    """Refuse invalid arguments of :py:func:`ellipsoid_phantom`.
+
+    Returns:
+        The shape that ``size`` stands for.
 
     Raises:
-        ValueError: one is outside what is said there.
+        ValueError: one is outside the limits there.
     """
     check_integer("index", index, 0)
     check_integer("seed", seed, 0)
@@ -162,7 +165,7 @@ def _lesion_opacity(rng: np.random.Generator, anatomy: Anatomy, spacing: float) 
             grid = np.moveaxis(np.indices(opacity[window].shape), 0, -1) + (first - centre)
             distance = np.linalg.norm((grid * spacing - offset) @ turn / radii, axis=-1)
             opacity[window] = np.maximum(opacity[window], np.clip(1.5 - distance, 0, 1))
-        # However coarse the grid, a lesion fills the voxel it was put in.
+        # On any grid a lesion fills at least the voxel at its centre.
         opacity[tuple(centre)] = 1
     return opacity[anatomy.brain] * np.clip(2 * white, 0, 1)
 

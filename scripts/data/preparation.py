@@ -1,4 +1,4 @@
-"""One raw head made ready for training: bias-corrected, aligned to ICBM152, skull-stripped, resampled once."""
+"""One raw head prepared for training: bias-corrected, aligned to ICBM152, skull-stripped, resampled once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from scripts.utils.slices import plane
 
 __all__ = ["METHOD", "Job", "prepare_scan", "read_record"]
 
-METHOD = 1  # raised whenever the same scan and settings give another result, so that old results are made again
+METHOD = 1  # raised whenever the same scan and settings give another result, so that old results are replaced
 STRIPPED = 0.8  # Dice of a scan's foreground with the template's brain; that of a head with its scalp is about 0.6
 
 
@@ -60,7 +60,7 @@ class Job(NamedTuple):
 
 
 def prepare_scan(job: Job) -> tuple[str, str | None]:
-    """Make the results of one scan; the record is written last, and tells that they are whole.
+    """Make the results of one scan; the record is written last, and shows that they are complete.
 
     Returns:
         The scan's name, and the reason if that failed.
@@ -81,8 +81,8 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
             image = sitk.Clamp(image, sitk.sitkFloat32, 0.0, highest)
             lowest = max(lowest, 0.0)
             image = image / sitk.Exp(log_bias_field(image, head))
-        alone = sitk.Mask(image, head, lowest) if job.mask else image
-        transform, similarity = align(alone, head)
+        shown = sitk.Mask(image, head, lowest) if job.mask else image
+        transform, similarity = align(shown, head)
 
         dice, overlap = _overlap(head, transform)
         stripped = bool(dice >= STRIPPED)
@@ -113,13 +113,13 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
         write_text(job.result(".json"), json.dumps(record, indent=2) + "\n")
     except MemoryError:
         return job.name, "out of memory: lower --workers"
-    except Exception as error:  # whatever is wrong with one scan, the others are prepared
+    except Exception as error:  # one scan must not end the preparation of the others
         return job.name, " ".join(str(error).split()) or type(error).__name__
     return job.name, None
 
 
 def read_record(job: Job) -> dict[str, Any] | None:
-    """The record of a scan's results; None if they are not whole, or of another input or other settings."""
+    """The record of a scan's results; None if they are not complete, or of another input or other settings."""
     try:
         record = json.loads(job.result(".json").read_text(encoding="utf-8"))
         same = record["input"] == _identity(job) and record["settings"] == job.settings
@@ -129,7 +129,7 @@ def read_record(job: Job) -> dict[str, Any] | None:
 
 
 def _identity(job: Job) -> dict[str, Any]:
-    """What tells whether a scan or its mask has changed."""
+    """What changes when a scan or its mask changes."""
     return {"scan": _fingerprint(job.scan), "mask": _fingerprint(job.mask) if job.mask else None}
 
 

@@ -1,10 +1,10 @@
 """Bias correction and affine alignment of head scans to the ICBM152 template, with SimpleITK.
 
 The template is the 2009a symmetric T1 average that the nilearn wheel ships. It is skull-stripped and raw scans are not:
-similarity is measured in the template's brain and a rim around it alone, and the search begins in many places.
+similarity is measured only in the template's brain and a rim around it, and the search starts in many places.
 
 Images are SimpleITK's, whose world is LPS (x to the left, y to the back). A transform maps points of the template to
-points of the scan: the direction that resampling needs, and that ITK and ANTs write to file.
+points of the scan, as resampling needs it, and as ITK and ANTs write it to file.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from scripts.utils.sitk_images import like, to_sitk
 __all__ = ["Alignment", "align", "foreground", "log_bias_field", "smooth_for", "template", "template_brain"]
 
 BINS = 32  # of the joint histogram, along each axis
-# The rim tells the size of the brain. One of 10 mm is too wide: the scalp of raw heads then draws the brain outwards.
-RIM = 6.0  # mm around the template's brain that are compared too
+# The rim shows the size of the brain. With one of 10 mm the scalp of raw heads makes the brain too large.
+RIM = 6.0  # mm around the template's brain that are compared as well
 SEARCH, ROUGH, FINE = 8.0, 4.0, 3.0  # mm between the template's samples, stage by stage
 PADDING = 60.0  # mm of air put around a scan
 HEAD_HEIGHT = 170.0  # mm below the top of the head, where the neck begins
 BIAS_SPACING = 6.0  # mm between the voxels that N4 sees
 
-# The search begins from all combinations of these. Heads tilt forwards and back more than to a side.
+# The search starts from all combinations of these. Heads tilt forwards and back more than to a side.
 PITCHES = (-0.5, -0.25, 0.0, 0.25, 0.5)  # radians
 ROLLS = YAWS = (-0.25, 0.0, 0.25)
-# Size stays fixed at first. The template's edge, were it free to grow, would settle on the scalp of a raw head.
+# Size is fixed at first: a template that is free to grow ends at the scalp of a raw head.
 SCALES = (0.8, 0.9, 1.0)
 TURNED, GROWN = 4, 2  # of each scale, how many starts are optimised as rigid, and how many of these with scaling
 
@@ -81,11 +81,11 @@ def foreground(image: sitk.Image) -> sitk.Image:
     if np.count_nonzero(voxels == lowest) >= 0.1 * voxels.size:
         mask = ndimage.binary_opening(voxels > lowest)
         return like(_filled(_large_parts(mask)), image)
-    # Otsu's threshold by itself may part dark from bright tissue; of the square root, it parts air from tissue.
+    # Otsu's threshold may separate dark from bright tissue; of the square root, it separates air from tissue.
     small = _to_spacing(image, ROUGH)
     smooth = sitk.SmoothingRecursiveGaussian(sitk.Sqrt(sitk.Clamp(small - lowest, lowerBound=0.0)), ROUGH)
     mask = _large_parts(sitk.GetArrayViewFromImage(sitk.OtsuThreshold(smooth, 0, 1)) > 0)
-    # The skull is as dark as air: close over it, that the brain and the scalp are one.
+    # The skull is as dark as air: close the gap, so that brain and scalp are one part.
     mask = np.pad(mask, 3)
     mask = ndimage.binary_closing(mask, ndimage.generate_binary_structure(3, 2), iterations=3)[3:-3, 3:-3, 3:-3]
     return sitk.Resample(like(_filled(mask), small), image, sitk.Transform(), sitk.sitkNearestNeighbor)
@@ -127,7 +127,7 @@ def log_bias_field(image: sitk.Image, mask: sitk.Image) -> sitk.Image:
 def align(image: sitk.Image, head: sitk.Image) -> Alignment:
     """Find the affine transform that maximises the mutual information of a scan with the template.
 
-    Many rigid starts on coarse samples, the better ones with uniform scaling on finer samples, the best one with all
+    Many rigid starts on coarse samples; the better ones with uniform scaling on finer samples; the best one with all
     twelve parameters. Nothing is random: the same scan gives the same transform.
 
     Args:
@@ -135,11 +135,11 @@ def align(image: sitk.Image, head: sitk.Image) -> Alignment:
         head: uint8 on the grid of ``image``, 1 in the head or brain.
 
     Raises:
-        ValueError: when the scan and the template never come to overlap.
+        ValueError: when the scan and the template do not overlap anywhere.
     """
     inside = sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(head) > 0]
     lowest = float(sitk.GetArrayViewFromImage(image).min())
-    # Fat and vessels may be ten times as bright as the brain, and would leave it a few bins of the histogram.
+    # Fat and vessels may be ten times as bright as the brain, which would be left with a few bins of the histogram.
     image = sitk.Clamp(image, sitk.sitkFloat32, lowest, max(float(np.percentile(inside, 99.5)), lowest + 1e-6))
     search, rough, fine = (_Stage(image, spacing) for spacing in (SEARCH, ROUGH, FINE))
 
@@ -170,7 +170,7 @@ class _Stage:
 
     def __init__(self, image: sitk.Image, spacing: float) -> None:
         moving = _to_spacing(image, spacing)
-        # What leaves the scan does not count, so that leaving it would pay: put air around it.
+        # Samples outside of the scan do not count, which would favour transforms that leave it: put air around it.
         width = [math.ceil(PADDING / spacing)] * 3
         self.moving = sitk.ConstantPad(moving, width, width, float(sitk.GetArrayViewFromImage(moving).min()))
         self.fixed, mask = _fixed(spacing)
@@ -182,9 +182,9 @@ class _Stage:
         self.method.SetNumberOfThreads(1)
 
     def similarity(self, transform: sitk.Transform) -> float:
-        """Mutual information in nats; minus infinity where the two do not meet."""
+        """Mutual information in nats; minus infinity where the two do not overlap."""
         self.method.SetInitialTransform(transform)
-        self.method.MetricUseMovingImageGradientFilterOff()  # slow, and no gradient is asked for
+        self.method.MetricUseMovingImageGradientFilterOff()  # slow, and no gradient is needed
         try:
             return -self.method.MetricEvaluate(self.fixed, self.moving)
         except RuntimeError:
@@ -195,7 +195,7 @@ class _Stage:
         return sorted(transforms, key=self.similarity, reverse=True)[:count]
 
     def optimise(self, transform: sitk.Transform, step: float, weights: list[float] | None = None) -> sitk.Transform:
-        """The transform moved to a maximum near it, in steps of ``step`` mm at first; parameters of weight 0 stay."""
+        """Move a transform to a maximum near it, in steps of ``step`` mm at first; parameters of weight 0 stay."""
         result = type(transform)(transform)
         self.method.SetInitialTransform(result, inPlace=True)
         self.method.MetricUseMovingImageGradientFilterOn()  # without its smooth gradients the affine stage diverges
@@ -251,14 +251,14 @@ def brain_centre() -> tuple[float, float, float]:
 
 
 def _centres(head: sitk.Image) -> list[np.ndarray]:
-    """Where the middle of a scan's brain may lie, LPS mm."""
+    """Where the middle of a scan's brain may be, LPS mm."""
     points = _points(head)
     above_neck = points[points[:, 2] > np.percentile(points[:, 2], 99.9) - HEAD_HEIGHT].mean(0)
     return [above_neck, np.array(_middle(head)), np.array(brain_centre())]
 
 
 def _start(centre: np.ndarray, angles: tuple[float, float, float], scale: float) -> sitk.Similarity3DTransform:
-    """The template's brain, turned about its centre and scaled, put at ``centre`` of the scan."""
+    """The transform that turns the template's brain about its centre, scales it and puts it at a scan's ``centre``."""
     start = sitk.Similarity3DTransform()
     start.SetMatrix((np.array(sitk.Euler3DTransform((0, 0, 0), *angles).GetMatrix()) * scale).tolist())
     start.SetCenter(brain_centre())

@@ -1,4 +1,4 @@
-"""Reading a scan, checking it, fitting it to the network's grid and scaling it; and the way back."""
+"""Reading a scan, checking it, fitting it to the network's grid and scaling it; and the inverse of that."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class ScanError(ValueError):
 
 
 class LoadScand(LoadImaged):
-    """
-    MONAI's `LoadImaged` (the reader is chosen by the file's suffix), whose failures name the file and the likely cause.
+    """MONAI's ``LoadImaged``, with errors that name the file and the likely cause.
+
+    The reader is chosen by the file's suffix.
 
     Args:
         keys: the keys that hold a path, a list of paths (one for each channel) or a DICOM folder.
         ensure_channel_first: put the channel axis first; adds one where there is none.
-        kwargs: what else `LoadImaged` takes.
+        kwargs: what else ``LoadImaged`` takes.
 
     Raises:
         ScanError: when a file is missing or no reader can read it.
@@ -63,7 +64,7 @@ def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:
     """One sentence on files that no reader could read."""
     for path in paths:
         if path.is_symlink() and not path.exists():
-            return f"'{path}' is a link to '{path.readlink()}', which does not exist: mend the link, or {ADVICE}."
+            return f"'{path}' is a link to '{path.readlink()}', which does not exist: repair the link, or {ADVICE}."
         if not path.exists():
             return f"'{path}' does not exist: it was moved or deleted after the scans were listed."
         if not os.access(path, os.R_OK):
@@ -86,13 +87,13 @@ def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:
         return f"{names} {error}: {ADVICE}."
     if "dtype([('R'" in str(error):
         return (
-            f"{names} is a colour image (RGB), which has no intensity: convert it to one number a voxel, or {ADVICE}."
+            f"{names} is a colour image (RGB), which has no intensity: convert it to one number per voxel, or {ADVICE}."
         )
     return f"{names} cannot be read as an image ({_reason(error)}): it is truncated or not an image; {ADVICE}."
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error's message, short enough for a sentence. Readers (ITK above all) write paragraphs."""
+    """The first line of an error's message, short enough for a sentence. Readers such as ITK write paragraphs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # ITK begins with the place in its own source and ends with what went wrong.
     line = next((line for line in lines if not line.startswith(("/", "The file couldn't"))), type(error).__name__)
@@ -104,15 +105,14 @@ _AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
 class CheckScand(MapTransform):
-    """
-    Refuse a scan that would poison training, and note where its geometry is not what is expected.
+    """Refuse a scan that would spoil training, and note where its geometry is not what is expected.
 
     Refused are: a wrong number of channels or axes, an empty scan, NaN or infinite voxels, a constant channel, a
-    singular affine. What is noted goes into the scan's metadata: `geometry` (see
-    :py:func:`scripts.data.geometry.describe`) and `differences`, a list of half sentences;
+    singular affine. What is noted goes into the scan's metadata: ``geometry`` (see
+    :py:func:`scripts.data.geometry.describe`) and ``differences``, a list of half sentences;
     :py:func:`scripts.data.cache.read_cohort` acts on them.
 
-    It belongs right after loading, while the geometry is the file's. Input and output: `[channels, *spatial]`.
+    It belongs right after loading, while the geometry is the file's. Input and output: ``[channels, *spatial]``.
 
     Args:
         keys: the keys that hold a loaded scan, channel first.
@@ -121,7 +121,7 @@ class CheckScand(MapTransform):
         spacing: the voxel size in mm expected along each axis (right, anterior, superior, whatever the order they are
             stored in), or one for all. None expects nothing.
         field_of_view: the extent in mm expected, likewise.
-        orientation: the stored axes expected, such as `RAS`. None expects nothing.
+        orientation: the stored axes expected, such as ``RAS``. None expects nothing.
         tolerance: the relative difference of sizes that still counts as equal.
 
     Raises:
@@ -143,10 +143,10 @@ class CheckScand(MapTransform):
         super().__init__(keys, allow_missing_keys)
         for name, sizes in (("spacing", spacing), ("field_of_view", field_of_view)):
             if not all(isinstance(size, int | float) and size > 0 for size in ensure_tuple(sizes or ())):
-                raise ValueError(f"expected_{name} is {sizes!r}: give one number of mm above 0, or one an axis.")
+                raise ValueError(f"expected_{name} is {sizes!r}: give one number of mm above 0, or one per axis.")
         axes = [] if orientation is None else [_AXES.get(letter) for letter in str(orientation)]
         if None in axes or len(set(axes)) < len(axes):
-            raise ValueError(f"expected_orientation is {orientation!r}: give a letter an axis, such as RAS or LPI.")
+            raise ValueError(f"expected_orientation is {orientation!r}: give one letter per axis, such as RAS or LPI.")
         self.channels = channels
         self.spatial_dims = spatial_dims
         self.expected = {
@@ -180,7 +180,7 @@ class CheckScand(MapTransform):
         if found[0] != self.channels:
             raise ScanError(
                 f"'{name}' has {found[0]} channels or time points of shape {found[1:]} where {self.channels} is "
-                f"expected, as a 4D file does: give one volume a scan, or {ADVICE}."
+                f"expected, as a 4D file does: give one volume per scan, or {ADVICE}."
             )
         if self.spatial_dims is not None and len(found) - 1 != self.spatial_dims:
             raise ScanError(
@@ -206,26 +206,25 @@ class CheckScand(MapTransform):
 
 
 class FitShape(SpatialResample):
-    """
-    Fit a scan to a grid of `spatial_shape` voxels along the world's axes, without distorting the anatomy.
+    """Fit a scan to a grid of ``spatial_shape`` voxels along the world's axes, without distorting the anatomy.
 
     The new voxels are cubes, as small as lets the whole scan into the grid; the scan sits in the grid's centre and what
     lies outside it takes the channel's lowest value, which is the background's. A scan that was acquired at an angle is
-    turned upright, and its voxels grow only if its foreground would not fit otherwise. It is one resampling, tracked
-    as MONAI's `SpatialResample`: the affine stays true (a voxel keeps its place in the world) and `inverse` returns the
-    scan's own grid. Before an axis loses resolution the scan is smoothed along it, or detail finer than the new voxels
-    would come back as aliasing.
+    turned upright, and its voxels grow only if its foreground would not fit otherwise. The scan is resampled once, and
+    MONAI's ``SpatialResample`` keeps track of it: the affine stays true (a voxel keeps its place in the world) and
+    ``inverse`` returns the scan's own grid. Where an axis loses resolution the scan is smoothed along it first, against
+    aliasing.
 
-    Input: `[channels, *spatial]`. Output: `[channels, *spatial_shape]`, float32, its axes in the order of the input's.
+    Input: ``[channels, *spatial]``. Output: ``[channels, *spatial_shape]``, float32, its axes in the input's order.
 
     Args:
         spatial_shape: voxels along each axis of the result, or one number for all.
-        mode: the interpolation, `bilinear` (trilinear in 3D) or `nearest`.
+        mode: the interpolation, ``bilinear`` (trilinear in 3D) or ``nearest``.
         keep_aspect: False stretches each axis by itself to fill the grid, as the published code does.
     """
 
     def __init__(self, spatial_shape: Sequence[int] | int, mode: str = "bilinear", keep_aspect: bool = True) -> None:
-        # Zeros outside, on an image shifted to a minimum of zero, is the one padding that paints no streaks.
+        # Zeros outside, on an image shifted to a minimum of zero, is the only padding without streaks.
         super().__init__(mode=mode, padding_mode="zeros")
         self.spatial_shape = spatial_shape
         self.keep_aspect = keep_aspect
@@ -237,7 +236,7 @@ class FitShape(SpatialResample):
         background = image.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * rank)  # each channel has its own
         shifted = image - background
         affine, zoom = self._destination(shifted, shape)
-        # Each new voxel spans `zoom` old ones; (zoom - 1) / 2 is the width scikit-image and MONAI's Resize use.
+        # Each new voxel spans ``zoom`` old ones; (zoom - 1) / 2 is the width scikit-image and MONAI's Resize use.
         sigma = np.maximum((zoom - 1) / 2, 0)
         if sigma.any() and self.mode != "nearest":
             # SciPy's is separable and ten times faster here than MONAI's convolution, which runs on one channel.
@@ -266,13 +265,13 @@ class FitShape(SpatialResample):
         return new, new_spacing / spacing
 
     def inverse(self, data: torch.Tensor) -> torch.Tensor:
-        # On the way back every voxel lies within the grid, to half a voxel: its edge must not fade to zero.
+        # Every voxel of the scan lies within the grid, to half a voxel, so its edge must not fade to zero.
         data.applied_operations[-1][TraceKeys.EXTRA_INFO]["padding_mode"] = "border"
         return super().inverse(data)
 
 
 def _foreground_extent(image: MetaTensor, affine: np.ndarray, axes: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """How large (mm) a box about `centre`, along the world's axes, holds all above 5 % of the brightest voxel."""
+    """How large (mm) a box about ``centre``, along the world's axes, holds all above 5 % of the brightest voxel."""
     step = 3  # every third voxel is enough, with three voxels' margin
     rank = len(centre)
     pixels = image.as_tensor().amax(0).cpu().numpy()
@@ -285,13 +284,12 @@ def _foreground_extent(image: MetaTensor, affine: np.ndarray, axes: np.ndarray, 
 
 
 class FitShaped(MapTransform, InvertibleTransform):
-    """
-    Dictionary form of :py:class:`FitShape`.
+    """Dictionary form of :py:class:`FitShape`.
 
     Args:
-        keys: the keys that hold `[channels, *spatial]` scans.
+        keys: the keys that hold ``[channels, *spatial]`` scans.
         spatial_shape: voxels along each axis of the result, or one number for all.
-        mode: the interpolation, `bilinear` or `nearest`.
+        mode: the interpolation, ``bilinear`` or ``nearest``.
         keep_aspect: False stretches each axis by itself to fill the grid.
     """
 
@@ -320,17 +318,16 @@ class FitShaped(MapTransform, InvertibleTransform):
 
 
 class RobustScaled(MapTransform, InvertibleTransform):
-    """
-    Clip each channel to two of its percentiles and scale these to a range. It can be undone, but for the clipping.
+    """Clip each channel to two of its percentiles and scale these to a range. All but the clipping can be inverted.
 
-    Input and output: `[channels, *spatial]`, float32. `inverse` gives the scan's own units back, to whatever image has
-    the trace of this transform (a reconstruction, say).
+    Input and output: ``[channels, *spatial]``, float32. ``inverse`` gives the scan's own units back, for any image that
+    has the trace of this transform (a reconstruction, say).
 
     Args:
         keys: the keys that hold scans.
-        lower, upper: the percentiles, 0 to 100. Every scan that has any background at all keeps it at `b_min` exactly,
-            so long as more than `lower` percent of its voxels are background.
-        b_min, b_max: what they become.
+        lower, upper: the percentiles, 0 to 100. Background becomes ``b_min`` exactly where more than ``lower`` percent
+            of a scan's voxels are background.
+        b_min, b_max: what the percentiles become.
 
     Raises:
         ScanError: when the two percentiles of a channel are equal.
@@ -379,10 +376,18 @@ class RobustScaled(MapTransform, InvertibleTransform):
 
 
 def unscaled(image: torch.Tensor, info: Mapping[str, Any]) -> torch.Tensor:
-    """The scan's own intensities, from what :py:class:`RobustScaled` noted: `gain` and `offset` a channel, `b_min`."""
+    """Undo :py:class:`RobustScaled`.
+
+    Args:
+        image: ``[channels, *spatial]``, scaled.
+        info: ``gain`` and ``offset``, one per channel, and ``b_min``.
+
+    Returns:
+        The image in the scan's own units.
+    """
     return (image - float(info["b_min"])) / per_channel(info["gain"], image) + per_channel(info["offset"], image)
 
 
 def per_channel(values: Sequence[float], image: torch.Tensor) -> torch.Tensor:
-    """A number for each channel, shaped to go with an image, `[channels, *spatial]`."""
+    """One number per channel, shaped to be broadcast to an image, ``[channels, *spatial]``."""
     return torch.as_tensor(values, dtype=torch.float32, device=image.device).reshape(-1, *[1] * (image.ndim - 1))

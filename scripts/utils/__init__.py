@@ -1,1 +1,1 @@
-"""Files, figures, processes and settings: what knows nothing of the model."""
+"""Files, image formats, figures, processes and settings; nothing here depends on the model."""

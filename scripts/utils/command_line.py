@@ -1,4 +1,4 @@
-"""What every `python -m scripts.<tool>` shares: reading its command line, and ending errors with a sentence."""
+"""The command line of every ``python -m scripts.<command>``: reading it, and ending errors with a sentence."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import fire
 
 
 def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
-    """
-    Call a function with the arguments that the command line gives, and return what it returns.
+    """Call a function with the arguments that the command line gives, and return what it returns.
 
-    Nothing is called until every argument is understood (Fire by itself calls first and complains of a misspelt option
-    afterwards). A `ValueError` or `OSError` ends the program with its message and exit code 1.
+    Nothing is called until every argument is understood (Fire itself calls first and reports a misspelt option
+    afterwards). A ``ValueError`` or ``OSError`` ends the program with its message and exit code 1.
 
     Args:
-        program: how the program is called, such as `python -m scripts.phantoms`.
+        program: how the program is called, such as ``python -m scripts.phantoms``.
         commands: the function, or several by name, of which the first argument chooses one.
+
+    Raises:
+        SystemExit: the arguments are not understood, or the function raises a ``ValueError`` or an ``OSError``.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

@@ -148,7 +148,7 @@ def stop() -> None:
 
 
 def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function on rank 0 alone, while the other processes wait.
+    """Call a function on rank 0 only, while the other processes wait.
 
     Args:
         function: its result must be what JSON can hold, and small: compressed, less than 8 MB, the store's limit per

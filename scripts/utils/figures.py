@@ -68,7 +68,7 @@ def progressive(
     Args:
         path: of the PNG.
         image: the scan, ``[channels, *spatial]``.
-        recons: the reconstructions, shaped like ``image``, from the fewest latents (coarsest level alone) on.
+        recons: the reconstructions, shaped like ``image``, from the fewest latents (the coarsest level only) on.
         labels: what each was made from, say "to 4³".
         value_range: what black and white stand for.
     """

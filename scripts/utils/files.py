@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the folders for them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ def write_whole(
     """Write a file under a temporary name beside ``path``, flush it to disk, then rename it.
 
     Args:
-        path: where the file belongs; the folder must exist.
-        write: is called with the temporary name (same ending as ``path``) and writes the file.
-        before: is called when the file is whole on disk, before it gets its name.
+        path: of the file; the folder must exist.
+        write: is called with the temporary name (same suffix as ``path``) and writes the file.
+        before: is called when the file is whole on disk, before it is renamed.
+
+    Returns:
+        ``path``.
 
     Raises:
         OSError: the disk is full; what ``path`` held before is still there.
     """
     path = Path(path)
-    # the ending stays, since writers such as nibabel and matplotlib choose the format by it
+    # the suffix stays, since writers such as nibabel and matplotlib choose the format by it
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(str(temporary))
@@ -49,7 +52,7 @@ def write_whole(
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself: a file's content, or a folder's list of files."""
+    """Flush a file's content, or a folder's list of files, to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,7 +61,7 @@ def _flush(path: Path) -> None:
 
 
 def _is_full(error: BaseException, folder: Path) -> bool:
-    """Whether a full disk is why something could not be written; PyTorch says no more than that it could not."""
+    """Whether a write failed because of a full disk; PyTorch says no more than that it failed."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
@@ -82,23 +85,23 @@ def as_folder(name: str, path: str | os.PathLike) -> Path:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporary files of :func:`write_whole` that processes left in a folder as they were killed."""
+    """Remove the temporary files of :py:func:`write_whole` that killed processes left in a folder."""
     for path in Path(folder).glob(".[0-9]*.*"):
         path.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
-    """:func:`write_whole` of bytes that are there already."""
+    """Write bytes as a file, whole or not at all."""
     return write_whole(path, lambda temporary: Path(temporary).write_bytes(data))
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """:func:`write_whole` of a text, as UTF-8."""
+    """Write a text as UTF-8, whole or not at all."""
     return write_bytes(path, text.encode())
 
 
 def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:
-    """:func:`write_whole` of a table: the columns' names, then the rows, each in their order."""
+    """Write a table, whole or not at all: the columns' names, then the rows, in their order."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -1,4 +1,4 @@
-"""A run's folders: that they can be written to, and that no two runs write to one."""
+"""The folders of a run: writable, and used by no other run at the same time."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _locks: dict[Path, FileLock] = {}  # held by this process
 
 
 def claim_output_dir(
-    output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str, patience: float = LOCK_TIMEOUT
+    output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, resume: bool | str, timeout: float = LOCK_TIMEOUT
 ) -> None:
     """Check, before anything is read, that a run can write, overwrites no other run, and is alone in ``ckpt_dir``.
 
     ``ckpt_dir`` is locked until :py:func:`release_output_dir` or until this process ends, however that happens.
 
     Args:
-        output_dir: made if need be.
-        ckpt_dir: of the checkpoints; its parent is made if need be.
+        output_dir: created if needed.
+        ckpt_dir: of the checkpoints; its parent is created if needed.
         resume: as the config has it; False refuses a ``ckpt_dir`` that holds a checkpoint.
-        patience: seconds to wait for another run in ``ckpt_dir`` to end.
+        timeout: seconds to wait for another run in ``ckpt_dir`` to end.
 
     Raises:
         NotADirectoryError: a folder is a file.
@@ -39,8 +39,8 @@ def claim_output_dir(
         BlockingIOError: another run is using ``ckpt_dir``.
     """
     _make_writable("output_dir", Path(output_dir))
-    _make_writable("ckpt_dir", Path(ckpt_dir).absolute().parent)  # it is made itself by the first checkpoint
-    _lock(Path(ckpt_dir).absolute(), patience)
+    _make_writable("ckpt_dir", Path(ckpt_dir).absolute().parent)  # the first checkpoint makes ckpt_dir itself
+    _lock(Path(ckpt_dir).absolute(), timeout)
     if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
         release_output_dir(ckpt_dir)
         raise FileExistsError(
@@ -63,16 +63,16 @@ def _make_writable(name: str, folder: Path) -> None:
         ) from error
 
 
-def _lock(ckpt_dir: Path, patience: float) -> None:
+def _lock(ckpt_dir: Path, timeout: float) -> None:
     if ckpt_dir in _locks:
         return
     lock = FileLock(ckpt_dir.with_name(f".{ckpt_dir.name}.lock"), thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.warning("Another run is using ckpt_dir '%s': waiting %g s for its end.", ckpt_dir, patience)
+        logger.warning("Another run is using ckpt_dir '%s': waiting %g s for its end.", ckpt_dir, timeout)
         try:
-            lock.acquire(timeout=patience, poll_interval=0.5)
+            lock.acquire(timeout=timeout, poll_interval=0.5)
         except Timeout:
             raise BlockingIOError(
                 f"ckpt_dir '{ckpt_dir}' is in use by another run, which would lose what this one writes: wait for its "

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,16 +19,16 @@ from scripts.utils.slices import as_array
 
 __all__ = ["curves", "kl_per_latent"]
 
-# what the y axis of a curve says
+# label of a curve's y axis
 UNITS = {
-    "loss": "nats a scan",
-    "nll": "nats a scan",
-    "kl": "nats a scan",
-    "elbo": "nats a scan",
-    "bits_per_dim": "bits a voxel and channel",
+    "loss": "nats per scan",
+    "nll": "nats per scan",
+    "kl": "nats per scan",
+    "elbo": "nats per scan",
+    "bits_per_dim": "bits per voxel and channel",
     "mse": "squared intensity",
     "psnr": "dB",
-    "grad_norm": "nats a scan",
+    "grad_norm": "nats per scan",
     "skipped": "updates",
     "beta": "weight of the KL",
 }
@@ -44,7 +45,7 @@ TITLES = {
 }
 LINEAR = {"beta", "skipped"}
 COLOURS = {"training": "tab:blue", "validation": "tab:orange"}
-KL_FLOOR = 1e-4  # nats a dimension: below, a latent says as good as nothing
+KL_FLOOR = 1e-4  # nats per dimension; a latent below is inactive
 
 
 def curves(
@@ -52,10 +53,10 @@ def curves(
     history: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     references: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Every quantity of a training run against the number of updates, one small panel each.
+    """Plot every quantity of a training run against the number of updates, each in a panel of its own.
 
-    What is positive and spans more than a factor of 20 gets a logarithmic axis. On a linear one, the first 5 % of the
-    updates may leave the panel: they are often orders of magnitude away from the rest.
+    A positive quantity that spans more than a factor of 20 gets a logarithmic axis. On a linear one, the first 5 % of
+    the updates may lie outside of the panel: they are often orders of magnitude away from the rest.
 
     Args:
         path: of the PNG.
@@ -118,14 +119,14 @@ def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mappin
 
 
 def kl_per_latent(
-    path: str | os.PathLike, updates: Sequence[float], kl, dims: Sequence[int], levels: Sequence[str]
+    path: str | os.PathLike, updates: Sequence[float], kl: Any, dims: Sequence[int], levels: Sequence[str]
 ) -> Path:
-    """Which latents are active: the KL divergence of each one over the course of training.
+    """Plot which latents are active: the KL divergence of each over the course of training.
 
     Args:
         path: of the PNG.
         updates: when the KL was measured, ``[time]``, rising.
-        kl: ``[time, latents]`` in nats a scan, top first.
+        kl: ``[time, latents]`` in nats per scan, top first.
         dims: numbers in each latent (channels times grid), ``[latents]``; the colour is KL over dims.
         levels: of each latent by its grid, such as "4³", ``[latents]``; latents of one level are bracketed.
     """
@@ -157,7 +158,7 @@ def kl_per_latent(
     bars.barh(np.arange(latents) + 0.5, last, height=0.8, color="tab:purple")
     bars.set_xscale("symlog", linthresh=1, linscale=0.5)
     bars.set_xlim(0, max(10, 1.3 * last.max()))
-    bars.set_xlabel("nats a scan")
+    bars.set_xlabel("nats per scan")
     bars.set_title(f"at update {updates[-1]:,.0f}, sum {last.sum():,.0f}", fontsize=11)
     bars.grid(axis="x", alpha=0.3)
     bars.spines[["top", "right"]].set_visible(False)

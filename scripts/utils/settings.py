@@ -17,7 +17,7 @@ from scripts.utils.files import write_text
 
 __all__ = ["command_line_config", "save_config"]
 
-# of `python -m monai.bundle run` itself
+# of ``python -m monai.bundle run`` itself
 MONAI_ARGUMENTS = {
     "run_id",
     "init_id",

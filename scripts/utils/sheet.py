@@ -125,7 +125,7 @@ def columns(
 
 
 def shorten(text: str, width: float) -> str:
-    """Text that fits ``width`` inches: its middle is left out where need be."""
+    """Text that fits ``width`` inches: its middle is left out where needed."""
     most = max(5, int(width / 0.072))  # a character at 9.5 points
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
