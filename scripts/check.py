@@ -25,8 +25,9 @@ from monai.utils import ensure_tuple
 
 from scripts.data.check_report import Report, contact_sheet, summary, table, write_rows
 from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
-from scripts.data.datalist import find_scans, subject_names
+from scripts.data.datalist import find_scans
 from scripts.data.inspection import THUMBNAIL, Scan, inspect
+from scripts.data.subjects import subject_names
 from scripts.data.transforms import CheckScand
 from scripts.data.unmatched import find_unmatched
 from scripts.utils.arguments import check_integer

@@ -12,10 +12,9 @@ from scripts.data.datalist import (
     find_scans,
     make_datalist,
     session_name,
-    split_by_subject,
-    subject_name,
     write_datalist,
 )
+from scripts.data.subjects import split_by_subject, subject_names, subject_rule
 
 
 def make_files(root: Path, names) -> Path:
@@ -97,12 +96,12 @@ SUBJECTS = [
 
 @pytest.mark.parametrize(("name", "subject"), SUBJECTS)
 def test_subject_name(name, subject):
-    assert subject_name(name) == subject
+    assert subject_names([name]) == [subject]
 
 
 def test_sessions_of_a_subject_stay_together(tmp_path):
     datalist = make_datalist(make_files(tmp_path, BIDS), train_fraction=0.7)
-    sides = [{subject_name(name) for name in names_of(datalist[s], tmp_path)} for s in ("training", "validation")]
+    sides = [set(subject_names(names_of(datalist[s], tmp_path))) for s in ("training", "validation")]
     assert [len(side) for side in sides] == [7, 3]
     assert not sides[0] & sides[1]
     assert len(datalist["training"]) == 14
@@ -122,6 +121,64 @@ def test_split_depends_on_the_seed_and_the_names_alone(tmp_path):
 def test_one_name_for_all_files_makes_the_folder_the_subject():
     training, validation = split_by_subject([f"cohort/{s}/v{v}/T1.nii.gz" for s in (101, 102) for v in (1, 2)], 0.5)
     assert sorted([training, validation]) == [[0, 1], [2, 3]]
+
+
+VISITS = [f"{subject}/visit{visit}.nii.gz" for subject in (101, 102, 103) for visit in (1, 2)]
+LAYOUTS = [
+    (VISITS, ["101", "101", "102", "102", "103", "103"], "by their folders, such as '101'"),
+    (["101/101_v1.nii", "101/101_v2.nii", "102/102_v1.nii"], ["101", "101", "102"], "by their folders"),
+    (["T1/101.nii", "T1/102.nii", "T1/103.nii", "FLAIR/101.nii"], ["101", "102", "103", "101"], "recur in several"),
+    ([f"site{s}/{i}.nii" for s in "ab" for i in range(21 * (s == "b"), 21 + 21 * (s == "b"))], None, "by their file"),
+    (["a.nii", "b.nii"], ["a", "b"], "by their file names"),
+    ([f"images/{i}.nii" for i in range(9)] + ["more/9.nii"], [str(i) for i in range(10)], "by their file names"),
+    (["x/101/s1/T1.nii", "x/101/s2/T1.nii", "x/102/s1/T1.nii"], ["101", "101", "102"], "by their folders"),
+    (
+        ["sub-1/T1.nii", "7/T1.nii", "8/T1.nii"],
+        ["sub-1", "7", "8"],
+        "by the subject in their names, 2 by their folders",
+    ),
+]
+
+
+@pytest.mark.parametrize(("names", "subjects", "rule"), LAYOUTS)
+def test_where_names_leave_room_for_doubt_more_scans_are_kept_together(names, subjects, rule):
+    found, said = subject_rule(names)
+    assert found == (subjects or [Path(name).stem for name in names])
+    assert rule in said
+
+
+def test_no_subject_is_on_both_sides_and_the_log_says_how_they_are_told(tmp_path, caplog):
+    make_files(tmp_path, VISITS)
+    with caplog.at_level("INFO"):
+        datalist = make_datalist(tmp_path, train_fraction=0.6)
+    assert {item["subject"] for side in datalist.values() for item in side} == {"101", "102", "103"}
+    assert (
+        "Training on 4 scan(s) of 2 subject(s), validating on 2 of 1; subjects are told by their folders" in caplog.text
+    )
+    content = {"training": [{"image": VISITS[0]}, {"image": VISITS[2]}], "validation": [{"image": VISITS[1]}]}
+    (tmp_path / "both.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has 1 subject\\(s\\) both in 'training' and in 'validation', such as '101'"):
+        make_datalist(tmp_path / "both.json")
+    for number, item in enumerate([*content["training"], *content["validation"]]):
+        item["subject"] = str(number)
+    (tmp_path / "both.json").write_text(json.dumps(content))
+    assert len(make_datalist(tmp_path / "both.json")["training"]) == 2
+
+
+def test_results_among_the_scans_are_no_scans(tmp_path, caplog):
+    results = [
+        "a_recon.nii.gz",
+        "out/a_recon_to4.nii.gz",
+        "out/a_anomaly.nii.gz",
+        "run/figures/sample_temperature=1_0.nii.gz",
+    ]
+    make_files(tmp_path, ["a.nii.gz", "b.nii.gz", "c_reconstructed.nii.gz", *results])
+    assert [path.name for path in find_scans(tmp_path)] == ["a.nii.gz", "b.nii.gz", "c_reconstructed.nii.gz"]
+    assert (
+        "4 file(s) are left out, since they are named as results of this bundle, such as 'a_recon.nii.gz'"
+        in caplog.text
+    )
+    assert [path.name for path in find_scans(tmp_path, "*_recon.nii.gz")] == ["a_recon.nii.gz"]
 
 
 def test_neither_side_is_empty():

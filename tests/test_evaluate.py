@@ -177,6 +177,14 @@ def test_scans_that_were_trained_on_are_refused(tmp_path):
     other_seed = {"training": record["validation"], "validation": record["training"]}
     with pytest.raises(ValueError, match=r"1 of the 1 scans to evaluate on.*were trained on.*datalist\.json"):
         held_out(other_seed, tmp_path)
+    # another session of a subject that was trained on; a subject of that name in another data set is somebody else
+    record["training"][0]["subject"] = "sub-1"
+    (tmp_path / "datalist.json").write_text(json.dumps(record))
+    session = {"image": str(tmp_path / "c.nii.gz"), "subject": "sub-1"}
+    with pytest.raises(ValueError, match=r"c\.nii\.gz', or other scans of their subjects, were trained on"):
+        held_out({"training": [], "validation": [session]}, tmp_path)
+    elsewhere = {"image": "/another/c.nii.gz", "subject": "sub-1"}
+    assert held_out({"training": [], "validation": [elsewhere]}, tmp_path)["validation"] == [elsewhere]
     assert held_out(record, tmp_path)["validation"] == record["validation"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from monai.data import load_decathlon_datalist
 
+from scripts.data.subjects import session_name, split_by_subject, subject_rule
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 
@@ -21,19 +23,16 @@ __all__ = [
     "find_by_wildcards",
     "find_scans",
     "make_datalist",
-    "session_name",
-    "split_by_subject",
-    "subject_name",
-    "subject_names",
     "write_datalist",
 ]
 
 logger = logging.getLogger(__name__)
 
-# BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
-# numbers participant_field_instance_array, where the instance is the visit.
-SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)|(?:^|/)(\d+)_\d{5}_\d+_\d+(?=[./_]|$)")
-SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?=[./_]|$)")
+# how the names of this bundle's own results, figures' samples and previews end
+RESULT = re.compile(
+    r"_(recon(_to\w+)?|scale|zscore|anomaly|imputed_\w+|sample|step\d+)\.nii(\.gz)?$"
+    r"|(^|/)(sample_temperature=[^/]*|preview_\d+)\.nii\.gz$"
+)
 WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")
 SIDES = ("training", "validation", "testing")
 
@@ -43,6 +42,7 @@ def find_scans(
 ) -> list[Path] | list[list[Path]]:
     """List the scans under a folder, at any depth, sorted by their path relative to it.
 
+    Results that a job left among the scans (``x_recon.nii.gz``) are left out, unless the pattern asks for them.
     Hidden files and folders (names that begin with a dot, such as the ``._*`` files of macOS) are skipped; links to
     folders are followed once.
 
@@ -116,6 +116,14 @@ def find_by_wildcards(
     match = _compile_pattern(pattern, pattern_setting)
     names = sorted(_walk(root, folders=pattern.endswith("/")))
     found = {key: name for name in names if (key := match(name)) is not None}
+    results = [name for name in found.values() if RESULT.search(name)]
+    if results and not RESULT.search(pattern):
+        logger.warning(
+            "%d file(s) are left out, since they are named as results of this bundle, such as '%s': name them by "
+            "--%s if they are scans.",
+            *(len(results), results[0], pattern_setting),
+        )
+        found = {key: name for key, name in found.items() if name not in set(results)}
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
         example = f", such as '{names[0]}'" if names else ""
@@ -186,73 +194,6 @@ def _expression(part: str) -> re.Pattern:
     return re.compile("".join(pieces), re.DOTALL)
 
 
-def subject_name(name: str) -> str:
-    """The subject of a scan, from its relative posix path.
-
-    That is its BIDS entity (``sub-01``), its UK Biobank participant (``1234567`` of ``1234567_20253_2_0.nii.gz``), or
-    else its file name up to the first dot.
-    """
-    found = SUBJECT.search(name)
-    return found[found.lastindex] if found else name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
-
-
-def subject_names(names: Sequence[str]) -> list[str]:
-    """The subject of each scan of a cohort.
-
-    Where no name has a subject and all files have the same name (``101/T1.nii.gz``, ``102/T1.nii.gz``), it is the first
-    folder in which the paths differ.
-
-    Args:
-        names: the scans' relative posix paths.
-    """
-    subjects = [subject_name(name) for name in names]
-    if len(names) > 1 and len(set(subjects)) == 1 and not any(map(SUBJECT.search, names)):
-        shared = len(os.path.commonpath(names))
-        subjects = [name[shared:].lstrip("/").split("/", 1)[0] for name in names]
-    return subjects
-
-
-def session_name(name: str) -> str | None:
-    """The session of a scan, from its path: its BIDS entity (``ses-2``) or UK Biobank instance (``2``); else None."""
-    found = SESSION.search(name)
-    return found[found.lastindex] if found else None
-
-
-def split_by_subject(
-    names: Sequence[str], train_fraction: float = 0.95, seed: int = 0, subjects: Sequence[str] | None = None
-) -> tuple[list[int], list[int]]:
-    """Split scans in two so that no subject is on both sides and neither side is empty.
-
-    The split depends on the set of names and on the seed, not on the order of the names.
-
-    Args:
-        names: the scans' relative posix paths.
-        train_fraction: the share of subjects to train on, between 0 and 1.
-        seed: chooses the split.
-        subjects: of each scan, by default what :py:func:`subject_names` finds.
-
-    Returns:
-        Indices into ``names``: of the training scans and of the validation scans, each in order of name.
-
-    Raises:
-        ValueError: when ``train_fraction`` is not between 0 and 1, or when there are fewer than two subjects.
-    """
-    if not 0 < train_fraction < 1:
-        raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
-    order = sorted(range(len(names)), key=names.__getitem__)
-    subjects = subject_names(names) if subjects is None else subjects
-    all_subjects = sorted(set(subjects))
-    if len(all_subjects) < 2:
-        raise ValueError(
-            f"{len(names)} scan(s) of {len(all_subjects)} subject(s) cannot be split into training and validation, "
-            "which need a subject each: add scans to dataset_dir, widen scan_pattern, or raise max_scans."
-        )
-    random.Random(seed).shuffle(all_subjects)
-    count = min(max(round(train_fraction * len(all_subjects)), 1), len(all_subjects) - 1)
-    training = set(all_subjects[:count])
-    return [i for i in order if subjects[i] in training], [i for i in order if subjects[i] not in training]
-
-
 def make_datalist(
     dataset_dir: str | os.PathLike,
     scan_pattern: str | Sequence[str] = "*.nii*",
@@ -292,12 +233,13 @@ def make_datalist(
         raise ValueError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
     root = Path(dataset_dir).expanduser()
     if root.suffix == ".json" and root.is_file():
-        sides = _read_datalist(root)
+        sides, rule = read_datalist(root)
         root = Path(os.path.normpath(root.parent))
     else:
-        sides = {"training": [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]}
-    sides = _with_entities(sides, root)
+        items = [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]
+        sides, rule = _with_entities({"training": items}, root)
     training, validation = sides["training"], sides.get("validation", [])
+    _check_sides(sides, dataset_dir)
 
     generator = random.Random(seed)
     if validation:
@@ -309,7 +251,25 @@ def make_datalist(
         training, validation = ([items[i] for i in side] for side in split)
     if batch_size is not None:
         check_batch_size(training, batch_size, of=len(training) + len(validation))
+    logger.info(
+        "Training on %d scan(s) of %d subject(s), validating on %d of %d; subjects are told %s.",
+        *(count for side in (training, validation) for count in (len(side), len({item["subject"] for item in side}))),
+        rule,
+    )
     return {**sides, "training": training, "validation": validation}
+
+
+def _check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
+    """Refuse a datalist with a subject on two sides."""
+    subjects = {side: {item["subject"] for item in items} for side, items in sides.items()}
+    for one, other in itertools.combinations(subjects, 2):
+        both = sorted(subjects[one] & subjects[other])
+        if both:
+            raise ValueError(
+                f"dataset_dir '{path}' has {len(both)} subject(s) both in '{one}' and in '{other}', such as "
+                f"'{both[0]}': move all scans of a subject to one side, or, if these are different people, give each "
+                "item a 'subject'."
+            )
 
 
 def check_batch_size(training: list, batch_size: int, of: int | None = None) -> None:
@@ -358,22 +318,30 @@ def as_text(found: Path | list[Path]) -> str | list[str]:
     return [str(path) for path in found] if isinstance(found, list) else str(found)
 
 
-def _with_entities(sides: dict[str, list[dict]], root: Path) -> dict[str, list[dict]]:
-    """Add to items their subject and, if there is one, their session, by their names, where they have none."""
+def _with_entities(sides: dict[str, list[dict]], root: Path) -> tuple[dict[str, list[dict]], str]:
+    """Add to items their subject and, if there is one, their session, by their names, where they have none.
+
+    Returns:
+        the sides, and by what subjects are told.
+    """
     items = [item for side in sides.values() for item in side]
     names = [_relative_name(item, root) for item in items]
     entities = []
-    for name, subject in zip(names, subject_names(names), strict=True):
+    subjects, rule = subject_rule(names)
+    if all("subject" in item for item in items):
+        rule = "by the datalist"
+    for name, subject in zip(names, subjects, strict=True):
         session = session_name(name)
         entities.append({"subject": subject, **({"session": session} if session else {})})
     known = iter(entities)
     kept = ("image", "subject", "session")
-    return {
+    named = {
         side: [
             {"image": item["image"], **next(known), **{k: item[k] for k in kept if k in item}} for item in side_items
         ]
         for side, side_items in sides.items()
     }
+    return named, rule
 
 
 def _relative_name(item: dict, root: Path) -> str:
@@ -396,6 +364,15 @@ def _keep_both(training: list, validation: list, count: int | None, generator: r
         return training, validation
     validating = min(max(round(count * len(validation) / total), 1), count - 1)
     return _keep(training, count - validating, generator), _keep(validation, validating, generator)
+
+
+def read_datalist(path: Path) -> tuple[dict[str, list[dict]], str]:
+    """The sides of a datalist as its file has them, each item with its subject, and by what subjects are told.
+
+    Raises:
+        ValueError: the file is not a datalist.
+    """
+    return _with_entities(_read_datalist(path), Path(os.path.normpath(path.parent)))
 
 
 def _read_datalist(path: Path) -> dict[str, list[dict]]:

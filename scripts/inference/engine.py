@@ -24,7 +24,7 @@ from monai.transforms import Compose
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts.data.datalist import as_text, find_scans, make_datalist
+from scripts.data.datalist import as_text, find_scans, read_datalist
 from scripts.data.transforms import ScanError
 from scripts.inference.outputs import ScanLayout
 from scripts.layers.gaussian import noise_from
@@ -88,7 +88,7 @@ def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]
     """
     root = Path(dataset_dir).expanduser()
     if root.suffix == ".json" and root.is_file():
-        sides = make_datalist(root)
+        sides, _ = read_datalist(root)
         return sides.get("testing") or [item for side in sides.values() for item in side]
     found = find_scans(root, scan_pattern)
     return [{"image": as_text(path)} for path in found]

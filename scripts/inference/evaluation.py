@@ -87,13 +87,22 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
     items = datalist.get("testing") or datalist["validation"]
     record = Path(output_dir) / "datalist.json"
     if record.is_file():
-        trained = {_path(item) for item in json.loads(record.read_text(encoding="utf-8"))["training"]}
-        known = [item for item in items if _path(item) in trained]
+        trained = json.loads(record.read_text(encoding="utf-8"))["training"]
+        paths = {_path(item) for item in trained}
+        # a subject's name tells who it is within one data set alone
+        root = os.path.commonpath([Path(path).parent for path in paths])
+        subjects = {item["subject"] for item in trained if "subject" in item}
+        known = [
+            item
+            for item in items
+            if _path(item) in paths or (item.get("subject") in subjects and Path(_path(item)).is_relative_to(root))
+        ]
         if known:
             raise ValueError(
-                f"{len(known)} of the {len(items)} scans to evaluate on, such as '{_path(known[0])}', were trained on "
-                f"by the run in '{output_dir}': set --dataset_dir to '{record}', which holds its split, or the keys "
-                "that choose the split (seed, train_fraction, max_scans, scan_pattern) as that run had them."
+                f"{len(known)} of the {len(items)} scans to evaluate on, such as '{_path(known[0])}', or other scans "
+                f"of their subjects, were trained on by the run in '{output_dir}': set --dataset_dir to '{record}', "
+                "which holds its split, or the keys that choose the split (seed, train_fraction, max_scans, scan_pattern) as "
+                "that run had them."
             )
     return {"validation": items}
 
