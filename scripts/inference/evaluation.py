@@ -101,8 +101,8 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
             raise ValueError(
                 f"{len(known)} of the {len(items)} scans to evaluate on, such as '{_path(known[0])}', or other scans "
                 f"of their subjects, were trained on by the run in '{output_dir}': set --dataset_dir to '{record}', "
-                "which holds its split, or the keys that choose the split (seed, train_fraction, max_scans, scan_pattern) as "
-                "that run had them."
+                "which holds its split, or the keys that choose the split (seed, train_fraction, max_scans, "
+                "scan_pattern) as that run had them."
             )
     return {"validation": items}
 
