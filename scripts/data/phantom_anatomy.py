@@ -14,14 +14,7 @@ from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from scripts.data.random_fields import (
-    CONTROL_SHAPE,
-    CONTROL_SPACING,
-    EXTENT,
-    grid_points,
-    sample_maps,
-    smooth_fields,
-)
+from scripts.data.random_fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
 
 __all__ = ["Anatomy", "brain_anatomy", "check_brain", "near_ventricles", "one_thread", "random_streams"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 from matplotlib.image import imsave
 from monai.data import MetaTensor
 from scipy import ndimage
@@ -65,23 +65,23 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
     Returns:
         The scan's name, and the reason if that failed.
     """
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     identity = _identity(job)
     for ending in (".json", ".nii.gz", ".tfm", ".png"):
         job.result(ending).unlink(missing_ok=True)
     try:
         image = _read(job.scan)
         _check_extent(image, job.scan)
-        voxels = sitk.GetArrayViewFromImage(image)
+        voxels = SimpleITK.GetArrayViewFromImage(image)
         lowest, highest = float(voxels.min()), float(voxels.max())
         head = _read_mask(job.mask, image) if job.mask else foreground(image)
         # A bias field is a factor; scans with negative values (CT, z-scores) have none to find.
         corrected = job.settings["bias_correction"] and np.count_nonzero(voxels < 0) <= 0.01 * voxels.size
         if corrected:
-            image = sitk.Clamp(image, sitk.sitkFloat32, 0.0, highest)
+            image = SimpleITK.Clamp(image, SimpleITK.sitkFloat32, 0.0, highest)
             lowest = max(lowest, 0.0)
-            image = image / sitk.Exp(log_bias_field(image, head))
-        shown = sitk.Mask(image, head, lowest) if job.mask else image
+            image = image / SimpleITK.Exp(log_bias_field(image, head))
+        shown = SimpleITK.Mask(image, head, lowest) if job.mask else image
         transform, similarity = align(shown, head)
 
         dice, overlap = _overlap(head, transform)
@@ -95,18 +95,18 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
             "skull_stripped": stripped,
             "bias_corrected": bool(corrected),
         }
-        values = (lowest, float(sitk.GetArrayViewFromImage(image).max()))
+        values = (lowest, float(SimpleITK.GetArrayViewFromImage(image).max()))
         result = _resample(image, transform, job.settings["spacing"], values)
         if not job.settings["keep_skull"]:
-            inside = sitk.Resample(
-                sitk.Cast(head if job.mask or stripped else template_brain(), sitk.sitkFloat32),
+            inside = SimpleITK.Resample(
+                SimpleITK.Cast(head if job.mask or stripped else template_brain(), SimpleITK.sitkFloat32),
                 result,
-                transform if job.mask or stripped else sitk.Transform(),
-                sitk.sitkLinear,
+                transform if job.mask or stripped else SimpleITK.Transform(),
+                SimpleITK.sitkLinear,
             )
-            result = sitk.Mask(result, inside >= 0.5)
+            result = SimpleITK.Mask(result, inside >= 0.5)
         job.stem.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(job.result(".tfm"), lambda path: sitk.WriteTransform(transform, path))
+        write_whole(job.result(".tfm"), lambda path: SimpleITK.WriteTransform(transform, path))
         write_whole(job.result(".png"), lambda path: imsave(path, _picture(image, transform)))
         write_bytes(job.result(".nii.gz"), nifti_bytes(*array_and_affine(result), world="mni", compresslevel=4))
         record = {"input": identity, "settings": job.settings, "row": row}
@@ -138,13 +138,13 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256(json.dumps([state[:3] for state in file_states(path)]).encode()).hexdigest()
 
 
-def _read(path: Path) -> sitk.Image:
+def _read(path: Path) -> SimpleITK.Image:
     """A scan, float32. Raises ScanError."""
     scan: MetaTensor = CheckScand("image")(LoadScand("image")({"image": str(path)}))["image"]
     return to_sitk(scan[0].numpy(), scan.affine.numpy().astype(float))
 
 
-def _check_extent(image: sitk.Image, path: Path) -> None:
+def _check_extent(image: SimpleITK.Image, path: Path) -> None:
     extent = [n * s for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
     if min(image.GetSize()) < 8 or min(extent) < 60 or max(extent) > 1000:
         raise ScanError(
@@ -153,10 +153,10 @@ def _check_extent(image: sitk.Image, path: Path) -> None:
         )
 
 
-def _read_mask(path: Path, image: sitk.Image) -> sitk.Image:
+def _read_mask(path: Path, image: SimpleITK.Image) -> SimpleITK.Image:
     """A brain mask on the grid of a scan, uint8."""
-    mask = sitk.Resample(_read(path) > 0, image, sitk.Transform(), sitk.sitkNearestNeighbor)
-    litres = np.count_nonzero(sitk.GetArrayViewFromImage(mask)) * math.prod(image.GetSpacing()) / 1e6
+    mask = SimpleITK.Resample(_read(path) > 0, image, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
+    litres = np.count_nonzero(SimpleITK.GetArrayViewFromImage(mask)) * math.prod(image.GetSpacing()) / 1e6
     if litres < 0.1:
         raise ScanError(
             f"the mask '{path}' covers {litres:.2f} l of its scan, too little for a brain: "
@@ -165,16 +165,16 @@ def _read_mask(path: Path, image: sitk.Image) -> sitk.Image:
     return mask
 
 
-def _overlap(head: sitk.Image, transform: sitk.Transform) -> tuple[float, float]:
+def _overlap(head: SimpleITK.Image, transform: SimpleITK.Transform) -> tuple[float, float]:
     """Dice of the scan's foreground with the template's brain, and the share of the latter that it covers."""
     brain = template_brain()
-    found = sitk.Resample(head, brain, transform, sitk.sitkNearestNeighbor)
-    ours, theirs = (sitk.GetArrayViewFromImage(mask) > 0 for mask in (found, brain))
+    found = SimpleITK.Resample(head, brain, transform, SimpleITK.sitkNearestNeighbor)
+    ours, theirs = (SimpleITK.GetArrayViewFromImage(mask) > 0 for mask in (found, brain))
     both = np.count_nonzero(ours & theirs)
     return float(2 * both / (ours.sum() + theirs.sum())), float(both / theirs.sum())
 
 
-def _movement(transform: sitk.AffineTransform) -> dict[str, float]:
+def _movement(transform: SimpleITK.AffineTransform) -> dict[str, float]:
     """What is done to the scan, in RAS: volume, the largest over the smallest stretch, degrees and mm of its brain."""
     matrix = np.array(transform.GetMatrix()).reshape(3, 3)
     scan_to_template = FLIP[:3, :3] @ np.linalg.inv(matrix) @ FLIP[:3, :3]
@@ -189,19 +189,21 @@ def _movement(transform: sitk.AffineTransform) -> dict[str, float]:
     }
 
 
-def _resample(image: sitk.Image, transform: sitk.Transform, spacing: float, values: tuple[float, float]) -> sitk.Image:
+def _resample(
+    image: SimpleITK.Image, transform: SimpleITK.Transform, spacing: float, values: tuple[float, float]
+) -> SimpleITK.Image:
     """The scan on cubic voxels over the template's field of view: cubic splines, kept within the scan's own values."""
     grid = template()
     extent = [(n - 1) * s for n, s in zip(grid.GetSize(), grid.GetSpacing(), strict=True)]
     size = [math.floor(e / spacing + 1e-6) + 1 for e in extent]
     smooth = smooth_for(image, spacing)
-    result = sitk.Resample(
-        smooth, size, transform, sitk.sitkBSpline, grid.GetOrigin(), [spacing] * 3, grid.GetDirection(), 0.0
+    result = SimpleITK.Resample(
+        smooth, size, transform, SimpleITK.sitkBSpline, grid.GetOrigin(), [spacing] * 3, grid.GetDirection(), 0.0
     )
-    return sitk.Clamp(result, sitk.sitkFloat32, min(values[0], 0.0), values[1])
+    return SimpleITK.Clamp(result, SimpleITK.sitkFloat32, min(values[0], 0.0), values[1])
 
 
-def _picture(image: sitk.Image, transform: sitk.Transform) -> np.ndarray:
+def _picture(image: SimpleITK.Image, transform: SimpleITK.Transform) -> np.ndarray:
     """Three slices of the scan, skull and all, with the template's outline: uint8 ``[rows, columns, 3]``."""
     grid = template()
     panels = []
@@ -209,9 +211,13 @@ def _picture(image: sitk.Image, transform: sitk.Transform) -> np.ndarray:
         index = round(abs(mm - FLIP[axis, axis] * grid.GetOrigin()[axis]))
         start, size = [0, 0, 0], list(grid.GetSize())
         start[axis], size[axis] = index, 1
-        cut = sitk.RegionOfInterest(grid, size, start)
-        scan = plane(sitk.GetArrayFromImage(sitk.Resample(image, cut, transform, sitk.sitkLinear)).T, axis)
-        brain = plane(sitk.GetArrayFromImage(sitk.RegionOfInterest(template_brain(), size, start)).T, axis) > 0
+        cut = SimpleITK.RegionOfInterest(grid, size, start)
+        scan = plane(
+            SimpleITK.GetArrayFromImage(SimpleITK.Resample(image, cut, transform, SimpleITK.sitkLinear)).T, axis
+        )
+        brain = (
+            plane(SimpleITK.GetArrayFromImage(SimpleITK.RegionOfInterest(template_brain(), size, start)).T, axis) > 0
+        )
         low, high = np.percentile(scan, 1), np.percentile(scan[brain], 99.5)
         gray = np.clip((scan - low) / max(high - low, 1e-6), 0, 1)
         colours = np.repeat((255 * gray).astype(np.uint8)[..., None], 3, -1)

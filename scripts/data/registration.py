@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
@@ -47,24 +47,24 @@ class Alignment(NamedTuple):
         similarity: Mattes mutual information in nats, in the template's brain and its rim; higher is better.
     """
 
-    transform: sitk.AffineTransform
+    transform: SimpleITK.AffineTransform
     similarity: float
 
 
 @lru_cache(maxsize=1)
-def template() -> sitk.Image:
+def template() -> SimpleITK.Image:
     """The ICBM152 2009a symmetric T1 average that nilearn ships: 1 mm, float32, 0 outside of the brain, up to 255."""
     t1 = load_mni152_template(resolution=1)
     return to_sitk(255 * np.asarray(t1.dataobj), t1.affine)
 
 
 @lru_cache(maxsize=1)
-def template_brain() -> sitk.Image:
+def template_brain() -> SimpleITK.Image:
     """The template's brain mask: 1 mm, uint8."""
     return template() > 0
 
 
-def foreground(image: sitk.Image) -> sitk.Image:
+def foreground(image: SimpleITK.Image) -> SimpleITK.Image:
     """What a scan shows without the air around it: the head, or the brain alone if the scan is skull-stripped.
 
     Air is the lowest value if a tenth of all voxels have exactly that, and what Otsu's threshold says otherwise. Small
@@ -76,19 +76,21 @@ def foreground(image: sitk.Image) -> sitk.Image:
     Returns:
         uint8 on the grid of ``image``, 1 in the foreground.
     """
-    voxels = sitk.GetArrayViewFromImage(image)
+    voxels = SimpleITK.GetArrayViewFromImage(image)
     lowest = float(voxels.min())
     if np.count_nonzero(voxels == lowest) >= 0.1 * voxels.size:
         mask = ndimage.binary_opening(voxels > lowest)
         return like(_filled(_large_parts(mask)), image)
     # Otsu's threshold may separate dark from bright tissue; of the square root, it separates air from tissue.
     small = _to_spacing(image, ROUGH)
-    smooth = sitk.SmoothingRecursiveGaussian(sitk.Sqrt(sitk.Clamp(small - lowest, lowerBound=0.0)), ROUGH)
-    mask = _large_parts(sitk.GetArrayViewFromImage(sitk.OtsuThreshold(smooth, 0, 1)) > 0)
+    smooth = SimpleITK.SmoothingRecursiveGaussian(
+        SimpleITK.Sqrt(SimpleITK.Clamp(small - lowest, lowerBound=0.0)), ROUGH
+    )
+    mask = _large_parts(SimpleITK.GetArrayViewFromImage(SimpleITK.OtsuThreshold(smooth, 0, 1)) > 0)
     # The skull is as dark as air: close the gap, so that brain and scalp are one part.
     mask = np.pad(mask, 3)
     mask = ndimage.binary_closing(mask, ndimage.generate_binary_structure(3, 2), iterations=3)[3:-3, 3:-3, 3:-3]
-    return sitk.Resample(like(_filled(mask), small), image, sitk.Transform(), sitk.sitkNearestNeighbor)
+    return SimpleITK.Resample(like(_filled(mask), small), image, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
 
 
 def _large_parts(mask: np.ndarray) -> np.ndarray:
@@ -103,7 +105,7 @@ def _filled(mask: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes(mask).astype(np.uint8)
 
 
-def log_bias_field(image: sitk.Image, mask: sitk.Image) -> sitk.Image:
+def log_bias_field(image: SimpleITK.Image, mask: SimpleITK.Image) -> SimpleITK.Image:
     """The logarithm of a scan's multiplicative bias field, by N4 on voxels of 6 mm.
 
     Args:
@@ -115,16 +117,16 @@ def log_bias_field(image: sitk.Image, mask: sitk.Image) -> sitk.Image:
         ``image / exp(field)``.
     """
     small = _to_spacing(image, BIAS_SPACING)
-    inside = sitk.Resample(mask, small, sitk.Transform(), sitk.sitkNearestNeighbor) & (small > 0)
-    correction = sitk.N4BiasFieldCorrectionImageFilter()
+    inside = SimpleITK.Resample(mask, small, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor) & (small > 0)
+    correction = SimpleITK.N4BiasFieldCorrectionImageFilter()
     correction.SetMaximumNumberOfIterations([30, 30, 30])
     correction.Execute(small, inside)
-    coarse = sitk.GetArrayFromImage(correction.GetLogBiasFieldAsImage(small))
-    level = np.median(coarse[sitk.GetArrayViewFromImage(inside) > 0])
-    return sitk.Cast(correction.GetLogBiasFieldAsImage(image), sitk.sitkFloat32) - float(level)
+    coarse = SimpleITK.GetArrayFromImage(correction.GetLogBiasFieldAsImage(small))
+    level = np.median(coarse[SimpleITK.GetArrayViewFromImage(inside) > 0])
+    return SimpleITK.Cast(correction.GetLogBiasFieldAsImage(image), SimpleITK.sitkFloat32) - float(level)
 
 
-def align(image: sitk.Image, head: sitk.Image) -> Alignment:
+def align(image: SimpleITK.Image, head: SimpleITK.Image) -> Alignment:
     """Find the affine transform that maximises the mutual information of a scan with the template.
 
     Many rigid starts on coarse samples; the better ones with uniform scaling on finer samples; the best one with all
@@ -137,10 +139,12 @@ def align(image: sitk.Image, head: sitk.Image) -> Alignment:
     Raises:
         ValueError: when the scan and the template do not overlap anywhere.
     """
-    inside = sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(head) > 0]
-    lowest = float(sitk.GetArrayViewFromImage(image).min())
+    inside = SimpleITK.GetArrayViewFromImage(image)[SimpleITK.GetArrayViewFromImage(head) > 0]
+    lowest = float(SimpleITK.GetArrayViewFromImage(image).min())
     # Fat and vessels may be ten times as bright as the brain, which would be left with a few bins of the histogram.
-    image = sitk.Clamp(image, sitk.sitkFloat32, lowest, max(float(np.percentile(inside, 99.5)), lowest + 1e-6))
+    image = SimpleITK.Clamp(
+        image, SimpleITK.sitkFloat32, lowest, max(float(np.percentile(inside, 99.5)), lowest + 1e-6)
+    )
     search, rough, fine = (_Stage(image, spacing) for spacing in (SEARCH, ROUGH, FINE))
 
     grown = []
@@ -157,31 +161,31 @@ def align(image: sitk.Image, head: sitk.Image) -> Alignment:
     return Alignment(affine, similarity)
 
 
-def smooth_for(image: sitk.Image, spacing: float) -> sitk.Image:
+def smooth_for(image: SimpleITK.Image, spacing: float) -> SimpleITK.Image:
     """A scan smoothed along those axes on which voxels of ``spacing`` mm are larger than its own; float32."""
     zoom = spacing / np.array(image.GetSpacing()[::-1])
     sigma = np.maximum((zoom - 1) / 2, 0)  # voxels
-    voxels = sitk.GetArrayViewFromImage(image)
+    voxels = SimpleITK.GetArrayViewFromImage(image)
     return like(ndimage.gaussian_filter(voxels, sigma, output=np.float32, mode="nearest", truncate=3), image)
 
 
 class _Stage:
     """The similarity of a scan and the template on samples of one density, and its maximum."""
 
-    def __init__(self, image: sitk.Image, spacing: float) -> None:
+    def __init__(self, image: SimpleITK.Image, spacing: float) -> None:
         moving = _to_spacing(image, spacing)
         # Samples outside of the scan do not count, which would favour transforms that leave it: put air around it.
         width = [math.ceil(PADDING / spacing)] * 3
-        self.moving = sitk.ConstantPad(moving, width, width, float(sitk.GetArrayViewFromImage(moving).min()))
+        self.moving = SimpleITK.ConstantPad(moving, width, width, float(SimpleITK.GetArrayViewFromImage(moving).min()))
         self.fixed, mask = _fixed(spacing)
-        self.method = sitk.ImageRegistrationMethod()
+        self.method = SimpleITK.ImageRegistrationMethod()
         self.method.SetMetricAsMattesMutualInformation(BINS)
         self.method.SetMetricFixedMask(mask)
-        self.method.SetInterpolator(sitk.sitkLinear)
+        self.method.SetInterpolator(SimpleITK.sitkLinear)
         self.method.MetricUseFixedImageGradientFilterOff()
         self.method.SetNumberOfThreads(1)
 
-    def similarity(self, transform: sitk.Transform) -> float:
+    def similarity(self, transform: SimpleITK.Transform) -> float:
         """Mutual information in nats; minus infinity where the two do not overlap."""
         self.method.SetInitialTransform(transform)
         self.method.MetricUseMovingImageGradientFilterOff()  # slow, and no gradient is needed
@@ -194,7 +198,9 @@ class _Stage:
         """The ``count`` transforms of the highest similarity, best first."""
         return sorted(transforms, key=self.similarity, reverse=True)[:count]
 
-    def optimise(self, transform: sitk.Transform, step: float, weights: list[float] | None = None) -> sitk.Transform:
+    def optimise(
+        self, transform: SimpleITK.Transform, step: float, weights: list[float] | None = None
+    ) -> SimpleITK.Transform:
         """Move a transform to a maximum near it, in steps of ``step`` mm at first; parameters of weight 0 stay."""
         result = type(transform)(transform)
         self.method.SetInitialTransform(result, inPlace=True)
@@ -210,37 +216,37 @@ class _Stage:
 
 
 @lru_cache(maxsize=3)
-def _fixed(spacing: float) -> tuple[sitk.Image, sitk.Image]:
+def _fixed(spacing: float) -> tuple[SimpleITK.Image, SimpleITK.Image]:
     """The template on voxels of ``spacing`` mm, and the mask of its brain with the rim."""
     image = _to_spacing(template(), spacing)
-    distance = sitk.SignedMaurerDistanceMap(template_brain(), squaredDistance=False, useImageSpacing=True)
-    return image, sitk.Resample(distance < RIM, image, sitk.Transform(), sitk.sitkNearestNeighbor)
+    distance = SimpleITK.SignedMaurerDistanceMap(template_brain(), squaredDistance=False, useImageSpacing=True)
+    return image, SimpleITK.Resample(distance < RIM, image, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
 
 
-def _to_spacing(image: sitk.Image, spacing: float) -> sitk.Image:
+def _to_spacing(image: SimpleITK.Image, spacing: float) -> SimpleITK.Image:
     """A scan on cubic voxels of ``spacing`` mm over the same field of view, float32."""
     extent = np.array(image.GetSize()) * image.GetSpacing()
     size = np.maximum(np.ceil(extent / spacing - 1e-3), 4).astype(int).tolist()
-    grid = sitk.Image(size, sitk.sitkUInt8)
+    grid = SimpleITK.Image(size, SimpleITK.sitkUInt8)
     grid.SetSpacing([spacing] * 3)
     grid.SetDirection(image.GetDirection())
     grid.SetOrigin((np.array(_middle(image)) - _middle(grid)).tolist())
-    resample = sitk.ResampleImageFilter()
+    resample = SimpleITK.ResampleImageFilter()
     resample.SetReferenceImage(grid)
-    resample.SetInterpolator(sitk.sitkLinear)
-    resample.SetOutputPixelType(sitk.sitkFloat32)
+    resample.SetInterpolator(SimpleITK.sitkLinear)
+    resample.SetOutputPixelType(SimpleITK.sitkFloat32)
     resample.UseNearestNeighborExtrapolatorOn()
     return resample.Execute(smooth_for(image, spacing))
 
 
-def _middle(image: sitk.Image) -> tuple[float, float, float]:
+def _middle(image: SimpleITK.Image) -> tuple[float, float, float]:
     """The centre of the field of view, LPS mm."""
     return image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
 
 
-def _points(mask: sitk.Image) -> np.ndarray:
+def _points(mask: SimpleITK.Image) -> np.ndarray:
     """Where a mask's voxels lie, ``[N, 3]``, LPS mm."""
-    indices = np.argwhere(sitk.GetArrayViewFromImage(mask))[:, ::-1]
+    indices = np.argwhere(SimpleITK.GetArrayViewFromImage(mask))[:, ::-1]
     return indices @ (np.array(mask.GetDirection()).reshape(3, 3) * mask.GetSpacing()).T + mask.GetOrigin()
 
 
@@ -250,24 +256,24 @@ def brain_centre() -> tuple[float, float, float]:
     return tuple(_points(template_brain()).mean(0).tolist())
 
 
-def _centres(head: sitk.Image) -> list[np.ndarray]:
+def _centres(head: SimpleITK.Image) -> list[np.ndarray]:
     """Where the middle of a scan's brain may be, LPS mm."""
     points = _points(head)
     above_neck = points[points[:, 2] > np.percentile(points[:, 2], 99.9) - HEAD_HEIGHT].mean(0)
     return [above_neck, np.array(_middle(head)), np.array(brain_centre())]
 
 
-def _start(centre: np.ndarray, angles: tuple[float, float, float], scale: float) -> sitk.Similarity3DTransform:
+def _start(centre: np.ndarray, angles: tuple[float, float, float], scale: float) -> SimpleITK.Similarity3DTransform:
     """The transform that turns the template's brain about its centre, scales it and puts it at a scan's ``centre``."""
-    start = sitk.Similarity3DTransform()
-    start.SetMatrix((np.array(sitk.Euler3DTransform((0, 0, 0), *angles).GetMatrix()) * scale).tolist())
+    start = SimpleITK.Similarity3DTransform()
+    start.SetMatrix((np.array(SimpleITK.Euler3DTransform((0, 0, 0), *angles).GetMatrix()) * scale).tolist())
     start.SetCenter(brain_centre())
     start.SetTranslation((centre - brain_centre()).tolist())
     return start
 
 
-def _affine(transform: sitk.Similarity3DTransform) -> sitk.AffineTransform:
-    result = sitk.AffineTransform(3)
+def _affine(transform: SimpleITK.Similarity3DTransform) -> SimpleITK.AffineTransform:
+    result = SimpleITK.AffineTransform(3)
     result.SetMatrix(transform.GetMatrix())
     result.SetCenter(transform.GetCenter())
     result.SetTranslation(transform.GetTranslation())

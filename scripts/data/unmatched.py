@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from scripts.data.datalist import find_scans
@@ -29,7 +29,7 @@ def find_unmatched(root: Path, scans: set[str]) -> tuple[Counter, list[Scan]]:
     Returns:
         How many files there are of each suffix, and a row for each image among them.
     """
-    suffixes, rows, dicom = Counter(), [], defaultdict(int)
+    suffixes, rows, dicom = Counter(), [], Counter()
     companions = {str(Path(name).with_suffix("")) for name in scans if name.endswith(DETACHED_HEADERS)}
     try:
         everything = find_scans(root, "*")

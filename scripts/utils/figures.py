@@ -57,11 +57,7 @@ def reconstructions(
 
 
 def progressive(
-    path: str | os.PathLike,
-    image: Any,
-    recons: Sequence,
-    labels: Sequence[str],
-    value_range: tuple[float, float],
+    path: str | os.PathLike, image: Any, recons: Sequence, labels: Sequence[str], value_range: tuple[float, float]
 ) -> Path:
     """Draw reconstructions of one scan from more and more of its latents, then the scan itself.
 
@@ -77,11 +73,7 @@ def progressive(
 
 
 def strip(
-    path: str | os.PathLike,
-    scans: Sequence,
-    labels: Sequence[str],
-    value_range: tuple[float, float],
-    guide: Any = None,
+    path: str | os.PathLike, scans: Sequence, labels: Sequence[str], value_range: tuple[float, float], guide: Any = None
 ) -> Path:
     """Draw scans side by side, cut at the same places.
 
