@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from in_process import run_module
 multiprocessing.set_forkserver_preload(["monai.bundle", "torch.utils.tensorboard", "scripts.training.trainer"])
 
 
+start_processes = partial(mp.start_processes, start_method="forkserver")
+
+
 def run_group(function: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[Any]:
     """What ``function(rank, *arguments)`` returns in each of several processes, which share this one's environment."""
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, dict(os.environ), function, arguments)
-        mp.start_processes(_keep_result, given, nprocs=processes, start_method="forkserver")
+        start_processes(_keep_result, given, nprocs=processes)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(processes)]
 
 

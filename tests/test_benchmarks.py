@@ -1,11 +1,11 @@
 """The benchmarks run on the smallest network; numbers are checked where they do not depend on the machine."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import run_command_process
+from groups import start_processes
 
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_step
@@ -53,8 +53,8 @@ def test_shapes_prints_a_row_a_shape(capsys, monkeypatch):
 
 
 def test_measured_memory():
-    command = [sys.executable, "-m", "benchmarks.memory", "--size", "8", "--checkpoint_levels", "4", "--threads", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    run = run_command_process("benchmarks.memory", "--size", 8, "--checkpoint_levels", 4, "--threads", 1)
+    assert run.returncode == 0, run.stderr
     peak, above = numbers(run.stdout.splitlines()[0])
     assert 0.1 < peak < 4
     assert above < peak
@@ -125,7 +125,8 @@ def test_loader_profile_names_every_transform(capsys):
     assert numbers(lines[-1])[0] == pytest.approx(total, abs=1)
 
 
-def test_scaling_compares_two_processes_with_one(capfd):
+def test_scaling_compares_two_processes_with_one(capfd, monkeypatch):
+    monkeypatch.setattr("benchmarks.scaling.mp.spawn", start_processes)
     results = scaling(size=8, batch_size=2, updates=1, rounds=1)
     assert results["ratio"] == pytest.approx(results["scans/s, two processes"] / results["scans/s, one process"])
     assert 0 < results["exchange by itself, share of a step"] < 1
@@ -134,8 +135,8 @@ def test_scaling_compares_two_processes_with_one(capfd):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights():
     """The process that writes a checkpoint is killed; torchrun starts both again."""
-    command = [sys.executable, "-m", "benchmarks.survival", "kills", "--count", "1", "--epochs", "3"]
-    run = subprocess.run([*command, "--first", "while saving"], capture_output=True, text=True, encoding="utf-8")
+    words = ("kills", "--count", 1, "--epochs", 3, "--first", "while saving")
+    run = run_command_process("benchmarks.survival", *words, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 of 1 ended with the weights of the undisturbed run, bit for bit" in run.stdout
     assert "| torchrun's restart | identical |" in run.stdout

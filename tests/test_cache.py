@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, brain, save
-from joblib import Parallel, delayed
+from joblib import delayed
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 
 from scripts.data.cache import ScanCache, read_cohort
 from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
+from scripts.utils.parallel import run_parallel
 
 
 def preprocessing(size=8, upper=99.95, **expected):
@@ -160,7 +161,8 @@ def test_what_a_killed_process_left_is_never_served(items, tmp_path):
 
 def test_several_processes_may_fill_one_cache(items, tmp_path):
     dataset = cache(items, tmp_path)
-    read = Parallel(n_jobs=2)(delayed(dataset.__getitem__)(index) for index in [0, 1, 2, 0, 1, 2])
+    jobs = [delayed(dataset.__getitem__)(index) for index in [0, 1, 2, 0, 1, 2]]
+    read = list(run_parallel(jobs, 2, "reading"))
     for index in range(3):
         assert torch.equal(read[index]["image"], read[index + 3]["image"])
     assert len(list((tmp_path / "cache").iterdir())) == 3

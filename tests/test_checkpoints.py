@@ -101,6 +101,9 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
     path = earlier / "checkpoints" / "checkpoint.pt"
     content = path.read_bytes()
     expected = weights(earlier)
+    # the one before it, which is read whenever the damage is seen, may be small
+    small = dict.fromkeys(("network", "average", "optimizer", "epoch", "scans_into_epoch"))
+    torch.save(small, earlier / "checkpoints" / "checkpoint_1.pt")
     places = torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist()
     seen = 0
     for place in [*places, 0, 10, 40, len(content) - 1, len(content) - 30]:

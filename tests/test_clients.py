@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inference_config, run_bundle
+from conftest import ROOT, TINY, inference_config, run_bundle
 from monai.bundle import create_workflow
 from monai.fl.utils.constants import ExtraItems, ModelType, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
@@ -64,7 +64,8 @@ def test_a_notebook_encodes_decodes_and_samples(cohort):
 def test_an_inference_workflow_has_every_property(cohort, tmp_path, tiny):
     torch.save(inference_config().get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     source = with_configs(code("Workflows"), "inference.json", tiny)
-    source = source.replace("    dataset_dir=", f'    ckpt="{(tmp_path / "model.pt").as_posix()}",\n    dataset_dir=')
+    more = f'ckpt="{(tmp_path / "model.pt").as_posix()}",\n    figures=False,'
+    source = source.replace("    dataset_dir=", f"    {more}\n    dataset_dir=")
     workflow = run_code(source, SCANS=cohort.as_posix(), RESULTS=(tmp_path / "results").as_posix())["workflow"]
     assert workflow.version and workflow.spatial_shape == [32, 32, 32]
     assert workflow.dataset_dir == cohort.as_posix() and len(workflow.dataset_data) == 12
@@ -88,10 +89,9 @@ def test_a_training_workflow_has_every_property(cohort, tmp_path, tiny):
     assert (tmp_path / "out/checkpoints/model.pt").is_file()
 
 
-def test_a_federated_client_trains_and_evaluates(cohort, tmp_path, tiny):
-    configs = ["configs/train.json", *tiny]
-    source = with_configs(code("Federated learning"), "train.json", tiny)
-    source = source.replace("    local_epochs=1,", f"    config_train_filename={configs},\n    local_epochs=1,")
+def test_a_federated_client_trains_and_evaluates(cohort, tmp_path):
+    source = with_configs(code("Federated learning"), "train.json", TINY[1:])
+    source = source.replace("    local_epochs=1,", f"    config_train_filename={TINY},\n    local_epochs=1,")
     found = run_code(source, SCANS=cohort.as_posix(), OUT=(tmp_path / "out").as_posix())
     client, weights = found["client"], found["weights"]
     assert client.trainer.state.epoch == 2 and client.trainer.state.updates == 4

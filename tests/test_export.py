@@ -1,20 +1,18 @@
 """The network in other programs: TorchScript, ONNX and torch.export, as docs/exporting.md says."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_command_process
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 
 from scripts.networks import VDVAEReconstruction
 from scripts.training.checkpoints import load_weights
 
-ROOT = Path(__file__).parent.parent
 METADATA = ROOT / "configs" / "metadata.json"
 INFERENCE = ROOT / "configs" / "inference.json"
 CONFIGS = [str(INFERENCE), str(ROOT / "tests" / "tiny.json")]
@@ -71,14 +69,7 @@ def command(word, *arguments, folder):
     """``python -m monai.bundle WORD ...``, for the tiny network."""
     words = ["network_def", "--meta_file", METADATA, "--config_file", CONFIGS, *arguments]
     words += [word for key, value in GRID.items() for word in ("--" + key, value)]
-    result = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", word, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+    result = run_command_process("monai.bundle", word, *words, TMPDIR=str(folder))
     assert result.returncode == 0, result.stderr
 
 
@@ -122,9 +113,9 @@ def test_weights_of_half_precision_load(elsewhere):
     assert_same(reconstruct(network, torch.from_numpy(np.load(folder / "scans.npy"))), expected)
 
 
-def test_a_network_of_another_grid_needs_other_metadata():
+def test_a_network_of_another_grid_needs_other_metadata(tmp_path):
+    command("verify_net_in_out", folder=tmp_path)
     files = {"meta_file": str(METADATA), "config_file": CONFIGS}
-    verify_net_in_out("network_def", **files, **GRID)
     with pytest.raises(ValueError, match="template has spatial_shape \\(8, 8, 8\\)"):
         verify_net_in_out("network_def", **files)
 
