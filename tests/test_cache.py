@@ -17,6 +17,7 @@ from monai.transforms import Compose, Orientationd
 
 from scripts.data.cache import ScanCache, read_cohort
 from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
+from scripts.utils.files import write_whole
 from scripts.utils.parallel import run_parallel
 
 
@@ -122,7 +123,16 @@ def test_half_precision_halves_the_file_and_keeps_the_image(items, tmp_path):
     assert half.path(0).stat().st_size < 0.55 * full.path(0).stat().st_size
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"not a tensor" * 99])
+def flip_a_byte(data):
+    """In the middle, where the voxels are: PyTorch itself would not see it."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+
+
+DAMAGES = [lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"not a tensor" * 99, flip_a_byte]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_computed_anew(items, tmp_path, damage):
     dataset = cache(items, tmp_path)
     before = dataset[0]["image"]
@@ -250,3 +260,16 @@ def test_processes_read_what_one_reads(tmp_path):
     names = [sorted(p.name for p in (tmp_path / f"cache{workers}").iterdir()) for workers in (1, 2)]
     assert names[0] == names[1]
     assert len(names[0]) == 29
+
+
+def test_writers_with_one_process_number_do_not_write_to_one_file(tmp_path):
+    """Two containers that share a folder: the second writes while the first does."""
+
+    def write_first(temporary):
+        Path(temporary).write_text("first")
+        write_whole(tmp_path / "entry.pt", lambda other: Path(other).write_text("second"))
+        assert Path(temporary).read_text() == "first"
+
+    write_whole(tmp_path / "entry.pt", write_first)
+    assert [path.name for path in tmp_path.iterdir()] == ["entry.pt"]
+    assert (tmp_path / "entry.pt").read_text() == "first"

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from monai.utils import ensure_tuple
 from scripts.data import geometry, transforms
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
-from scripts.utils.files import write_csv, write_whole
+from scripts.utils.files import check_archive, write_csv, write_whole
 from scripts.utils.formats import file_states
 from scripts.utils.names import image_path
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -92,8 +93,10 @@ class ScanCache(PersistentDataset):
         path = self.path(index)
         if path is not None and path.is_file():
             try:
+                if not mmap:  # notes alone are read without the voxels
+                    check_archive(path)
                 return torch.load(path, weights_only=True, mmap=mmap)
-            except (RuntimeError, EOFError, pickle.UnpicklingError):
+            except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
                 warnings.warn(f"The cached scan '{path}' is damaged; it is computed again.", stacklevel=2)
         entry = self._compute(index)
         if path is not None:

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from scripts.networks import VDVAE
 from scripts.training.seeding import SeededDataset
 from scripts.training.voxel_statistics import start_from_scans
-from scripts.utils.files import remove_leftovers, write_whole
+from scripts.utils.files import check_archive, remove_leftovers, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +108,7 @@ def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
 
 def _load(path: Path, mmap: bool = False) -> Any:
     try:
-        # every part of the file carries a checksum, at which PyTorch does not look
-        with zipfile.ZipFile(path) as parts:
-            bad = parts.testzip()
-        if bad is not None:
-            raise ValueError(f"the checksum of its part '{bad}' is wrong")
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

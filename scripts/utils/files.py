@@ -6,7 +6,9 @@ import csv
 import errno
 import io
 import os
+import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ def write_whole(
     """
     path = Path(path)
     # the suffix stays, since writers such as nibabel and matplotlib choose the format by it
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    # processes of several containers that share the folder may have one number
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name}")
     try:
         write(str(temporary))
         _flush(temporary)
@@ -107,3 +110,16 @@ def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[It
     writer.writerow(columns)
     writer.writerows(rows)
     return write_text(path, text.getvalue())
+
+
+def check_archive(path: str | os.PathLike) -> None:
+    """Check a file that PyTorch saved: it carries a checksum of each part, at which ``torch.load`` does not look.
+
+    Raises:
+        ValueError: a checksum is wrong.
+        zipfile.BadZipFile: the file is no archive, or cut off.
+    """
+    with zipfile.ZipFile(path) as parts:
+        bad = parts.testzip()
+    if bad is not None:
+        raise ValueError(f"the checksum of its part '{bad}' is wrong")
