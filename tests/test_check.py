@@ -111,7 +111,7 @@ def plant(folder: Path) -> dict[str, tuple[str, str]]:
     save(path, np.random.default_rng(0).normal(500, 100, image.shape).astype(np.int16), affine)
     path, image, affine = name("inverted", "suspicious", "unlike")
     save(path, np.where(image > 0, image.max() + 1 - image, 0), affine)
-    path, image, affine = name("z-scored", "suspicious", "negative")
+    path, image, affine = name("z-scored", "unusable", "that is not its lowest value")
     save(path, ((image - image[image > 0].mean()) / image[image > 0].std() * (image > 0)).astype(np.float32), affine)
     path, image, affine = name("mask", "suspicious", "two values")
     save(path, (image > 0).astype(np.uint8), affine)

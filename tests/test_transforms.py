@@ -123,7 +123,14 @@ def with_voxel(value):
     return image
 
 
+def z_scored():
+    """A ball of tissue with zero mean in an empty background of zero."""
+    image = np.asarray(brain(16)[0])
+    return np.where(image > 0, (image - image[image > 0].mean()) / image[image > 0].std(), 0)
+
+
 BAD = [
+    (z_scored(), r"has a background \(0\) that is not its lowest value \(-"),
     (np.random.rand(8, 8, 8, 4), "has 4 channels or time points of shape .* where 1 is expected"),
     (np.random.rand(8, 8, 8, 1, 3), "has 3 channels or time points"),
     (np.random.rand(8, 8), r"has 2 spatial axes \(shape \(8, 8\)\) where 3 are expected"),

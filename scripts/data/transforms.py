@@ -24,6 +24,8 @@ from scripts.utils.names import image_path
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
 ADVICE = "replace it or leave it out with --scan_pattern"
+# share of the range by which resampled tissue may dip below the background at an edge
+DIP = 0.05
 
 
 class ScanError(ValueError):
@@ -104,12 +106,20 @@ def _reason(error: BaseException) -> str:
 _AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
+def border_value(volume: torch.Tensor) -> float | None:
+    """The value that most voxels on the faces of a volume have, ``[*spatial]``; None where none has more than half."""
+    faces = [volume.select(axis, index).flatten() for axis in range(volume.ndim) for index in (0, -1)]
+    border = torch.cat(faces)
+    value = border.mode().values
+    return float(value) if (border == value).sum() > 0.5 * border.numel() else None
+
+
 class CheckScand(MapTransform):
     """Refuse a scan that would spoil training, and note where its geometry is not what is expected.
 
     Refused are: a wrong number of channels or axes, an empty scan, NaN or infinite voxels, a constant channel, a
-    singular affine. What is noted goes into the scan's metadata: ``geometry`` (see
-    :py:func:`scripts.data.geometry.describe`) and ``differences``, a list of half sentences;
+    background that is not the lowest value, a singular affine. What is noted goes into the scan's metadata:
+    ``geometry`` (see :py:func:`scripts.data.geometry.describe`) and ``differences``, a list of half sentences;
     :py:func:`scripts.data.cache.read_cohort` acts on them.
 
     It belongs right after loading, while the geometry is the file's. Input and output: ``[channels, *spatial]``.
@@ -197,6 +207,14 @@ class CheckScand(MapTransform):
         if (low == high).any():
             value = float(low[low == high][0])
             raise ScanError(f"'{name}' is constant (every voxel is {value:g}): {ADVICE}.")
+        for channel, lowest, highest in zip(pixels, low.tolist(), high.tolist(), strict=True):
+            background = border_value(channel)
+            if background is not None and background - lowest > DIP * (highest - lowest):
+                raise ScanError(
+                    f"'{name}' has a background ({background:g}) that is not its lowest value ({lowest:g}), as "
+                    "z-scored brains have, and would be taken for tissue: give it the lowest value of the brain, or add "
+                    "a number to the brain that leaves nothing below."
+                )
 
     def _check_affine(self, image: MetaTensor, name: str) -> None:
         rank = image.ndim - 1
