@@ -1,4 +1,7 @@
-"""What the tests share: a small cohort of phantoms, and the bundle's commands run as users run them."""
+"""What the tests share: a small cohort of phantoms, and the bundle's commands run as users run them.
+
+MONAI is imported where it is needed: the process that hands out the tests reads this file too, and needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,37 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported: the tests run in several processes
 
-import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from in_process import run_module
-from monai.bundle import ConfigParser
-from monai.data import MetaTensor
 
-from scripts.phantoms import make_brains
+if TYPE_CHECKING:
+    import torch
+    from monai.bundle import ConfigParser
+    from monai.data import MetaTensor
 
 ROOT = Path(__file__).parent.parent
 TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # what is added to the environment of a test's processes
+# files of more than twenty seconds, the longest first: both of pytest-xdist's workers then end at about the same time
+SLOW = ("distributed", "benchmarks", "prepare", "export", "training", "inference", "check", "checkpoints")
+SLOW += ("evaluate", "impute_interpolate", "cache", "clients")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory) -> Path:
     """Twelve brains at 8 mm."""
+    from scripts.phantoms import make_brains
+
     return Path(make_brains(tmp_path_factory.mktemp("data") / "brains", 12, spacing=8.0, workers=1))
 
 
@@ -79,6 +92,9 @@ def run_bundle_process(*arguments: object, cwd: Path = ROOT, **settings) -> subp
 
 def inference_config(**changes) -> ConfigParser:
     """configs/inference.json with a tiny network, on the CPU."""
+    import torch
+    from monai.bundle import ConfigParser
+
     content = ConfigParser(ConfigParser.load_config_files(str(ROOT / "configs" / "inference.json")))
     content.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
     content.update({"device": torch.device("cpu"), **changes})
@@ -87,13 +103,18 @@ def inference_config(**changes) -> ConfigParser:
 
 def fitted_scans(cohort: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All scans of a cohort as the tiny network gets them, [scans, 1, 8, 8, 8], and the affine of their grid."""
+    import torch
+
     preprocess = inference_config().get_parsed_content("preprocessing")
     images = [preprocess({"image": str(path)})["image"] for path in sorted(cohort.glob("*.nii.gz"))]
     return torch.stack([image.as_tensor() for image in images]), images[0].affine
 
 
-def brain(size=16, spacing=1.0, channels=1):
+def brain(size=16, spacing=1.0, channels=1) -> MetaTensor:
     """A ball of smooth tissue on an empty background, in [0, 1]."""
+    import torch
+    from monai.data import MetaTensor
+
     axis = (np.arange(size) - (size - 1) / 2) / (size / 2)
     x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
     tissue = 0.6 + 0.3 * np.sin(4 * x) * np.cos(3 * y) + 0.1 * z
@@ -102,5 +123,7 @@ def brain(size=16, spacing=1.0, channels=1):
 
 
 def save(path, array, affine=None):
+    import nibabel as nib
+
     nib.save(nib.Nifti1Image(np.asarray(array, dtype=np.float32), np.eye(4) if affine is None else affine), path)
     return str(path)

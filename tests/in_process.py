@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import TextIO
 from unittest import mock
 
-import numpy as np
 import pytest
-import torch
-
-from scripts.utils import locks
 
 OUT, ERR = sys.stdout, sys.stderr  # to which loggers write that were made while modules were imported
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -113,7 +109,8 @@ def _fresh_logging(out: TextIO, err: TextIO) -> Iterator[None]:
             handler.setStream(stream)
         for logger, handlers, level, propagate, disabled in before:
             logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
-            logger.setLevel(level)
+            if logger.level != level:  # to set it clears caches of all loggers
+                logger.setLevel(level)
 
 
 @contextmanager
@@ -135,6 +132,9 @@ def _fresh_warnings() -> Iterator[None]:
 
 @contextmanager
 def _kept_random_states() -> Iterator[None]:
+    import numpy as np
+    import torch
+
     threads, numpy_state, python_state = torch.get_num_threads(), np.random.get_state(), random.getstate()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
@@ -158,6 +158,8 @@ def _kept_signal_handlers() -> Iterator[None]:
 @contextmanager
 def _released_locks() -> Iterator[None]:
     """A run that fails holds the lock of its folder until its process ends."""
+    from scripts.utils import locks
+
     before = set(locks._locks)
     try:
         yield

@@ -117,7 +117,7 @@ def test_mlflow_keeps_what_training_measures(cohort, tmp_path, monkeypatch):
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workflow = create_workflow(
-        config_file=["configs/train.json", "tests/tiny.json"],
+        config_file=TINY,
         workflow_type="train",
         logging_file=False,
         tracking="docs/examples/mlflow.json",

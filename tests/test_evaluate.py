@@ -6,13 +6,13 @@ import csv
 import hashlib
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, bundle_words, run_bundle, run_command_process
+from groups import run_bundle_group
 from monai.data import Dataset
 from monai.inferers import Inferer
 
@@ -23,14 +23,8 @@ from scripts.networks import VDVAE
 from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 
 EVALUATE = [*TINY, "configs/evaluate.json"]
+EVALUATE_BY_TWO = [*EVALUATE, "configs/multi_gpu_evaluate.json"]
 HALF = ("--train_fraction", 0.5)  # six of the twelve phantoms are held out: a batch of four and one of two
-
-
-def evaluate_by_two(*arguments: object) -> subprocess.CompletedProcess:
-    """The command of the documentation for two processes."""
-    words = bundle_words(*arguments, run_id=None, configs=[*EVALUATE, "configs/multi_gpu_evaluate.json"])
-    torchrun = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "monai.bundle"]
-    return run_command_process(*torchrun, *words, CUDA_VISIBLE_DEVICES="")
 
 
 def contents(folder) -> dict[str, str]:
@@ -112,9 +106,12 @@ def by_two(cohort, run, tmp_path_factory):
     output = tmp_path_factory.mktemp("by_two")
     ckpt = run / "checkpoints" / "model.pt"
     arguments = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", output, *HALF, "--samples", 5)
-    result = evaluate_by_two(*arguments)
-    assert result.returncode == 0, result.stderr
-    return output, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        results = run_bundle_group(*arguments, run_id=None, configs=EVALUATE_BY_TWO)
+    log = "".join(result.stderr for result in results)
+    assert [result.returncode for result in results] == [0, 0], log
+    return output, log
 
 
 def test_two_processes_find_what_one_finds(run, evaluated, by_two):
@@ -145,7 +142,9 @@ def test_a_bad_scan_ends_both_processes_with_one_sentence(cohort, run, tmp_path)
     bad.write_bytes(b"not an image")
     ckpt = run / "checkpoints" / "model.pt"
     arguments = ("--ckpt", ckpt, "--dataset_dir", bad.parent, "--output_dir", tmp_path / "out", *HALF)
-    result = evaluate_by_two(*arguments)
+    words = bundle_words(*arguments, run_id=None, configs=EVALUATE_BY_TWO)
+    torchrun = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "monai.bundle"]
+    result = run_command_process(*torchrun, *words, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
     # the prefix is torch's
     errors = [line for line in result.stderr.splitlines() if "[rank0]: Error: '" in line]

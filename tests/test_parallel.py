@@ -40,7 +40,6 @@ def test_a_killed_worker_ends_the_work_with_a_sentence():
 SLEEPERS = """
 import time
 from joblib import delayed
-from benchmarks.survival import MARK, marked
 from scripts.utils.parallel import run_parallel
 
 def sleep(path):

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT, fitted_scans, inference_config
 from torch.distributions import MultivariateNormal
 
 from benchmarks.peer_models import PCA, VAE, LatentDiffusionAutoencoder, VoxelGaussian, fit_pca, train, validation_loss
 from benchmarks.peers import COLUMNS, Ours, compare, lesion_numbers, name_checkpoints
 from scripts.inference.inferers import Reconstruction, Scoring
 from scripts.networks import VDVAE
-from tests.conftest import ROOT, fitted_scans, inference_config
 
 
 def correlated_scans(count: int, size: int = 4, rank: int = 3) -> torch.Tensor:

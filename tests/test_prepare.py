@@ -190,7 +190,10 @@ def study(tmp_path_factory):
     rng = np.random.default_rng(0)
     save(raw / "noise.nii.gz", rng.uniform(1, 2, (60, 70, 60)).astype(np.float32), np.diag([3.0, 3.0, 3.0, 1.0]))
     (raw / "broken.nii.gz").write_bytes(b"no scan")
-    return truths, out, prepare(raw, out, scan_pattern="*", spacing=3.0, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, spacing in (("ROUGH", 6.0), ("FINE", 4.0), ("BIAS_SPACING", 8.0)):  # in half of the time
+            patch.setattr(registration, name, spacing)
+        return truths, out, prepare(raw, out, scan_pattern="*", spacing=3.0, workers=1)
 
 
 @pytest.fixture

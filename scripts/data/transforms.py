@@ -212,8 +212,8 @@ class CheckScand(MapTransform):
             if background is not None and background - lowest > DIP * (highest - lowest):
                 raise ScanError(
                     f"'{name}' has a background ({background:g}) that is not its lowest value ({lowest:g}), as "
-                    "z-scored brains have, and would be taken for tissue: give it the lowest value of the brain, or add "
-                    "a number to the brain that leaves nothing below."
+                    "z-scored brains have, and would be taken for tissue: give it the lowest value of the brain, or "
+                    "add a number to the brain that leaves nothing below."
                 )
 
     def _check_affine(self, image: MetaTensor, name: str) -> None:
