@@ -12,7 +12,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, bundle_command, run_bundle
+from conftest import ROOT, TINY, bundle_command, run_bundle
+from monai.bundle import ConfigParser
 
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import (
@@ -21,6 +22,7 @@ from scripts.training.checkpoints import (
     load_weights,
     newest_checkpoint,
     place_in_epoch,
+    starts_untrained,
 )
 
 
@@ -169,6 +171,26 @@ def test_a_run_goes_on_with_another_learning_rate(earlier, cohort):
     assert result.returncode == 0, result.stderr
     assert "The learning rate was 0.002, and is 0.001 from now on." in result.stderr
     assert rates(earlier) == pytest.approx([0.002 * 6 / 20, 0.001, 0.001])
+
+
+def test_a_run_goes_on_in_float16_that_began_without(earlier, cohort):
+    """Its checkpoint holds no state of a loss scaler."""
+    words = ("--resume", True, "--amp", True, "--amp_dtype", "$torch.float16")
+    result = run(cohort, earlier, *words)
+    assert result.returncode == 0, result.stderr
+    saved = torch.load(earlier / "checkpoints" / "checkpoint.pt", weights_only=True)
+    assert saved["scaler"]["scale"] > 0 and saved["updates"] == 15
+
+
+@pytest.mark.parametrize(
+    ("weights", "checkpoint", "restore_optimizer", "expected"),
+    [(None, None, True, True), ("w.pt", None, True, False), (None, "c.pt", True, True), (None, "c.pt", False, False)],
+)
+def test_a_start_from_trained_weights_has_no_kl_warmup(weights, checkpoint, restore_optimizer, expected):
+    assert starts_untrained(weights, checkpoint, restore_optimizer) == expected
+    parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / config) for config in TINY]))
+    parser.update({"weights": weights, "last_checkpoint": checkpoint, "restore_optimizer": restore_optimizer})
+    assert parser.get_parsed_content("loss").kl_warmup == (150 if expected else 0)
 
 
 def test_while_updates_are_skipped_nothing_is_saved(cohort, tmp_path):

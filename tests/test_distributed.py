@@ -144,6 +144,7 @@ def test_a_process_that_starts_again_does_not_find_old_addresses(tmp_path, monke
 def what_they_tell(rank):
     return {
         "from zero": from_rank_zero(lambda: f"rank {dist.get_rank()}"),
+        "as JSON": from_rank_zero(lambda: [Path("a/b"), (1, None), {"subject": "é"}]),
         "share": list(batch_share(7, batch_size=2)),
         "empty": list(batch_share(1, batch_size=2)),
     }
@@ -152,6 +153,8 @@ def what_they_tell(rank):
 def test_what_processes_tell_each_other(tmp_path):
     first, second = both(what_they_tell, tmp_path)
     assert first["from zero"] == second["from zero"] == "rank 0"
+    # nothing that others could put into the rendezvous' store is unpickled
+    assert first["as JSON"] == second["as JSON"] == ["a/b", [1, None], {"subject": "é"}]
     assert first["share"] + second["share"] == list(range(7))
     assert sorted([*first["empty"], *second["empty"]]) == [0]
 

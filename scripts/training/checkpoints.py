@@ -349,7 +349,13 @@ class CheckpointHandler:
             checkpoint["scans_into_epoch"], _scans_per_batch(engine), state.epoch_length, engine.accumulation_steps
         )
         rates = [_base_rate(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:  # weights of an earlier version may lack a parameter, see FirstLatent
+            raise CheckpointError(
+                f"The optimizer of '{path}' has other parameters than this network ({error}): start a new run from its "
+                "weights by --restore_optimizer False."
+            ) from error
         if checkpoint["scaler"]:  # empty of a run that did not scale its loss
             engine.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
