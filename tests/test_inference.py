@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -496,6 +497,28 @@ def test_memory_does_not_grow_with_the_number_of_scans(scans, network, tmp_path)
 
 
 # From Python, and together with training
+
+
+def test_the_code_of_the_docs_runs(scans, encoded, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/inference.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "edited").mkdir()
+    places = {
+        "RESULTS/sub-01_latents.npz": encoded[0] / "RAS" / "RAS_latents.npz",
+        "EDITED/sub-01_latents.npz": tmp_path / "edited" / "RAS_latents.npz",
+        "output/checkpoints/model.pt": weights,
+        '"scan.nii.gz"': f'"{scans / "RAS" / "RAS.nii.gz"}"',
+        '"DIR"': f'"{scans}"',
+        '"RESULTS"': f'"{tmp_path / "results"}"',
+        '"configs/inference.json"': str(CONFIGS),  # with the tiny network
+    }
+    for block in blocks:
+        for before, after in places.items():
+            block = block.replace(before, str(after))
+        exec(compile(block, "docs/inference.md", "exec"), {})
+    assert (tmp_path / "edited" / "RAS_latents.npz").is_file()
+    assert (tmp_path / "results" / "scores.csv").is_file()
 
 
 def test_encode_and_decode_an_array_from_python(weights):
