@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from monai.utils import ensure_tuple
 from scripts.data.check_report import Report, contact_sheet, summary, table, write_rows
 from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
 from scripts.data.datalist import find_scans
-from scripts.data.inspection import THUMBNAIL, Scan, inspect
+from scripts.data.inspection import THUMBNAIL, Scan, inspect_scan
 from scripts.data.subjects import subject_names
 from scripts.data.transforms import CheckScand
 from scripts.data.unmatched import find_unmatched
@@ -87,7 +86,7 @@ def check(
     scans, seen = [], {}
     with tempfile.TemporaryFile(dir=output) as file:
         thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
-        jobs = [delayed(partial(inspect, checks=checks))(scan) for scan in files]
+        jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
         subjects = subject_names([scan[0] for scan in names])
         for i, found in enumerate(run_parallel(jobs, workers, "reading scans")):
             scan = found.scan

@@ -8,14 +8,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from joblib import delayed
 
 from scripts.data.cohort import MIN_COHORT
-from scripts.data.inspection import VERDICTS, Scan, picture
+from scripts.data.inspection import VERDICTS, Scan, scan_picture
 from scripts.utils import figures
 from scripts.utils.files import write_csv
 from scripts.utils.parallel import run_parallel
@@ -71,7 +70,7 @@ def contact_sheet(path: Path, scans: list[Scan], files: list[list[Path]], spatia
         workers: processes to use.
     """
     shown = _choose(scans)
-    jobs = [delayed(partial(picture, spatial_dims=spatial_dims))(files[i]) for i in shown]
+    jobs = [delayed(scan_picture)(files[i], spatial_dims) for i in shown]
     pictures = list(run_parallel(jobs, min(workers, 1 + len(shown) // 8), "drawing scans"))
     if pictures:
         figures.batch(path, pictures, [_caption(scans[i]) for i in shown], (0.0, 1.0))

@@ -23,7 +23,7 @@ from scripts.data.geometry import describe
 from scripts.data.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError
 from scripts.utils.formats import NIFTI_SUFFIXES
 
-__all__ = ["THUMBNAIL", "VERDICTS", "Inspection", "Scan", "inspect", "picture"]
+__all__ = ["THUMBNAIL", "VERDICTS", "Inspection", "Scan", "inspect_scan", "scan_picture"]
 
 # A share of voxels at the very maximum. Scaling to 8 bits clips 0.1 % to 1 %; a clipped head or a mask has more.
 CLIPPED = 0.03
@@ -105,7 +105,7 @@ class Inspection(NamedTuple):
     thumbnail: np.ndarray | None = None
 
 
-def inspect(paths: list[Path], checks: CheckScand) -> Inspection:
+def inspect_scan(paths: list[Path], checks: CheckScand) -> Inspection:
     """Read one scan and note what is wrong with it; never raises.
 
     Args:
@@ -136,7 +136,7 @@ def inspect(paths: list[Path], checks: CheckScand) -> Inspection:
     return Inspection(scan)
 
 
-def picture(paths: list[Path], spatial_dims: int) -> np.ndarray:
+def scan_picture(paths: list[Path], spatial_dims: int) -> np.ndarray:
     """A scan for the contact sheet: ``[channels, *spatial]``, RAS, from 0 to 1."""
     return _scaled(FitShape((PICTURE,) * spatial_dims)(_upright(_load(paths))))
 
