@@ -135,7 +135,7 @@ LAYOUTS = [
     (
         ["sub-1/T1.nii", "7/T1.nii", "8/T1.nii"],
         ["sub-1", "7", "8"],
-        "by the subject in their names, 2 by their folders",
+        "by the subject BIDS or UK Biobank names, 2 by their folders",
     ),
 ]
 
@@ -153,7 +153,8 @@ def test_no_subject_is_on_both_sides_and_the_log_says_how_they_are_told(tmp_path
         datalist = make_datalist(tmp_path, train_fraction=0.6)
     assert {item["subject"] for side in datalist.values() for item in side} == {"101", "102", "103"}
     assert (
-        "Training on 4 scan(s) of 2 subject(s), validating on 2 of 1; subjects are told by their folders" in caplog.text
+        "Training on 4 scan(s) of 2 subject(s), validating on 2 of 1; subjects are recognised by their folders"
+        in caplog.text
     )
     content = {"training": [{"image": VISITS[0]}, {"image": VISITS[2]}], "validation": [{"image": VISITS[1]}]}
     (tmp_path / "both.json").write_text(json.dumps(content))

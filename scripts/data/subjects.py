@@ -43,11 +43,11 @@ def subject_rule(names: Sequence[str]) -> tuple[list[str], str]:
     subjects = [match[match.lastindex] if match else "" for match in found]
     unnamed = [index for index, match in enumerate(found) if match is None]
     if not unnamed:
-        return subjects, "by the subject in their names"
+        return subjects, "by their BIDS or UK Biobank names"
     read, rule = _read_layout([names[index] for index in unnamed])
     for index, subject in zip(unnamed, read, strict=True):
         subjects[index] = subject
-    return subjects, rule if len(unnamed) == len(names) else f"by the subject in their names, {len(unnamed)} {rule}"
+    return subjects, rule if len(unnamed) == len(names) else f"by their BIDS or UK Biobank names, {len(unnamed)} {rule}"
 
 
 def _read_layout(names: Sequence[str]) -> tuple[list[str], str]:
