@@ -135,7 +135,7 @@ LAYOUTS = [
     (
         ["sub-1/T1.nii", "7/T1.nii", "8/T1.nii"],
         ["sub-1", "7", "8"],
-        "by the subject BIDS or UK Biobank names, 2 by their folders",
+        "by their BIDS or UK Biobank names, 2 by their folders",
     ),
 ]
 

@@ -322,7 +322,7 @@ def _with_entities(sides: dict[str, list[dict]], root: Path) -> tuple[dict[str, 
     """Add to items their subject and, if there is one, their session, by their names, where they have none.
 
     Returns:
-        the sides, and by what subjects are recognised.
+        the sides, and how subjects are recognised.
     """
     items = [item for side in sides.values() for item in side]
     names = [_relative_name(item, root) for item in items]
@@ -367,7 +367,7 @@ def _keep_both(training: list, validation: list, count: int | None, generator: r
 
 
 def read_datalist(path: Path) -> tuple[dict[str, list[dict]], str]:
-    """The sides of a datalist as its file has them, each item with its subject, and by what subjects are recognised.
+    """The sides of a datalist as its file has them, each item with its subject, and how subjects are recognised.
 
     Raises:
         ValueError: the file is not a datalist.
