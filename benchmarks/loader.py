@@ -39,7 +39,7 @@ def transforms(size: int) -> ConfigParser:
 
 
 def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws: int, half: bool) -> tuple[float, ...]:
-    """Scans a second that one worker gives: of the first epoch, and of the ``draws`` augmented scans that follow."""
+    """Scans per second that one worker gives: of the first epoch, and of the ``draws`` augmented scans that follow."""
     cache = ScanCache(scans, parser.get_parsed_content("preprocessing"), cache_dir, half)
     dataset = SeededDataset(cache, parser.get_parsed_content("train#preprocessing"))
     loader = DataLoader(dataset, batch_size=1, num_workers=1, shuffle=True, persistent_workers=True)
@@ -55,7 +55,7 @@ def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws
 
 
 def step_rate(size: int, batch_size: int, updates: int) -> float:
-    """Scans a second of full training steps, the median of some after one that is not counted."""
+    """Scans per second of full training steps, the median of some after one that is not counted."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = VDVAE(**network_def(size)).train()

@@ -181,7 +181,7 @@ def compare_steps(
                 times.append(time.perf_counter() - start)
     without, with_checkpoints = (statistics.median(times) for times in seconds.values())
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"without checkpointing {without:.2f} s a step, with {checkpoint_levels} levels {with_checkpoints:.2f} s")
+    print(f"without checkpointing {without:.2f} s per step, with {checkpoint_levels} levels {with_checkpoints:.2f} s")
     print(f"ratio {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}, {updates} updates)")
 
 
@@ -215,7 +215,7 @@ def main(
 
     Args:
         size: voxels an axis of the scans; default 32, and with --table all.
-        batch_size: scans a step.
+        batch_size: scans per step.
         precision: fp32, or bf16 for autocast.
         checkpoint_levels: of how many of the finest levels to recompute the activations; default the config's.
         threads: that PyTorch may use.

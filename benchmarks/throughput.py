@@ -1,4 +1,4 @@
-"""Scans a second of a training step, and its share of the machine's matrix multiplication rate.
+"""Scans per second of a training step, and its share of the machine's matrix multiplication rate.
 
     python -m benchmarks.throughput --size 32 --batch_size 8
     python -m benchmarks.throughput --shapes
@@ -79,7 +79,7 @@ def seconds(function: Callable[[], object], at_least: float = 0.0) -> float:
 
 
 def matmul_rate(matrices: torch.Tensor, at_least: float = 0.5) -> float:
-    """GFLOP a second of the product of two square fp32 matrices, ``[2, n, n]``."""
+    """GFLOP per second of the product of two square fp32 matrices, ``[2, n, n]``."""
     a, b = matrices
     return 2e-9 * a.shape[0] ** 3 / seconds(lambda: a @ b, at_least)
 
@@ -98,7 +98,7 @@ def print_throughput(size: int, batch_size: int, updates: int, precision: str, c
         matmul = (before + after) / 2
         rows.append((scans, matmul, 3 * gflop * scans / matmul))
         before = after
-    print(f"forward {gflop:.1f} GFLOP a scan; {updates} updates of {batch_size} scans of {size}³, {precision}")
+    print(f"forward {gflop:.1f} GFLOP per scan; {updates} updates of {batch_size} scans of {size}³, {precision}")
     print(f"{'':<20}{'min':>10}{'median':>10}{'max':>10}")
     for name, values in zip(
         ("scans per second", "matmul GFLOP/s", "share of matmul"), zip(*rows, strict=True), strict=True

@@ -35,8 +35,8 @@ def test_forward_flops():
 def test_throughput_prints_rates_and_share(capsys):
     throughput(size=8, batch_size=2, threads=1, updates=2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("forward 0.0 GFLOP a scan; 2 updates of 2 scans of 8³")
-    assert [line[:16].strip() for line in lines[2:]] == ["scans a second", "matmul GFLOP/s", "share of matmul"]
+    assert lines[0].startswith("forward 0.0 GFLOP per scan; 2 updates of 2 scans of 8³")
+    assert [line[:18].strip() for line in lines[2:]] == ["scans per second", "matmul GFLOP/s", "share of matmul"]
     for line in lines[2:]:
         low, median, high = numbers(line)
         assert 0 <= low <= median <= high
@@ -109,7 +109,7 @@ def test_unknown_precision():
 def test_loader_prints_what_it_gives_and_what_the_step_takes(capsys):
     loader(size=8, count=3, draws=6, batch_size=2, updates=1, spacing=8)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "8³ from 8 mm, one worker, scans a second"
+    assert lines[0] == "8³ from 8 mm, one worker, scans per second"
     first, cached, step, *ratios = [numbers(line)[0] for line in lines[1:]]
     assert cached > first > 0
     assert ratios == pytest.approx([first / step, cached / step], rel=0.1)
