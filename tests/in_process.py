@@ -51,7 +51,7 @@ def run_module(module: str, *words: object, cwd: Path, **environment: str) -> su
         stack.enter_context(_released_locks())
         code = _exit_code(module)
         if code != 0:
-            gc.collect()  # a run that failed leaves loaders and their processes in cycles of references
+            _end_leftovers()
         for stream in (out, err):
             stream.flush()
             stream.seek(0)
@@ -70,6 +70,16 @@ def _exit_code(module: str) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
+
+
+def _end_leftovers() -> None:
+    """End what a program that failed leaves running: TensorBoard's threads, and loaders' processes."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for found in gc.get_objects():
+        if type(found) is SummaryWriter:
+            found.close()
+    gc.collect()  # loaders end their processes when they are deleted, but are parts of cycles of references
 
 
 @contextmanager

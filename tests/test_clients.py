@@ -38,12 +38,6 @@ def in_the_bundle(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture
-def tiny() -> list[str]:
-    """The tiny network."""
-    return [str(ROOT / "tests/tiny.json")]
-
-
 def with_configs(source: str, config: str, overlays: list[str]) -> str:
     assert f'"configs/{config}"' in source
     return source.replace(f'"configs/{config}"', str([f"configs/{config}", *overlays]))
@@ -61,9 +55,9 @@ def test_a_notebook_encodes_decodes_and_samples(cohort):
     assert found["samples"].shape == (4, 1, 32, 32, 32)
 
 
-def test_an_inference_workflow_has_every_property(cohort, tmp_path, tiny):
+def test_an_inference_workflow_has_every_property(cohort, tmp_path):
     torch.save(inference_config().get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
-    source = with_configs(code("Workflows"), "inference.json", tiny)
+    source = with_configs(code("Workflows"), "inference.json", ["tests/tiny.json"])
     more = f'ckpt="{(tmp_path / "model.pt").as_posix()}",\n    figures=False,'
     source = source.replace("    dataset_dir=", f"    {more}\n    dataset_dir=")
     workflow = run_code(source, SCANS=cohort.as_posix(), RESULTS=(tmp_path / "results").as_posix())["workflow"]
@@ -78,8 +72,8 @@ def test_an_inference_workflow_has_every_property(cohort, tmp_path, tiny):
     assert len(workflow.dataset) == 1
 
 
-def test_a_training_workflow_has_every_property(cohort, tmp_path, tiny):
-    source = with_configs(code("Workflows", 1), "train.json", tiny)
+def test_a_training_workflow_has_every_property(cohort, tmp_path):
+    source = with_configs(code("Workflows", 1), "train.json", TINY[1:])
     found = run_code(source, SCANS=cohort.as_posix(), OUT=(tmp_path / "out").as_posix())
     workflow = found["workflow"]
     assert workflow.check_properties() == []

@@ -572,6 +572,7 @@ def test_two_processes_give_what_one_gives(scans, weights, tmp_path, word):
     shutil.copytree(scans, tmp_path / "scans")
     (tmp_path / "scans" / "broken.nii.gz").write_text("no scan")
     words = ["--dataset_dir", tmp_path / "scans", "--ckpt", weights, "--batch_size", 2, "--samples", 5]
+    words += ["--figures", word == "score"]
     outputs = [tmp_path / "1", tmp_path / "2"]
     results = [run_bundle(*words, "--output_dir", outputs[0], run_id=word, configs=CONFIGS)]
     configs = [*CONFIGS, "configs/multi_gpu_inference.json"]
