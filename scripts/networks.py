@@ -128,7 +128,8 @@ class VDVAE(VoxelGaussian):
         batch_norm: batch norm in every block.
         separate_heads: mean and standard deviation of a latent from two nets instead of one.
         shared: on which levels all latents but the first share their nets; one value or a list.
-        latents_off: indices of latents that are switched off, counted from the coarsest; 0 cannot be.
+        latents_off: which latents are switched off, counted from the coarsest, those that are off included; 0 cannot
+            be. Elsewhere (``kl_z03``) only those that are on are counted.
         std_form: how standard deviations come from the network: ``"sigmoid"`` or ``"exp"`` (whose bounds are of the
             log-variance, as published, so that the output's is never below 1).
         kl_floor: in training the KL's denominator is at least this variance of the prior, as published 1e-5. Outside of
@@ -148,7 +149,7 @@ class VDVAE(VoxelGaussian):
         arguments: what it was built with, by name.
 
     Raises:
-        ValueError: an argument cannot be honoured; the sentence starts with its name.
+        ValueError: an argument cannot be honoured; the sentence names it.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def make_scans(folder: Path, kind: str) -> Path:
     inside = sum(axis**2 for axis in axes) < 0.7
     for number in range(6):
         for name in names:
-            tissue = 100 + 30 * generator.standard_normal(shape)
+            tissue = np.maximum(100 + 30 * generator.standard_normal(shape), 1)
             save(folder / f"sub-{number:02d}_{name}.nii.gz", np.where(inside, tissue, 0), np.diag([2.0, 2, 2, 1]))
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pickle
@@ -20,7 +21,7 @@ from monai.data import ImageReader, MetaTensor, PersistentDataset
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
-from scripts.data import geometry, transforms
+from scripts.data import geometry
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
 from scripts.utils.files import check_archive, write_csv, write_whole
@@ -63,9 +64,11 @@ class ScanCache(PersistentDataset):
     ) -> None:
         super().__init__(data, transform, cache_dir)
         self.half_precision = half_precision
-        steps = [_describe(step) for step in self.transform.flatten().transforms]
-        code = [Path(module.__file__).read_bytes() for module in (transforms, geometry)]
-        self.settings = joblib.hash([steps, code, monai.__version__, half_precision])
+        steps = self.transform.flatten().transforms
+        # of the bundle's own transforms, and of what they use; that of MONAI's changes with its version
+        own = {inspect.getfile(type(step)) for step in steps if type(step).__module__.startswith("scripts.")}
+        code = [Path(file).read_bytes() for file in sorted(own | {geometry.__file__})]
+        self.settings = joblib.hash([list(map(_describe, steps)), code, monai.__version__, half_precision])
 
     def path(self, index: int) -> Path | None:
         """The path of a scan's file, which need not exist yet; None without a ``cache_dir``."""

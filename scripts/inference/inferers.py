@@ -1,4 +1,4 @@
-"""What can be asked of a trained network, each as a MONAI inferer that takes a batch of preprocessed scans.
+"""What can be asked of a trained network, each as a MONAI inferer that takes a batch (its docstring says of what).
 
 Scans are ``[batch, channels, *spatial]`` in the range of the network's output activation. Every inferer returns a
 dictionary of tensors whose first axis is the batch. Noise comes from :func:`scripts.layers.gaussian.noise_from`
@@ -252,7 +252,7 @@ class Imputation(Inferer):
         start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
         filled = torch.where(mask, start, inputs)
         while True:
-            loc, scale, _ = network.infer(filled, self.temperature)[0]
+            loc, scale, _ = network.infer(filled, level_temperatures(network, "temperature", self.temperature))[0]
             drawn = draw_voxels(loc, scale, network)
             filled = torch.where(mask, drawn, inputs)
             yield filled if self.voxel_noise else torch.where(mask, loc, inputs)

@@ -285,7 +285,7 @@ class SaveFigured(Transform):
 
     Args:
         layout: says where.
-        draw: ``draw(path, data, value_range)``, one of the functions of this module.
+        draw: ``draw(path, data, value_range)``, such as the functions of this module.
         value_range: what black and white stand for.
         enabled: False draws nothing.
     """

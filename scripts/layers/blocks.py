@@ -213,7 +213,7 @@ class DecoderBlock(Block):
     Args:
         level: on which the block lives.
         enters_level: whether it is the first there, and the level not the coarsest.
-        index: of its latent among all, coarsest first; -1 without one.
+        index: of its latent among all enabled ones, coarsest first; -1 without one.
     """
 
     def __init__(self, level: Level, enters_level: bool = False, index: int = -1) -> None:
@@ -226,8 +226,8 @@ class DecoderBlock(Block):
         """``x`` on this level's grid."""
         return upsample(x) if self.enters_level else x
 
-    def infer(self, mean: Tensor, s: Tensor, temperature: float) -> Posterior:
-        """The posterior that a parameter net predicts, with a draw from it."""
+    def gaussian(self, mean: Tensor, s: Tensor, temperature: float) -> Posterior:
+        """What a parameter net predicts, of a posterior or of a prior, with a draw from it."""
         std = standard_deviation(s, self.std_range, self.std_form)
         mean = mean.float()
         return Posterior(draw(mean, std, temperature), mean, std, None, None)
@@ -284,7 +284,7 @@ class FirstLatent(DecoderBlock):
         kl: Tensor | None = None
         if z is None and features is not None:
             mean, s, _ = self.posterior(features)
-            q = self.infer(mean, s, temperature)
+            q = self.gaussian(mean, s, temperature)
             if not torch.jit.is_scripting():
                 q = choose(q)
             kl, z = kl_divergence(q), q.z
@@ -345,11 +345,11 @@ class StochasticBlock(DecoderBlock):
         q: Posterior | None = None
         kl: Tensor | None = None
         if z is None:
-            p = self.infer(p_mean, p_s, 0.0 if features is not None else temperature)
+            p = self.gaussian(p_mean, p_s, 0.0 if features is not None else temperature)
             z = p.z
             if features is not None:
                 q_mean, q_s, _ = self.posterior(features, x)
-                q = self.infer(q_mean, q_s, temperature)
+                q = self.gaussian(q_mean, q_s, temperature)
                 q = Posterior(q.z, q.mean, q.std, p.mean, p.std)
                 if not torch.jit.is_scripting():
                     q = choose(q)

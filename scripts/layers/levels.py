@@ -1,4 +1,4 @@
-"""What each level of the network is, and the one place where its arguments are checked.
+"""What each level of the network is, and the checks of the arguments that say so.
 
 Levels are counted from the finest: level 0 is the input grid, level k the grid after k halvings, and every list with
 one entry per level runs that way. Users know a level by its grid, such as 4³. Latents are counted from the coarsest
@@ -27,7 +27,8 @@ class Level:
         encoder_blocks: their number.
         decoder_in_channels: what the level's first decoder block takes: the width of the next coarser level.
         decoder_channels, decoder_hidden_channels, decoder_kernel_size: of the decoder's blocks.
-        latents: the level's latents, each with its index among all of the network, or None where it is disabled.
+        latents: the level's latents, each with its index among all enabled ones of the network, or None where it is
+            disabled.
         latent_channels: channels of each.
         coarsest: whether this is the level on which the decoder starts.
         shared, plain_encoder, rezero, batch_norm, separate_heads, std_form, kl_floor: see

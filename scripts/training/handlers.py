@@ -1,4 +1,4 @@
-"""What happens around the training step: seeds, records, progress, figures."""
+"""What happens around the training step: the average of the weights, records, progress, figures."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class NoHandler:
 def by_reference(handler: Any) -> Any:
     """A handler that the config defines under a name, so that an overlay can change it.
 
-    MONAI's federated client and its check of a workflow read a ``_target_`` in each entry of a list of handlers, so
-    that a bare reference cannot stand there.
+    MONAI's federated client and its check of a workflow read a ``_target_`` in each entry of the lists of handlers of
+    training and validation, so that a bare reference cannot stand there.
     """
     return NoHandler() if handler is None else handler
 
