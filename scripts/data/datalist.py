@@ -176,7 +176,8 @@ def _compile_pattern(pattern: str, setting: str) -> Callable[[str], tuple[str, .
         if len(pieces) < depth:
             return None
         found = [e.fullmatch(piece) for e, piece in zip(expressions, pieces[-depth:], strict=True)]
-        return None if None in found else ("/".join(pieces[:-depth]), *(text for m in found for text in m.groups()))
+        texts = [text for m in found if m for text in m.groups()]
+        return ("/".join(pieces[:-depth]), *texts) if all(found) else None
 
     return match
 

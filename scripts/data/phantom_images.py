@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -135,7 +135,7 @@ def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], sp
     check_integer("index", index, 0)
     check_integer("seed", seed, 0)
     check_number("spacing (mm)", spacing, 1e-3, 1e3)
-    shape = tuple(size) if isinstance(size, list | tuple) else (size,) * 3
+    shape: tuple[Any, ...] = tuple(size) if isinstance(size, list | tuple) else (size,) * 3
     if len(shape) != 3:
         raise ValueError(f"size is {size!r}, but must be one whole number or three, the voxels along each axis.")
     for n in shape:
