@@ -32,7 +32,7 @@ from scripts.utils.command_line import run
 from scripts.utils.files import write_text
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ["configs/train.json", "tests/tiny.json", "configs/multi_gpu_train.json"]
+CONFIGS = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json", "configs/multi_gpu_train.json"]
 MARK = "SURVIVAL_RUN"
 # a training process, a worker of its loader, torchrun itself, and the process that writes a checkpoint
 VICTIMS = ("training", "loader", "torchrun", "while saving")

@@ -28,7 +28,7 @@ TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # what is added to the environment of a test's processes
 # files of more than twenty seconds, the longest first: both of pytest-xdist's workers then end at about the same time
 SLOW = ("distributed", "benchmarks", "prepare", "export", "training", "inference", "check", "checkpoints")
-SLOW += ("evaluate", "impute_interpolate", "cache", "clients")
+SLOW += ("evaluate", "slices_and_channels", "impute_interpolate", "cache", "clients")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
