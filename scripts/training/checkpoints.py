@@ -281,15 +281,14 @@ class CheckpointHandler:
         state = engine.state
         if idist.get_rank() > 0 or self._saved_at[0] == state.updates > 0:
             return
+        batches = state.iteration % state.epoch_length
         checkpoint = {
             "network": self.network.state_dict(),
             "average": self.average.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": engine.scaler.state_dict(),
             "epoch": state.epoch if engine.epoch_ends else state.epoch - 1,
-            "scans_into_epoch": 0
-            if engine.epoch_ends
-            else state.iteration % state.epoch_length * _scans_per_batch(engine),
+            "scans_into_epoch": 0 if engine.epoch_ends else batches * _scans_per_batch(engine),
             "batches": state.epoch_length,
             "scans_a_batch": _scans_per_batch(engine),
             "updates": state.updates,
