@@ -276,13 +276,15 @@ class VDVAE(VoxelGaussian):
         Raises:
             ValueError: an axis is not a multiple of 2^(K-1), or the shape is not the network's.
         """
-        return self._infer(x, temperature, keep_posteriors=False)[0]
+        return self.infer(x, temperature, keep_posteriors=False)[0]
 
-    def infer(self, x: Tensor, temperature: float | Sequence[float] = 1.0) -> tuple[VDVAEOutput, list[Posterior]]:
-        """What :meth:`forward` gives, and the latents that it was made from, with their distributions, top first."""
-        return self._infer(x, temperature, keep_posteriors=True)
+    def infer(
+        self, x: Tensor, temperature: float | Sequence[float] = 1.0, keep_posteriors: bool = True
+    ) -> tuple[VDVAEOutput, list[Posterior]]:
+        """What :meth:`VDVAE.forward` gives, and the latents that it was made from, with their distributions, top first.
 
-    def _infer(self, x: Tensor, temperature: float | Sequence[float], keep_posteriors: bool):
+        Without ``keep_posteriors`` the list is empty, and their memory is free.
+        """
         features = self._encode(x)
         temperatures = list(ensure_tuple_rep(temperature, self.levels))
         y, kls, posteriors = self.decoder(features[-1], features, [], temperatures, keep_posteriors)

@@ -116,14 +116,14 @@ def find_by_wildcards(
     match = _compile_pattern(pattern, pattern_setting)
     names = sorted(_walk(root, folders=pattern.endswith("/")))
     found = {key: name for name in names if (key := match(name)) is not None}
-    results = [name for name in found.values() if RESULT.search(name)]
-    if results and not RESULT.search(pattern):
+    scans = {key: name for key, name in found.items() if not RESULT.search(name)}
+    if len(scans) < len(found) and not RESULT.search(pattern):
         logger.warning(
             "%d file(s) are left out, since they are named as results of this bundle, such as '%s': name them by "
             "--%s if they are scans.",
-            *(len(results), results[0], pattern_setting),
+            *(len(found) - len(scans), next(found[key] for key in found if key not in scans), pattern_setting),
         )
-        found = {key: name for key, name in found.items() if name not in set(results)}
+        found = scans
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
         example = f", such as '{names[0]}'" if names else ""

@@ -296,9 +296,9 @@ class Scoring(Inferer):
         bound = -(nll + kl.sum(1))
         if self.importance_samples > 1:
             bound = torch.logsumexp(torch.stack(weights), dim=0) - math.log(self.importance_samples)
-        loc = network.infer(inputs, temperature=0.0)[0].loc
+        loc = network.infer(inputs, 0.0, keep_posteriors=False)[0].loc
         with drawing(lambda q: restored_latent(q, self.restore)):
-            restored, scale, _ = network.infer(inputs, temperature=0.0)[0]
+            restored, scale, _ = network.infer(inputs, 0.0, keep_posteriors=False)[0]
         results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
         results |= image_quality(loc, inputs, network)
