@@ -15,7 +15,7 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from scripts.layers.blocks import decoder_blocks, encoder_blocks
-from scripts.layers.convolutions import Downsample, channels_last, make_conv
+from scripts.layers.convolutions import HEAD_SCALES, Downsample, channels_last, make_conv
 from scripts.layers.gaussian import Posterior
 from scripts.layers.levels import Level, check_choice, check_list, check_shape, make_levels
 from scripts.layers.output import OUTPUT_RANGES, OutputHead, VoxelGaussian, deviation
@@ -142,6 +142,8 @@ class VDVAE(VoxelGaussian):
             through the latents to the output, every KL divergence but the first starts at zero, and noise from later
             latents starts small. PyTorch's default loses about half the signal at every convolution, so that the
             coarsest latents of a deep network neither see the scan nor show in the reconstruction.
+            ``"informative"``: the same, but posterior means and output depend on the scan from the start. Where both
+            are zero the first tens of updates teach next to nothing.
         checkpoint_levels: recompute the activations of this many of the finest levels in the backward pass instead of
             keeping them.
 
@@ -225,10 +227,10 @@ class VDVAE(VoxelGaussian):
             zero_init=template,
         )
         self.register_voxel_gaussian(in_channels, self.spatial_shape)
-        if check_choice("init", init, ("pytorch", "variance_preserving")) == "variance_preserving":
+        if check_choice("init", init, ("pytorch", *HEAD_SCALES)) != "pytorch":
             for module in self.modules():
                 if hasattr(module, "preserve_variance"):
-                    module.preserve_variance(levels[0].init_scale)
+                    module.preserve_variance(levels[0].init_scale, HEAD_SCALES[init])
         latents = [level for level in reversed(levels) for index in level.latents if index is not None]
         self.num_latents = len(latents)
         self.latent_levels = tuple(level.number for level in latents)

@@ -148,8 +148,9 @@ class ScanEvaluator(Evaluator):
     Args:
         job: its name; ``<job>.json`` in ``output_dir`` says with what its results were made.
         output_dir: folder of the results, made if need be.
-        settings: on which the results depend; files among them (a checkpoint) by their content. The arguments of the
+        settings: on which the results of this job depend; files among them by their content. The arguments of the
             network, ``seed``, ``amp`` and ``amp_dtype`` are added.
+        shared_settings: on which those of every job depend, such as the checkpoint.
         device: of the network.
         dataset: with preprocessing; its items hold ``image``, ``[channels, *spatial]``.
         network: the network.
@@ -189,10 +190,11 @@ class ScanEvaluator(Evaluator):
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         val_handlers: Sequence | None = None,
+        shared_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.job, self.output_dir = job, Path(output_dir)
         own = {"network_def": network.arguments, "seed": seed, "amp": amp, "amp_dtype": amp_dtype}
-        self.settings = {**settings, **own}
+        self.settings = {**(shared_settings or {}), **settings, **own}
         self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
         self._check_names()
         # one process says what is left to do: another might begin to write while this one still looks

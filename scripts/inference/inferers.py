@@ -21,10 +21,20 @@ from torch import Tensor
 
 from scripts.layers.gaussian import Posterior, drawing, gaussian_noise, kl_per_dimension
 from scripts.layers.levels import find_level, grid_key
+from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 
-__all__ = ["Decoding", "Encoding", "Imputation", "Interpolation", "Reconstruction", "Sampling", "Scoring"]
+__all__ = [
+    "CoordinateDecoding",
+    "Decoding",
+    "Encoding",
+    "Imputation",
+    "Interpolation",
+    "Reconstruction",
+    "Sampling",
+    "Scoring",
+]
 
 Temperature = float | Mapping[int | str, float]
 
@@ -109,18 +119,24 @@ def _with_zscore(inputs: Tensor, loc: Tensor, scale: Tensor) -> dict[str, Tensor
 class Encoding(Inferer):
     """Encode scans: ``z00``, ``mean00`` and ``std00`` of the coarsest latent's posterior, ``z01``, ... of the next.
 
+    With a population prior also ``coordinates``, ``[batch, factors]``: what its factors are for each scan.
+
     Args:
         temperature: of z; 0 makes it the mean.
+        prior: the network's population prior.
     """
 
-    def __init__(self, temperature: Temperature = 0.0) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: Temperature = 0.0, prior: PopulationPrior | None = None) -> None:
+        self.temperature, self.prior = temperature, prior
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         results = {}
         temperature = level_temperatures(network, "temperature", self.temperature)
-        for index, q in enumerate(network.infer(inputs, temperature)[1]):
+        posteriors = network.infer(inputs, temperature)[1]
+        for index, q in enumerate(posteriors):
             results |= {f"z{index:02d}": q.z, f"mean{index:02d}": q.mean, f"std{index:02d}": q.std}
+        if self.prior is not None:
+            results["coordinates"] = self.prior.coordinates([innovation(q) for q in posteriors])
         return results
 
 
@@ -140,23 +156,65 @@ class Decoding(Inferer):
         return {"recon": loc, "scale": scale}
 
 
+class CoordinateDecoding(Inferer):
+    """Decode coordinates in a population prior: ``sample``, the mean of each voxel given what they stand for.
+
+    Args:
+        prior: the network's population prior.
+        temperature: of what the coordinates do not say; 0 takes its mean.
+    """
+
+    def __init__(self, prior: PopulationPrior, temperature: Temperature = 0.0) -> None:
+        self.prior, self.temperature = prior, temperature
+
+    def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs`` are ``[batch, factors]``."""
+        temperature = level_temperatures(network, "temperature", self.temperature)
+        return {"sample": decode_coordinates(network, self.prior, inputs, temperature)[0]}
+
+
 class Sampling(Inferer):
     """Draw scans from the prior: ``sample``, the mean of each voxel given the latents that were drawn.
 
     Args:
-        temperature: multiplies the prior's standard deviations. See :func:`level_temperatures`.
+        temperature: multiplies the prior's standard deviations, see :func:`level_temperatures`; those of a population
+            prior's factors too, where it is one number. None: 1 with a population prior, 0.7 without.
         voxel_noise: also draw each voxel from its own distribution, as the likelihood says.
+        prior: the population prior to draw from; None draws from the network's own.
     """
 
-    def __init__(self, temperature: Temperature = 0.7, voxel_noise: bool = False) -> None:
-        self.temperature = temperature
-        self.voxel_noise = voxel_noise
+    def __init__(
+        self,
+        temperature: Temperature | None = None,
+        voxel_noise: bool = False,
+        prior: PopulationPrior | None = None,
+    ) -> None:
+        if temperature is None:
+            temperature = 0.7 if prior is None else 1.0
+        self.temperature, self.voxel_noise, self.prior = temperature, voxel_noise, prior
 
     def __call__(self, inputs: int, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``inputs`` is the number of scans."""
         temperature = level_temperatures(network, "sample_temperature", self.temperature)
-        loc, scale = network.decode([], temperature, batch_size=inputs)
+        if self.prior is None:
+            loc, scale = network.decode([], temperature, batch_size=inputs)
+        else:
+            coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors))
+            if not isinstance(temperature, list):
+                coordinates = temperature * coordinates
+            loc, scale = decode_coordinates(network, self.prior, coordinates, temperature)
         return {"sample": draw_voxels(loc, scale, network) if self.voxel_noise else loc}
+
+
+def decode_coordinates(
+    network: VDVAE, prior: PopulationPrior, coordinates: Tensor, temperature: float | list[float]
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each voxel given the factors of a population prior, ``[batch, factors]``."""
+    of_latents = temperature
+    if isinstance(temperature, list):
+        of_latents = [temperature[level] for level in network.latent_levels]
+    with prior.drawing(coordinates, of_latents):
+        return network.decode([], temperature, batch_size=len(coordinates))
 
 
 def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:
@@ -264,6 +322,9 @@ class Scoring(Inferer):
     ``[batch]`` each: ``bits_per_dim``, ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each
     latent), ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in
     the foreground).
+    With a population prior also ``population_bits_per_dim``, the bound under it; ``typicality_distance``, the
+    Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
+    cohort's scans that lie at least so far.
     Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
     ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that.
 
@@ -275,37 +336,58 @@ class Scoring(Inferer):
             in one dimension, its mean gives way to the prior's. Latents are restored from the coarsest on, each judged
             by a prior that is conditioned on what was restored above. None restores nothing. A network that
             reconstructs well reconstructs lesions too: without this they do not show.
+        prior: the network's population prior.
     """
 
-    def __init__(self, importance_samples: int = 1, smoothing: float = 0.25, restore: float | None = 0.3) -> None:
+    def __init__(
+        self,
+        importance_samples: int = 1,
+        smoothing: float = 0.25,
+        restore: float | None = 0.3,
+        prior: PopulationPrior | None = None,
+    ) -> None:
         if importance_samples < 1:
             raise ValueError(f"importance_samples is {importance_samples}: it must be 1 or more.")
         self.importance_samples = importance_samples
         self.smoothing = smoothing
         self.restore = restore
+        self.prior = prior
 
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        weights, nlls, kls = [], [], []
+        weights, nlls, kls, gains = [], [], [], []
         for _ in range(self.importance_samples):
             output, latents = network.infer(inputs, temperature=1.0)
             nll = negative_log_likelihood(output.loc, output.scale, inputs)
             nlls.append(nll)
             kls.append(output.kl)
             weights.append(-nll - sum(log_ratio(q) for q in latents))
+            if self.prior is not None:
+                gains.append(self.prior.log_ratio([innovation(q) for q in latents]))
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
-        bound = -(nll + kl.sum(1))
-        if self.importance_samples > 1:
-            bound = torch.logsumexp(torch.stack(weights), dim=0) - math.log(self.importance_samples)
-        loc = network.infer(inputs, 0.0, keep_posteriors=False)[0].loc
+        bound = self._bound(-(nll + kl.sum(1)), weights)
+        output, posteriors = network.infer(inputs, 0.0, keep_posteriors=self.prior is not None)
+        loc = output.loc
         with drawing(lambda q: restored_latent(q, self.restore)):
             restored, scale, _ = network.infer(inputs, 0.0, keep_posteriors=False)[0]
         results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
+        if self.prior is not None:
+            elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
+            under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
+            distance, tail = self.prior.typicality(self.prior.coordinates([innovation(q) for q in posteriors]))
+            results |= {"population_bits_per_dim": bits_per_dim(-under_it, inputs)}
+            results |= {"typicality_distance": distance, "typicality_tail": tail}
         results |= image_quality(loc, inputs, network)
         smooth = GaussianFilter(network.spatial_dims, self.smoothing).to(inputs.device)
         anomaly = smooth((inputs - restored) / scale)
         results["anomaly_score"] = foreground_percentile(anomaly, inputs, network)
         return results | {"recon": loc, "restored": restored, "anomaly": anomaly}
+
+    def _bound(self, elbo: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """The bound of one draw, whose KL is known, or that of several, importance-weighted."""
+        if self.importance_samples == 1:
+            return elbo
+        return torch.logsumexp(torch.stack(list(weights)), dim=0) - math.log(self.importance_samples)
 
 
 def restored_latent(q: Posterior, threshold: float | None) -> Tensor:

@@ -9,7 +9,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
 from scripts.data.transforms import RobustScaled, ScanError, per_channel, unscaled
 from scripts.inference.inferers import latents_up_to
 from scripts.layers.levels import grid_name
+from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text, write_whole
@@ -42,7 +43,7 @@ __all__ = [
     "ScanLayout",
     "WholeNibabelWriter",
     "common_root",
-    "latent_table",
+    "latent_tables",
     "row_table",
 ]
 
@@ -189,8 +190,8 @@ class FitBackd(MapTransform):
 class SaveLatentsd(Transform):
     """Write a scan's latents as ``.npz``: arrays ``z00``, ``mean00``, ``std00``, ``z01``, ..., ``[channels, *grid]``.
 
-    Top first; with them what decoding to the scan's grid and units needs: ``affine``, ``scan_affine``, ``scan_shape``,
-    ``gain``, ``offset`` and ``b_min``.
+    Top first, and ``coordinates`` where there is a population prior; with them what decoding to the scan's grid and
+    units needs: ``affine``, ``scan_affine``, ``scan_shape``, ``gain``, ``offset`` and ``b_min``.
 
     Args:
         layout: says where.
@@ -202,7 +203,8 @@ class SaveLatentsd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.key]
-        latents = {k: np.asarray(v) for k, v in data.items() if str(k).rstrip("0123456789") in ("z", "mean", "std")}
+        names = ("z", "mean", "std", "coordinates")
+        latents = {k: np.asarray(v) for k, v in data.items() if str(k).rstrip("0123456789") in names}
         content = {
             "affine": np.asarray(image.affine),
             "scan_affine": np.asarray(image.meta["geometry"]["affine"]),
@@ -385,20 +387,30 @@ def row_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str])
     _write_table(path, rows)
 
 
-def latent_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
-    """Put the coarsest latent's posterior means of these scans together, as CSV, one row per scan, its path first."""
+def latent_tables(
+    output_dir: str | os.PathLike, layout: ScanLayout, prior: PopulationPrior | None, scans: Sequence[str]
+) -> None:
+    """Put latents of these scans together, as CSV with one row per scan, its path first.
 
-    def rows():
+    ``latents.csv`` has the coarsest latent's posterior means. With a population prior ``coordinates.csv`` has the
+    scans' coordinates, and ``factors.csv`` says how much of what is explained each factor explains.
+    """
+
+    def rows(array: str, column: str) -> Iterator[tuple[str, dict[str, str]]]:
         for scan in scans:
             file = layout.path(scan)
             if file.exists():
                 with np.load(file, allow_pickle=False) as content:
-                    yield (
-                        layout.relative(scan),
-                        {f"m{i:03d}": f"{value:.6g}" for i, value in enumerate(content["mean00"].ravel())},
-                    )
+                    values = content[array].ravel()
+                yield layout.relative(scan), {f"{column}{i:03d}": f"{value:.6g}" for i, value in enumerate(values)}
 
-    _write_table(path, rows())
+    folder = Path(output_dir)
+    _write_table(folder / "latents.csv", rows("mean00", "m"))
+    if prior is not None:
+        _write_table(folder / "coordinates.csv", rows("coordinates", "c"))
+        shares = zip(prior.explained.tolist(), prior.explained.cumsum(0).tolist(), strict=True)
+        cells = ((f"c{i:03d}", f"{share:.4g}", f"{so_far:.4g}") for i, (share, so_far) in enumerate(shares))
+        write_csv(folder / "factors.csv", ["factor", "explained", "explained_so_far"], cells)
 
 
 def _write_table(path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:

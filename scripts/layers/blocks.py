@@ -90,7 +90,7 @@ class ResidualBlock(Block):
             with torch.no_grad():
                 self.convs[-1].weight.mul_(init_scale)
 
-    def preserve_variance(self, scale: float) -> None:
+    def preserve_variance(self, scale: float, head_scale: float) -> None:
         """Start from signals of unit size, and from a block that adds a little (``scale``) to its input."""
         for conv in self.convs:
             preserve_variance(conv)
@@ -130,7 +130,7 @@ class Trunk(nn.Module):
             ]
         )
 
-    def preserve_variance(self, scale: float) -> None:
+    def preserve_variance(self, scale: float, head_scale: float) -> None:
         """Start from signals of unit size."""
         for conv in self.convs:
             preserve_variance(conv)
@@ -166,12 +166,14 @@ class ParameterNet(nn.Module):
         self.mean = make_conv(dims, hidden, level.latent_channels)
         self.std = make_conv(dims, hidden, level.latent_channels)
         if zero_init:
-            self.zero_heads()
+            self.start_heads(0.0)
 
-    def zero_heads(self) -> None:
-        """Start from mean = s = 0."""
+    def start_heads(self, scale: float) -> None:
+        """Start from s = 0 and from means of this standard deviation; 0 draws nothing."""
         nn.init.zeros_(self.mean.weight)
         nn.init.zeros_(self.std.weight)
+        if scale:
+            preserve_variance(self.mean, scale=scale)
 
     def forward(
         self, x: Tensor, second: Tensor | None = None, residual: tuple[Tensor, Tensor | None] | None = None
@@ -272,10 +274,10 @@ class FirstLatent(DecoderBlock):
         self.norm = make_norm(level.spatial_dims, level.decoder_channels, level.batch_norm)
         self.latent_channels = level.latent_channels
 
-    def preserve_variance(self, scale: float) -> None:
-        """Start with a latent that shows in full, and a posterior that does not depend on the scan yet."""
+    def preserve_variance(self, scale: float, head_scale: float) -> None:
+        """Start with a latent that shows in full, and posterior means of size ``head_scale``."""
         preserve_variance(self.z_projection, after_gelu=False)
-        self.posterior.zero_heads()
+        self.posterior.start_heads(head_scale)
 
     def forward(
         self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float
@@ -291,7 +293,11 @@ class FirstLatent(DecoderBlock):
         elif z is None:
             shape = [x.shape[0], self.latent_channels] + list(x.shape[2:])  # noqa: RUF005 (TorchScript unpacks nothing)
             zeros = channels_last(x.new_zeros(shape))
-            z = draw(zeros, torch.ones_like(zeros), temperature)
+            ones = torch.ones_like(zeros)
+            p = Posterior(draw(zeros, ones, temperature), zeros, ones, None, None)
+            if not torch.jit.is_scripting():
+                p = choose(p)
+            z = p.z
         y = self.z_projection(z)
         if self.alpha is not None:
             y = self.alpha * y
@@ -330,11 +336,11 @@ class StochasticBlock(DecoderBlock):
         self.alpha = nn.Parameter(torch.zeros(())) if level.rezero else None
         self.norm = make_norm(dims, out_channels, level.batch_norm)
 
-    def preserve_variance(self, scale: float) -> None:
-        """Start with a latent that shows a little (``scale``) and whose posterior equals its prior."""
+    def preserve_variance(self, scale: float, head_scale: float) -> None:
+        """Start with a latent that shows a little (``scale``), and posterior means of size ``head_scale``."""
         preserve_variance(self.z_projection, after_gelu=False, scale=scale)
         preserve_skip(self.skip)
-        self.posterior.zero_heads()
+        self.posterior.start_heads(head_scale)
 
     def forward(
         self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float
@@ -346,6 +352,8 @@ class StochasticBlock(DecoderBlock):
         kl: Tensor | None = None
         if z is None:
             p = self.gaussian(p_mean, p_s, 0.0 if features is not None else temperature)
+            if features is None and not torch.jit.is_scripting():
+                p = choose(p)
             z = p.z
             if features is not None:
                 q_mean, q_s, _ = self.posterior(features, x)
@@ -368,7 +376,7 @@ class DisabledLatent(DecoderBlock):
         in_channels = level.decoder_in_channels if enters_level else level.decoder_channels
         self.skip = make_skip(level.spatial_dims, in_channels, level.decoder_channels)
 
-    def preserve_variance(self, scale: float) -> None:
+    def preserve_variance(self, scale: float, head_scale: float) -> None:
         preserve_skip(self.skip)
 
     def forward(

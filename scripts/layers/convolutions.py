@@ -11,6 +11,9 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# standard deviation, at the start, of posterior means and of the output for each ``init`` that sets it
+HEAD_SCALES = {"variance_preserving": 0.0, "informative": 0.3}
+
 
 class _GELUConv(torch.autograd.Function):
     """``conv(gelu(x))`` for several convolutions of one input, keeping ``x`` alone for the backward pass.

@@ -82,10 +82,10 @@ _drawing_rule: ContextVar[Callable[[Posterior], Tensor] | None] = ContextVar("dr
 
 @contextmanager
 def drawing(rule: Callable[[Posterior], Tensor]) -> Iterator[None]:
-    """Let ``rule(posterior)`` choose z of each latent that is inferred from a scan, instead of a draw.
+    """Let ``rule(distribution)`` choose z of each latent, instead of a draw.
 
-    It is called inside the decoder's pass, from the coarsest latent on, so that each latent's prior (in the posterior
-    that the rule is given) and posterior are conditioned on what the rule chose above.
+    It is called inside the decoder's pass, from the coarsest latent on: with the posterior of a latent that is inferred
+    from a scan, else with the prior (which has no ``prior_mean``). Both are conditioned on what the rule chose above.
     """
     token = _drawing_rule.set(rule)
     try:
@@ -95,7 +95,7 @@ def drawing(rule: Callable[[Posterior], Tensor]) -> Iterator[None]:
 
 
 def choose(q: Posterior) -> Posterior:
-    """The posterior with the z that the rule of :func:`drawing` chooses, if there is one."""
+    """The distribution with the z that the rule of :func:`drawing` chooses, if there is one."""
     rule = _drawing_rule.get()
     return q if rule is None else q._replace(z=rule(q))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from scripts.layers.convolutions import gelu_conv, make_conv
+from scripts.layers.convolutions import gelu_conv, make_conv, preserve_variance
 from scripts.layers.gaussian import standard_deviation
 from scripts.layers.levels import check_choice
 
@@ -133,6 +133,11 @@ class OutputHead(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         if zero_init:
             nn.init.zeros_(self.weight)
+
+    def preserve_variance(self, scale: float, head_scale: float) -> None:
+        """Start from outputs of size ``head_scale``, in the units of the voxel-wise Gaussian where there is one."""
+        if head_scale:
+            preserve_variance(self, scale=head_scale)
 
     def forward(self, features: Tensor, voxel_gaussian: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Predict in fp32, also under autocast.

@@ -96,7 +96,7 @@ def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
         CheckpointError: it is damaged, or not a checkpoint of this bundle.
     """
     path = Path(path)
-    checkpoint = _load(path, mmap)
+    checkpoint = read_archive(path, mmap)
     needed = {"network", "average", "optimizer", "epoch", "scans_into_epoch"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise CheckpointError(
@@ -106,7 +106,12 @@ def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     return checkpoint
 
 
-def _load(path: Path, mmap: bool = False) -> Any:
+def read_archive(path: Path, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, tensors and plain values only.
+
+    Raises:
+        CheckpointError: it is damaged, or holds anything else.
+    """
     try:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -140,7 +145,7 @@ def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights '{path}' do not exist: set --weights (in training) or --ckpt to a model.pt.")
-    state = _load(path)
+    state = read_archive(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
     _load_state(network, state, path)

@@ -315,6 +315,7 @@ def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     """Say where a run's results are, those that there are."""
     for what, path in (
         ("Weights (averaged)", Path(ckpt_dir) / "model.pt"),
+        ("Population prior", Path(ckpt_dir) / "population_prior.pt"),
         ("Checkpoint to resume from", Path(ckpt_dir) / "checkpoint.pt"),
         ("Figures", Path(output_dir) / "figures"),
         ("Numbers", Path(output_dir) / "history.csv"),

@@ -1,0 +1,199 @@
+"""The population prior: one Gaussian for all latents of a network together, fitted to a cohort after training.
+
+The decoder draws each latent as ``z = m + s u`` with ``u ~ N(0, I)``, where m and s are the prior's mean and standard
+deviation given the latents above. In the same coordinates a scan's posterior is ``u ~ N(t, r^2)`` with
+``t = (mean - m) / s`` and ``r = std / s``. Since z and u are in bijection, any density of all u together is a valid
+prior of the same network. Over a cohort the shifts t lie near a plane of few dimensions, which N(0, I) hardly ever
+draws from; here u is modelled by factor analysis (Rubin & Thayer 1982): ``u = mean + W c + e`` with ``c ~ N(0, I)`` and
+``e ~ N(0, D)``, D diagonal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scripts.layers.gaussian import Posterior, drawing, gaussian_noise
+
+LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
+FORMAT = 1  # of the file
+
+
+def innovation(q: Posterior) -> Tensor:
+    """The u of a latent: how many of the prior's standard deviations z lies from its mean, fp32, shaped like z."""
+    if q.prior_mean is None or q.prior_std is None:
+        return q.z.float()
+    return (q.z.float() - q.prior_mean) / q.prior_std
+
+
+def ratio(q: Posterior) -> Tensor:
+    """The r of a latent: the posterior's standard deviation over the prior's, fp32, shaped like z."""
+    return q.std if q.prior_std is None else q.std / q.prior_std
+
+
+class PopulationPrior(nn.Module):
+    """Factor analysis of the innovations u of all latents.
+
+    Args:
+        mean, variance: of each latent that it concerns, by the latent's index (top first): ``[channels, *grid]``.
+        directions: the columns of W, ``[factors, channels, *grid]``, likewise. In latents that are left out u stays
+            N(0, I).
+        distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
+
+    Attributes:
+        factors: their number.
+        explained: the share of each factor in the variance of u that W explains, ``[factors]``.
+    """
+
+    def __init__(
+        self,
+        mean: Mapping[int, Tensor],
+        variance: Mapping[int, Tensor],
+        directions: Mapping[int, Tensor],
+        distances: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.latents = tuple(sorted(mean))
+        self.factors = len(next(iter(directions.values())))
+        for index in self.latents:
+            self.register_buffer(f"mean_{index}", mean[index].float())
+            self.register_buffer(f"variance_{index}", variance[index].float().clamp_min(LEAST_VARIANCE))
+            self.register_buffer(f"directions_{index}", directions[index].float())
+        self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
+        gram = torch.eye(self.factors, dtype=torch.float64)
+        variances = torch.zeros(self.factors, dtype=torch.float64)
+        log_variance = torch.zeros((), dtype=torch.float64)
+        for _, variance_, directions_ in self._parts():
+            columns = directions_.flatten(1).double()
+            gram += (columns / variance_.flatten().double()) @ columns.T
+            variances += columns.square().sum(1)
+            log_variance += variance_.double().log().sum()
+        self.explained = variances / variances.sum().clamp_min(1e-12)
+        self.register_buffer("inverse", torch.linalg.inv(gram).float())  # of C = I + W^T D^-1 W
+        self.register_buffer("log_determinant", (log_variance + torch.logdet(gram)).float())
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Mean, variance and directions of each latent that is concerned."""
+        for index in self.latents:
+            yield tuple(getattr(self, f"{name}_{index}") for name in ("mean", "variance", "directions"))
+
+    def _projections(self, innovations: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """``W^T D^-1 v``, ``[batch, factors]``, ``v^T D^-1 v`` and ``u^T u``, ``[batch]``, where v is u - mean."""
+        projected = distance = squares = 0.0
+        for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
+            u = innovations[index].float()
+            scaled = (u - mean) / variance
+            projected = projected + scaled.flatten(1) @ directions.flatten(1).T
+            distance = distance + (scaled * (u - mean)).flatten(1).sum(1)
+            squares = squares + u.square().flatten(1).sum(1)
+        return projected, distance, squares
+
+    def log_ratio(self, innovations: Sequence[Tensor]) -> Tensor:
+        """log p(u) under this prior less that under N(0, I), in nats: ``[batch]``.
+
+        Added to the ELBO of latents that were drawn it gives an unbiased estimate of the ELBO under this prior.
+
+        Args:
+            innovations: of all latents, top first, see :func:`innovation`; ``[batch, channels, *grid]`` each.
+        """
+        with torch.autocast(innovations[0].device.type, enabled=False):
+            projected, distance, squares = self._projections(innovations)
+            explained = (projected @ self.inverse * projected).sum(1)
+            return 0.5 * (squares - distance + explained - self.log_determinant)
+
+    def coordinates(self, innovations: Sequence[Tensor]) -> Tensor:
+        """The factors given a scan's latents, ``E[c | u]``: ``[batch, factors]``. N(0, I) at most, over the cohort."""
+        with torch.autocast(innovations[0].device.type, enabled=False):
+            return self._projections(innovations)[0] @ self.inverse
+
+    def typicality(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """How far coordinates lie from the cohort's mean.
+
+        Args:
+            coordinates: ``[batch, factors]``.
+
+        Returns:
+            the Mahalanobis distance, ``[batch]``, whose square is chi-squared with as many degrees of freedom as there
+            are factors, if the model is true; and the share of the cohort that lies at least so far, ``[batch]``, NaN
+            where the cohort's distances are not known.
+        """
+        # under the model coordinates have the covariance I - C^-1
+        covariance = torch.eye(self.factors, device=coordinates.device) - self.inverse
+        solved = torch.linalg.lstsq(covariance, coordinates.T).solution
+        distance = (coordinates * solved.T).sum(1).clamp_min(0).sqrt()
+        if len(self.distances) == 0:
+            return distance, torch.full_like(distance, float("nan"))
+        beyond = len(self.distances) - torch.searchsorted(self.distances, distance)
+        return distance, (1 + beyond) / (1 + len(self.distances))
+
+    def innovations(self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0) -> dict[int, Tensor]:
+        """A draw of u given the factors, by the latents' indices: ``[batch, channels, *grid]`` each.
+
+        Args:
+            coordinates: ``[batch, factors]``.
+            temperature: multiplies the standard deviation of e; one number, or one per latent.
+        """
+        drawn = {}
+        for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
+            u = mean + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
+            factor = temperature if isinstance(temperature, int | float) else temperature[index]
+            drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
+        return drawn
+
+    @contextmanager
+    def drawing(self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0) -> Iterator[None]:
+        """Let ``network.decode([], ...)`` draw its latents from this prior, given the factors.
+
+        Args:
+            coordinates: ``[batch, factors]``; N(0, I) for samples.
+            temperature: of what the factors do not say, see :meth:`innovations`.
+        """
+        drawn = self.innovations(coordinates, temperature)
+        counter = iter(range(10**9))
+
+        def rule(p: Posterior) -> Tensor:
+            u = drawn.get(next(counter))
+            return p.z if u is None else p.mean + p.std * u.to(p.mean.device)
+
+        with drawing(rule):
+            yield
+
+    def save(self, file: Any, extras: Mapping[str, Any] | None = None) -> None:
+        """Write tensors and plain values; directions as 8-bit numbers with a scale for each direction of a latent.
+
+        Args:
+            file: a path or a file that is open for writing.
+            extras: what else belongs to it, plain values by name.
+        """
+        latents = {}
+        for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
+            flat = directions.flatten(1)
+            scale = flat.abs().amax(1).clamp_min(1e-12) / 127
+            small = (flat / scale[:, None]).round().to(torch.int8).unflatten(1, mean.shape)
+            latents[index] = {"mean": mean.half(), "variance": variance.half(), "directions": small, "scale": scale}
+        content = {"population_prior": FORMAT, "latents": latents, "distances": self.distances, **(extras or {})}
+        torch.save(content, file)
+
+    @classmethod
+    def load(cls, content: Mapping[str, Any]) -> PopulationPrior:
+        """From what :meth:`save` wrote, as ``torch.load`` reads it."""
+        parts: dict[str, dict[int, Tensor]] = {"mean": {}, "variance": {}, "directions": {}}
+        for index, latent in content["latents"].items():
+            parts["mean"][index], parts["variance"][index] = latent["mean"], latent["variance"]
+            scale = latent["scale"].reshape(-1, *[1] * latent["mean"].ndim)
+            parts["directions"][index] = latent["directions"].float() * scale
+        return cls(**parts, distances=content["distances"])
+
+
+def fingerprint(network: nn.Module) -> str:
+    """What tells the weights of a network from all others: a checksum of its state dict."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,192 @@
+"""Fitting the population prior of a trained network to its cohort: see :mod:`scripts.layers.population_prior`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader
+from monai.networks.utils import eval_mode
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from scripts.layers.gaussian import Posterior
+from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation, ratio
+from scripts.networks import VDVAE
+from scripts.training.checkpoints import unwrap
+from scripts.training.factor_sketch import FactorSketch
+from scripts.utils.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+LEAST_HELD_OUT = 16  # validation scans; with fewer some of the training scans choose too
+MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
+RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
+NAME = "population_prior.pt"
+
+
+def split_latents(vectors: Tensor, network: VDVAE) -> list[Tensor]:
+    """The latents that lie one after the other in vectors, ``[rows, dimensions]``: ``[rows, channels, *grid]`` each."""
+    grids = network.latent_grids()
+    parts = vectors.split([math.prod(grid) for grid in grids], dim=1)
+    return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
+
+
+def shifts_and_ratios(posteriors: Sequence[Posterior]) -> tuple[Tensor, Tensor]:
+    """The shifts t and the ratios r of scans, ``[batch, dimensions]`` each, the latents one after the other."""
+    shifts = [innovation(q._replace(z=q.mean)).flatten(1) for q in posteriors]
+    return torch.cat(shifts, dim=1), torch.cat([ratio(q).flatten(1) for q in posteriors], dim=1)
+
+
+class PopulationFit:
+    """Fits a population prior to the scans that a network was trained on, and saves it beside the weights.
+
+    Every process takes its share of the scans, of which no latents are kept. The number of factors and how much their
+    variance is shrunk are those with the highest likelihood of scans that the fit has not seen: the validation scans,
+    or where these are few a fifth of the training scans, which are taken in afterwards.
+
+    Args:
+        network: trained.
+        training, validation: data sets of plain scans, as the network gets them.
+        path: of the file that is written.
+        factors: how many at most; 0 fits nothing.
+        batch_size, num_workers: of the data loader.
+        device: of the network.
+        seed: of the latents' noise.
+        extras: what else the file holds, plain values.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        training: Dataset,
+        validation: Dataset,
+        path: str | os.PathLike,
+        factors: int = 64,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        extras: dict[str, Any] | None = None,
+    ) -> None:
+        if isinstance(factors, bool) or not isinstance(factors, int) or factors < 0:
+            raise ValueError(f"prior_factors is {factors!r}: set it to a whole number, 0 for no population prior.")
+        self.network, self.path, self.factors = unwrap(network), Path(path), factors
+        self.training, self.validation = training, validation
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.device, self.seed, self.extras = torch.device(device), seed, extras or {}
+
+    def attach(self, engine: Engine) -> None:
+        """Fit after the last epoch; not where a signal ends training before."""
+        if self.factors:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
+
+    def _after_epoch(self, engine: Engine) -> None:
+        if engine.state.epoch == engine.state.max_epochs:
+            self.run()
+
+    @torch.no_grad()
+    def run(self) -> PopulationPrior | None:
+        """Fit, choose, save; with several processes all take part. None where there are too few scans."""
+        indices = list(range(len(self.training)))
+        held_out: Dataset = self.validation
+        late: list[int] = []
+        if len(self.validation) < LEAST_HELD_OUT:
+            late = indices[::5]
+            held_out = Subset(self.training, late)
+        indices = [index for index in indices if index not in set(late)]
+        if len(indices) < 4 or len(held_out) < 1:
+            logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
+            return None
+        sketch = self._sketch(Subset(self.training, indices))
+        chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
+        innovations = torch.cat([u for u, _, _ in self._vectors(chosen, "choosing the number of factors")])
+        rank, shrinkage, gain = self._choose(sketch, innovations)
+        if late:
+            sketch = self._sketch(self.training)
+        prior = self._prior(sketch, rank, shrinkage)
+        prior.distances = self._distances(prior, chosen)
+        self._save(prior, shrinkage, gain, len(self.training))
+        return prior
+
+    def _vectors(
+        self, dataset: Dataset, what: str, temperature: float = 1.0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """u, t and r of this process's share of the scans, by batches: ``[batch, dimensions]`` each, on the CPU."""
+        share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
+        loader = DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers)
+        hidden = idist.get_rank() > 0 or not sys.stderr.isatty()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with eval_mode(self.network), torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed + idist.get_rank())
+            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden):
+                scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(self.device)
+                posteriors = self.network.infer(scans, temperature)[1]
+                u = torch.cat([innovation(q).flatten(1) for q in posteriors], dim=1)
+                yield u.cpu(), *(part.cpu() for part in shifts_and_ratios(posteriors))
+
+    def _sketch(self, dataset: Dataset) -> FactorSketch:
+        sketch = FactorSketch(2 * self.factors)
+        for _, shifts, ratios in self._vectors(dataset, "reading the training scans"):
+            sketch.add(shifts, ratios)
+        sketch.merge()
+        return sketch
+
+    def _prior(self, sketch: FactorSketch, rank: int, shrinkage: float) -> PopulationPrior:
+        mean, variance, directions = sketch.factors(rank, shrinkage)
+        parts = [split_latents(part, self.network) for part in (mean[None], variance[None], directions)]
+        explained = torch.stack([latent.square().sum() for latent in parts[2]])
+        kept = [i for i, share in enumerate((explained / explained.sum()).tolist()) if share >= LEAST_SHARE]
+        return PopulationPrior(
+            {i: parts[0][i][0] for i in kept}, {i: parts[1][i][0] for i in kept}, {i: parts[2][i] for i in kept}
+        )
+
+    def _choose(self, sketch: FactorSketch, innovations: Tensor) -> tuple[int, float, float]:
+        """The rank and the shrinkage with the highest likelihood of held-out scans, and its gain in nats per scan."""
+        latents = split_latents(innovations, self.network)
+        count = idist.all_reduce(len(innovations))
+        most = min(self.factors, len(sketch.basis))
+
+        def gain(rank: int, shrinkage: float) -> float:
+            return idist.all_reduce(self._prior(sketch, rank, shrinkage).log_ratio(latents).sum().item()) / count
+
+        gains = {rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})}
+        rank = max(gains, key=gains.__getitem__)
+        gains = {shrinkage: gain(rank, shrinkage) for shrinkage in SHRINKAGES}
+        shrinkage = max(gains, key=gains.__getitem__)
+        return rank, shrinkage, gains[shrinkage]
+
+    def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
+        """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
+        found = []
+        for u, _, _ in self._vectors(dataset, "measuring distances", temperature=0.0):
+            found += prior.typicality(prior.coordinates(split_latents(u, self.network)))[0].tolist()
+        return torch.tensor(sorted(itertools.chain(*idist.all_gather(found))))
+
+    def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
+        if idist.get_rank() > 0:
+            return
+        extras = {"scans": scans, "shrinkage": shrinkage, "gain": gain, **self.extras}
+        extras["weights"] = fingerprint(self.network)
+
+        def write(path: str) -> None:
+            with Path(path).open("wb") as file:
+                prior.save(file, extras)
+
+        write_whole(self.path, write)
+        logger.info(
+            "Population prior of %d factors, fitted to %d scans: held-out scans gain %.0f nats each. '%s', %.1f MB.",
+            *(prior.factors, scans, gain, self.path, self.path.stat().st_size / 1e6),
+        )

@@ -1,0 +1,390 @@
+"""The population prior: its mathematics, its fit, its file, and the jobs that use it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import fitted_scans, inference_config, run_bundle, run_bundle_process
+from groups import run_group
+from torch.distributions import LowRankMultivariateNormal, Normal
+
+from scripts.inference.inferers import CoordinateDecoding, Sampling, Scoring
+from scripts.inference.population import find_population_prior, list_coordinates
+from scripts.layers.gaussian import noise_from
+from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
+from scripts.training.checkpoints import CheckpointError
+from scripts.training.factor_sketch import FactorSketch
+from scripts.training.population_fit import PopulationFit
+
+SHAPES = {0: (3, 1, 1, 1), 2: (2, 2, 2, 2)}  # latent 1 is left out
+TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
+INFERENCE = ["configs/inference.json", "tests/tiny.json"]
+
+
+def random_prior(shapes=SHAPES, factors=4, distances=None) -> PopulationPrior:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return PopulationPrior(
+        {i: 0.3 * randn(*shape) for i, shape in shapes.items()},
+        {i: 0.5 + 0.5 * randn(*shape).abs() for i, shape in shapes.items()},
+        {i: randn(factors, *shape) for i, shape in shapes.items()},
+        distances,
+    )
+
+
+def flat(prior: PopulationPrior, name: str) -> torch.Tensor:
+    parts = [getattr(prior, f"{name}_{i}") for i in prior.latents]
+    return torch.cat([part.flatten(1) if name == "directions" else part.flatten()[None] for part in parts], dim=1)
+
+
+def gaussian(prior: PopulationPrior) -> LowRankMultivariateNormal:
+    return LowRankMultivariateNormal(flat(prior, "mean")[0], flat(prior, "directions").T, flat(prior, "variance")[0])
+
+
+def test_log_ratio_is_that_of_the_two_gaussians():
+    prior = random_prior()
+    u = [torch.randn(5, *shape) for shape in ((3, 1, 1, 1), (4, 1, 1, 1), (2, 2, 2, 2))]
+    whole = torch.cat([u[0].flatten(1), u[2].flatten(1)], dim=1)
+    expected = gaussian(prior).log_prob(whole) - Normal(0, 1).log_prob(whole).sum(1)
+    torch.testing.assert_close(prior.log_ratio(u), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_coordinates_are_the_factors_expected_given_the_latents():
+    prior = random_prior()
+    u = {i: torch.randn(5, *shape) for i, shape in SHAPES.items()}
+    whole = torch.cat([u[i].flatten(1) for i in prior.latents], dim=1) - flat(prior, "mean")
+    expected = whole @ torch.linalg.solve(gaussian(prior).covariance_matrix, flat(prior, "directions").T)
+    torch.testing.assert_close(prior.coordinates([u[0], None, u[2]]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_coordinates_of_draws_are_typical():
+    torch.manual_seed(0)
+    prior = random_prior()
+    drawn = prior.innovations(torch.randn(4000, prior.factors))
+    coordinates = prior.coordinates([drawn[0], None, drawn[2]])
+    distance, tail = prior.typicality(coordinates)
+    # chi-squared with 4 degrees of freedom: its mean, and the standard error of this many
+    assert distance.square().mean() == pytest.approx(4, abs=4 * math.sqrt(8 / 4000))
+    assert tail.isnan().all()  # no distances of the cohort are known
+    known = random_prior(distances=distance)
+    _, tail = known.typicality(coordinates)
+    assert tail.min() == pytest.approx(2 / 4001) and tail.max() == 1
+    far = known.typicality(torch.full((1, 4), 50.0))
+    assert far[0] > 50 and far[1] == pytest.approx(1 / 4001)
+
+
+def test_draws_have_the_covariance_of_the_model():
+    torch.manual_seed(0)
+    prior = random_prior()
+    drawn = prior.innovations(torch.randn(20000, prior.factors))
+    whole = torch.cat([drawn[i].flatten(1) for i in prior.latents], dim=1)
+    torch.testing.assert_close(whole.T.cov(), gaussian(prior).covariance_matrix, rtol=0.1, atol=0.25)
+    torch.testing.assert_close(whole.mean(0), flat(prior, "mean")[0], rtol=0, atol=0.1)
+    assert torch.equal(prior.innovations(torch.zeros(1, 4), 0.0)[0][0], prior.mean_0)
+
+
+def test_file_keeps_what_matters(tmp_path):
+    prior = random_prior(distances=torch.tensor([2.0, 1.0]))
+    prior.save(tmp_path / "p.pt", {"scans": 7})
+    content = torch.load(tmp_path / "p.pt", weights_only=True)
+    assert content["scans"] == 7
+    read = PopulationPrior.load(content)
+    assert read.latents == prior.latents and read.distances.tolist() == [1.0, 2.0]
+    u = [torch.randn(50, *shape) for shape in ((3, 1, 1, 1), (4, 1, 1, 1), (2, 2, 2, 2))]
+    torch.testing.assert_close(read.log_ratio(u), prior.log_ratio(u), rtol=0.02, atol=0.1)
+
+
+def blocks(count=60, dimensions=40, seed=0):
+    random = np.random.default_rng(seed)
+    vectors = random.normal(size=(count, 3)) @ random.normal(size=(3, dimensions)) * 3
+    vectors += random.normal(size=(count, dimensions)) + random.normal(size=dimensions)
+    return torch.tensor(vectors, dtype=torch.float32)
+
+
+def test_sketch_of_blocks_is_the_principal_component_analysis_of_all():
+    vectors = blocks()
+    sketch = FactorSketch(40)
+    for block in vectors.split(7):
+        sketch.add(block, torch.full_like(block, 0.5))
+    values = torch.linalg.eigvalsh(vectors.T.cov()).flip(0)
+    torch.testing.assert_close(sketch.mean, vectors.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sketch.eigenvalues(), values[: len(sketch.basis)], rtol=1e-3, atol=1e-3)
+    mean, variance, directions = sketch.factors(3, 0.0)
+    covariance = directions.T @ directions + variance.diag()
+    # the diagonal is that of the vectors, and what the posterior's own variance adds
+    torch.testing.assert_close(covariance.diag(), vectors.var(0) + 0.25, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mean, vectors.mean(0), rtol=1e-4, atol=1e-4)
+    shrunk = sketch.factors(3, 1.0)[2].square().sum(1)
+    assert (shrunk < directions.square().sum(1)).all() and (shrunk > 0).all()
+
+
+def test_a_small_sketch_keeps_the_leading_directions():
+    vectors = blocks(400)
+    sketch = FactorSketch(8)
+    for block in vectors.split(10):
+        sketch.add(block, torch.ones_like(block))
+    values, axes = torch.linalg.eigh(vectors.T.cov())
+    torch.testing.assert_close(sketch.eigenvalues()[:3], values.flip(0)[:3], rtol=0.01, atol=0)
+    found = torch.nn.functional.normalize(sketch.basis[:3])
+    assert (found @ axes[:, -3:]).square().sum() > 2.99
+
+
+def test_forgetting_leaves_the_last_vectors():
+    sketch = FactorSketch(8, forgetting=1 - 1 / 20)
+    for block in torch.cat([blocks(200, seed=1) + 50, blocks(200, seed=2)]).split(10):
+        sketch.add(block, torch.ones_like(block))
+    assert sketch.count == pytest.approx(20, rel=0.3)
+    torch.testing.assert_close(sketch.mean, blocks(200, seed=2).mean(0), rtol=0, atol=3)
+
+
+def merged(rank: int) -> dict:
+    sketch = FactorSketch(40)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    if rank == 0:
+        sketch.add(blocks()[:25], torch.ones(25, 40))
+    else:
+        sketch.add(blocks()[25:], torch.ones(35, 40))
+    sketch.merge()
+    torch.distributed.destroy_process_group()
+    return sketch.state_dict()
+
+
+def test_processes_merge_their_sketches(monkeypatch):
+    from groups import free_port
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    first, second = run_group(merged)
+    whole = FactorSketch(40)
+    whole.add(blocks(), torch.ones(60, 40))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])), name
+        if name != "basis":
+            torch.testing.assert_close(torch.as_tensor(first[name]), torch.as_tensor(value), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(first["basis"].T @ first["basis"], whole.basis.T @ whole.basis, rtol=1e-3, atol=0.05)
+
+
+@pytest.mark.parametrize("forgetting", [0, 1.5])
+def test_sketch_refuses_what_it_cannot_forget(forgetting):
+    with pytest.raises(ValueError, match="forgetting"):
+        FactorSketch(4, forgetting)
+
+
+@pytest.fixture(scope="module")
+def network(cohort):
+    """A network whose posteriors tell scans apart: its heads start from what the scan says."""
+    x, affine = fitted_scans(cohort)
+    torch.manual_seed(0)
+    net = inference_config(**{"network_def#init": "informative"}).get_parsed_content("network_def")
+    net.set_voxel_gaussian(x.mean(0), x.std(0), affine)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def fitted(network, cohort, tmp_path_factory):
+    """The network's weights in a folder, with the population prior of 40 mixtures of the cohort's scans."""
+    folder = tmp_path_factory.mktemp("fitted")
+    x, _ = fitted_scans(cohort)
+    torch.manual_seed(0)
+    mixed = [{"image": torch.lerp(x[i % 12], x[(i * 5 + 3) % 12], float(torch.rand(())))} for i in range(40)]
+    torch.save(network.state_dict(), folder / "model.pt")
+    prior = PopulationFit(network, mixed[:24], mixed[24:], folder / "population_prior.pt", factors=8).run()
+    return folder, prior, torch.stack([item["image"] for item in mixed[24:]])
+
+
+def test_fit_makes_held_out_scans_more_likely(network, fitted):
+    _, prior, held_out = fitted
+    with torch.no_grad():
+        posteriors = network.infer(held_out)[1]
+        gain = prior.log_ratio([innovation(q) for q in posteriors])
+        scored = Scoring(prior=prior)(held_out, network)
+        several = Scoring(importance_samples=4, prior=prior)(held_out, network)
+    assert gain.mean() > 10
+    assert scored["population_bits_per_dim"].mean() < scored["bits_per_dim"].mean()
+    assert several["population_bits_per_dim"].mean() < scored["population_bits_per_dim"].mean()
+    assert (scored["typicality_tail"] > 0).all() and scored["typicality_distance"].shape == (16,)
+    # a scan that is unlike the cohort lies farther out than all of it
+    with torch.no_grad():
+        odd = Scoring(prior=prior)(held_out[:1].flip(2, 3), network)
+    assert odd["typicality_distance"] > scored["typicality_distance"].max()
+    assert odd["typicality_tail"] == pytest.approx(1 / 17)
+
+
+def test_latents_are_drawn_where_the_prior_says(network):
+    grids = network.latent_grids()
+    prior = PopulationPrior(
+        {i: torch.randn(grid) for i, grid in enumerate(grids)},
+        {i: torch.ones(grid) for i, grid in enumerate(grids)},
+        {i: torch.zeros(1, *grid) for i, grid in enumerate(grids)},
+    )
+    with torch.no_grad(), prior.drawing(torch.zeros(1, 1), 0.0):
+        loc = network.decode([])[0]
+    # the same by hand: each latent at its prior's mean plus so many deviations
+    latents = []
+    with torch.no_grad():
+        for index in range(len(grids)):
+            _, p = prior_of_next(network, latents)
+            latents.append(p.mean + p.std * getattr(prior, f"mean_{index}"))
+        torch.testing.assert_close(loc, network.decode(latents, temperature=0.0)[0])
+
+
+def prior_of_next(network, latents):
+    """The prior of the first latent that is not given."""
+    from scripts.layers.gaussian import drawing
+
+    seen = []
+
+    def rule(p):
+        seen.append(p)
+        return p.z
+
+    with drawing(rule):
+        loc = network.decode(latents, temperature=0.0)[0]
+    return loc, seen[0]
+
+
+def test_samples_need_their_temperature_and_their_noise_alone(network, fitted):
+    _, prior, _ = fitted
+    with torch.no_grad():
+        cold = Sampling(0.0, prior=prior)(2, network)["sample"]
+        mean = CoordinateDecoding(prior)(torch.zeros(1, prior.factors), network)["sample"]
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        with noise_from(generators):
+            both = Sampling(prior=prior)(2, network)["sample"]
+        with noise_from([torch.Generator().manual_seed(2)]):
+            alone = Sampling(prior=prior)(1, network)["sample"]
+    assert both.shape == (2, 1, 8, 8, 8)
+    torch.testing.assert_close(cold[0], mean[0])
+    torch.testing.assert_close(both[1], alone[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_prior_must_belong_to_the_weights(network, fitted, tmp_path, caplog):
+    folder, prior, _ = fitted
+    found = find_population_prior(None, folder / "model.pt", network)
+    assert found.factors == prior.factors and found.distances.shape == (16,)
+    assert find_population_prior("network", folder / "model.pt", network) is None
+    assert find_population_prior(None, tmp_path / "model.pt", network) is None
+    with pytest.raises(FileNotFoundError, match="fit it with the run fit_prior"):
+        find_population_prior("population", tmp_path / "model.pt", network)
+    with pytest.raises(ValueError, match="set --prior to population or network"):
+        find_population_prior("own", tmp_path / "model.pt", network)
+    other = inference_config().get_parsed_content("network_def")
+    assert fingerprint(other) != fingerprint(network)
+    assert find_population_prior(None, folder / "model.pt", other) is None
+    assert "was fitted to other weights" in caplog.text
+    with pytest.raises(CheckpointError, match="other weights"):
+        find_population_prior("population", folder / "model.pt", other)
+    (tmp_path / "population_prior.pt").write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match="damaged"):
+        find_population_prior(None, tmp_path / "model.pt", network)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "population_prior.pt")
+    with pytest.raises(CheckpointError, match="holds no population prior"):
+        find_population_prior(None, tmp_path / "model.pt", network)
+
+
+def test_few_scans_have_no_population_prior(network, cohort, tmp_path, caplog):
+    x, _ = fitted_scans(cohort)
+    few = [{"image": scan} for scan in x[:4]]
+    assert PopulationFit(network, few, few[:1], tmp_path / "p.pt").run() is None
+    assert "too few for a population prior" in caplog.text and not (tmp_path / "p.pt").exists()
+    with pytest.raises(ValueError, match="prior_factors is -1"):
+        PopulationFit(network, few, few, tmp_path / "p.pt", factors=-1)
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def run_dir(cohort, tmp_path_factory):
+    """A training run that ends with a population prior."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run_bundle(
+        "--dataset_dir", cohort, "--output_dir", folder, "--epochs", 1, "--prior_factors", 3, configs=TINY
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Population prior of" in done.stderr + done.stdout
+    return folder
+
+
+def infer(run_dir, job, output_dir, *arguments):
+    ckpt = run_dir / "checkpoints" / "model.pt"
+    return run_bundle("--output_dir", output_dir, "--ckpt", ckpt, *arguments, run_id=job, configs=INFERENCE)
+
+
+def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path):
+    done = infer(run_dir, "encode", tmp_path / "encoded", "--dataset_dir", cohort)
+    assert done.returncode == 0, done.stderr
+    coordinates, factors = (table(tmp_path / "encoded" / f"{name}.csv") for name in ("coordinates", "factors"))
+    assert len(coordinates) == 12 and list(coordinates[0])[:2] == ["image", "c000"]
+    assert float(factors[-1]["explained_so_far"]) == pytest.approx(1)
+
+    done = infer(run_dir, "score", tmp_path / "scored", "--dataset_dir", cohort, "--figures", False)
+    assert done.returncode == 0, done.stderr
+    scores = table(tmp_path / "scored" / "scores.csv")
+    assert {"population_bits_per_dim", "typicality_distance", "typicality_tail"} <= set(scores[0])
+
+    edited = tmp_path / "edited.csv"
+    lines = (tmp_path / "encoded" / "coordinates.csv").read_text().splitlines()
+    cells = lines[1].split(",")
+    edited.write_text("\n".join([lines[0], lines[1], ",".join(["older", "5", *cells[2:]])]) + "\n")
+    done = infer(run_dir, "decode_coordinates", tmp_path / "decoded", "--coordinates", edited)
+    assert done.returncode == 0, done.stderr
+    images = [nib.load(path).get_fdata() for path in sorted((tmp_path / "decoded").glob("*_decoded.nii.gz"))]
+    assert [image.shape for image in images] == [(8, 8, 8)] * 2
+    assert (tmp_path / "decoded" / "decoded.png").is_file()
+
+    drawn = {}
+    for prior in ("population", "network"):
+        done = infer(run_dir, "sample", tmp_path / prior, "--samples", 2, "--prior", prior)
+        assert done.returncode == 0, done.stderr
+        drawn[prior] = nib.load(tmp_path / prior / "0001_sample.nii.gz").get_fdata()
+    assert json.loads((tmp_path / "network" / "sample.json").read_text())["population_prior"] is None
+    assert not np.allclose(drawn["population"], drawn["network"])
+    # results of the two are not mixed
+    done = infer(run_dir, "sample", tmp_path / "network", "--samples", 3)
+    assert done.returncode == 1 and "made with another population_prior" in done.stderr
+
+
+def test_fit_prior_as_a_user_types_it(run_dir, cohort):
+    path = run_dir / "checkpoints" / "population_prior.pt"
+    before = torch.load(path, weights_only=True)
+    path.unlink()
+    words = ("--dataset_dir", cohort, "--output_dir", run_dir, "--prior_factors", 2)
+    done = run_bundle_process(*words, run_id="fit_prior", configs=[*TINY, "configs/fit_prior.json"])
+    assert done.returncode == 0, done.stderr
+    after = torch.load(path, weights_only=True)
+    assert after["weights"] == before["weights"] and PopulationPrior.load(after).factors <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,c000\na,1\n", "its columns must be image and c000 to c003"),
+        ("image,c000,c001,c002,c003,c004\na,1,2,3,4,5\n", "its columns must be image and c000 to c003"),
+        ("image,c000,c001,c002,c003\na,1,2,x,4\n", "the row of 'a' has a cell that is no number"),
+        ("image,c000,c001,c002,c003\na,1,2\n", "the row of 'a' has a cell that is no number"),
+    ],
+)
+def test_coordinates_that_cannot_be_decoded(tmp_path, text, message):
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list_coordinates(tmp_path / "c.csv", tmp_path, random_prior())
+
+
+def test_coordinates_need_a_prior_and_a_table(tmp_path):
+    with pytest.raises(ValueError, match="needs a population prior"):
+        list_coordinates(tmp_path / "c.csv", tmp_path, None)
+    with pytest.raises(ValueError, match="set --coordinates"):
+        list_coordinates(None, tmp_path, random_prior())
