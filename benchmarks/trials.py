@@ -26,12 +26,16 @@ from torch import Tensor
 from benchmarks.peers import cohort_scans
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
+from scripts.training.checkpoints import load_weights
 from scripts.training.losses import bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.training.population_training import RunningPopulationPrior
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.command_line import run
 
-COLUMNS = ("name", "seed", "update", "bits_per_dim", "mse", "kl", "kl_per_grid", "seconds")
-EXPLANATION = "KL per grid in nats, coarsest first; seconds of training, on one thread."
+COLUMNS = ("name", "seed", "update", "bits_per_dim", "population_bits_per_dim", "mse", "kl", "kl_per_grid", "seconds")
+EXPLANATION = """\
+Population bits per dim are under a population prior of the last 1,024 scans. KL per grid in nats, coarsest first.
+Seconds of training, on one thread."""
 
 
 def trial(
@@ -42,6 +46,9 @@ def trial(
     updates: int = 300,
     measure_at: Sequence[int] = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800),
     seed: int = 0,
+    weights: str | None = None,
+    population_prior_from: int | None = None,
+    population_factors: int = 32,
     table: bool = False,
     **changes: Any,
 ) -> None:
@@ -54,6 +61,9 @@ def trial(
         config_file: one or a list.
         updates: of the whole trial.
         measure_at: numbers of updates after which to measure; the last is always among them.
+        weights: to start from, of an earlier trial; the learning rate is then constant, and the KL counts in full.
+        population_prior_from: update from which on the KL is taken to a running population prior.
+        population_factors: of that.
         seed: of the weights at the start, the order of scans and the noise; the split of the scans is always that of 0.
         table: print the table of all trials instead.
         changes: other values of keys of the config, such as ``--learning_rate 0.01``.
@@ -77,9 +87,12 @@ def trial(
     torch.manual_seed(seed)
     network = parser.get_parsed_content("network_def")
     start_from_scans(network, [{"image": scan} for scan in training])
-    parser.update({"network": network, "last_checkpoint": None})
+    if weights is not None:
+        load_weights(network, weights)
+    parser.update({"network": network, "last_checkpoint": None, "weights": weights})
     optimizer, scheduler, loss_function = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler", "loss"))
     parameters = list(network.parameters())
+    running = RunningPopulationPrior(network, population_factors)
     start = time.perf_counter()
     order = iter(())
     for update in range(1, updates + 1):
@@ -90,18 +103,24 @@ def trial(
         scans = training[indices]
         network.train()
         optimizer.zero_grad()
-        loss, _ = loss_function(network(scans), scans, update - 1)
+        output, posteriors = network.infer(scans)
+        loss, _ = loss_function(output, scans, update - 1)
+        gain = running.log_ratio(posteriors) if update > (population_prior_from or 0) else None
+        if population_prior_from is not None and gain is not None:
+            loss = loss - loss_function.beta(update - 1) * gain.mean()
         (loss + parser["weight_penalty"] * weight_penalty(parameters)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, parser["max_grad_norm"])
         optimizer.step()
         scheduler.step()
+        running.observe(posteriors)
+        running.update()
         if update in measure_at or update == updates:
             spent = time.perf_counter() - start
             row = {
                 "name": name,
                 "seed": seed,
                 "update": update,
-                **measure(network, validation),
+                **measure(network, validation, running),
                 "seconds": round(spent),
             }
             append(folder / "trials.csv", row)
@@ -111,22 +130,26 @@ def trial(
 
 
 @torch.no_grad()
-def measure(network: VDVAE, scans: Tensor, batch_size: int = 8) -> dict[str, Any]:
+def measure(network: VDVAE, scans: Tensor, running: RunningPopulationPrior, batch_size: int = 8) -> dict[str, Any]:
     """Bits per dim and KL of drawn latents, and the squared error of the reconstruction from these."""
     network.eval()
     found = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for x in scans.split(batch_size):
-            output = network(x)
+            output, posteriors = network.infer(x)
             nll = negative_log_likelihood(output.loc, output.scale, x)
             mse = (output.loc - x).square().flatten(1).mean(1)
-            found.append((bits_per_dim(nll + output.kl.sum(1), x), mse, output.kl))
-    bits, mse, kl = (torch.cat(parts).mean(0) for parts in zip(*found, strict=True))
+            gain = running.log_ratio(posteriors)
+            nats = nll + output.kl.sum(1)
+            under_it = nats * float("nan") if gain is None else nats - gain
+            found.append((bits_per_dim(nats, x), bits_per_dim(under_it, x), mse, output.kl))
+    bits, population_bits, mse, kl = (torch.cat(parts).mean(0) for parts in zip(*found, strict=True))
     levels, grids = torch.tensor(network.latent_levels), network.grids()
     per_grid = {level: kl[levels == level].sum().item() for level in sorted(set(network.latent_levels), reverse=True)}
     return {
         "bits_per_dim": round(bits.item(), 4),
+        "population_bits_per_dim": round(population_bits.item(), 4),
         "mse": round(mse.item(), 5),
         "kl": round(kl.sum().item(), 1),
         "kl_per_grid": ", ".join(f"{grid_name(grids[level])} {nats:.1f}" for level, nats in per_grid.items()),

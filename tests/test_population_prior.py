@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import fitted_scans, inference_config, run_bundle, run_bundle_process
-from groups import run_group
+from groups import free_port, run_bundle_group, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
 from scripts.inference.inferers import CoordinateDecoding, Sampling, Scoring
 from scripts.inference.population import find_population_prior, list_coordinates
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import drawing, noise_from, recording
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.training.checkpoints import CheckpointError
 from scripts.training.factor_sketch import FactorSketch
 from scripts.training.population_fit import PopulationFit
+from scripts.training.population_training import RunningPopulationPrior
 
 SHAPES = {0: (3, 1, 1, 1), 2: (2, 2, 2, 2)}  # latent 1 is left out
 TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
@@ -159,8 +160,6 @@ def merged(rank: int) -> dict:
 
 
 def test_processes_merge_their_sketches(monkeypatch):
-    from groups import free_port
-
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     first, second = run_group(merged)
@@ -239,8 +238,6 @@ def test_latents_are_drawn_where_the_prior_says(network):
 
 def prior_of_next(network, latents):
     """The prior of the first latent that is not given."""
-    from scripts.layers.gaussian import drawing
-
     seen = []
 
     def rule(p):
@@ -299,6 +296,73 @@ def test_few_scans_have_no_population_prior(network, cohort, tmp_path, caplog):
     assert "too few for a population prior" in caplog.text and not (tmp_path / "p.pt").exists()
     with pytest.raises(ValueError, match="prior_factors is -1"):
         PopulationFit(network, few, few, tmp_path / "p.pt", factors=-1)
+
+
+def test_running_prior_follows_the_scans(network, fitted):
+    """Its KL is an honest one: held-out scans are more likely under it, and it forgets what it was told to drop."""
+    _, _, held_out = fitted
+    running = RunningPopulationPrior(network, factors=2)
+    with torch.no_grad():
+        assert running.log_ratio(network.infer(held_out)[1]) is None
+        for scans in held_out[:8].split(2):
+            running.observe(network.infer(scans)[1])
+            running.update()
+        running.observe(network.infer(torch.full_like(held_out[:2], torch.nan))[1])
+        running.update(take=False)
+        assert running.sketch.count == pytest.approx(8, rel=0.01)
+        gain = running.log_ratio(network.infer(held_out[8:])[1])
+    assert gain.mean() > 1
+
+
+def test_gradients_flow_through_the_running_prior(network, fitted):
+    _, _, held_out = fitted
+    running = RunningPopulationPrior(network, factors=2)
+    with torch.no_grad():
+        running.observe(network.infer(held_out)[1])
+        running.update()
+    with recording() as posteriors:
+        network(held_out[:2])
+    running.log_ratio(posteriors).sum().backward()
+    heads = [
+        block.posterior.mean.weight.grad for group in network.decoder.groups for block in group if block.index >= 0
+    ]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in heads)
+    network.zero_grad()
+
+
+UNDER_IT = ("--population_prior_from", 3, "--population_prior_factors", 2, "--network_def#init", "informative")
+
+
+def train(folder, cohort, *arguments):
+    done = run_bundle("--dataset_dir", cohort, "--output_dir", folder, *UNDER_IT, *arguments, configs=TINY)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "checkpoints" / "checkpoint.pt", weights_only=True)
+
+
+def test_training_under_it_resumes_bit_for_bit(cohort, tmp_path):
+    whole = train(tmp_path / "whole", cohort, "--epochs", 4)
+    train(tmp_path / "parts", cohort, "--epochs", 2)
+    resumed = train(tmp_path / "parts", cohort, "--epochs", 4, "--resume", True)
+    for part in ("network", "average", "population_prior"):
+        for name, value in whole[part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[part][name])), name
+    # and it is another loss than without
+    plain = train(tmp_path / "plain", cohort, "--epochs", 4, "--population_prior_from", None)
+    assert "population_prior" not in plain
+    assert not torch.equal(plain["network"]["output.weight"], whole["network"]["output.weight"])
+
+
+def test_accumulated_batches_are_all_taken_in(cohort, tmp_path):
+    done = train(tmp_path / "run", cohort, "--epochs", 2, "--batch_size", 2, "--accumulation_steps", 2)
+    assert done["population_prior"]["count"] == pytest.approx(20, rel=0.02)  # 11 scans, 5 batches of 2 an epoch
+
+
+def test_processes_share_the_running_prior(cohort, tmp_path):
+    words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--epochs", 2, "--batch_size", 2, *UNDER_IT)
+    done = run_bundle_group(*words, configs=[*TINY, "configs/multi_gpu_train.json"])
+    assert all(process.returncode == 0 for process in done), done[0].stderr
+    state = torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)
+    assert state["population_prior"]["count"] == pytest.approx(16, rel=0.02)  # of each epoch 2 batches of 2 on both
 
 
 def table(path):

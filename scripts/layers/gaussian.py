@@ -94,6 +94,19 @@ def drawing(rule: Callable[[Posterior], Tensor]) -> Iterator[None]:
         _drawing_rule.reset(token)
 
 
+@contextmanager
+def recording() -> Iterator[list[Posterior]]:
+    """Keep the distribution of each latent of the passes inside, which it does not change, in a list."""
+    found: list[Posterior] = []
+
+    def rule(q: Posterior) -> Tensor:
+        found.append(q)
+        return q.z
+
+    with drawing(rule):
+        yield found
+
+
 def choose(q: Posterior) -> Posterior:
     """The distribution with the z that the rule of :func:`drawing` chooses, if there is one."""
     rule = _drawing_rule.get()

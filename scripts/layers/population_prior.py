@@ -65,9 +65,9 @@ class PopulationPrior(nn.Module):
             self.register_buffer(f"variance_{index}", variance[index].float().clamp_min(LEAST_VARIANCE))
             self.register_buffer(f"directions_{index}", directions[index].float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
-        gram = torch.eye(self.factors, dtype=torch.float64)
-        variances = torch.zeros(self.factors, dtype=torch.float64)
-        log_variance = torch.zeros((), dtype=torch.float64)
+        gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
+        variances = gram.new_zeros(self.factors)
+        log_variance = gram.new_zeros(())
         for _, variance_, directions_ in self._parts():
             columns = directions_.flatten(1).double()
             gram += (columns / variance_.flatten().double()) @ columns.T

@@ -205,7 +205,8 @@ class CheckpointHandler:
         validator: the evaluator whose best metric says when to write ``best_model.pt``.
         datalist: what the run trains and validates on, see :func:`scripts.data.datalist.make_datalist`.
         extras: what else belongs to the run, written as it is.
-        stateful: objects with ``state_dict`` and ``load_state_dict``, by name.
+        stateful: objects with ``state_dict`` and ``load_state_dict``, by name; None where there is none. One that a
+            checkpoint lacks starts anew.
 
     Raises:
         ValueError: a number is too small, or none.
@@ -245,7 +246,7 @@ class CheckpointHandler:
         self.keep_last = keep_last
         self.keep_checkpoints = keep_checkpoints
         self.validator = validator
-        self.stateful = stateful or {}
+        self.stateful = {name: item for name, item in (stateful or {}).items() if item is not None}
         self.datalist = datalist
         self.extras = extras or {}
         self._saved_at = (0, time.monotonic())  # update, seconds
@@ -370,7 +371,8 @@ class CheckpointHandler:
             self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
         self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
         for name, item in self.stateful.items():
-            item.load_state_dict(checkpoint[name])
+            if name in checkpoint:
+                item.load_state_dict(checkpoint[name])
         self._set_learning_rates(engine, rates)
         logger.info(
             "Resuming from '%s' after epoch %d%s, update %d.",

@@ -50,6 +50,17 @@ def shifts_and_ratios(posteriors: Sequence[Posterior]) -> tuple[Tensor, Tensor]:
     return torch.cat(shifts, dim=1), torch.cat([ratio(q).flatten(1) for q in posteriors], dim=1)
 
 
+def prior_from_sketch(sketch: FactorSketch, rank: int, shrinkage: float, network: VDVAE) -> PopulationPrior:
+    """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out."""
+    mean, variance, directions = sketch.factors(rank, shrinkage)
+    parts = [split_latents(part, network) for part in (mean[None], variance[None], directions)]
+    explained = torch.stack([latent.square().sum() for latent in parts[2]])
+    kept = [i for i, share in enumerate((explained / explained.sum()).tolist()) if share >= LEAST_SHARE]
+    return PopulationPrior(
+        {i: parts[0][i][0] for i in kept}, {i: parts[1][i][0] for i in kept}, {i: parts[2][i] for i in kept}
+    )
+
+
 class PopulationFit:
     """Fits a population prior to the scans that a network was trained on, and saves it beside the weights.
 
@@ -116,7 +127,7 @@ class PopulationFit:
         rank, shrinkage, gain = self._choose(sketch, innovations)
         if late:
             sketch = self._sketch(self.training)
-        prior = self._prior(sketch, rank, shrinkage)
+        prior = prior_from_sketch(sketch, rank, shrinkage, self.network)
         prior.distances = self._distances(prior, chosen)
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
@@ -144,15 +155,6 @@ class PopulationFit:
         sketch.merge()
         return sketch
 
-    def _prior(self, sketch: FactorSketch, rank: int, shrinkage: float) -> PopulationPrior:
-        mean, variance, directions = sketch.factors(rank, shrinkage)
-        parts = [split_latents(part, self.network) for part in (mean[None], variance[None], directions)]
-        explained = torch.stack([latent.square().sum() for latent in parts[2]])
-        kept = [i for i, share in enumerate((explained / explained.sum()).tolist()) if share >= LEAST_SHARE]
-        return PopulationPrior(
-            {i: parts[0][i][0] for i in kept}, {i: parts[1][i][0] for i in kept}, {i: parts[2][i] for i in kept}
-        )
-
     def _choose(self, sketch: FactorSketch, innovations: Tensor) -> tuple[int, float, float]:
         """The rank and the shrinkage with the highest likelihood of held-out scans, and its gain in nats per scan."""
         latents = split_latents(innovations, self.network)
@@ -160,7 +162,12 @@ class PopulationFit:
         most = min(self.factors, len(sketch.basis))
 
         def gain(rank: int, shrinkage: float) -> float:
-            return idist.all_reduce(self._prior(sketch, rank, shrinkage).log_ratio(latents).sum().item()) / count
+            return (
+                idist.all_reduce(
+                    prior_from_sketch(sketch, rank, shrinkage, self.network).log_ratio(latents).sum().item()
+                )
+                / count
+            )
 
         gains = {rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})}
         rank = max(gains, key=gains.__getitem__)

@@ -26,8 +26,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from scripts.layers.gaussian import Posterior, recording
 from scripts.networks import VDVAEOutput
 from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.training.population_training import RunningPopulationPrior
 from scripts.utils.signals import SignalWatch
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,8 @@ class VDVAETrainer(SupervisedTrainer):
         max_skips: so many skipped updates in a row end the run.
         amp_dtype: ``torch.float16`` or ``torch.bfloat16``; default what the device can do, bfloat16 first.
         accumulation_steps: batches whose gradients make one update.
+        population_prior: the KL divergence is taken to this running prior instead of the network's own.
+        population_prior_from: from so many updates on; before, it only follows.
 
     Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
     their gradients. Under float16 the loss scaler lowers its scale on each. ``engine.state`` gains ``updates`` (tried
@@ -133,6 +137,8 @@ class VDVAETrainer(SupervisedTrainer):
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
+        population_prior: RunningPopulationPrior | None = None,
+        population_prior_from: int = 0,
         non_blocking: bool = True,
         inferer: Inferer | None = None,
         key_train_metric: dict[str, Metric] | None = None,
@@ -166,6 +172,7 @@ class VDVAETrainer(SupervisedTrainer):
         self.skip_warmup = skip_warmup
         self.max_skips = max_skips
         self.amp_dtype = amp_dtype
+        self.population_prior, self.population_prior_from = population_prior, population_prior_from
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         kind = self.state.device.type
         needs_scaling = amp and autocast(self.state.device, True, amp_dtype).fast_dtype == torch.float16
@@ -206,10 +213,13 @@ class VDVAETrainer(SupervisedTrainer):
         # gradients travel between processes once per update, not once per batch
         waits = isinstance(engine.network, DistributedDataParallel) and not last
         with engine.network.no_sync() if waits else contextlib.nullcontext():
-            with autocast(state.device, engine.amp, engine.amp_dtype):
+            recorded = contextlib.nullcontext([]) if engine.population_prior is None else recording()
+            with autocast(state.device, engine.amp, engine.amp_dtype), recorded as posteriors:
                 output = engine.inferer(scans, engine.network)
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             loss, nll = engine.loss_function(output, scans, state.updates)
+            if engine.population_prior is not None:
+                loss = loss - self._population_gain(posteriors)
             if engine.weight_penalty:
                 loss = loss + engine.weight_penalty * weight_penalty(engine.parameters)
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
@@ -221,12 +231,21 @@ class VDVAETrainer(SupervisedTrainer):
         state.output |= step_quantities(output, nll, scans)
         finite = (state.output["nll"] + state.output["kl"]).isfinite().tolist()
         engine._scans += zip(_names(batchdata, len(scans)), finite, strict=True)
+        if engine.population_prior is not None:
+            engine.population_prior.observe(posteriors)
         if last:
             state.output["grad_norm"] = self._update()
         state.output["skipped"] = state.skipped
         state.output["scans_per_second"] = len(scans) / (time.perf_counter() - start)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
+
+    def _population_gain(self, posteriors: Sequence[Posterior]) -> Tensor:
+        """What the KL to the population prior takes off the loss, a scalar in nats per scan."""
+        gain = self.population_prior.log_ratio(posteriors)
+        if gain is None or self.state.updates < self.population_prior_from:
+            return torch.zeros((), device=self.state.device)
+        return self.loss_function.beta(self.state.updates) * gain.mean()
 
     def run(self) -> None:
         """Train from the current state until ``max_epochs``; signals to stop are noted in ``signals``."""
@@ -253,6 +272,8 @@ class VDVAETrainer(SupervisedTrainer):
         else:
             self._skip(norm)
         self.scaler.update()
+        if self.population_prior is not None:
+            self.population_prior.update(take=self.state.skipped_in_a_row == 0)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         for buffer, kept in self._running:
