@@ -23,6 +23,7 @@ from monai.transforms import Compose
 from benchmarks.step import CONFIGS, TrainingStep, network_def
 from scripts.data.cache import ScanCache
 from scripts.data.datalist import find_scans
+from scripts.data.scan_grid import ScanGrid
 from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
 from scripts.training.seeding import SeededDataset
@@ -35,6 +36,7 @@ def transforms(size: int) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
     parser["spatial_shape"] = [size] * 3
+    parser["grid"] = ScanGrid()
     return parser
 
 

@@ -95,9 +95,11 @@ def inference_config(**changes) -> ConfigParser:
     import torch
     from monai.bundle import ConfigParser
 
+    from scripts.data.scan_grid import ScanGrid
+
     content = ConfigParser(ConfigParser.load_config_files(str(ROOT / "configs" / "inference.json")))
     content.update(json.loads((ROOT / "tests" / "tiny.json").read_text()))
-    content.update({"device": torch.device("cpu"), **changes})
+    content.update({"device": torch.device("cpu"), "grid": ScanGrid(), **changes})
     return content
 
 

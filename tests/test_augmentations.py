@@ -14,6 +14,7 @@ from monai.transforms import Compose
 from monai.utils import set_determinism
 
 from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand
+from scripts.data.scan_grid import ScanGrid
 from scripts.training.seeding import SeededDataset
 
 CONFIG = json.loads((ROOT / "configs" / "train.json").read_text())
@@ -29,7 +30,7 @@ def _seeded():
 
 def parse(**changes):
     """configs/train.json at another size or with other augmentations; nothing is made until it is asked for."""
-    return ConfigParser(copy.deepcopy({**CONFIG, "spatial_shape": [16, 16, 16], **changes}))
+    return ConfigParser(copy.deepcopy({**CONFIG, "spatial_shape": [16, 16, 16], "grid": ScanGrid(), **changes}))
 
 
 def augmentation(name, prob, size=16):

@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd, SpatialResample
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
+from scripts.data.scan_grid import ScanGrid
 from scripts.phantoms import brain_phantom
 
 
@@ -21,7 +22,7 @@ def phantom():
 
 def preprocessing(size=32):
     config = ConfigParser.load_config_file(ROOT / "configs" / "train.json")
-    return ConfigParser(config | {"spatial_shape": [size] * 3}).get_parsed_content("preprocessing")
+    return ConfigParser(config | {"spatial_shape": [size] * 3, "grid": ScanGrid()}).get_parsed_content("preprocessing")
 
 
 def reoriented(image, affine, codes):
@@ -157,7 +158,7 @@ def test_there_and_back_in_every_orientation(tmp_path, phantom, codes):
 
 def test_squeezing_each_axis_is_an_option(tmp_path, phantom):
     path = str(write_nifti(tmp_path / "scan.nii", phantom.image, phantom.affine))
-    config = ConfigParser.load_config_file(ROOT / "configs" / "train.json") | {"keep_aspect": False}
+    config = ConfigParser.load_config_file(ROOT / "configs" / "train.json") | {"keep_aspect": False, "grid": ScanGrid()}
     image = ConfigParser(config).get_parsed_content("preprocessing")({"image": path})["image"]
     spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
     assert np.allclose(spacing, np.array(phantom.image.shape) * 4 / 32)

@@ -23,6 +23,7 @@ from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from torch.distributions import Normal, kl_divergence
 
+from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, Scoring, level_temperatures, quantile
@@ -553,8 +554,9 @@ def test_a_job_as_a_workflow(scans, weights, tmp_path):
 
 
 def test_training_and_inference_prepare_scans_alike(scans):
-    train = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json") | {"augment": False})
-    infer = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json"))
+    grid = {"grid": ScanGrid([[0.0, -18.0, 20.0], [210.0, 230.0, 190.0]])}
+    train = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json") | {"augment": False} | grid)
+    infer = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json") | grid)
     path = {"image": str(scans / "PIR" / "PIR.nii.gz")}
     trained = train.get_parsed_content("train#preprocessing")(train.get_parsed_content("preprocessing")(path))["image"]
     inferred = infer.get_parsed_content("preprocessing")(path)["image"]

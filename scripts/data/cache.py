@@ -22,6 +22,7 @@ from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
 from scripts.data import geometry
+from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
 from scripts.utils.files import check_archive, write_csv, write_whole
@@ -81,11 +82,14 @@ class ScanCache(PersistentDataset):
     def notes(self, index: int) -> dict[str, Any]:
         """What :py:class:`scripts.data.transforms.CheckScand` noted about a scan: ``geometry`` and ``differences``.
 
+        With them ``affine`` and ``shape`` of the network's grid.
+
         Raises:
             ScanError: when the scan cannot be used.
         """
         entry = self._entry(index, mmap=True)
-        return {"geometry": entry["geometry"], "differences": entry["differences"]}
+        grid = {"affine": entry["affine"].tolist(), "shape": list(entry["image"].shape[1:])}
+        return {"geometry": entry["geometry"], "differences": entry["differences"], **grid}
 
     def _transform(self, index: int) -> dict[str, MetaTensor]:
         entry = self._entry(index)
@@ -139,6 +143,7 @@ def read_cohort(
     policy: str = "warn",
     workers: int = 1,
     skipped_file: str | os.PathLike | None = None,
+    grid: ScanGrid | None = None,
 ) -> dict[str, list[dict]]:
     """Read every scan of a run once, fill the cache with it, and say which scans cannot or should not be used.
 
@@ -152,6 +157,8 @@ def read_cohort(
             ``skipped_file`` with the reason. ``fail``: both end the run.
         workers: processes that read scans, per process of torchrun's.
         skipped_file: a CSV file, written when ``policy`` is ``skip`` and something is left out.
+        grid: what ``transform`` fits the scans to. One that lies elsewhere in the world than those that are to be
+            fitted to one box of it does not have the expected geometry.
 
     Returns:
         The datalist without what is skipped.
@@ -168,7 +175,7 @@ def read_cohort(
             share = ScanCache(items[rank::processes], transform, cache_dir, half_precision)
             _read_missing(share, workers, f"reading {side} scans, {processes} processes")
         wait_for_all()
-    return from_rank_zero(_select, datalist, transform, cache_dir, half_precision, policy, workers, skipped_file)
+    return from_rank_zero(_select, datalist, transform, cache_dir, half_precision, policy, workers, skipped_file, grid)
 
 
 def _select(
@@ -179,9 +186,10 @@ def _select(
     policy: str,
     workers: int,
     skipped_file: str | os.PathLike | None,
+    grid: ScanGrid | None,
 ) -> dict[str, list[dict]]:
     """The datalist without what is skipped."""
-    kept, skipped, geometries, noted = {}, [], [], []
+    kept, skipped, geometries, noted, other_views = {}, [], [], [], []
     for side, items in datalist.items():
         kept[side] = []
         dataset = ScanCache(items, transform, cache_dir, half_precision)
@@ -192,17 +200,20 @@ def _select(
                 skipped.append((side, item["image"], str(notes)))
                 continue
             name = ", ".join(map(str, ensure_tuple(item["image"])))
-            sentences = [f"'{name}': {difference}." for difference in notes["differences"]]
+            elsewhere = place_differences(grid, notes["geometry"], notes["affine"], notes["shape"])
+            sentences = [f"'{name}': {difference}." for difference in [*notes["differences"], *elsewhere]]
             if sentences and policy == "fail":
                 raise ScanError(f"{sentences[0]} scan_policy is 'fail'.")
             if sentences and policy == "skip":
                 skipped.append((side, item["image"], " ".join(sentences)))
                 continue
             noted += sentences
+            other_views += [f"'{name}': {d}." for d in field_of_view_differences(grid, notes["geometry"])]
             geometries.append((name, notes["geometry"]))
             kept[side].append(item)
     _warn_of("differ from what is expected, or have odd headers", noted)
     _warn_of_mixed_sizes(geometries)
+    _warn_of("have another field of view", other_views)
     if skipped:
         _report_skipped(skipped, skipped_file)
     for side, items in kept.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple, ensure_tuple_rep
@@ -19,8 +20,13 @@ from scripts.utils.formats import NIFTI_SUFFIXES
 
 __all__ = [
     "HeaderError",
+    "box_margins",
     "describe",
     "differences",
+    "fill_outside",
+    "foreground_extent",
+    "foreground_place",
+    "grid_box",
     "header_problems",
     "mixed_voxel_sizes",
     "usual_voxel_size",
@@ -28,6 +34,7 @@ __all__ = [
 ]
 
 TOLERANCE = 0.02  # relative: scanners write 0.9375 as 0.94
+FOREGROUND_VOXELS = 250_000  # of a scan, about, in which its foreground is looked for: every third of 190 a side
 
 
 class HeaderError(ValueError):
@@ -75,6 +82,93 @@ def describe(image: MetaTensor) -> dict[str, Any]:
         "oblique": round(float(np.degrees(np.arccos(np.clip(cosines, -1, 1)).max())), 3),
         "affine": affine.tolist(),
     }
+
+
+def grid_box(affine: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The box that a grid's voxels fill: its centre in the world, and its size along the stored axes, in mm.
+
+    Args:
+        affine: ``[rank + 1, rank + 1]``.
+        shape: of the grid, ``rank`` numbers.
+    """
+    rank, shape = len(shape), np.array(shape)
+    return affine[:rank, :rank] @ ((shape - 1) / 2) + affine[:rank, rank], shape * affine_to_spacing(affine, r=rank)
+
+
+def box_margins(image: MetaTensor, box: Sequence[Sequence[float]]) -> np.ndarray:
+    """How many voxels a box of the world reaches beyond an image before and after each of its axes, ``[2, rank]``.
+
+    Args:
+        image: ``[channels, *spatial]`` with its affine.
+        box: its centre and size along the axes of the world, in mm.
+    """
+    shape = np.array(image.shape[1:])
+    rank = len(shape)
+    to_voxels = np.linalg.inv(to_affine_nd(rank, image.affine.numpy().astype(float)))
+    centre, size = (np.array(values[:rank]) for values in box)
+    centre, half = to_voxels[:rank, :rank] @ centre + to_voxels[:rank, rank], np.abs(to_voxels[:rank, :rank]) @ size / 2
+    beyond = np.stack([half - centre - 0.5, centre + half - shape + 0.5])
+    return np.ceil(beyond - 1e-3).clip(0).astype(int)
+
+
+def foreground_extent(image: MetaTensor, affine: np.ndarray, axes: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """How large (mm) a box about ``centre``, along the world's axes, holds all above 5 % of the brightest voxel."""
+    step = 3  # every third voxel is enough, with three voxels' margin
+    rank = len(centre)
+    pixels = image.as_tensor().amax(0).cpu().numpy()
+    voxels = step * np.argwhere(pixels[(slice(None, None, step),) * rank] > 0.05 * pixels.max())
+    if not len(voxels):
+        return np.zeros(rank)
+    world = voxels @ affine[:rank, :rank].T + affine[:rank, rank] - centre
+    margin = step * affine_to_spacing(affine, r=rank).max()
+    return 2 * (np.abs(world @ axes).max(axis=0) + margin)
+
+
+def foreground_place(image: MetaTensor) -> dict[str, list[float]] | None:
+    """Where the foreground of a scan lies in the world: the voxels above their channel's mean, of any channel.
+
+    Args:
+        image: ``[channels, *spatial]`` with its affine.
+
+    Returns:
+        ``centre``, the mean of the voxels' places, and ``lower`` and ``upper``, between which all but a thousandth of
+        them lie along each axis of the world (right, anterior, superior; mm). None for a scan of one value.
+    """
+    rank = image.ndim - 1
+    affine = to_affine_nd(rank, image.affine.numpy().astype(float))
+    pixels = image.as_tensor()
+    step = max(1, round((pixels[0].numel() / FOREGROUND_VOXELS) ** (1 / rank)))
+    pixels = pixels[(slice(None), *[slice(None, None, step)] * rank)].float()
+    above = pixels > pixels.flatten(1).mean(1).reshape(-1, *[1] * rank)
+    voxels = step * above.any(0).nonzero().numpy()
+    if not len(voxels):
+        return None
+    places = voxels @ affine[:rank, :rank].T + affine[:rank, rank]
+    lower, upper = np.quantile(places, (0.0005, 0.9995), axis=0)
+    return {name: v.round(4).tolist() for name, v in (("centre", places.mean(0)), ("lower", lower), ("upper", upper))}
+
+
+def fill_outside(image: MetaTensor, affine: np.ndarray, shape: Sequence[int], values: Sequence[float]) -> MetaTensor:
+    """Give the voxels of an image whose centres lie outside of a grid's voxels a value.
+
+    Args:
+        image: ``[channels, *spatial]`` with its affine; it is changed.
+        affine, shape: of the grid.
+        values: one per channel.
+    """
+    rank = image.ndim - 1
+    to_grid = np.linalg.inv(to_affine_nd(rank, affine)) @ to_affine_nd(rank, image.affine.numpy().astype(float))
+    indices = np.ogrid[tuple(slice(size) for size in image.shape[1:])]
+    outside = np.zeros((1,) * rank, bool)
+    for row, size in zip(to_grid[:rank], shape, strict=True):
+        # where the axes are parallel, which is nearly always, this is one line of numbers
+        place = sum(step * index for step, index in zip(row, indices, strict=False) if step) + row[rank]
+        outside = outside | (place < -0.5 - 1e-3) | (place > size - 0.5 + 1e-3)
+    if outside.any():
+        outside = torch.from_numpy(np.broadcast_to(outside, image.shape[1:]).copy()).to(image.device)
+        for channel, value in zip(image.as_tensor(), values, strict=True):
+            channel[outside] = value
+    return image
 
 
 def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:

@@ -17,7 +17,19 @@ from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, Spat
 from monai.utils import TraceKeys, ensure_tuple, ensure_tuple_rep
 from scipy import ndimage
 
-from scripts.data.geometry import TOLERANCE, HeaderError, describe, differences, header_problems, world_axes
+from scripts.data.geometry import (
+    TOLERANCE,
+    HeaderError,
+    box_margins,
+    describe,
+    differences,
+    fill_outside,
+    foreground_extent,
+    foreground_place,
+    grid_box,
+    header_problems,
+    world_axes,
+)
 from scripts.utils.formats import content_suffix
 from scripts.utils.names import image_path
 
@@ -26,6 +38,8 @@ __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "
 ADVICE = "replace it or leave it out with --scan_pattern"
 # share of the range by which resampled tissue may dip below the background at an edge
 DIP = 0.05
+# in the trace of FitShape: what each channel of the inverse gets where the network's grid does not reach
+OUTSIDE = "outside"
 
 
 class ScanError(ValueError):
@@ -119,7 +133,8 @@ class CheckScand(MapTransform):
 
     Refused are: a wrong number of channels or axes, an empty scan, NaN or infinite voxels, a constant channel, a
     background that is not the lowest value, a singular affine. What is noted goes into the scan's metadata:
-    ``geometry`` (see :py:func:`scripts.data.geometry.describe`) and ``differences``, a list of half sentences;
+    ``geometry`` (see :py:func:`scripts.data.geometry.describe`), with ``foreground`` (see
+    :py:func:`scripts.data.geometry.foreground_place`), and ``differences``, a list of half sentences;
     :py:func:`scripts.data.cache.read_cohort` acts on them.
 
     It belongs right after loading, while the geometry is the file's. Input and output: ``[channels, *spatial]``.
@@ -176,7 +191,7 @@ class CheckScand(MapTransform):
             if isinstance(image, MetaTensor):
                 self._check_affine(image, name)
                 geometry = describe(image)
-                image.meta["geometry"] = geometry
+                image.meta["geometry"] = geometry | {"foreground": foreground_place(image)}
                 image.meta["differences"] = [
                     *image.meta.get("header_problems", []),
                     *differences(geometry, **self.expected),
@@ -226,12 +241,14 @@ class CheckScand(MapTransform):
 class FitShape(SpatialResample):
     """Fit a scan to a grid of ``spatial_shape`` voxels along the world's axes, without distorting the anatomy.
 
-    The new voxels are cubes, as small as lets the whole scan into the grid; the scan sits in the grid's centre and what
-    lies outside it takes the channel's lowest value, which is the background's. A scan that was acquired at an angle is
-    turned upright, and its voxels grow only if its foreground would not fit otherwise. The scan is resampled once, and
-    MONAI's ``SpatialResample`` keeps track of it: the affine stays true (a voxel keeps its place in the world) and
-    ``inverse`` returns the scan's own grid. Where an axis loses resolution the scan is smoothed along it first, against
-    aliasing.
+    The new voxels are cubes, as small as lets a box into the grid, in whose centre the box sits. The box is that of the
+    scan's own voxels, or one of the world that is the same for all scans: then the same place in the world is the same
+    voxel, however much empty space a file has around the brain. What lies outside the scan takes the channel's lowest
+    value, which is the background's. A scan that was acquired at an angle is turned upright, and the voxels of its own
+    grid grow only if its foreground would not fit otherwise. The scan is resampled once, and MONAI's
+    ``SpatialResample`` keeps track of it: the affine stays true (a voxel keeps its place in the world) and ``inverse``
+    returns the scan's own grid. What lies outside the network's grid is background there. Where an axis loses
+    resolution the scan is smoothed along it first, against aliasing.
 
     Input: ``[channels, *spatial]``. Output: ``[channels, *spatial_shape]``, float32, its axes in the input's order.
 
@@ -239,13 +256,22 @@ class FitShape(SpatialResample):
         spatial_shape: voxels along each axis of the result, or one number for all.
         mode: the interpolation, ``bilinear`` (trilinear in 3D) or ``nearest``.
         keep_aspect: False stretches each axis by itself to fill the grid, as the published code does.
+        box: centre and size of the box along the axes of the world (right, anterior, superior), ``[2, rank]``, in mm,
+            see :class:`scripts.data.scan_grid.ScanGrid`. None: each scan's own.
     """
 
-    def __init__(self, spatial_shape: Sequence[int] | int, mode: str = "bilinear", keep_aspect: bool = True) -> None:
+    def __init__(
+        self,
+        spatial_shape: Sequence[int] | int,
+        mode: str = "bilinear",
+        keep_aspect: bool = True,
+        box: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         # Zeros outside, on an image shifted to a minimum of zero, is the only padding without streaks.
         super().__init__(mode=mode, padding_mode="zeros")
         self.spatial_shape = spatial_shape
         self.keep_aspect = keep_aspect
+        self.box = box
 
     def __call__(self, img: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         image = img if isinstance(img, MetaTensor) else MetaTensor(img)
@@ -258,10 +284,25 @@ class FitShape(SpatialResample):
         sigma = np.maximum((zoom - 1) / 2, 0)
         if sigma.any() and self.mode != "nearest":
             # SciPy's is separable and ten times faster here than MONAI's convolution, which runs on one channel.
-            pixels = shifted.float().cpu().numpy()
+            pixels, moved = self._pad(shifted.float().cpu().numpy(), image, np.ceil(3 * sigma) + 1)
             pixels = ndimage.gaussian_filter(pixels, (0, *sigma), mode="nearest", truncate=3)
             shifted = MetaTensor(torch.from_numpy(pixels).to(image.device)).copy_meta_from(image)
-        return super().__call__(shifted, dst_affine=affine, spatial_size=shape.tolist()) + background
+            shifted.affine = moved
+        fitted = super().__call__(shifted, dst_affine=affine, spatial_size=shape.tolist()) + background
+        trace = fitted.applied_operations[-1]
+        trace[OUTSIDE] = background.flatten().tolist()
+        trace[TraceKeys.ORIG_SIZE] = tuple(image.shape[1:])  # without what was padded
+        trace[TraceKeys.EXTRA_INFO]["src_affine"] = to_affine_nd(rank, image.affine)
+        return fitted
+
+    def _pad(self, pixels: np.ndarray, image: MetaTensor, most: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        """Zeros up to the box's bounds, so that what is smoothed beyond the scan's edge is kept; and the affine."""
+        if self.box is None:
+            return pixels, image.affine
+        widths = np.minimum(box_margins(image, self.box), most).astype(int)  # before and after, of each axis
+        moved = image.affine.clone()
+        moved[:-1, -1] -= moved[:-1, : widths.shape[1]] @ torch.from_numpy(widths[0]).to(moved)
+        return np.pad(pixels, [(0, 0), *widths.T.tolist()]), moved
 
     def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The affine of the new grid, and how many old voxels one new voxel spans along each axis."""
@@ -270,10 +311,12 @@ class FitShape(SpatialResample):
         old = to_affine_nd(rank, image.affine.numpy().astype(float))
         spacing = affine_to_spacing(old, r=rank)
         axes = world_axes(old)
-        centre = old[:rank, :rank] @ ((old_shape - 1) / 2) + old[:rank, rank]
-        extent = old_shape * spacing
-        if not np.allclose(old[:rank, :rank], axes * spacing, atol=1e-3 * spacing.min()):
-            extent = np.maximum(extent, _foreground_extent(image, old, axes, centre))
+        centre, extent = grid_box(old, old_shape)
+        if self.box is not None:
+            centre, extent = (np.array(values[:rank]) for values in self.box)
+            extent = np.abs(axes).T @ extent  # along the stored axes
+        elif not np.allclose(old[:rank, :rank], axes * spacing, atol=1e-3 * spacing.min()):
+            extent = np.maximum(extent, foreground_extent(image, old, axes, centre))
         new_spacing = extent / shape
         if self.keep_aspect:
             new_spacing = np.full(rank, new_spacing.max())
@@ -283,22 +326,10 @@ class FitShape(SpatialResample):
         return new, new_spacing / spacing
 
     def inverse(self, data: torch.Tensor) -> torch.Tensor:
-        # Every voxel of the scan lies within the grid, to half a voxel, so its edge must not fade to zero.
-        data.applied_operations[-1][TraceKeys.EXTRA_INFO]["padding_mode"] = "border"
-        return super().inverse(data)
-
-
-def _foreground_extent(image: MetaTensor, affine: np.ndarray, axes: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """How large (mm) a box about ``centre``, along the world's axes, holds all above 5 % of the brightest voxel."""
-    step = 3  # every third voxel is enough, with three voxels' margin
-    rank = len(centre)
-    pixels = image.as_tensor().amax(0).cpu().numpy()
-    voxels = step * np.argwhere(pixels[(slice(None, None, step),) * rank] > 0.05 * pixels.max())
-    if not len(voxels):
-        return np.zeros(rank)
-    world = voxels @ affine[:rank, :rank].T + affine[:rank, rank] - centre
-    margin = step * affine_to_spacing(affine, r=rank).max()
-    return 2 * (np.abs(world @ axes).max(axis=0) + margin)
+        # The scan's edge, within half a voxel of the grid's, must not fade to zero.
+        trace, affine, shape = data.applied_operations[-1], data.affine.numpy(), data.shape[1:]
+        trace[TraceKeys.EXTRA_INFO]["padding_mode"] = "border"
+        return fill_outside(super().inverse(data), affine, shape, trace[OUTSIDE])
 
 
 class FitShaped(MapTransform, InvertibleTransform):
@@ -309,6 +340,7 @@ class FitShaped(MapTransform, InvertibleTransform):
         spatial_shape: voxels along each axis of the result, or one number for all.
         mode: the interpolation, ``bilinear`` or ``nearest``.
         keep_aspect: False stretches each axis by itself to fill the grid.
+        box: of the world, the same for all scans; None: each scan's own.
     """
 
     def __init__(
@@ -317,10 +349,11 @@ class FitShaped(MapTransform, InvertibleTransform):
         spatial_shape: Sequence[int] | int,
         mode: str = "bilinear",
         keep_aspect: bool = True,
+        box: Sequence[Sequence[float]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.fit = FitShape(spatial_shape, mode, keep_aspect)
+        self.fit = FitShape(spatial_shape, mode, keep_aspect, box)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)

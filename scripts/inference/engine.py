@@ -25,13 +25,14 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.data.datalist import as_text, find_scans, read_datalist
+from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.outputs import ScanLayout
 from scripts.layers.gaussian import noise_from
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
-from scripts.utils.names import item_path
+from scripts.utils.names import image_path, item_path
 
 __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
 
@@ -160,6 +161,7 @@ class ScanEvaluator(Evaluator):
         failures: where scans that failed are noted.
         inputs: makes the inferer's inputs of a list of items; the stack of their images by default.
         arguments: makes further arguments of the inferer by name, likewise.
+        grid: how the training scans lay on the network's grid; a warning names scans that lie otherwise.
         summary: is called at the end, on one process, with the names of all scans.
         batch_size, num_workers: of the data loader.
         overwrite: make results again that are there.
@@ -182,6 +184,7 @@ class ScanEvaluator(Evaluator):
         failures: Failures,
         inputs: Callable[[Sequence[dict]], Any] | None = None,
         arguments: Callable[[Sequence[dict]], dict[str, Any]] | None = None,
+        grid: ScanGrid | None = None,
         summary: Callable[[Sequence[str]], object] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
@@ -214,7 +217,7 @@ class ScanEvaluator(Evaluator):
         self.network, self.inferer = network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
         self.failures, self.summary = failures, summary
-        self.inputs, self.arguments = inputs, arguments
+        self.inputs, self.arguments, self.grid = inputs, arguments, grid
         self.seed, self.amp_dtype = seed, amp_dtype
         if idist.get_rank() == 0:
             bar = ProgressBar(
@@ -300,6 +303,9 @@ class ScanEvaluator(Evaluator):
         items = [item for item in batchdata if not isinstance(item, Failure)]
         if not items:
             return {}
+        for item in items:
+            for key in ("image", "second"):
+                self._warn_of_place(item.get(key))
         device = self.state.device
         inputs = self.inputs(items) if self.inputs else torch.stack([item["image"].as_tensor() for item in items])
         arguments = self.arguments(items) if self.arguments else {}
@@ -315,6 +321,14 @@ class ScanEvaluator(Evaluator):
                     raise
                 self.failures.add(Failure(item["name"], str(error.__cause__)))
         return {}
+
+    def _warn_of_place(self, image: Any) -> None:
+        """Name a scan that does not lie on the network's grid as the training scans did."""
+        geometry = image.meta.get("geometry") if isinstance(image, MetaTensor) else None
+        if geometry is not None:
+            found = place_differences(self.grid, geometry, image.affine.numpy(), image.shape[1:])
+            for difference in [*found, *field_of_view_differences(self.grid, geometry)]:
+                logger.warning("'%s': %s.", image_path(image), difference)
 
 
 def _to(values: Any, device: torch.device) -> Any:

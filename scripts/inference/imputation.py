@@ -190,6 +190,7 @@ class _FitLike(FitShape):
         to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
         voxels = np.argwhere(missing[0].numpy())
         places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
+        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
         found = np.zeros(self.spatial_shape, bool)
         for corner in itertools.product((0, 1), repeat=rank):
             found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True

@@ -21,7 +21,8 @@ from monai.data import FolderLayoutBase, MetaTensor, NibabelWriter
 from monai.transforms import MapTransform, SaveImage, SpatialResample, Transform
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
 
-from scripts.data.transforms import RobustScaled, ScanError, per_channel, unscaled
+from scripts.data.geometry import fill_outside
+from scripts.data.transforms import OUTSIDE, RobustScaled, ScanError, per_channel, unscaled
 from scripts.inference.inferers import latents_up_to
 from scripts.layers.levels import grid_name
 from scripts.layers.population_prior import PopulationPrior
@@ -125,7 +126,8 @@ class IntensityUnitsd(MapTransform):
     """Prepare results that are no intensities for the inverse of the preprocessing, which takes all for intensities.
 
     ``deviation``: a standard deviation goes back to the scan's units by their scale alone, without their offset.
-    ``none``: a number without units, such as a z-score, comes out as it goes in.
+    ``none``: a number without units, such as a z-score, comes out as it goes in. Both are 0 where the network's grid
+    does not reach.
 
     Args:
         keys: of the results.
@@ -144,7 +146,12 @@ class IntensityUnitsd(MapTransform):
         info = scaling_of(d[self.scan])
         gain, offset = (per_channel(info[name], d[self.scan]) for name in ("gain", "offset"))
         for key, units in self.key_iterator(d, self.units):
-            d[key] = (d[key] if units == "deviation" else d[key] * gain) - offset * gain + info["b_min"]
+            result = (d[key] if units == "deviation" else d[key] * gain) - offset * gain + info["b_min"]
+            result.applied_operations = [
+                operation | {OUTSIDE: [0.0] * len(result)} if OUTSIDE in operation else operation
+                for operation in result.applied_operations
+            ]
+            d[key] = result
         return d
 
 
@@ -156,6 +163,12 @@ def scaling_of(image: MetaTensor) -> dict[str, Any]:
         if operation[TraceKeys.CLASS_NAME] == RobustScaled.__name__
     )
     return info
+
+
+def background_of(image: MetaTensor) -> list[float]:
+    """What each channel of a scan has around it, in its own units."""
+    (background,) = (operation[OUTSIDE] for operation in image.applied_operations if OUTSIDE in operation)
+    return background
 
 
 class FitBackd(MapTransform):
@@ -183,7 +196,8 @@ class FitBackd(MapTransform):
                 image, dst_affine=torch.as_tensor(d["scan_affine"]), spatial_size=d["scan_shape"].tolist()
             )
             fitted.meta[ImageMetaKey.FILENAME_OR_OBJ] = d["path"]
-            d[key] = fitted
+            outside = [0.0] * len(fitted) if key in self.deviation else d.get("background", d["offset"])
+            d[key] = fill_outside(fitted, d["affine"], values.shape[1:], outside)
         return d
 
 
@@ -191,7 +205,7 @@ class SaveLatentsd(Transform):
     """Write a scan's latents as ``.npz``: arrays ``z00``, ``mean00``, ``std00``, ``z01``, ..., ``[channels, *grid]``.
 
     Top first, and ``coordinates`` where there is a population prior; with them what decoding to the scan's grid and
-    units needs: ``affine``, ``scan_affine``, ``scan_shape``, ``gain``, ``offset`` and ``b_min``.
+    units needs: ``affine``, ``scan_affine``, ``scan_shape``, ``background``, ``gain``, ``offset`` and ``b_min``.
 
     Args:
         layout: says where.
@@ -209,6 +223,7 @@ class SaveLatentsd(Transform):
             "affine": np.asarray(image.affine),
             "scan_affine": np.asarray(image.meta["geometry"]["affine"]),
             "scan_shape": np.asarray(image.meta["geometry"]["shape"]),
+            "background": np.asarray(background_of(image)),
             **{name: np.asarray(value) for name, value in scaling_of(image).items()},
         }
         path = self.layout.filename(image_path(image))

@@ -7,6 +7,7 @@ network then already predicts these, and what is left to learn is how a scan dev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -40,7 +41,8 @@ class VoxelGaussian(nn.Module):
     """A network that counts scans from a Gaussian for each voxel, which lives in its buffers.
 
     It is the base class of the network, so that the buffers have the names ``template_mean``, ``template_std`` and
-    ``template_affine`` in its state dict.
+    ``template_affine`` in its state dict. Every network has ``scan_grid`` besides, which says how its scans were fitted
+    to its grid (:class:`scripts.data.scan_grid.ScanGrid`); weights of earlier versions lack it, and load.
 
     Args:
         template: whether there is such a Gaussian.
@@ -53,6 +55,11 @@ class VoxelGaussian(nn.Module):
     def __init__(self, template: bool) -> None:
         super().__init__()
         self.template = template
+        self.register_buffer("scan_grid", torch.zeros(5, 3, dtype=torch.float64))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}scan_grid", torch.zeros_like(self.scan_grid))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def register_voxel_gaussian(self, in_channels: int, spatial_shape: Sequence[int] | None) -> None:
         """Add the buffers, if there is a Gaussian: mean 0 and deviation 1 until it is set.

@@ -17,8 +17,6 @@ from ignite.handlers import EMAHandler
 from torch import nn
 
 from scripts.networks import VDVAE
-from scripts.training.seeding import SeededDataset
-from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.files import check_archive, remove_leftovers, write_whole
 
 logger = logging.getLogger(__name__)
@@ -135,12 +133,12 @@ def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) 
         ) from error
 
 
-def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
-    """The same network with the weights of a ``model.pt``, a state dict.
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state dict in a ``model.pt``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, or of another architecture.
+        CheckpointError: it is damaged, or holds something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -148,41 +146,17 @@ def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
     state = read_archive(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
-    _load_state(network, state, path)
+    return state
+
+
+def load_weights(network: VDVAE, path: str | os.PathLike) -> VDVAE:
+    """The same network with the weights of a ``model.pt``, see :func:`read_weights`.
+
+    Raises:
+        CheckpointError: they are of another architecture.
+    """
+    _load_state(network, read_weights(path), path)
     return network
-
-
-def start_network(
-    network: VDVAE,
-    dataset: SeededDataset,
-    augmented: bool = False,
-    weights: str | os.PathLike | None = None,
-    checkpoint: str | os.PathLike | None = None,
-) -> VDVAE:
-    """A network as training starts with it: from given weights, or from the statistics of the scans.
-
-    Args:
-        network: before it is wrapped for several processes.
-        dataset: what it will see.
-        augmented: whether the dataset's transforms are random.
-        weights: a ``model.pt``.
-        checkpoint: leave the network alone, since this will be loaded.
-    """
-    if checkpoint is not None:
-        return network
-    return start_from_scans(network, dataset, augmented) if weights is None else load_weights(network, weights)
-
-
-def starts_untrained(
-    weights: str | os.PathLike | None, checkpoint: str | os.PathLike | None, restore_optimizer: bool = True
-) -> bool:
-    """Whether a run's updates are counted from those of an untrained network.
-
-    They are not where it starts anew from trained weights: a ``model.pt``, or a checkpoint without its optimizer.
-    """
-    if checkpoint is not None:
-        return restore_optimizer
-    return weights is None
 
 
 class CheckpointHandler:
@@ -434,6 +408,7 @@ def place_in_epoch(scans: int, scans_per_batch: int, batches: int, accumulation_
 
 def _first_difference(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:
     """In words, the first tensor of two state dicts that does not match."""
+    saved = {"scan_grid": own["scan_grid"], **saved}  # weights of earlier versions may lack it
     for name, tensor in own.items():
         if name not in saved:
             return f"it lacks '{name}'"

@@ -1,0 +1,259 @@
+"""Where a cohort's scans lie in the world, and so whether all are fitted to one box of it or each to its file's own.
+
+Scans that were aligned to a template lie in the same place of the world, whatever box their files cut out of it. They
+are fitted to one box, so that a file with a few more empty slices gives the same voxels. Scans that were not aligned
+lie in their file's box as whoever acquired them put it; each is fitted to its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from joblib import delayed
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing, to_affine_nd
+from scipy.stats import median_abs_deviation
+
+from scripts.data.geometry import differences, grid_box, world_axes
+from scripts.data.transforms import ScanError
+from scripts.utils.distributed import from_rank_zero
+from scripts.utils.parallel import choose_workers, run_parallel
+
+__all__ = ["ScanGrid", "choose_grid", "field_of_view_differences", "find_alignment", "place_differences"]
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ("auto", "world", "centred")
+SAMPLE = 64  # scans of a cohort that are read to decide
+MIN_SCANS = 10  # of fewer the spread says nothing
+MOST = 0.9  # the share of a cohort that counts for all of it
+# Scans are aligned when the centres of their foregrounds spread by at most this along each axis (mm, a standard
+# deviation, estimated robustly). Brains of different size and shape, aligned to a template, spread by 1 or 2; heads in
+# a scanner by 5 to 20.
+ALIGNED = 5.0
+OBLIQUE = 3.0  # degrees by which the axes of a scan that was resampled to a template may differ from the world's
+TEMPLATE_SPACES = (3, 4)  # sform codes of NIfTI: Talairach and MNI152
+FAR = 3.0  # standard deviations, ALIGNED at least, between a scan's foreground and the cohort's
+
+
+class ScanGrid(NamedTuple):
+    """How a cohort's scans are fitted to the network's grid, and where they lie.
+
+    Attributes:
+        box: centre and size of the box of the world that all are fitted to; None: each is fitted to its own.
+        foreground: where their foregrounds' centres lie, median and standard deviation; None: not known.
+        field_of_view: that of most of them; None: they have several, or it is not known.
+
+    All in mm along right, anterior, superior.
+    """
+
+    box: list[list[float]] | None = None
+    foreground: list[list[float]] | None = None
+    field_of_view: list[float] | None = None
+
+    def as_tensor(self) -> torch.Tensor:
+        """As weights keep it, float64 ``[5, 3]``: box, foreground and field of view, rows of zeros for None."""
+        rows = [*(self.box or [[], []]), *(self.foreground or [[], []]), self.field_of_view or []]
+        return torch.tensor([[*row, 0.0, 0.0, 0.0][:3] for row in rows], dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: torch.Tensor) -> ScanGrid:
+        """The inverse of :meth:`as_tensor`; 2D scans get a third coordinate of 0, which is nowhere used."""
+        box, foreground, view = values[:2], values[2:4], values[4]
+        return cls(*(part.tolist() if part.any() else None for part in (box, foreground, view)))
+
+
+class _Scan(NamedTuple):
+    """What is known of one scan of the sample."""
+
+    box: list[list[float]]
+    geometry: dict[str, Any]
+    sform_code: int
+
+
+def choose_grid(
+    scan_grid: str,
+    items: Sequence[Mapping[str, Any]],
+    transforms: Sequence[Callable],
+    stored: ScanGrid | None = None,
+    workers: int = 1,
+) -> ScanGrid:
+    """Decide for a cohort how its scans are fitted to the network's grid, on rank 0 for all processes, and log it.
+
+    Args:
+        scan_grid: ``world``: to one box of the world. ``centred``: each to its own. ``auto``: to one box if the scans
+            are aligned, see :func:`find_alignment`.
+        items: the scans to train on, ``[{"image": path}, ...]``; some of them are read.
+        transforms: read a scan, check it and turn it to RAS. Scans that they refuse do not count.
+        stored: of the weights that training goes on from, which were trained so, and keep it. None: it starts anew.
+        workers: processes that read.
+
+    Raises:
+        ValueError: ``scan_grid`` is none of the three.
+    """
+    return ScanGrid(*from_rank_zero(_choose, scan_grid, items, transforms, stored, workers))
+
+
+def _choose(
+    scan_grid: str,
+    items: Sequence[Mapping[str, Any]],
+    transforms: Sequence[Callable],
+    stored: ScanGrid | None,
+    workers: int,
+) -> ScanGrid:
+    if scan_grid not in CHOICES:
+        raise ValueError(f"scan_grid is '{scan_grid}': it must be one of {', '.join(CHOICES)}.")
+    if stored is not None:
+        found = "centred" if stored.box is None else "world"
+        if scan_grid not in ("auto", found):
+            logger.warning(
+                "scan_grid is '%s', but the weights to go on from were trained with '%s', which is kept: train anew to "
+                "change it.",
+                scan_grid,
+                found,
+            )
+        logger.info("%s, as those of the weights to go on from.", _sentence(stored.box))
+        return stored
+    sample = random.Random(0).sample(list(items), min(SAMPLE, len(items)))
+    jobs = [delayed(_read)(item["image"], transforms) for item in sample]
+    read = run_parallel(jobs, choose_workers(len(jobs), workers), "looking where the scans lie")
+    scans = [scan for scan in read if scan is not None]
+    aligned, reason = find_alignment([scan.geometry for scan in scans], [scan.sform_code for scan in scans])
+    world = scan_grid == "world" or (scan_grid == "auto" and aligned)
+    box = _common_box(scans) if world and scans else None
+    centres = [scan.geometry["foreground"]["centre"] for scan in scans if scan.geometry["foreground"]]
+    foreground = [np.median(centres, axis=0).tolist(), _spread(centres).tolist()] if centres else None
+    logger.info("%s. %s (scan_grid %s).", _sentence(box), reason, scan_grid)
+    return ScanGrid(box, foreground, _usual_field_of_view([scan.geometry for scan in scans]))
+
+
+def _sentence(box: Sequence[Sequence[float]] | None) -> str:
+    if box is None:
+        return "Each scan is fitted to the box of its own file"
+    centre, size = (", ".join(f"{value:.4g}" for value in values) for values in box)
+    return f"All scans are fitted to one box of the world, of ({size}) mm about ({centre})"
+
+
+def _read(image: str | Sequence[str], transforms: Sequence[Callable]) -> _Scan | None:
+    data: Any = {"image": image}
+    try:
+        for transform in transforms:
+            data = transform(data)
+    except ScanError:
+        return None  # it is named when the whole cohort is read
+    scan: MetaTensor = data["image"]
+    rank = scan.ndim - 1
+    affine = to_affine_nd(rank, scan.affine.numpy().astype(float))
+    centre, extent = grid_box(affine, scan.shape[1:])
+    size = np.abs(world_axes(affine)) @ extent
+    return _Scan([centre.tolist(), size.tolist()], scan.meta["geometry"], int(scan.meta.get("sform_code", 0)))
+
+
+def find_alignment(geometries: Sequence[Mapping[str, Any]], sform_codes: Sequence[int]) -> tuple[bool, str]:
+    """Whether scans are aligned: their foregrounds lie in the same place of the world, and their axes are the world's.
+
+    Where there are too few of them to tell, their headers are believed if all say that they lie in a template's space.
+
+    Args:
+        geometries: of scans, with ``foreground`` and ``oblique``, see :class:`scripts.data.transforms.CheckScand`.
+        sform_codes: of their NIfTI headers; 0 for other formats.
+
+    Returns:
+        The answer, and a sentence on why, without its full stop.
+    """
+    centres = [geometry["foreground"]["centre"] for geometry in geometries if geometry["foreground"]]
+    if len(centres) < MIN_SCANS:
+        if sform_codes and set(sform_codes) <= set(TEMPLATE_SPACES):
+            return True, f"The headers of the {len(sform_codes)} scan(s) say that they are in a template's space"
+        return False, f"{len(centres)} scan(s) are too few to tell whether they are aligned"
+    spread = _spread(centres)
+    upright = np.mean([geometry["oblique"] <= OBLIQUE for geometry in geometries])
+    reason = (
+        f"The centres of their foregrounds spread by {', '.join(f'{value:.1f}' for value in spread)} mm along right, "
+        f"anterior, superior (aligned: up to {ALIGNED:g}), and the axes of {upright:.0%} are the world's"
+    )
+    return bool((spread <= ALIGNED).all() and upright >= MOST), reason
+
+
+def _spread(places: Sequence[Sequence[float]]) -> np.ndarray:
+    return median_abs_deviation(places, axis=0, scale="normal").round(4)
+
+
+def _common_box(scans: Sequence[_Scan]) -> list[list[float]]:
+    """The median of the scans' boxes, grown to where it would cut the foreground of more than a few of them."""
+    centre, size = np.median([scan.box for scan in scans], axis=0)
+    lower, upper = centre - size / 2, centre + size / 2
+    places = [scan.geometry["foreground"] for scan in scans if scan.geometry["foreground"]]
+    if places:
+        low = np.minimum(lower, np.quantile([place["lower"] for place in places], 1 - MOST, axis=0, method="lower"))
+        high = np.maximum(upper, np.quantile([place["upper"] for place in places], MOST, axis=0, method="higher"))
+        grown = (low < lower) | (high > upper)  # elsewhere, and where all boxes are equal, to the last bit
+        centre, size = np.where(grown, (low + high) / 2, centre), np.where(grown, high - low, size)
+    return [centre.tolist(), size.tolist()]
+
+
+def _usual_field_of_view(geometries: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    if not geometries:
+        return None
+    usual = np.median([geometry["field_of_view"] for geometry in geometries], axis=0).tolist()
+    like = [not differences(geometry, field_of_view=usual) for geometry in geometries]
+    return usual if np.mean(like) >= MOST else None
+
+
+def place_differences(
+    grid: ScanGrid | None, geometry: Mapping[str, Any], affine: np.ndarray, shape: Sequence[int]
+) -> list[str]:
+    """Say where a scan that was fitted to a box of the world does not lie as the training scans do.
+
+    Args:
+        grid: of the training scans.
+        geometry: of the scan, with ``foreground``.
+        affine, shape: of the network's grid that it was fitted to.
+
+    Returns:
+        Half sentences, for people.
+    """
+    place = geometry.get("foreground")
+    if grid is None or grid.box is None or place is None:
+        return []
+    rank, found = len(shape), []
+    if grid.foreground is not None:
+        centre, spread = (np.array(values[:rank]) for values in grid.foreground)
+        apart = np.array(place["centre"]) - centre
+        if (np.abs(apart) > FAR * np.maximum(spread, ALIGNED)).any():
+            found.append(
+                f"its foreground lies {np.linalg.norm(apart):.0f} mm from where that of the training scans lies: align "
+                "it as they were (python -m scripts.prepare)"
+            )
+    affine = to_affine_nd(rank, np.asarray(affine, float))
+    centre, extent = grid_box(affine, shape)
+    half = np.abs(world_axes(affine)) @ extent / 2
+    beyond = max((centre - half - place["lower"]).max(), (place["upper"] - centre - half).max())
+    if beyond > affine_to_spacing(affine, r=rank).max():
+        found.append(f"its foreground reaches {beyond:.0f} mm beyond the box that the network sees, and is cut there")
+    return found
+
+
+def field_of_view_differences(grid: ScanGrid | None, geometry: Mapping[str, Any]) -> list[str]:
+    """Say that a scan, fitted to its own box, has another one than the training scans had.
+
+    Args:
+        grid: of the training scans.
+        geometry: of the scan.
+
+    Returns:
+        Half sentences, for people.
+    """
+    if grid is None or grid.box is not None or grid.field_of_view is None:
+        return []
+    expected = grid.field_of_view[: len(geometry["field_of_view"])]
+    return [
+        sentence.replace("are expected", "was usual in training")
+        + ", which moves or shrinks its brain on the network's grid: crop or pad it as the training scans were"
+        for sentence in differences(dict(geometry), field_of_view=expected)
+    ]
