@@ -22,8 +22,8 @@ from scripts.training.checkpoints import (
     load_weights,
     newest_checkpoint,
     place_in_epoch,
-    starts_untrained,
 )
+from scripts.training.start import starts_untrained
 
 
 def run(cohort, output, *words, **settings):
