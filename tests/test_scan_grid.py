@@ -13,7 +13,9 @@ from conftest import brain, inference_config, run_bundle, save
 from monai.data import MetaTensor
 from monai.transforms import Orientationd
 
+from scripts.check import check
 from scripts.data.cache import read_cohort
+from scripts.data.check_report import summary
 from scripts.data.geometry import fill_outside, foreground_place
 from scripts.data.scan_grid import (
     ScanGrid,
@@ -284,12 +286,10 @@ def test_few_scans_are_centred_unless_their_headers_say_that_they_are_aligned(co
     assert choose(tmp_path, "world").box is not None
 
 
-def test_scans_at_an_angle_are_not_aligned(cohort):
-    geometries = [{"foreground": {"centre": [0.1 * i, 0, 0]}, "oblique": 0.0} for i in range(20)]
-    assert find_alignment(geometries, [0] * 20)[0]
-    for geometry in geometries[:5]:
-        geometry["oblique"] = 12.0
-    aligned, reason = find_alignment(geometries, [0] * 20)
+def test_scans_at_an_angle_are_not_aligned():
+    centres = [[0.1 * i, 0, 0] for i in range(20)]
+    assert find_alignment(centres, [0.0] * 20, [0] * 20)[0]
+    aligned, reason = find_alignment(centres, [12.0] * 5 + [0.0] * 15, [0] * 20)
     assert not aligned
     assert "the axes of 75% are the world's" in reason
 
@@ -409,6 +409,21 @@ def test_evaluation_uses_the_grid_of_the_weights(cohort, trained, tmp_path):
         with (output / "evaluation" / "evaluation.csv").open() as file:
             found.append([float(row["bits_per_dim"]) for row in csv.DictReader(file)])
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_the_check_of_a_data_set_says_what_training_would_do(cohort, centred, tmp_path):
+    for scans, answer in (
+        (cohort, "training fits all of them to one box of the world."),
+        (centred[0] / "scans", "training fits each to the box of its own file."),
+    ):
+        report = check(scans, output_dir=tmp_path, workers=1)
+        line = summary(report).splitlines()[-2]
+        assert line.startswith("The centres of their foregrounds spread by ")
+        assert line.endswith(answer)
+    with (tmp_path / "report.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert np.std([float(row["foreground"].split("x")[1]) for row in rows]) > 10
+    assert {row["sform_code"] for row in rows} == {"2"}
 
 
 def test_the_foreground_of_a_scan(tmp_path):

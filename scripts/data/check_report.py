@@ -15,6 +15,7 @@ from joblib import delayed
 
 from scripts.data.cohort import MIN_COHORT
 from scripts.data.inspection import VERDICTS, Scan, scan_picture
+from scripts.data.scan_grid import find_alignment
 from scripts.utils import figures
 from scripts.utils.files import write_csv
 from scripts.utils.parallel import run_parallel
@@ -116,6 +117,14 @@ def table(scans: Iterable[Scan]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _alignment(scans: list[Scan]) -> str:
+    """How training would fit scans to the network's grid, and why."""
+    centres = [scan.foreground for scan in scans if scan.foreground is not None]
+    aligned, reason = find_alignment(centres, [s.oblique for s in scans], [s.sform_code for s in scans])
+    where = "one box of the world" if aligned else "the box of its own file"
+    return f"{reason}: training fits {'all of them' if aligned else 'each'} to {where}."
+
+
 def summary(report: Report) -> str:
     """How many scans there are of each verdict, and where the report is."""
     counts = Counter(scan.verdict for scan in report.scans)
@@ -127,5 +136,7 @@ def summary(report: Report) -> str:
         lines.append(f"Passed over by scan_pattern: {kinds}.{images}")
     if len(report.scans) < MIN_COHORT:
         lines.append(f"Fewer than {MIN_COHORT} scans: they were not compared with each other.")
+    if counts["unusable"] < len(report.scans):
+        lines.append(_alignment([scan for scan in report.scans if scan.verdict != "unusable"]))
     lines.append(f"Report: '{report.folder / 'report.csv'}'. Look at '{report.folder / 'contact_sheet.png'}'.")
     return "\n".join(lines)

@@ -51,6 +51,9 @@ class Scan:
         shape, orientation: of the stored axes.
         spacing, field_of_view: in mm along the world's axes (right, anterior, superior).
         oblique: the largest angle in degrees between a stored axis and the world's axis nearest to it.
+        foreground: the centre of its foreground in the world, mm.
+        sform_code: of its NIfTI header, which says what the world is: 1 the scanner's, 2 another file's, 3 and 4 a
+            template's; 0 for other formats.
         dtype: of the numbers on disk.
         minimum, percentile_1, median, percentile_99, maximum: of the finite voxels.
         background: the share of voxels in the lowest 5 % of the range from minimum to 99th percentile.
@@ -69,6 +72,8 @@ class Scan:
     orientation: str | None = None
     oblique: float | None = None
     field_of_view: list[float] | None = None
+    foreground: list[float] | None = None
+    sform_code: int | None = None
     dtype: str | None = None
     minimum: float | None = None
     percentile_1: float | None = None
@@ -121,6 +126,9 @@ def inspect_scan(paths: list[Path], checks: CheckScand) -> Inspection:
         _describe(scan, paths, image)
         checks({"image": image})
         _check_checksums(paths)
+        foreground = image.meta["geometry"]["foreground"]
+        scan.foreground = None if foreground is None else foreground["centre"]
+        scan.sform_code = int(image.meta.get("sform_code", 0))
         for difference in image.meta["differences"]:
             scan.flag("suspicious", difference)
         _flag_series(scan, paths)

@@ -123,13 +123,15 @@ def _choose(
     jobs = [delayed(_read)(item["image"], transforms) for item in sample]
     read = run_parallel(jobs, choose_workers(len(jobs), workers), "looking where the scans lie")
     scans = [scan for scan in read if scan is not None]
-    aligned, reason = find_alignment([scan.geometry for scan in scans], [scan.sform_code for scan in scans])
+    geometries = [scan.geometry for scan in scans]
+    centres = [geometry["foreground"]["centre"] for geometry in geometries if geometry["foreground"]]
+    oblique = [geometry["oblique"] for geometry in geometries]
+    aligned, reason = find_alignment(centres, oblique, [scan.sform_code for scan in scans])
     world = scan_grid == "world" or (scan_grid == "auto" and aligned)
     box = _common_box(scans) if world and scans else None
-    centres = [scan.geometry["foreground"]["centre"] for scan in scans if scan.geometry["foreground"]]
     foreground = [np.median(centres, axis=0).tolist(), _spread(centres).tolist()] if centres else None
     logger.info("%s. %s (scan_grid %s).", _sentence(box), reason, scan_grid)
-    return ScanGrid(box, foreground, _usual_field_of_view([scan.geometry for scan in scans]))
+    return ScanGrid(box, foreground, _usual_field_of_view(geometries))
 
 
 def _sentence(box: Sequence[Sequence[float]] | None) -> str:
@@ -154,25 +156,27 @@ def _read(image: str | Sequence[str], transforms: Sequence[Callable]) -> _Scan |
     return _Scan([centre.tolist(), size.tolist()], scan.meta["geometry"], int(scan.meta.get("sform_code", 0)))
 
 
-def find_alignment(geometries: Sequence[Mapping[str, Any]], sform_codes: Sequence[int]) -> tuple[bool, str]:
+def find_alignment(
+    centres: Sequence[Sequence[float]], oblique: Sequence[float], sform_codes: Sequence[int]
+) -> tuple[bool, str]:
     """Whether scans are aligned: their foregrounds lie in the same place of the world, and their axes are the world's.
 
     Where there are too few of them to tell, their headers are believed if all say that they lie in a template's space.
 
     Args:
-        geometries: of scans, with ``foreground`` and ``oblique``, see :class:`scripts.data.transforms.CheckScand`.
+        centres: of their foregrounds in the world, in mm.
+        oblique: the largest angle in degrees between an axis of each and the world's.
         sform_codes: of their NIfTI headers; 0 for other formats.
 
     Returns:
         The answer, and a sentence on why, without its full stop.
     """
-    centres = [geometry["foreground"]["centre"] for geometry in geometries if geometry["foreground"]]
     if len(centres) < MIN_SCANS:
         if sform_codes and set(sform_codes) <= set(TEMPLATE_SPACES):
             return True, f"The headers of the {len(sform_codes)} scan(s) say that they are in a template's space"
         return False, f"{len(centres)} scan(s) are too few to tell whether they are aligned"
     spread = _spread(centres)
-    upright = np.mean([geometry["oblique"] <= OBLIQUE for geometry in geometries])
+    upright = np.mean(np.array(oblique) <= OBLIQUE)
     reason = (
         f"The centres of their foregrounds spread by {', '.join(f'{value:.1f}' for value in spread)} mm along right, "
         f"anterior, superior (aligned: up to {ALIGNED:g}), and the axes of {upright:.0%} are the world's"
