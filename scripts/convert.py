@@ -235,7 +235,7 @@ def _translate(network: VDVAE, encoder, decoder, output) -> dict[str, Tensor]:
             block = network.decoder.groups[int(group)][int(position)]
             skip = "skip_con" if isinstance(block, ResidualBlock) else "skip_con_conv"
             take("decoder", decoder, f"{group}.{index}.{_published_name(rest, skip)}", target)
-        else:
+        elif target.startswith("output."):  # how scans are fitted to the grid (scan_grid) is not in such a file
             take("output", output, target.replace("output.", "0.convolutions.0."), target)
     _refuse_leftovers(used, {"encoder": encoder, "decoder": decoder, "output": output})
     return state

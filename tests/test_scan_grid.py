@@ -366,6 +366,14 @@ def test_inference_names_a_scan_that_lies_elsewhere(boxes, trained, tmp_path):
     assert "padded.nii.gz'" not in log
 
 
+def test_a_scan_without_a_brain_in_the_box_is_a_failure_that_says_so(boxes, trained, tmp_path):
+    rebox(boxes / "whole.nii.gz", tmp_path / "scans" / "lost.nii.gz", moved=(0, 0, 500))
+    words = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--ckpt", weights(trained[0]))
+    result = run_bundle(*words, run_id="score", configs=INFERENCE)
+    assert result.returncode == 1
+    assert "lost.nii.gz' has no brain in the box of the world" in (tmp_path / "out" / "failed.csv").read_text()
+
+
 def test_a_brain_that_the_box_cuts_is_named():
     grid = ScanGrid([[7.5, 7.5, 7.5], [16.0, 16.0, 16.0]])
     image = brain(32)

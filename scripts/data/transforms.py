@@ -241,14 +241,13 @@ class CheckScand(MapTransform):
 class FitShape(SpatialResample):
     """Fit a scan to a grid of ``spatial_shape`` voxels along the world's axes, without distorting the anatomy.
 
-    The new voxels are cubes, as small as lets a box into the grid, in whose centre the box sits. The box is that of the
-    scan's own voxels, or one of the world that is the same for all scans: then the same place in the world is the same
-    voxel, however much empty space a file has around the brain. What lies outside the scan takes the channel's lowest
-    value, which is the background's. A scan that was acquired at an angle is turned upright, and the voxels of its own
-    grid grow only if its foreground would not fit otherwise. The scan is resampled once, and MONAI's
+    The new voxels are cubes, as small as lets a box into the grid's centre: the box of the scan's own voxels, or one of
+    the world, so that the same place is the same voxel in all scans. What lies outside the scan takes the channel's
+    lowest value, which is the background's. A scan that was acquired at an angle is turned upright, and the voxels for
+    its own box grow only if its foreground would not fit otherwise. The scan is resampled once, and MONAI's
     ``SpatialResample`` keeps track of it: the affine stays true (a voxel keeps its place in the world) and ``inverse``
-    returns the scan's own grid. What lies outside the network's grid is background there. Where an axis loses
-    resolution the scan is smoothed along it first, against aliasing.
+    returns the scan's own grid, with background where the network's grid does not reach. Where an axis loses resolution
+    the scan is smoothed along it first, against aliasing.
 
     Input: ``[channels, *spatial]``. Output: ``[channels, *spatial_shape]``, float32, its axes in the input's order.
 
@@ -267,7 +266,7 @@ class FitShape(SpatialResample):
         keep_aspect: bool = True,
         box: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        # Zeros outside, on an image shifted to a minimum of zero, is the only padding without streaks.
+        # zeros outside, on an image shifted to a minimum of zero, is the only padding without streaks
         super().__init__(mode=mode, padding_mode="zeros")
         self.spatial_shape = spatial_shape
         self.keep_aspect = keep_aspect
@@ -341,6 +340,9 @@ class FitShaped(MapTransform, InvertibleTransform):
         mode: the interpolation, ``bilinear`` or ``nearest``.
         keep_aspect: False stretches each axis by itself to fill the grid.
         box: of the world, the same for all scans; None: each scan's own.
+
+    Raises:
+        ScanError: when there is nothing of a scan in the box of the world.
     """
 
     def __init__(
@@ -358,7 +360,13 @@ class FitShaped(MapTransform, InvertibleTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
+            name = image_path(d[key], key)
             d[key] = self.fit(d[key])
+            if self.fit.box is not None and (d[key].flatten(1).amin(1) == d[key].flatten(1).amax(1)).any():
+                raise ScanError(
+                    f"'{name}' has no brain in the box of the world in which the training scans lie: align it as they "
+                    "were (python -m scripts.prepare)."
+                )
         return d
 
     def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
