@@ -288,9 +288,8 @@ class FitShape(SpatialResample):
             shifted = MetaTensor(torch.from_numpy(pixels).to(image.device)).copy_meta_from(image)
             shifted.affine = moved
         fitted = super().__call__(shifted, dst_affine=affine, spatial_size=shape.tolist()) + background
-        trace = fitted.applied_operations[-1]
-        trace[OUTSIDE] = background.flatten().tolist()
-        trace[TraceKeys.ORIG_SIZE] = tuple(image.shape[1:])  # without what was padded
+        trace = fitted.applied_operations[-1]  # the size and affine of the scan without what was padded
+        trace.update({OUTSIDE: background.flatten().tolist(), TraceKeys.ORIG_SIZE: tuple(image.shape[1:])})
         trace[TraceKeys.EXTRA_INFO]["src_affine"] = to_affine_nd(rank, image.affine)
         return fitted
 
@@ -360,11 +359,10 @@ class FitShaped(MapTransform, InvertibleTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
-            name = image_path(d[key], key)
             d[key] = self.fit(d[key])
             if self.fit.box is not None and (d[key].flatten(1).amin(1) == d[key].flatten(1).amax(1)).any():
                 raise ScanError(
-                    f"'{name}' has no brain in the box of the world in which the training scans lie: align it as they "
+                    f"'{image_path(d[key], key)}' has no brain in the box of the world in which the training scans lie: align it as they "
                     "were (python -m scripts.prepare)."
                 )
         return d
