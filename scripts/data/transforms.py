@@ -362,8 +362,8 @@ class FitShaped(MapTransform, InvertibleTransform):
             d[key] = self.fit(d[key])
             if self.fit.box is not None and (d[key].flatten(1).amin(1) == d[key].flatten(1).amax(1)).any():
                 raise ScanError(
-                    f"'{image_path(d[key], key)}' has no brain in the box of the world in which the training scans lie: align it as they "
-                    "were (python -m scripts.prepare)."
+                    f"'{image_path(d[key], key)}' has no brain in the box of the world in which the training scans "
+                    "lie: align it as they were (python -m scripts.prepare)."
                 )
         return d
 

@@ -147,10 +147,8 @@ class IntensityUnitsd(MapTransform):
         gain, offset = (per_channel(info[name], d[self.scan]) for name in ("gain", "offset"))
         for key, units in self.key_iterator(d, self.units):
             result = (d[key] if units == "deviation" else d[key] * gain) - offset * gain + info["b_min"]
-            result.applied_operations = [
-                operation | {OUTSIDE: [0.0] * len(result)} if OUTSIDE in operation else operation
-                for operation in result.applied_operations
-            ]
+            trace, zeros = result.applied_operations, {OUTSIDE: [0.0] * len(result)}
+            result.applied_operations = [step | zeros if OUTSIDE in step else step for step in trace]
             d[key] = result
         return d
 
