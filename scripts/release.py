@@ -28,8 +28,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from torch import Tensor
 
+from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
-from scripts.training.checkpoints import CheckpointError, load_weights
+from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
+from scripts.training.population_fit import prior_path
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
 
@@ -100,9 +102,13 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
     metadata = _read_json(root / "configs/metadata.json")
     _check_metadata(metadata)
     _check_versions(metadata, root / "requirements.txt")
-    weights = [file for file in files if file.startswith("models/") and file.endswith(".pt")]
+    models = [file for file in files if file.startswith("models/") and file.endswith(".pt")]
+    priors = [file for file in models if Path(file).name.startswith("population_prior")]
+    weights = [file for file in models if file not in priors]
     for file in weights:
         _check_weights(root, file)
+    for file in priors:
+        _check_prior(root, file, weights)
     network = _read_network(root, [INFERENCE])
     _check_data_format(metadata["network_data_format"], network)
 
@@ -247,10 +253,27 @@ def _read_network(root: Path, config_files: Sequence[str]) -> VDVAE:
 
 def _check_weights(root: Path, file: str) -> None:
     """Check that weights fit: ``model_64.pt`` the network of ``configs/size_64.json``, others the default one."""
+    _refuse_infinities(_load_shipped(root, file).state_dict(), file)
+
+
+def _load_shipped(root: Path, file: str) -> VDVAE:
     overlay = f"configs/size_{Path(file).stem.rpartition('_')[2]}.json"
     config_files = [INFERENCE, overlay] if (root / overlay).is_file() else [INFERENCE]
-    state = _load(_read_network(root, config_files), root / file, config_files).state_dict()
-    _refuse_infinities(state, file)
+    return _load(_read_network(root, config_files), root / file, config_files)
+
+
+def _check_prior(root: Path, file: str, weights: Sequence[str]) -> None:
+    """Check that a population prior can be read, and was fitted to the weights that it lies beside."""
+    own = next((other for other in weights if prior_path(other) == Path(file)), None)
+    if own is None:
+        raise ReleaseError(f"'{file}' is the population prior of weights that are not there: remove it.")
+    try:
+        content = read_archive(root / file)
+        _refuse_infinities(PopulationPrior.load(content).state_dict(), file)
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise ReleaseError(f"'{file}' is no population prior ({error}): fit it by configs/fit_prior.json.") from error
+    if content["weights"] != fingerprint(_load_shipped(root, own)):
+        raise ReleaseError(f"'{file}' was fitted to other weights than '{own}': fit it by configs/fit_prior.json.")
 
 
 def _load(network: VDVAE, path: Path, config_files: Iterable[str]) -> VDVAE:

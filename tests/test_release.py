@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, inference_config
-from monai.bundle import download_large_files
+from monai.bundle import ConfigParser, download_large_files
 from packaging.requirements import Requirement
 
 from scripts import release
+from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.release import ReleaseError, make_release, ship_weights
+from scripts.training.checkpoints import load_weights
 
 NAME = "very_deep_vae_for_brain_mri"
 VERSION = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
@@ -248,6 +250,27 @@ def test_an_address_for_nothing_is_refused(bundle, tmp_path):
     assert "0 files are above 25 MB: leave it out" in refused(
         bundle, tmp_path / "releases", url="https://example.org/a.pt"
     )
+
+
+def test_population_prior_must_be_of_the_weights_beside_it(bundle, tmp_path, tiny_weights):
+    network = ConfigParser(ConfigParser.load_config_file(bundle / "configs/inference.json"))
+    network = load_weights(network.get_parsed_content("network_def"), bundle / "models/model.pt")
+    shape = network.latent_grids()[0]
+    prior = PopulationPrior({0: torch.zeros(shape)}, {0: torch.ones(shape)}, {0: torch.zeros(1, *shape)})
+    path = bundle / "models/population_prior.pt"
+    prior.save(path, {"weights": fingerprint(network)})
+    make_release(bundle, output_dir=tmp_path / "releases")
+    with zipfile.ZipFile(next((tmp_path / "releases").glob("*.zip"))) as archive:
+        assert any(name.endswith("models/population_prior.pt") for name in archive.namelist())
+    prior.save(path, {"weights": "others"})
+    with pytest.raises(ReleaseError, match="was fitted to other weights than"):
+        make_release(bundle, output_dir=tmp_path / "releases")
+    path.write_bytes(b"none")
+    with pytest.raises(ReleaseError, match="is no population prior"):
+        make_release(bundle, output_dir=tmp_path / "releases")
+    path.rename(bundle / "models/population_prior_64.pt")
+    with pytest.raises(ReleaseError, match="of weights that are not there"):
+        make_release(bundle, output_dir=tmp_path / "releases")
 
 
 def test_half_precision_halves_the_file_and_hardly_changes_the_network(bundle, tmp_path, tiny_weights):

@@ -16,16 +16,11 @@ from torch import Tensor
 from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import CheckpointError, read_archive
-from scripts.training.population_fit import NAME
+from scripts.training.population_fit import prior_path
 
 logger = logging.getLogger(__name__)
 
 CHOICES = (None, "population", "network")
-
-
-def prior_path(ckpt: str | os.PathLike) -> Path:
-    """Where the population prior of a ``model.pt`` is."""
-    return Path(ckpt).parent / NAME
 
 
 def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: VDVAE) -> PopulationPrior | None:

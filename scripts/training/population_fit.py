@@ -34,7 +34,15 @@ MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
-NAME = "population_prior.pt"
+
+
+def prior_path(weights: str | os.PathLike) -> Path:
+    """Where the population prior of weights is: ``population_prior.pt`` of ``model.pt``, in the same folder.
+
+    Of ``model_64.pt`` it is ``population_prior_64.pt``, and so on.
+    """
+    path = Path(weights)
+    return path.with_name(f"population_prior{path.stem.removeprefix('model') if path.stem[:6] == 'model_' else ''}.pt")
 
 
 def split_latents(vectors: Tensor, network: VDVAE) -> list[Tensor]:
