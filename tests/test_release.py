@@ -259,18 +259,18 @@ def test_population_prior_must_be_of_the_weights_beside_it(bundle, tmp_path, tin
     prior = PopulationPrior({0: torch.zeros(shape)}, {0: torch.ones(shape)}, {0: torch.zeros(1, *shape)})
     path = bundle / "models/population_prior.pt"
     prior.save(path, {"weights": fingerprint(network)})
-    make_release(bundle, output_dir=tmp_path / "releases")
+    make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
     with zipfile.ZipFile(next((tmp_path / "releases").glob("*.zip"))) as archive:
         assert any(name.endswith("models/population_prior.pt") for name in archive.namelist())
     prior.save(path, {"weights": "others"})
     with pytest.raises(ReleaseError, match="was fitted to other weights than"):
-        make_release(bundle, output_dir=tmp_path / "releases")
+        make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
     path.write_bytes(b"none")
     with pytest.raises(ReleaseError, match="is no population prior"):
-        make_release(bundle, output_dir=tmp_path / "releases")
+        make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
     path.rename(bundle / "models/population_prior_64.pt")
     with pytest.raises(ReleaseError, match="of weights that are not there"):
-        make_release(bundle, output_dir=tmp_path / "releases")
+        make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
 
 
 def test_half_precision_halves_the_file_and_hardly_changes_the_network(bundle, tmp_path, tiny_weights):
