@@ -5,6 +5,7 @@ MONAI is imported where it is needed: the process that hands out the tests reads
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from monai.bundle import ConfigParser
     from monai.data import MetaTensor
 
+gc.disable()  # while the tests are imported, which makes a million objects that stay
+
 ROOT = Path(__file__).parent.parent
 TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # what is added to the environment of a test's processes
@@ -34,6 +37,11 @@ SLOW += ("evaluate", "slices_and_channels", "impute_interpolate", "cache", "clie
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported is not looked through again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
