@@ -26,12 +26,11 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_METADATA
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from torch import Tensor
-
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import CheckpointError, load_weights
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
+from torch import Tensor
 
 __all__ = ["ReleaseError", "make_release", "ship_weights"]
 
