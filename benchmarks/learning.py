@@ -37,10 +37,7 @@ def voxel_gaussian(run: Path) -> dict[str, float]:
     std = parts["training"].std(0, keepdim=True).clamp_min(0.01)
     scans = parts["validation"]
     nll = negative_log_likelihood(mean.expand_as(scans), std.expand_as(scans), scans)
-    return {
-        "bits_per_dim": bits_per_dim(nll, scans).mean().item(),
-        "mse": (scans - mean).square().mean().item(),
-    }
+    return {"bits_per_dim": bits_per_dim(nll, scans).mean().item(), "mse": (scans - mean).square().mean().item()}
 
 
 def validation_series(run: Path, quantity: str) -> dict[int, float]:

@@ -84,7 +84,7 @@ class Run:
         launcher += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         command = [sys.executable, *launcher, "-m", "monai.bundle", "run", "training"]
         command += ["--config_file", str(configs), *map(str, words)]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | environment
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True

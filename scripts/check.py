@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from joblib import delayed
 from monai.utils import ensure_tuple
-
 from scripts.data.check_report import Report, contact_sheet, summary, table, write_rows
 from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
 from scripts.data.datalist import find_scans

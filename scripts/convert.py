@@ -17,14 +17,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from scripts.layers.blocks import ResidualBlock
 from scripts.layers.gaussian import LATENT_STD_RANGE
 from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 from scripts.utils.files import write_text, write_whole
+from torch import Tensor
 
 ENCODER, DECODER, OUTPUT = (
     "bottom_up_graph_1_state_dict",

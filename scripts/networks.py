@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from monai.utils import ensure_tuple_rep
-from torch import Tensor
-
 from scripts.layers.blocks import decoder_blocks, encoder_blocks
 from scripts.layers.convolutions import HEAD_SCALES, Downsample, channels_last, make_conv
 from scripts.layers.gaussian import Posterior
 from scripts.layers.levels import Level, check_choice, check_list, check_shape, make_levels
 from scripts.layers.output import OUTPUT_RANGES, OutputHead, VoxelGaussian, deviation
+from torch import Tensor
 
 __all__ = ["OUTPUT_RANGES", "VDVAE", "Decoder", "Encoder", "VDVAEOutput", "VDVAEReconstruction"]
 

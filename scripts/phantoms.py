@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from joblib import delayed
-
 from scripts.data.phantom_anatomy import brain_anatomy
 from scripts.data.phantom_images import (
     Phantom,

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from joblib import cpu_count, delayed
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-
 from scripts.data.alignment import judge
 from scripts.data.datalist import find_scans
 from scripts.data.preparation import METHOD, Job, prepare_scan, read_record

@@ -26,14 +26,13 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_METADATA
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from torch import Tensor
-
 from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
 from scripts.training.population_fit import prior_path
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
+from torch import Tensor
 
 __all__ = ["ReleaseError", "make_release", "ship_weights"]
 

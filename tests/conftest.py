@@ -5,6 +5,8 @@ MONAI is imported where it is needed: the process that hands out the tests reads
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import subprocess
@@ -17,23 +19,56 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported: the tests run
 import numpy as np
 import pytest
 from in_process import run_module
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     import torch
     from monai.bundle import ConfigParser
     from monai.data import MetaTensor
+    from xdist.remote import Producer
+
+gc.disable()  # while the tests are imported, which makes a million objects that stay
 
 ROOT = Path(__file__).parent.parent
 TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
-PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # what is added to the environment of a test's processes
-# files of more than twenty seconds, the longest first: both of pytest-xdist's workers then end at about the same time
-SLOW = ("distributed", "benchmarks", "prepare", "export", "training", "inference", "check", "checkpoints")
-SLOW += ("evaluate", "slices_and_channels", "impute_interpolate", "cache", "clients")
+STARTUP = ROOT / "tests" / "startup"
+# what is added to the environment of a test's processes
+PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), str(ROOT)])}
+# Files that stay together on one of pytest-xdist's workers, since they share processes that take seconds to start: that
+# of groups.py from which others are forked, and joblib's (test_parallel comes last: it kills some).
+TOGETHER = {
+    "forked": ("distributed", "benchmarks", "inference", "evaluate"),
+    "joblib": ("check", "cache", "phantoms", "parallel"),
+}
+# other files of more than ten seconds, the longest first: both workers then end at about the same time
+SLOW = ("prepare", "export", "training", "checkpoints", "slices_and_channels", "impute_interpolate", "clients")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    names = [*itertools.chain(*TOGETHER.values()), *SLOW]
+    order = {f"test_{name}": place for place, name in enumerate(names)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+class FilesTogether(LoadScopeScheduling):
+    """Gives each file to one worker, as ``--dist loadfile`` does, and those that belong together to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        name = Path(file).stem.removeprefix("test_")
+        return next((group for group, names in TOGETHER.items() if name in names), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesTogether:
+    return FilesTogether(config, log)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported is not looked through again
+    gc.set_threshold(100_000)
+    gc.enable()
+    # for processes that are started in other ways than by the functions below
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import run_command_process
+from conftest import run_command, run_command_process
 from groups import start_processes
 
 from benchmarks.loader import main as loader
@@ -136,7 +136,7 @@ def test_scaling_compares_two_processes_with_one(capfd, monkeypatch):
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights():
     """The process that writes a checkpoint is killed; torchrun starts both again."""
     words = ("kills", "--count", 1, "--epochs", 3, "--first", "while saving")
-    run = run_command_process("benchmarks.survival", *words, timeout=600)
+    run = run_command("benchmarks.survival", *words)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 of 1 ended with the weights of the undisturbed run, bit for bit" in run.stdout
     assert "| torchrun's restart | identical |" in run.stdout

@@ -276,10 +276,7 @@ def test_the_command_line_prints_the_worst_first_and_fails(dataset, tmp_path):
     done = run_command_process("scripts.check", tmp_path, "--output_dir", tmp_path / "report", timeout=60)
     assert done.returncode == 1, done.stderr
     verdicts = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("unusable", "suspicious"))]
-    assert verdicts == [
-        ["unusable", "text.nii.gz"],
-        ["suspicious", "sub-0007_copy.nii"],
-    ]
+    assert verdicts == [["unusable", "text.nii.gz"], ["suspicious", "sub-0007_copy.nii"]]
     assert "3 scan(s): 1 unusable, 1 suspicious, 1 good." in done.stdout
 
 

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.data.datalist import (
-    check_batch_size,
-    find_scans,
-    make_datalist,
-    session_name,
-    write_datalist,
-)
+from scripts.data.datalist import check_batch_size, find_scans, make_datalist, session_name, write_datalist
 from scripts.data.subjects import split_by_subject, subject_names, subject_rule
 
 

@@ -269,13 +269,13 @@ SLURM = {
 }
 
 
-@pytest.mark.parametrize("script", ["one_node.sh", "nodes.sh"])
-def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(script, cohort, tmp_path):
+@pytest.mark.parametrize(("script", "processes"), [("one_node.sh", "2"), ("nodes.sh", "1")])
+def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(script, processes, cohort, tmp_path):
     """With commands of the same names as SLURM's, of which the first runs what it is given."""
     for name, does in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "PROCESSES": "2"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "PROCESSES": processes}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | job | {"SLURM_FOLDER": str(tmp_path), "PATH": path, "OMP_NUM_THREADS": "1"}
     output = tmp_path / "out"

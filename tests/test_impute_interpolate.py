@@ -323,6 +323,18 @@ def test_observed_voxels_stay_exactly_and_missing_ones_are_drawn(damaged, impute
     assert not std[~missing].any()
 
 
+def test_impute_writes_the_same_from_the_command_line(damaged, imputed, weights, tmp_path):
+    folders = ["--dataset_dir", damaged / "scans", "--mask_dir", damaged / "masks", "--output_dir", tmp_path]
+    pairing = [word for key, value in PAIRING.items() for word in (f"--{key}", value)]
+    words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2, "--figures", False]
+    result = run_bundle_process(*words, run_id="impute", configs=CONFIGS)
+    assert result.returncode == 0, result.stderr
+    results = {path.name: nib.load(path).get_fdata() for path in tmp_path.glob("*.nii.gz")}
+    assert results.keys() == imputed.keys()
+    for name, array in imputed.items():
+        assert np.allclose(results[name], array, rtol=1e-4, atol=0.05), name
+
+
 def test_nothing_under_a_mask_reaches_a_result(damaged, imputed, weights, tmp_path):
     (tmp_path / "scans").mkdir()
     for path in (damaged / "scans").iterdir():
@@ -399,6 +411,8 @@ def test_the_benchmark_measures_the_missing_voxels_alone(network, cohort, tmp_pa
         if volume:
             assert removed.get_fdata().sum() * 8**3 == pytest.approx(volume, rel=0.3)  # voxels of 8 mm
         items = [preprocessing(item) for item in items]
+        for number, item in enumerate(items):  # the noise follows from the name
+            item["image"].meta["filename_or_obj"] = f"{number}.nii.gz"
         rows = benchmark.measure(network, items, Imputation(draws=2))
         assert list(rows) == ["mean training scan", "prior's mean scan", "1 iteration", "3 iterations"]
         outside = [item | {"shown": torch.where(item["missing_fitted"], item["shown"], 1.0)} for item in items]

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import PROCESS
 from joblib import delayed
 
 from benchmarks.survival import MARK, marked
@@ -53,7 +53,7 @@ list(run_parallel([delayed(sleep)(str(i)) for i in range(2)], 2, "sleeping"))
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends processes with their parent")
 def test_killing_a_process_ends_its_workers(tmp_path):
     mark = str(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), MARK: mark}
+    environment = os.environ | PROCESS | {MARK: mark}
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
     process = subprocess.Popen([sys.executable, "sleepers.py"], cwd=tmp_path, env=environment)
     while not all((tmp_path / name).exists() for name in "01"):

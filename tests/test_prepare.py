@@ -203,6 +203,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(registration, "ROLLS", (0.0,))
     monkeypatch.setattr(registration, "YAWS", (0.0,))
     monkeypatch.setattr(registration, "SCALES", (1.0,))
+    monkeypatch.setattr(registration, "TURNED", 1)
+    monkeypatch.setattr(registration, "GROWN", 1)
     monkeypatch.setattr(registration, "ROUGH", 8.0)
     monkeypatch.setattr(registration, "FINE", 8.0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, inference_config
+from conftest import ROOT, inference_config, run_command_process
 from monai.bundle import ConfigParser, download_large_files
 from packaging.requirements import Requirement
 
@@ -91,8 +91,12 @@ def refused(bundle: Path, output_dir: Path, **arguments) -> str:
 def test_holds_what_git_tracks_and_the_weights_in_one_folder(bundle, tmp_path):
     (bundle / "notes.txt").write_text("not for release")
     (bundle / "scripts/__pycache__").mkdir(exist_ok=True)
-    path = make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
+    words = ("bundle", "--output_dir", tmp_path / "releases")
+    done = run_command_process("scripts.release", *words, cwd=bundle)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "releases").iterdir()
     assert path.name == f"{NAME}_v{VERSION}.zip"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stderr
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         assert archive.read(f"{NAME}/models/model.pt") == (bundle / "models/model.pt").read_bytes()

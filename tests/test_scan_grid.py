@@ -17,13 +17,7 @@ from scripts.check import check
 from scripts.data.cache import read_cohort
 from scripts.data.check_report import summary
 from scripts.data.geometry import fill_outside, foreground_place
-from scripts.data.scan_grid import (
-    ScanGrid,
-    choose_grid,
-    field_of_view_differences,
-    find_alignment,
-    place_differences,
-)
+from scripts.data.scan_grid import ScanGrid, choose_grid, field_of_view_differences, find_alignment, place_differences
 from scripts.data.transforms import CheckScand, FitShape, FitShaped, LoadScand, ScanError
 from scripts.networks import VDVAE
 from scripts.training.start import stored_grid

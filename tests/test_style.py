@@ -36,6 +36,7 @@ def layer(module: str) -> int:
 @pytest.mark.parametrize("file", sorted(ROOT.glob("scripts/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_imports_from_a_higher_layer(file):
     own = layer(".".join(file.relative_to(ROOT).with_suffix("").parts))
-    statements = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     imported = {node.module for node in statements if node.module.startswith("scripts.")}
     assert [name for name in imported if layer(name) > own or layer(name) == len(LAYERS)] == []

@@ -27,7 +27,7 @@ def trained(cohort, tmp_path_factory):
     """A run of two epochs, with figures and a preview, and what it printed."""
     output = tmp_path_factory.mktemp("trained")
     words = ("--dataset_dir", cohort, "--output_dir", output, "--figure_interval", 1, "--preview", True)
-    result = run_bundle_process(*words)
+    result = run_bundle(*words)
     assert result.returncode == 0, result.stderr
     return output, result.stderr
 

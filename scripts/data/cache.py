@@ -20,7 +20,6 @@ from joblib import delayed
 from monai.data import ImageReader, MetaTensor, PersistentDataset
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
-
 from scripts.data import geometry
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError

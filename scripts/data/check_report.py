@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from joblib import delayed
-
 from scripts.data.cohort import MIN_COHORT
 from scripts.data.inspection import VERDICTS, Scan, scan_picture
 from scripts.data.scan_grid import find_alignment

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-
 from scripts.data.geometry import differences, mixed_voxel_sizes, usual_voxel_size
 from scripts.data.inspection import Scan
 

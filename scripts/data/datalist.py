@@ -12,19 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from monai.data import load_decathlon_datalist
-
 from scripts.data.subjects import session_name, split_by_subject, subject_rule
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 
-__all__ = [
-    "as_text",
-    "check_batch_size",
-    "find_by_wildcards",
-    "find_scans",
-    "make_datalist",
-    "write_datalist",
-]
+__all__ = ["as_text", "check_batch_size", "find_by_wildcards", "find_scans", "make_datalist", "write_datalist"]
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple, ensure_tuple_rep
 from nibabel.orientations import aff2axcodes, io_orientation
-
 from scripts.utils.formats import NIFTI_SUFFIXES
 
 __all__ = [

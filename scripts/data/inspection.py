@@ -18,7 +18,6 @@ import numpy as np
 import SimpleITK
 from monai.data import MetaTensor
 from monai.transforms import Orientation
-
 from scripts.data.geometry import describe
 from scripts.data.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError
 from scripts.utils.formats import NIFTI_SUFFIXES

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-
 from scripts.data.random_fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
 

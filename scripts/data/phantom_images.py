@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-
 from scripts.data.phantom_anatomy import (
     Anatomy,
     brain_anatomy,

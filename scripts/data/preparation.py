@@ -14,7 +14,6 @@ from matplotlib.image import imsave
 from monai.data import MetaTensor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-
 from scripts.data.registration import (
     align,
     brain_centre,

@@ -18,7 +18,6 @@ import numpy as np
 import SimpleITK
 from nilearn.datasets import load_mni152_template
 from scipy import ndimage
-
 from scripts.utils.sitk_images import like, to_sitk
 
 __all__ = ["Alignment", "align", "foreground", "log_bias_field", "smooth_for", "template", "template_brain"]

@@ -18,7 +18,6 @@ from joblib import delayed
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from scipy.stats import median_abs_deviation
-
 from scripts.data.geometry import differences, grid_box, world_axes
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero

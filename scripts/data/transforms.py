@@ -16,7 +16,6 @@ from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, SpatialResample
 from monai.utils import TraceKeys, ensure_tuple, ensure_tuple_rep
 from scipy import ndimage
-
 from scripts.data.geometry import (
     TOLERANCE,
     HeaderError,

@@ -22,8 +22,6 @@ from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
-from torch import Tensor
-
 from scripts.data.datalist import as_text, find_scans, read_datalist
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
@@ -33,6 +31,7 @@ from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_path, item_path
+from torch import Tensor
 
 __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
 

@@ -24,10 +24,6 @@ from monai.metrics import MSEMetric
 from monai.networks.utils import eval_mode
 from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
-from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
-
 from scripts.inference.engine import list_samples, scan_generator
 from scripts.inference.inferers import image_quality
 from scripts.layers.gaussian import noise_from
@@ -44,6 +40,9 @@ from scripts.training.metrics import (
 from scripts.training.trainer import VDVAEEvaluator, autocast
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
 __all__ = ["SampleComparison", "ScanTable", "evaluate", "held_out", "prepare"]
 

@@ -19,13 +19,12 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
-from torch import Tensor
-
 from scripts.data.datalist import as_text, find_by_wildcards, find_scans
 from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
 from scripts.inference.outputs import scaling_of
 from scripts.utils import figures
 from scripts.utils.names import image_path, item_path
+from torch import Tensor
 
 __all__ = ["FillInd", "FitMaskd", "HideMissingd", "pair_masks", "stack_missing"]
 
@@ -68,12 +67,7 @@ def pair_masks(
     for scan in scans:
         paths = ensure_tuple(scan)
         name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
-        items.append(
-            {
-                "image": as_text(scan),
-                "mask": None if name is None else str(masks_root / name),
-            }
-        )
+        items.append({"image": as_text(scan), "mask": None if name is None else str(masks_root / name)})
     if all(item["mask"] is None for item in items):
         raise FileNotFoundError(
             f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "

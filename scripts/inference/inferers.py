@@ -17,13 +17,12 @@ from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import GaussianFilter
 from monai.utils import ensure_tuple
-from torch import Tensor
-
 from scripts.layers.gaussian import Posterior, drawing, gaussian_noise, kl_per_dimension
 from scripts.layers.levels import find_level, grid_key
 from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from torch import Tensor
 
 __all__ = [
     "CoordinateDecoding",
@@ -184,10 +183,7 @@ class Sampling(Inferer):
     """
 
     def __init__(
-        self,
-        temperature: Temperature | None = None,
-        voxel_noise: bool = False,
-        prior: PopulationPrior | None = None,
+        self, temperature: Temperature | None = None, voxel_noise: bool = False, prior: PopulationPrior | None = None
     ) -> None:
         if temperature is None:
             temperature = 0.7 if prior is None else 1.0

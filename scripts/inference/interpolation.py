@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
-from torch import Tensor
-
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import moving_levels
 from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
@@ -22,6 +20,7 @@ from scripts.networks import VDVAE
 from scripts.utils import figures
 from scripts.utils.names import image_path, item_path
 from scripts.utils.nifti import save_nifti
+from torch import Tensor
 
 __all__ = ["BothScans", "SaveStepsd", "list_pair", "pair_layout", "report_levels", "stack_pairs"]
 
@@ -101,11 +100,7 @@ class SaveStepsd(Transform):
     """
 
     def __init__(
-        self,
-        layout: Callable[..., ScanLayout],
-        keys: Sequence[str],
-        value_range: Sequence[float],
-        figure: bool = True,
+        self, layout: Callable[..., ScanLayout], keys: Sequence[str], value_range: Sequence[float], figure: bool = True
     ) -> None:
         self.layout, self.keys, self.figure = layout, tuple(keys), figure
         self.value_range = value_range

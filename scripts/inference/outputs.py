@@ -20,7 +20,6 @@ from monai.config import KeysCollection
 from monai.data import FolderLayoutBase, MetaTensor, NibabelWriter
 from monai.transforms import MapTransform, SaveImage, SpatialResample, Transform
 from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
-
 from scripts.data.geometry import fill_outside
 from scripts.data.transforms import OUTSIDE, RobustScaled, ScanError, per_channel, unscaled
 from scripts.inference.inferers import latents_up_to

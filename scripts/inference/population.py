@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.training.population_fit import prior_path
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Norm
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
 from scripts.layers.convolutions import (
     channels_last,
     gelu_conv,
@@ -23,6 +20,8 @@ from scripts.layers.convolutions import (
 )
 from scripts.layers.gaussian import LATENT_STD_RANGE, Posterior, choose, draw, kl_divergence, standard_deviation
 from scripts.layers.levels import Level
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Block(nn.Module):

@@ -9,13 +9,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import Function, once_differentiable
 
 # standard deviation, at the start, of posterior means and of the output for each ``init`` that sets it
 HEAD_SCALES = {"variance_preserving": 0.0, "informative": 0.3}
 
 
-class _GELUConv(torch.autograd.Function):
+class _GELUConv(Function):
     """``conv(gelu(x))`` for several convolutions of one input, keeping ``x`` alone for the backward pass.
 
     Autograd by itself keeps the input of the GELU and that of the convolution: twice the memory. Computing the GELU

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
-
 from scripts.layers.convolutions import gelu_conv, make_conv, preserve_variance
 from scripts.layers.gaussian import standard_deviation
 from scripts.layers.levels import check_choice
+from torch import Tensor
 
 OUTPUT_STD_RANGE = (1e-2, 1.0)
 # least standard deviation that deviations are divided by, in an input range of 2, as tanh has it: where scans hardly

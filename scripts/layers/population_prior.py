@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from scripts.layers.gaussian import Posterior, drawing, gaussian_noise
+from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
 FORMAT = 1  # of the file

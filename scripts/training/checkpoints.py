@@ -14,10 +14,9 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
-from torch import nn
-
 from scripts.networks import VDVAE
 from scripts.utils.files import check_archive, remove_leftovers, write_whole
+from torch import nn
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,6 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from ignite.handlers.tqdm_logger import ProgressBar
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
@@ -26,6 +23,8 @@ from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
 from scripts.utils.names import image_caption
 from scripts.utils.nifti import save_nifti
+from torch import Tensor
+from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-
 from scripts.networks import VDVAEOutput
+from torch import Tensor, nn
 
 
 def negative_log_likelihood(loc: Tensor, scale: Tensor, target: Tensor) -> Tensor:

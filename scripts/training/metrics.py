@@ -12,9 +12,8 @@ import torch
 from ignite.exceptions import NotComputableError
 from ignite.metrics import Average, Metric, MetricsLambda
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
-from torch import Tensor
-
 from scripts.networks import VDVAE
+from torch import Tensor
 
 PER_SCAN = ("bits_per_dim", "nll", "kl", "mse")
 

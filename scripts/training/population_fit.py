@@ -16,16 +16,15 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.networks.utils import eval_mode
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
-
 from scripts.layers.gaussian import Posterior
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation, ratio
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.training.factor_sketch import FactorSketch
 from scripts.utils.files import write_whole
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from torch import Tensor
-
 from scripts.layers.gaussian import Posterior
 from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import VDVAE
 from scripts.training.factor_sketch import FactorSketch
 from scripts.training.population_fit import prior_from_sketch, shifts_and_ratios
+from torch import Tensor
 
 
 class RunningPopulationPrior:

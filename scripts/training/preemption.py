@@ -7,7 +7,6 @@ import signal
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
-
 from scripts.training.checkpoints import CheckpointHandler
 
 __all__ = ["Preemption"]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from monai.transforms import Compose, RandomizableTransform
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from scripts.utils import figures
 from scripts.utils.names import image_caption
 from scripts.utils.nifti import save_nifti
+from torch import Tensor
+from torch.utils.data import Dataset
 
 __all__ = ["save_augmentations", "save_preview"]
 

@@ -20,17 +20,16 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys as Keys
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-
 from scripts.layers.gaussian import Posterior, recording
 from scripts.networks import VDVAEOutput
 from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
 from scripts.training.population_training import RunningPopulationPrior
 from scripts.utils.signals import SignalWatch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,9 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
-
 from scripts.networks import VDVAE
 from scripts.training.seeding import SeededDataset
+from torch import Tensor
 
 
 def voxel_statistics(

@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from scripts.utils.parallel import die_with_parent
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from scripts.utils.parallel import die_with_parent
 
 __all__ = [
     "batch_share",

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-
 from scripts.utils.sheet import GAP, LINE, MARGIN, MAX_PANEL, MAX_WIDTH, Group, Sheet, columns, save, shorten
 from scripts.utils.slices import PLANES, as_array, foreground_box, longest_axis, middle, plane
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from torch import Tensor
-
 from scripts.utils.files import write_whole
+from torch import Tensor
 
 __all__ = ["nifti_bytes", "save_nifti"]
 

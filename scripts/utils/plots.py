@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-
 from scripts.utils.sheet import DPI, save
 from scripts.utils.slices import as_array
 

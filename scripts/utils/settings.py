@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-
 from scripts.utils.files import write_text
 
 __all__ = ["command_line_config", "save_config"]

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-
 from scripts.utils.files import write_whole
 from scripts.utils.slices import PLANES, longest_axis, middle, plane
 
