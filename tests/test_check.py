@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import PROCESS, run_command_process
+from conftest import PROCESS, run_command, run_command_process
 
 from scripts.check import check
 from scripts.phantoms import brain_phantom, make_ellipsoids
@@ -278,6 +278,12 @@ def test_the_command_line_prints_the_worst_first_and_fails(dataset, tmp_path):
     verdicts = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("unusable", "suspicious"))]
     assert verdicts == [["unusable", "text.nii.gz"], ["suspicious", "sub-0007_copy.nii"]]
     assert "3 scan(s): 1 unusable, 1 suspicious, 1 good." in done.stdout
+
+
+def test_a_misspelt_option_is_another_exit_code(tmp_path):
+    done = run_command("scripts.check", tmp_path, "--strikt", True, "--output_dir", tmp_path / "report")
+    assert done.returncode == 2 and "--strikt" in done.stderr
+    assert not (tmp_path / "report").exists()
 
 
 def test_suspicious_scans_fail_only_a_strict_check(dataset, tmp_path):

@@ -24,6 +24,7 @@ from scripts.training.checkpoints import (
     place_in_epoch,
 )
 from scripts.training.start import starts_untrained
+from scripts.utils.signals import SignalWatch
 
 
 def run(cohort, output, *words, **settings):
@@ -266,6 +267,31 @@ def test_a_signal_ends_a_run_in_good_order(number, undisturbed, cohort, tmp_path
     assert result.returncode == 0, result.stderr
     assert "Resuming from" in result.stderr
     assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+@pytest.fixture
+def default_handlers():
+    """Ctrl-C is ignored where tests run in the background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_once_more_a_second_later_ends_at_once(default_handlers, monkeypatch, capfd):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with SignalWatch() as watch:
+        signal.raise_signal(signal.SIGUSR1)
+        assert watch.received == signal.SIGUSR1
+    with SignalWatch() as watch:
+        for _ in range(2):  # torchrun and the terminal send one each
+            signal.raise_signal(signal.SIGINT)
+        assert watch.received == signal.SIGINT
+        now += 1.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "press Ctrl-C again to end without a checkpoint" in capfd.readouterr().err
 
 
 def test_minutes_save_too(cohort, tmp_path):

@@ -19,7 +19,7 @@ from benchmarks import imputation as benchmark
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, pair_masks
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
-from scripts.inference.interpolation import list_pair
+from scripts.inference.interpolation import BothScans, list_pair
 from scripts.layers.gaussian import noise_from
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
@@ -139,6 +139,15 @@ def test_a_pair_is_two_scans(cohort, tmp_path):
         list_pair(None, tmp_path, "*.nii*")
 
 
+def test_a_pair_of_other_fields_of_view_is_named(tmp_path, caplog):
+    image = brain(16)[0].numpy()
+    paths = [save(tmp_path / f"{name}.nii.gz", array) for name, array in (("a", image), ("b", np.pad(image, 2)))]
+    for second in (paths[0], paths[1]):
+        assert caplog.text == ""
+        BothScans(parser().get_parsed_content("preprocessing"))({"image": paths[0], "second": second})
+    assert "The two scans have other fields of view" in caplog.text
+
+
 def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitted, tmp_path):
     first, second = (str(cohort / f"sub-000{n}_FLAIR.nii.gz") for n in (1, 2))
     words = ["--ckpt", weights, "--output_dir", tmp_path / "out", "--steps", 3]
@@ -253,6 +262,16 @@ def test_masks_that_say_nothing_are_refused(tmp_path):
             hide(tmp_path, mask, affine)
     with pytest.raises(ScanError, match=r"'scan.nii' has no mask"):
         HideMissingd("image")({"image": MetaTensor(brain(), meta={"filename_or_obj": "scan.nii"}), "mask": None})
+
+
+def test_a_mask_counts_for_all_channels(tmp_path):
+    mask = np.zeros((16, 16, 16))
+    mask[4:8] = 1
+    image = brain(channels=2) + torch.tensor([1.0, 5.0])[:, None, None, None]
+    hidden = hide(tmp_path, mask, image=image.clone())["image"]
+    assert [float(channel[4:8].min()) for channel in hidden] == [float(channel[4:8].max()) for channel in hidden]
+    assert [float(channel[5, 8, 8]) for channel in hidden] == [1.0, 5.0]
+    assert torch.equal(hidden[:, 8:], image[:, 8:])
 
 
 @pytest.mark.parametrize("angle", [0, 20])

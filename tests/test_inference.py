@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import weakref
+from pathlib import Path
 from typing import ClassVar
 
 import nibabel as nib
@@ -25,8 +26,9 @@ from torch.distributions import Normal, kl_divergence
 
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
-from scripts.inference.engine import ScanEvaluator, scan_generator
-from scripts.inference.inferers import Reconstruction, Sampling, Scoring, level_temperatures, quantile
+from scripts.inference.engine import ScanEvaluator, list_scans, scan_generator
+from scripts.inference.evaluation import SampleComparison
+from scripts.inference.inferers import Reconstruction, Sampling, Scoring, foreground, level_temperatures, quantile
 from scripts.inference.outputs import ScanLayout
 from scripts.layers.gaussian import drawing, noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction
@@ -263,6 +265,15 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
     sample = nib.load(tmp_path / "one" / "0002_sample.nii.gz")
     assert np.allclose(sample.affine, network.scan_affine)
     assert 0 <= sample.get_fdata().min() < 0.01 < 0.3 < sample.get_fdata().max() <= 1
+    # an evaluation compares the same samples with scans
+    comparison = SampleComparison(network, [], Sampling(), 4, (-1, 1), tmp_path / "images", batch_size=2)
+    comparison.scratch_dir.mkdir()
+    comparison._keep_samples()
+    compared = np.load(tmp_path / "images" / "sample_0002.npy")[0]
+    assert np.allclose((compared.clip(-1, 1) + 1) / 2, one, atol=1e-5)
+    loc, noisy = (Sampling(0.0, voxel_noise=noise)(1, network)["sample"] for noise in (False, True))
+    scale = network.decode([], 0.0)[1].square().mean().sqrt()
+    assert float((noisy - loc).std()) == pytest.approx(float(scale), rel=0.3)
 
 
 # Scoring
@@ -351,6 +362,8 @@ def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
     plain, odd = (Scoring(smoothing=0.7)(scan, network) for scan in (x[None], planted))
     assert odd["anomaly"].argmax() == torch.arange(512).reshape(8, 8, 8)[1, 6, 6]
     assert odd["anomaly"].max() > 3 * plain["anomaly"].max()
+    inside = plain["anomaly"][foreground(x[None], network)]
+    torch.testing.assert_close(plain["anomaly_score"][0], torch.quantile(inside, 0.999), rtol=0, atol=1e-4)
     assert odd["elbo"] < plain["elbo"]
     # smoothing spreads it: without, its neighbours stay as they are
     sharp = Scoring(smoothing=0.01)(planted, network)["anomaly"]
@@ -418,7 +431,7 @@ def test_the_results_of_a_scan_that_changed_are_made_again(scans, weights, tmp_p
     run("reconstruct", tmp_path / "scans", tmp_path / "out", weights)
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out", "*_recon.nii.gz")}
     shutil.copy2(scans / "LPS" / "LPS.nii.gz", tmp_path / "scans" / "PIR" / "PIR.nii.gz")  # with an old time of change
-    log = run("reconstruct", tmp_path / "scans", tmp_path / "out", weights)
+    log = run(None, tmp_path / "scans", tmp_path / "out", weights)  # without a word it reconstructs
     assert "Of 5 scans, 4 are finished already" in log
     changed = [name for name, time in before.items() if (tmp_path / "out" / name).stat().st_mtime_ns != time]
     assert changed == ["PIR/PIR_recon.nii.gz"]
@@ -468,6 +481,14 @@ def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, 
     log = again("--levels", "[9]", "--overwrite", True, code=1)
     assert "levels" in log.splitlines()[-1]
     assert (tmp_path / "out" / "reconstruct.json").read_bytes() == told
+
+
+def test_of_a_datalist_the_testing_side_alone_is_taken_where_it_has_one(tmp_path):
+    sides = {"training": [{"image": "a.nii"}], "validation": [{"image": "b.nii"}], "testing": [{"image": "c.nii"}]}
+    for expected in (["c.nii"], ["a.nii", "b.nii"]):
+        (tmp_path / "datalist.json").write_text(json.dumps(sides))
+        assert [Path(item["image"]).name for item in list_scans(tmp_path / "datalist.json")] == expected
+        sides.pop("testing", None)
 
 
 def test_results_stay_inside_the_output_folder(tmp_path):

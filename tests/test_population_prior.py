@@ -218,6 +218,35 @@ def test_fit_makes_held_out_scans_more_likely(network, fitted):
     assert odd["typicality_tail"] == pytest.approx(1 / 17)
 
 
+def fit_of_both(rank: int, folder: str, network, training, held_out) -> dict:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    prior = PopulationFit(network, training, held_out, f"{folder}/p.pt", factors=8).run()
+    torch.distributed.destroy_process_group()
+    return prior.state_dict()
+
+
+def test_processes_fit_one_prior_together(network, fitted, tmp_path, monkeypatch):
+    scans = fitted[2]
+    training, held_out = ([{"image": scan} for scan in part] for part in (scans.roll(1, 0).lerp(scans, 0.3), scans))
+    PopulationFit(network, training, held_out, tmp_path / "alone.pt", factors=8).run()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    first, second = run_group(fit_of_both, str(tmp_path), network, training, held_out)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    together, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("p.pt", "alone.pt"))
+    assert together["scans"] == len(together["distances"]) == 16
+    # the noise of the latents differs between processes
+    assert together["gain"] == pytest.approx(alone["gain"], rel=0.2) and alone["gain"] > 10
+
+
+def test_a_fifth_of_the_training_scans_helps_few_held_out_ones(network, fitted, tmp_path, monkeypatch):
+    items, sizes, sketch = [{"image": scan} for scan in fitted[2]], [], PopulationFit._sketch
+    monkeypatch.setattr(PopulationFit, "_sketch", lambda fit, data: sizes.append(len(data)) or sketch(fit, data))
+    prior = PopulationFit(network, items[:12], items[12:], tmp_path / "p.pt", factors=4).run()
+    assert len(prior.distances) == 3  # scans 0, 5 and 10
+    assert sizes == [9, 12]  # without them, to choose; then with them
+
+
 def test_latents_are_drawn_where_the_prior_says(network):
     grids = network.latent_grids()
     prior = PopulationPrior(
@@ -259,6 +288,9 @@ def test_samples_need_their_temperature_and_their_noise_alone(network, fitted):
             both = Sampling(prior=prior)(2, network)["sample"]
         with noise_from([torch.Generator().manual_seed(2)]):
             alone = Sampling(prior=prior)(1, network)["sample"]
+        warm = CoordinateDecoding(prior, 1.0)(torch.zeros(1, prior.factors), network)["sample"]
+    assert (Sampling(prior=prior).temperature, Sampling().temperature) == (1.0, 0.7)
+    assert not torch.allclose(warm[0], mean[0])
     assert both.shape == (2, 1, 8, 8, 8)
     torch.testing.assert_close(cold[0], mean[0])
     torch.testing.assert_close(both[1], alone[0], rtol=1e-4, atol=1e-5)
@@ -407,6 +439,7 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     assert done.returncode == 0, done.stderr
     images = [nib.load(path).get_fdata() for path in sorted((tmp_path / "decoded").glob("*_decoded.nii.gz"))]
     assert [image.shape for image in images] == [(8, 8, 8)] * 2
+    assert all(0 <= image.min() < image.max() <= 1 for image in images)
     assert (tmp_path / "decoded" / "decoded.png").is_file()
 
     drawn = {}

@@ -12,6 +12,7 @@ import torch
 from conftest import brain, inference_config, run_bundle, save
 from monai.data import MetaTensor
 from monai.transforms import Orientationd
+from scipy.stats import median_abs_deviation, norm
 
 from scripts.check import check
 from scripts.data.cache import read_cohort
@@ -286,6 +287,34 @@ def test_scans_at_an_angle_are_not_aligned():
     aligned, reason = find_alignment(centres, [12.0] * 5 + [0.0] * 15, [0] * 20)
     assert not aligned
     assert "the axes of 75% are the world's" in reason
+
+
+@pytest.mark.parametrize(("millimetres", "upright", "answer"), [(4.9, 18, True), (5.1, 18, False), (4.9, 17, False)])
+def test_what_counts_as_aligned(millimetres, upright, answer):
+    normal = norm.ppf((np.arange(20) + 0.5) / 20)
+    centres = np.outer(normal / median_abs_deviation(normal, scale="normal"), [0, millimetres, 0])
+    oblique = [2.9] * upright + [3.1] * (20 - upright)
+    assert find_alignment(centres, oblique, [0] * 20)[0] == answer
+
+
+def test_64_scans_of_a_cohort_are_read_always_the_same(monkeypatch):
+    read = []
+    monkeypatch.setattr("scripts.data.scan_grid._read", lambda image, transforms: read.append(image))
+    items = [{"image": f"{number}.nii"} for number in range(100)]
+    for count in (100, 100, 20):
+        choose_grid("auto", items[:count], [])
+    assert read[:64] == read[64:128] and len(set(read[:64])) == 64
+    assert sorted(read[128:]) == sorted(item["image"] for item in items[:20])
+
+
+@pytest.mark.parametrize(("spread", "millimetres"), [(0.0, 15), (2.0, 15), (10.0, 30)])
+def test_how_far_from_the_others_is_elsewhere(spread, millimetres):
+    grid = ScanGrid([[0.0] * 3, [400.0] * 3], [[0.0] * 3, [spread] * 3])
+    for away in (millimetres - 0.5, millimetres + 0.5):
+        place = {"centre": [0, -away, 0], "lower": [-9, -9 - away, -9], "upper": [9, 9 - away, 9]}
+        affine = np.diag([25.0, 25.0, 25.0, 1.0])
+        affine[:3, 3] = -187.5
+        assert len(place_differences(grid, {"foreground": place}, affine, (16, 16, 16))) == (away > millimetres)
 
 
 def test_the_setting_decides_where_it_is_given(cohort, centred):

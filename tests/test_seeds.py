@@ -65,6 +65,17 @@ def test_an_epoch_can_begin_in_its_middle_once():
     assert list(sampler) != whole
 
 
+def test_each_batch_and_process_has_noise_of_its_own_the_same_when_resumed(monkeypatch):
+    def noise(iteration, rank, seed=0):
+        monkeypatch.setattr("scripts.training.seeding.idist.get_rank", lambda: rank)
+        torch.rand(iteration)  # whatever was drawn before
+        EpochSeeds(seed, None, None)._start_batch(SimpleNamespace(state=SimpleNamespace(iteration=iteration)))
+        return float(torch.rand(1))
+
+    assert len({noise(iteration, rank, seed) for iteration in (1, 2, 3) for rank in (0, 1) for seed in (0, 1)}) == 12
+    assert noise(3, 1) == noise(3, 1)
+
+
 def test_persistent_workers_are_refused():
     data = dataset()
     engine = SimpleNamespace(data_loader=DataLoader(data, num_workers=1, persistent_workers=True))
