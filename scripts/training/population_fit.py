@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 LEAST_HELD_OUT = 16  # validation scans; with fewer some of the training scans choose too
 MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
 
