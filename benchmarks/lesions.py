@@ -93,6 +93,7 @@ def main(
     parser = ConfigParser()
     parser.read_config(config_file)
     network = load_weights(parser.get_parsed_content("network_def"), ckpt).eval()
+    parser.update({"population_prior": None})  # maps do not need it
     scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
     cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
     with tempfile.TemporaryDirectory() as folder:

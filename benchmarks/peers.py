@@ -208,6 +208,7 @@ def compare(
         name: (load_weights(copy.deepcopy(network_def), path).eval(), spent)
         for name, path, spent in name_checkpoints(ckpt, ckpt_minutes)
     }
+    parser.update({"population_prior": None})  # maps do not need it
     scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
     training, validation = cohort_scans(
         dataset_dir, cache_dir or str(folder / "cache"), network_def.spatial_shape, seed
