@@ -20,7 +20,7 @@ from scripts.layers.gaussian import drawing, noise_from, recording
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.training.checkpoints import CheckpointError
 from scripts.training.factor_sketch import FactorSketch
-from scripts.training.population_fit import PopulationFit
+from scripts.training.population_fit import PopulationFit, prior_from_sketch
 from scripts.training.population_training import RunningPopulationPrior
 
 SHAPES = {0: (3, 1, 1, 1), 2: (2, 2, 2, 2)}  # latent 1 is left out
@@ -137,6 +137,15 @@ def test_a_small_sketch_keeps_the_leading_directions():
     torch.testing.assert_close(sketch.eigenvalues()[:3], values.flip(0)[:3], rtol=0.01, atol=0)
     found = torch.nn.functional.normalize(sketch.basis[:3])
     assert (found @ axes[:, -3:]).square().sum() > 2.99
+
+
+def test_where_nothing_is_left_to_explain_mean_and_variance_are(network):
+    dimensions = sum(math.prod(grid) for grid in network.latent_grids())
+    sketch = FactorSketch(4)
+    sketch.add(torch.zeros(5, dimensions), torch.full((5, dimensions), 0.5))
+    prior = prior_from_sketch(sketch, 2, 0.5, network)
+    assert prior.latents == tuple(range(network.num_latents)) and (prior.variance_0 == 0.25).all()
+    assert prior.log_ratio([torch.zeros(1, *grid) for grid in network.latent_grids()]) > 0
 
 
 def test_forgetting_leaves_the_last_vectors():

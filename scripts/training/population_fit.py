@@ -62,7 +62,9 @@ def prior_from_sketch(sketch: FactorSketch, rank: int, shrinkage: float, network
     mean, variance, directions = sketch.factors(rank, shrinkage)
     parts = [split_latents(part, network) for part in (mean[None], variance[None], directions)]
     explained = torch.stack([latent.square().sum() for latent in parts[2]])
-    kept = [i for i, share in enumerate((explained / explained.sum()).tolist()) if share >= LEAST_SHARE]
+    shares = (explained / explained.sum().clamp_min(1e-12)).tolist()
+    # all latents where shrinkage leaves nothing to explain
+    kept = [i for i, share in enumerate(shares) if share >= LEAST_SHARE] or list(range(len(shares)))
     return PopulationPrior(
         {i: parts[0][i][0] for i in kept}, {i: parts[1][i][0] for i in kept}, {i: parts[2][i] for i in kept}
     )
