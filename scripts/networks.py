@@ -141,8 +141,7 @@ class VDVAE(VoxelGaussian):
             through the latents to the output, every KL divergence but the first starts at zero, and noise from later
             latents starts small. PyTorch's default loses about half the signal at every convolution, so that the
             coarsest latents of a deep network neither see the scan nor show in the reconstruction.
-            ``"informative"``: the same, but posterior means and output depend on the scan from the start. Where both
-            are zero the first tens of updates teach next to nothing.
+            ``"informative"``: the same, but posterior means and output depend on the scan from the start.
         checkpoint_levels: recompute the activations of this many of the finest levels in the backward pass instead of
             keeping them.
 

@@ -51,8 +51,8 @@ def scan_batch(batchdata: dict[str, Any], device=None, non_blocking: bool = Fals
 def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = None) -> torch.autocast:
     """Autocast for a device: bfloat16 where it has it, else float16 on GPUs and none on CPUs.
 
-    A CPU without instructions for bfloat16 takes 16 times as long for a training step in it as in single precision (32
-    voxels a side, AVX2), so that it stays in that unless a ``dtype`` is asked for.
+    A CPU without instructions for bfloat16 takes 10 to 17 times as long for a training step in it as in single
+    precision (two networks of 32³, AVX2, one thread), so that it stays in that unless a ``dtype`` is asked for.
     """
     if enabled and dtype is None and device.type == "cpu" and not cpu_has_bfloat16():
         _warn_of_slow_bfloat16()
@@ -72,8 +72,8 @@ def cpu_has_bfloat16() -> bool:
 @functools.cache
 def _warn_of_slow_bfloat16() -> None:
     logger.warning(
-        "amp is True, but this processor has no instructions for bfloat16, so that a step would take 16 times as long: "
-        "single precision is used. --amp_dtype '$torch.bfloat16' insists."
+        "amp is True, but this processor has no instructions for bfloat16, so that a step would take 10 to 17 times as "
+        "long: single precision is used. --amp_dtype '$torch.bfloat16' insists."
     )
 
 
