@@ -121,10 +121,10 @@ class PopulationPrior(nn.Module):
             are factors, if the model is true; and the share of the cohort that lies at least so far, ``[batch]``, NaN
             where the cohort's distances are not known.
         """
-        # under the model coordinates have the covariance I - C^-1
+        # under the model coordinates have the covariance I - C^-1, singular where a factor explains nothing
         covariance = torch.eye(self.factors, device=coordinates.device) - self.inverse
-        solved = torch.linalg.lstsq(covariance, coordinates.T).solution
-        distance = (coordinates * solved.T).sum(1).clamp_min(0).sqrt()
+        solved = coordinates @ torch.linalg.pinv(covariance, hermitian=True)
+        distance = (coordinates * solved).sum(1).clamp_min(0).sqrt()
         if len(self.distances) == 0:
             return distance, torch.full_like(distance, float("nan"))
         beyond = len(self.distances) - torch.searchsorted(self.distances, distance)
@@ -138,10 +138,11 @@ class PopulationPrior(nn.Module):
             temperature: multiplies the standard deviation of e; one number, or one per latent.
         """
         drawn = {}
-        for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
-            u = mean + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
-            factor = temperature if isinstance(temperature, int | float) else temperature[index]
-            drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
+        with torch.autocast(coordinates.device.type, enabled=False):
+            for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
+                u = mean + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
+                factor = temperature if isinstance(temperature, int | float) else temperature[index]
+                drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
         return drawn
 
     @contextmanager
