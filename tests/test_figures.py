@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from scripts.utils import figures, plots, slices
+from scripts.utils import figures, plots, sheet, slices
 
 RNG = np.random.default_rng(0)
 
@@ -231,3 +231,17 @@ def test_no_state_is_left_behind(tmp_path):
 
     figures.batch(tmp_path / "b.png", [scan(8, 8)], ["one"])
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (16, 16)])
+def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
+    image = np.zeros((1, *shape), np.float32)
+    image[0][tuple(slice(3, 13) for _ in shape)] = 1
+    score = np.zeros_like(image)
+    peak, outside = (5, 11, 4)[: len(shape)], (0, 1, 0)[: len(shape)]
+    score[0][peak], score[0][outside] = -7, 9  # outside of the foreground it does not count
+    cut = []
+    monkeypatch.setattr(sheet, "middle", lambda guide: cut.append(slices.middle(guide)) or cut[-1])
+    figures.anomaly(tmp_path / "a.png", image, image, score, "one", (0, 1))
+    assert set(cut) == {tuple(place - 2 for place in peak)}  # two voxels of background are cut off before it
+    check_picture(tmp_path / "a.png")

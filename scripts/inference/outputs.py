@@ -333,10 +333,8 @@ def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[floa
 def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
     """A scan beside its restoration and its anomaly map."""
     name = Path(image_path(data["image"])).name
-    bits = float(data["bits_per_dim"])
-    figures.anomaly(
-        path, data["image"], data["restored"], data["anomaly"], f"{name}, {bits:.3f} bits per dim", value_range
-    )
+    title = f"{name}, {float(data['bits_per_dim']):.3f} bits per dim, score {float(data['anomaly_score']):.1f}"
+    figures.anomaly(path, data["image"], data["restored"], data["anomaly"], title, value_range)
 
 
 class SaveRowd(Transform):

@@ -95,7 +95,7 @@ def strip(
 def anomaly(
     path: str | os.PathLike, image: Any, restored: Any, score: Any, title: str, value_range: tuple[float, float]
 ) -> Path:
-    """Draw a scan beside its restoration by the model and its anomaly map.
+    """Draw a scan beside its restoration by the model and its anomaly map, cut where that is largest in the foreground.
 
     Args:
         path: of the PNG.
@@ -105,7 +105,9 @@ def anomaly(
         value_range: what black and white stand for.
     """
     image, restored, score = as_array(image), as_array(restored), as_array(score)
-    groups = _groups(title, [image, restored, score], image[0], foreground_box(list(image)))
+    inside = image > image.min() + 0.05 * np.ptp(image)
+    peak = np.argmax(np.where(inside, np.abs(score), 0).max(0))
+    groups = _groups(title, [image, restored, score], _mark(peak, image[0].shape), foreground_box(list(image)))
     gray = _gray(value_range, [volume for _, row, _ in groups for volume in row[:2]])
     # the score that noise reaches anywhere stays dark
     most = max(6.0, _robust_max([np.abs(row[2]) for _, row, _ in groups]))
@@ -138,8 +140,7 @@ def imputation(
     weight = missing[0] * (mean[0] - mean[0].min() + 1e-6)  # of what is missing, brain counts
     axes = range(weight.ndim)
     most = tuple(int(weight.sum(tuple(set(axes) - {axis})).argmax()) for axis in axes)
-    guide = np.zeros_like(weight)
-    guide[most] = 1
+    guide = _mark(np.ravel_multi_index(most, weight.shape), weight.shape)
     seen = np.where(missing > 0, np.nan, image)
     box = foreground_box([*image, *mean, missing[0]])
     groups = _groups(title, [image, seen, mean, std, draw], guide, box)
@@ -149,6 +150,13 @@ def imputation(
     headings = ["scan", "missing (red)", "mean of draws", "spread of draws", "one draw"]
     bars = {3: "standard deviation of draws"}
     return save(path, columns(groups, headings, [gray, hole, gray, spread, gray], bars=bars))
+
+
+def _mark(place: int, shape: Sequence[int]) -> np.ndarray:
+    """A volume of zeros but for one voxel, by its number: scans are cut there."""
+    volume = np.zeros(shape, np.float32)
+    volume.flat[place] = 1
+    return volume
 
 
 def samples(
