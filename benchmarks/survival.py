@@ -238,7 +238,7 @@ def ends(epochs: int = 100) -> None:
             "SIGKILL of a training process, reading": lambda run: os.kill(run.of("training")[0], signal.SIGKILL),
             "SIGKILL of torchrun, reading": lambda run: run.process.kill(),
         }
-        print("| end | alive before | exit code | all had ended after | alive then | its last words |")
+        print("| end | alive before | exit code | all had ended after | alive then | its last log line |")
         print("|---|---|---|---|---|---|", flush=True)
         for number, (way, end) in enumerate(ways.items()):
             configs = [*CONFIGS, str(failing)] if way.startswith("exception") else CONFIGS

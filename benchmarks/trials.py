@@ -61,7 +61,7 @@ def trial(
         config_file: one or a list.
         updates: of the whole trial.
         measure_at: numbers of updates after which to measure; the last is always among them.
-        weights: to start from, of an earlier trial; the learning rate is then constant, and the KL counts in full.
+        weights: to start from, of an earlier trial; the KL then counts in full from the first update.
         population_prior_from: update from which on the KL is taken to a running population prior.
         population_factors: of that.
         seed: of the weights at the start, the order of scans and the noise; the split of the scans is always that of 0.

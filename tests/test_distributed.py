@@ -80,7 +80,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
 
 
 def the_template(rank):
-    def from_scans(network):  # is called on the first process alone
+    def from_scans(network):  # is called on rank 0 alone
         network.set_voxel_gaussian(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.25))
         return network
 
