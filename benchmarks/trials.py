@@ -89,7 +89,7 @@ def trial(
     start_from_scans(network, [{"image": scan} for scan in training])
     if weights is not None:
         load_weights(network, weights)
-    parser.update({"network": network, "last_checkpoint": None, "weights": weights})
+    parser.update({"network": network, "last_checkpoint": None, "weights": weights, "updates": updates})
     optimizer, scheduler, loss_function = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler", "loss"))
     parameters = list(network.parameters())
     running = RunningPopulationPrior(network, population_factors)

@@ -244,11 +244,7 @@ def make_datalist(
         training, validation = ([items[i] for i in side] for side in split)
     if batch_size is not None:
         check_batch_size(training, batch_size, of=len(training) + len(validation))
-    logger.info(
-        "Training on %d scan(s) of %d subject(s), validating on %d of %d; subjects are recognised %s.",
-        *(count for side in (training, validation) for count in (len(side), len({item["subject"] for item in side}))),
-        rule,
-    )
+    logger.info("%d scan(s); subjects are recognised %s.", len(training) + len(validation), rule)
     return {**sides, "training": training, "validation": validation}
 
 

@@ -1,0 +1,76 @@
+"""The learning rate over a run, and what the log says of the schedule at the start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from scripts.training.schedule import learning_rate_factor, log_plan, updates_per_epoch
+
+
+def rates(warmup: int, decay: float, updates: int) -> list[float]:
+    """The learning rates that an optimizer's updates have, at a rate of 1."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(warmup, decay, updates))
+    found = []
+    for _ in range(updates):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_rate_rises_stays_and_falls():
+    found = rates(warmup=4, decay=0.5, updates=20)
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[4:11] == [1.0] * 7
+    assert found[10:] == pytest.approx([1 - place / 10 for place in range(10)])
+
+
+def test_without_decay_it_stays():
+    assert rates(warmup=0, decay=0.0, updates=6) == [1.0] * 6
+
+
+def test_a_finished_run_that_goes_on_has_the_schedule_of_its_new_length():
+    assert learning_rate_factor(0, 0.5, 10)(10) == 0.0
+    assert learning_rate_factor(0, 0.5, 30)(10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "message"), [(-1, 0.0, "learning_rate_warmup is -1"), (0, 1.5, "learning_rate_decay is 1.5")]
+)
+def test_what_cannot_be_is_refused(warmup, decay, message):
+    with pytest.raises(ValueError, match=message):
+        learning_rate_factor(warmup, decay, 10)
+
+
+def test_the_last_update_of_an_epoch_may_have_fewer_batches():
+    assert updates_per_epoch(7, 3) == 3
+
+
+def test_the_log_says_whom_a_run_trains_on_and_how_long(caplog):
+    visits = [{"image": f"{s}_{v}.nii", "subject": s, "session": v} for s in ("sub-1", "sub-2") for v in ("a", "b")]
+    datalist = {"training": [*visits, {"image": "c.nii", "subject": "sub-3"}], "validation": [{"image": "d.nii"}]}
+    loader = DataLoader(datalist["training"], batch_size=2, drop_last=True)
+    with caplog.at_level("INFO"):
+        log_plan(datalist, loader, 2, 3000, 0.01, 20, 0.5, 150)
+    assert caplog.messages == [
+        "Training: 5 scans of 3 subjects in 4 sessions.",
+        "Validation: 1 scan.",
+        "1 update(s) per epoch of 4 scans each (1 scan(s) that fill no batch are left out, others in each epoch), "
+        "3000 in 3000 epoch(s).",
+        "Learning rate 0.01 from update 20 on, falling to 0 from update 1500 on; the KL divergence counts in full from "
+        "update 150 on: until then the training's bits per dim, in which it always counts in full, may rise while the "
+        "network learns.",
+    ]
+
+
+def test_a_run_that_is_too_short_is_told_how_long_to_be(caplog):
+    loader = DataLoader([0] * 8, batch_size=2)
+    with caplog.at_level("INFO"):
+        log_plan({"training": [{}] * 8, "validation": [{}]}, loader, 1, 10, 0.01, 0, 0.0, 150)
+    assert caplog.messages[-1] == (
+        "40 updates are few, and end before the KL warm-up (150); a network of 32³ takes some 2000: --epochs 500 makes "
+        "as many."
+    )
