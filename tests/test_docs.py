@@ -23,7 +23,7 @@ from scripts.utils.settings import MONAI_ARGUMENTS, command_line_config
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXT = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 TRAIN, INFERENCE = ["configs/train.json"], ["configs/inference.json"]
-EVALUATE, FIT_PRIOR = [*TRAIN, "configs/evaluate.json"], [*TRAIN, "configs/fit_prior.json"]
+EVALUATE = [*TRAIN, "configs/evaluate.json"]
 TORCHRUN = {option.lstrip("-") for option in get_args_parser()._option_string_actions}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules")  # a command that is imported already
@@ -110,7 +110,7 @@ def keys_of(files: list[str]) -> set[str]:
 
 
 def test_options_in_sentences_exist(monkeypatch):
-    known = keys_of(TRAIN) | keys_of(INFERENCE) | keys_of(EVALUATE) | keys_of(FIT_PRIOR) | MONAI_ARGUMENTS | TORCHRUN
+    known = keys_of(TRAIN) | keys_of(INFERENCE) | keys_of(EVALUATE) | MONAI_ARGUMENTS | TORCHRUN
     for module in MODULES:
         known |= set().union(*map(parameters, functions_of(module, monkeypatch).values()))
     known |= set().union(*(parameters(getattr(monai.bundle, words[0])) for _, words in EXPORTS))

@@ -174,7 +174,7 @@ def test_scans_that_were_trained_on_are_refused(tmp_path):
     }
     (tmp_path / "datalist.json").write_text(json.dumps(record))
     other_seed = {"training": record["validation"], "validation": record["training"]}
-    with pytest.raises(ValueError, match=r"1 of the 1 scans to evaluate on.*were trained on.*datalist\.json"):
+    with pytest.raises(ValueError, match=r"1 of the 1 scans to evaluate on.*were trained on.*set --run_dir to it"):
         held_out(other_seed, tmp_path)
     # another session of a subject that was trained on; a subject of that name in another data set is somebody else
     record["training"][0]["subject"] = "sub-1"

@@ -15,7 +15,7 @@ from groups import free_port, run_bundle_group, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
 from scripts.inference.inferers import CoordinateDecoding, Sampling, Scoring
-from scripts.inference.population import find_population_prior, list_coordinates
+from scripts.inference.population import find_population_prior, list_coordinates, scans_to_fit
 from scripts.layers.gaussian import drawing, noise_from, recording
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.training.checkpoints import CheckpointError
@@ -217,13 +217,13 @@ def test_fit_makes_held_out_scans_more_likely(network, fitted):
         scored = Scoring(prior=prior)(held_out, network)
         several = Scoring(importance_samples=4, prior=prior)(held_out, network)
     assert gain.mean() > 10
-    assert scored["population_bits_per_dim"].mean() < scored["bits_per_dim"].mean()
-    assert several["population_bits_per_dim"].mean() < scored["population_bits_per_dim"].mean()
-    assert (scored["typicality_tail"] > 0).all() and scored["typicality_distance"].shape == (16,)
+    assert scored["bits_per_dim_population"].mean() < scored["bits_per_dim"].mean()
+    assert several["bits_per_dim_population"].mean() < scored["bits_per_dim_population"].mean()
+    assert (scored["typicality_tail"] > 0).all() and scored["typicality"].shape == (16,)
     # a scan that is unlike the cohort lies farther out than all of it
     with torch.no_grad():
         odd = Scoring(prior=prior)(held_out[:1].flip(2, 3), network)
-    assert odd["typicality_distance"] > scored["typicality_distance"].max()
+    assert odd["typicality"] > scored["typicality"].max()
     assert odd["typicality_tail"] == pytest.approx(1 / 17)
 
 
@@ -312,9 +312,9 @@ def test_prior_must_belong_to_the_weights(network, fitted, tmp_path, caplog):
     assert found.factors == prior.factors and found.distances.shape == (16,)
     assert find_population_prior("network", folder / "model.pt", network) is None
     assert find_population_prior(None, tmp_path / "model.pt", network) is None
-    with pytest.raises(FileNotFoundError, match="fit it with the run fit_prior"):
+    with pytest.raises(FileNotFoundError, match="fit one by the run fit_prior"):
         find_population_prior("population", tmp_path / "model.pt", network)
-    with pytest.raises(ValueError, match="set --prior to population or network"):
+    with pytest.raises(ValueError, match="set --prior to population, network or"):
         find_population_prior("own", tmp_path / "model.pt", network)
     other = inference_config().get_parsed_content("network_def")
     assert fingerprint(other) != fingerprint(network)
@@ -438,7 +438,7 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     done = infer(run_dir, "score", tmp_path / "scored", "--dataset_dir", cohort, "--figures", False)
     assert done.returncode == 0, done.stderr
     scores = table(tmp_path / "scored" / "scores.csv")
-    assert {"population_bits_per_dim", "typicality_distance", "typicality_tail"} <= set(scores[0])
+    assert {"bits_per_dim_population", "typicality", "typicality_tail"} <= set(scores[0])
 
     edited = tmp_path / "edited.csv"
     lines = (tmp_path / "encoded" / "coordinates.csv").read_text().splitlines()
@@ -463,15 +463,25 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     assert done.returncode == 1 and "made with another population_prior" in done.stderr
 
 
-def test_fit_prior_as_a_user_types_it(run_dir, cohort):
-    path = run_dir / "checkpoints" / "population_prior.pt"
-    before = torch.load(path, weights_only=True)
-    path.unlink()
-    words = ("--dataset_dir", cohort, "--output_dir", run_dir, "--prior_factors", 2)
-    done = run_bundle_process(*words, run_id="fit_prior", configs=[*TINY, "configs/fit_prior.json"])
+def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
+    before = torch.load(run_dir / "checkpoints" / "population_prior.pt", weights_only=True)
+    words = ("--run_dir", run_dir, "--output_dir", tmp_path, "--prior_factors", 2)
+    done = run_bundle_process(*words, run_id="fit_prior", configs=["configs/inference.json"])
     assert done.returncode == 0, done.stderr
-    after = torch.load(path, weights_only=True)
+    after = torch.load(tmp_path / "population_prior.pt", weights_only=True)
     assert after["weights"] == before["weights"] and PopulationPrior.load(after).factors <= 2
+    words = ("--samples", 1, "--prior", tmp_path / "population_prior.pt")
+    done = infer(run_dir, "sample", tmp_path / "samples", *words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples" / "0001_sample.nii.gz").is_file()
+
+
+def test_all_scans_of_a_folder_are_fitted_to_and_a_datalist_says_which(cohort, run_dir):
+    fitted, held_out = scans_to_fit(cohort, "*.nii*")
+    assert (len(fitted), held_out) == (12, [])
+    fitted, held_out = scans_to_fit(run_dir / "datalist.json", "*.nii*")
+    split = json.loads((run_dir / "datalist.json").read_text())
+    assert [len(fitted), len(held_out)] == [len(split["training"]), len(split["validation"])]
 
 
 @pytest.mark.parametrize(

@@ -224,13 +224,7 @@ def make_datalist(
         raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
     if max_scans is not None and max_scans < 2:
         raise ValueError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
-    root = Path(dataset_dir).expanduser()
-    if root.suffix == ".json" and root.is_file():
-        sides, rule = read_datalist(root)
-        root = Path(os.path.normpath(root.parent))
-    else:
-        items = [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]
-        sides, rule = _with_entities({"training": items}, root)
+    sides, rule, root = list_sides(dataset_dir, scan_pattern)
     training, validation = sides["training"], sides.get("validation", [])
     _check_sides(sides, dataset_dir)
 
@@ -246,6 +240,23 @@ def make_datalist(
         check_batch_size(training, batch_size, of=len(training) + len(validation))
     logger.info("%d scan(s); subjects are recognised %s.", len(training) + len(validation), rule)
     return {**sides, "training": training, "validation": validation}
+
+
+def list_sides(
+    dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*"
+) -> tuple[dict[str, list[dict]], str, Path]:
+    """The scans of a datalist by its sides, or those of a folder as one, ``training``; see :func:`make_datalist`.
+
+    Returns:
+        the sides, of items ``{"image", "subject", "session"}``; how subjects are recognised; the folder that names
+        are relative to.
+    """
+    root = Path(dataset_dir).expanduser()
+    if root.suffix == ".json" and root.is_file():
+        folder = Path(os.path.normpath(root.parent))
+        return *_with_entities(_read_datalist(root), folder), folder
+    items = [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]
+    return *_with_entities({"training": items}, root), root
 
 
 def _check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
@@ -353,15 +364,6 @@ def _keep_both(training: list, validation: list, count: int | None, generator: r
         return training, validation
     validating = min(max(round(count * len(validation) / total), 1), count - 1)
     return _keep(training, count - validating, generator), _keep(validation, validating, generator)
-
-
-def read_datalist(path: Path) -> tuple[dict[str, list[dict]], str]:
-    """The sides of a datalist as its file has them, each item with its subject, and how subjects are recognised.
-
-    Raises:
-        ValueError: the file is not a datalist.
-    """
-    return _with_entities(_read_datalist(path), Path(os.path.normpath(path.parent)))
 
 
 def _read_datalist(path: Path) -> dict[str, list[dict]]:

@@ -22,10 +22,11 @@ from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
-from scripts.data.datalist import as_text, find_scans, read_datalist
+from scripts.data.datalist import list_sides
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.outputs import ScanLayout
+from scripts.inference.training_run import TrainingRun
 from scripts.layers.gaussian import noise_from
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
@@ -77,21 +78,26 @@ class Failures:
             sys.exit(1)
 
 
-def list_scans(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*") -> list[dict[str, Any]]:
-    """The scans of a folder, or all of a datalist's (its ``testing`` ones alone where it has such).
+def list_scans(
+    dataset_dir: str | os.PathLike,
+    scan_pattern: str | Sequence[str] = "*.nii*",
+    training_run: TrainingRun | None = None,
+) -> list[dict[str, Any]]:
+    """The scans of a folder, or all of a datalist's; its ``testing`` ones alone where it has such.
 
     Args:
         dataset_dir, scan_pattern: see :func:`scripts.data.datalist.make_datalist`.
+        training_run: of whose own datalist the held-out scans are taken alone.
 
     Returns:
-        ``[{"image": path}, ...]``.
+        ``[{"image": path, "subject": name, "session": name}, ...]``, the last where their names tell it.
     """
-    root = Path(dataset_dir).expanduser()
-    if root.suffix == ".json" and root.is_file():
-        sides, _ = read_datalist(root)
-        return sides.get("testing") or [item for side in sides.values() for item in side]
-    found = find_scans(root, scan_pattern)
-    return [{"image": as_text(path)} for path in found]
+    sides, _, _ = list_sides(dataset_dir, scan_pattern)
+    if sides.get("testing"):
+        return sides["testing"]
+    if training_run is not None and dataset_dir == training_run.datalist:
+        return sides.get("validation", [])
+    return [item for side in sides.values() for item in side]
 
 
 def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:

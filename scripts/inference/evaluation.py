@@ -24,8 +24,10 @@ from monai.metrics import MSEMetric
 from monai.networks.utils import eval_mode
 from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
-from scripts.inference.engine import list_samples, scan_generator
+from scripts.data.datalist import make_datalist
+from scripts.inference.engine import list_samples, list_scans, scan_generator
 from scripts.inference.inferers import image_quality
+from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
 from scripts.training.metrics import (
@@ -44,7 +46,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-__all__ = ["SampleComparison", "ScanTable", "evaluate", "held_out", "prepare"]
+__all__ = ["SampleComparison", "ScanTable", "evaluate", "held_out", "prepare", "scans_to_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,35 @@ def prepare(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
     Path(evaluation_dir).mkdir(parents=True, exist_ok=True)
 
 
+def scans_to_evaluate(
+    training_run: TrainingRun, dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str], **split: Any
+) -> dict[str, list[dict]]:
+    """The scans to evaluate on as ``validation``: by a run's record, else as training would split them.
+
+    Args:
+        training_run: its own held-out scans, or those of another ``dataset_dir`` that it was not trained on.
+        dataset_dir, scan_pattern, split: see :func:`scripts.data.datalist.make_datalist`.
+
+    Raises:
+        ValueError: when the run was trained on all of them.
+    """
+    if training_run.trained is None:
+        return make_datalist(dataset_dir, scan_pattern, **split)
+    items = list_scans(dataset_dir, scan_pattern, training_run)
+    unseen = [item for item in items if training_run.knows(item) == "no"]
+    if not unseen:
+        raise ValueError(
+            f"The run in run_dir '{training_run.folder}' was trained on the subjects of all {len(items)} scan(s) of "
+            f"dataset_dir '{dataset_dir}': leave out --dataset_dir for those that it held out."
+        )
+    if len(unseen) < len(items):
+        logger.info(
+            "%d of %d scans are left out, whose subjects the run in '%s' was trained on.",
+            *(len(items) - len(unseen), len(items), training_run.folder),
+        )
+    return {"training": [], "validation": unseen}
+
+
 def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) -> dict[str, list[dict]]:
     """The scans that a model was not trained on: a datalist's ``testing`` side if it has one, else ``validation``.
 
@@ -86,28 +117,15 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
     items = datalist.get("testing") or datalist["validation"]
     record = Path(output_dir) / "datalist.json"
     if record.is_file():
-        trained = json.loads(record.read_text(encoding="utf-8"))["training"]
-        paths = {_path(item) for item in trained}
-        # a subject's name tells who it is within one data set alone
-        root = os.path.commonpath([Path(path).parent for path in paths])
-        subjects = {item["subject"] for item in trained if "subject" in item}
-        known = [
-            item
-            for item in items
-            if _path(item) in paths or (item.get("subject") in subjects and Path(_path(item)).is_relative_to(root))
-        ]
+        trained = TrainedScans(record)
+        known = [item for item in items if trained.knows(item) != "no"]
         if known:
             raise ValueError(
-                f"{len(known)} of the {len(items)} scans to evaluate on, such as '{_path(known[0])}', or other scans "
-                f"of their subjects, were trained on by the run in '{output_dir}': set --dataset_dir to '{record}', "
-                "which holds its split, or the keys that choose the split (seed, train_fraction, max_scans, "
-                "scan_pattern) as that run had them."
+                f"{len(known)} of the {len(items)} scans to evaluate on, such as '{absolute_path(known[0])}', or other "
+                f"scans of their subjects, were trained on by the run in '{output_dir}': set --run_dir to it, which "
+                "takes the scans that it held out."
             )
     return {"validation": items}
-
-
-def _path(item: Mapping[str, Any]) -> str:
-    return str(Path(item_path(item)).absolute())
 
 
 class ScanTable:

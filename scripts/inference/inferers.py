@@ -318,7 +318,7 @@ class Scoring(Inferer):
     ``[batch]`` each: ``bits_per_dim``, ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each
     latent), ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in
     the foreground).
-    With a population prior also ``population_bits_per_dim``, the bound under it; ``typicality_distance``, the
+    With a population prior also ``bits_per_dim_population``, the bound under it; ``typicality``, the
     Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
     cohort's scans that lie at least so far.
     Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
@@ -371,8 +371,8 @@ class Scoring(Inferer):
             elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
             under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
             distance, tail = self.prior.typicality(self.prior.coordinates([innovation(q) for q in posteriors]))
-            results |= {"population_bits_per_dim": bits_per_dim(-under_it, inputs)}
-            results |= {"typicality_distance": distance, "typicality_tail": tail}
+            results |= {"bits_per_dim_population": bits_per_dim(-under_it, inputs)}
+            results |= {"typicality": distance, "typicality_tail": tail}
         results |= image_quality(loc, inputs, network)
         smooth = GaussianFilter(network.spatial_dims, self.smoothing).to(inputs.device)
         anomaly = smooth((inputs - restored) / scale)

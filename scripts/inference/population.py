@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scripts.data.datalist import list_sides
 from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import CheckpointError, read_archive
@@ -20,39 +21,57 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 CHOICES = (None, "population", "network")
+FIT_IT = "fit one by the run fit_prior of configs/inference.json"
+
+
+def prior_file(prior: str | None, ckpt: str | os.PathLike) -> Path:
+    """The file of the population prior: the one that ``prior`` names (``.pt``), else the one beside the weights."""
+    return Path(prior).expanduser() if isinstance(prior, str) and prior.endswith(".pt") else prior_path(ckpt)
 
 
 def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: VDVAE) -> PopulationPrior | None:
-    """The population prior beside a ``model.pt``.
+    """The population prior of a ``model.pt``.
 
     Args:
-        prior: ``"population"``; ``"network"`` for the network's own, which needs no file; None takes the population
-            prior where there is one that was fitted to these weights.
+        prior: ``"population"`` for the one beside the weights, or its path; ``"network"`` for the network's own, which
+            needs no file; None takes the one beside the weights where there is one that was fitted to them.
         ckpt: the weights.
         network: with these weights.
 
     Raises:
-        ValueError: ``prior`` is none of the three.
-        FileNotFoundError: it is ``"population"``, and there is none.
-        CheckpointError: its file is damaged; or, where ``prior`` is ``"population"``, of other weights.
+        ValueError: ``prior`` is none of these.
+        FileNotFoundError: it is asked for, and there is none.
+        CheckpointError: its file is damaged; or, where it is asked for, of other weights.
     """
-    if prior not in CHOICES:
-        raise ValueError(f"prior is {prior!r}: set --prior to population or network, or leave it out.")
-    path = prior_path(ckpt)
+    path = prior_file(prior, ckpt)
+    if prior not in CHOICES and prior != str(prior_file(prior, ckpt)):
+        raise ValueError(
+            f"prior is {prior!r}: set --prior to population, network or a population_prior.pt, or leave it out."
+        )
     if prior == "network" or (prior is None and not path.is_file()):
         return None
     if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist: fit it with the run fit_prior, or set --prior network.")
+        raise FileNotFoundError(f"'{path}' does not exist: {FIT_IT}, or set --prior network.")
     content = read_archive(path)
     if not isinstance(content, dict) or "population_prior" not in content:
-        raise CheckpointError(f"'{path}' holds no population prior: fit it anew with the run fit_prior.")
+        raise CheckpointError(f"'{path}' holds no population prior: {FIT_IT}.")
     if content["weights"] != fingerprint(network):
         what = f"'{path}' was fitted to other weights than '{ckpt}'"
         if prior is None:
-            logger.warning("%s, and is not used: fit one to these with the run fit_prior.", what)
+            logger.warning("%s, and is not used: %s.", what, FIT_IT)
             return None
-        raise CheckpointError(f"{what}: fit one to these with the run fit_prior, or set --prior network.")
+        raise CheckpointError(f"{what}: {FIT_IT}, or set --prior network.")
     return PopulationPrior.load(content).to(next(network.parameters()).device)
+
+
+def scans_to_fit(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """The scans to fit a population prior to, and those to choose its size by, where a datalist has them.
+
+    Args:
+        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.make_datalist`. Of a folder all scans are fitted to.
+    """
+    sides, _, _ = list_sides(dataset_dir, scan_pattern)
+    return sides["training"], sides.get("validation", [])
 
 
 def list_coordinates(
@@ -72,7 +91,7 @@ def list_coordinates(
         ValueError: there is no population prior, no file is named, or a row cannot be used.
     """
     if prior is None:
-        raise ValueError("decode_coordinates needs a population prior beside --ckpt: fit it by configs/fit_prior.json.")
+        raise ValueError(f"decode_coordinates needs a population prior beside --ckpt, or by --prior: {FIT_IT}.")
     if path is None:
         raise ValueError("coordinates is not set: set --coordinates to a table such as the coordinates.csv of encode.")
     names = [f"c{i:03d}" for i in range(prior.factors)]

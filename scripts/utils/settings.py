@@ -14,7 +14,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from scripts.utils.files import write_text
 
-__all__ = ["command_line_config", "save_config"]
+__all__ = ["command_line_config", "given_keys", "save_config"]
 
 # of ``python -m monai.bundle run`` itself
 MONAI_ARGUMENTS = {
@@ -68,6 +68,11 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
         if isinstance(before, bool) and is_string and (key, value) != ("resume", "auto"):
             raise ValueError(f"--{key} {value}: write True or False.")
     return config
+
+
+def given_keys() -> set[str]:
+    """The keys of the config that this program's command line gives."""
+    return {key.replace("::", "#") for key in _options(sys.argv[1:])}
 
 
 def _find(config: dict[str, Any], key: str) -> Any:

@@ -1,0 +1,135 @@
+"""Jobs that take weights, network, preprocessing and split from the folder of a training run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import run_bundle
+from monai.bundle import ConfigParser
+
+from scripts.inference.evaluation import scans_to_evaluate
+from scripts.inference.training_run import TrainedScans, TrainingRun
+from scripts.networks import VDVAE, VDVAEReconstruction
+
+INFERENCE, EVALUATE = ["configs/inference.json"], ["configs/train.json", "configs/evaluate.json"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(cohort, tmp_path_factory):
+    """A run of one epoch on half of twelve phantoms, by settings of its own."""
+    output = tmp_path_factory.mktemp("run")
+    words = ("--dataset_dir", cohort, "--output_dir", output, "--epochs", 1, "--train_fraction", 0.5)
+    result = run_bundle(*words, "--scan_pattern", "*_FLAIR.nii.gz", "--percentiles", "[1.0, 99.0]")
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def held_out(run_dir) -> list[str]:
+    return [item["image"] for item in json.loads((run_dir / "datalist.json").read_text())["validation"]]
+
+
+def test_evaluate_takes_all_from_the_run(run_dir):
+    done = run_bundle("--run_dir", run_dir, "--samples", 0, run_id=None, configs=EVALUATE)
+    assert done.returncode == 0, done.stderr
+    with (run_dir / "evaluation" / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    with (run_dir / "history.csv").open() as file:
+        reported = [float(row["value"]) for row in csv.DictReader(file) if row["quantity"] == "bits_per_dim"][-1]
+    # the same batches, and so the same noise
+    done = run_bundle("--run_dir", run_dir, "--samples", 0, "--batch_size", 4, run_id=None, configs=EVALUATE)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run_dir / "evaluation" / "summary.json").read_text())
+    assert summary["held_out"]["bits_per_dim"]["mean"] == pytest.approx(reported, rel=1e-6)
+
+
+def test_scans_of_a_folder_that_were_trained_on_are_left_out(run_dir, cohort, caplog):
+    run = TrainingRun(run_dir)
+    with caplog.at_level("INFO"):
+        sides = scans_to_evaluate(run, str(cohort), "*.nii*", train_fraction=0.95, seed=0)
+    assert sorted(item["image"] for item in sides["validation"]) == sorted(held_out(run_dir))
+    assert "6 of 12 scans are left out" in caplog.text
+
+
+def test_a_cohort_that_was_trained_on_is_refused(run_dir, tmp_path):
+    split = json.loads((run_dir / "datalist.json").read_text())
+    (tmp_path / "list.json").write_text(json.dumps({"training": split["training"]}))
+    with pytest.raises(ValueError, match="was trained on the subjects of all 6 scan"):
+        scans_to_evaluate(TrainingRun(run_dir), tmp_path / "list.json", "*.nii*", train_fraction=0.5)
+
+
+def test_reconstruct_takes_all_from_the_run(run_dir):
+    done = run_bundle("--run_dir", run_dir, "--figures", False, run_id="reconstruct", configs=INFERENCE)
+    assert done.returncode == 0, done.stderr
+    assert len(list((run_dir / "eval").glob("*_recon.nii.gz"))) == 6
+    settings = json.loads((run_dir / "eval" / "reconstruct.json").read_text())
+    assert settings["network_def"]["spatial_shape"] == [8, 8, 8]
+
+
+def test_preprocessing_is_the_runs(run_dir):
+    parser = ConfigParser(ConfigParser.load_config_files("configs/inference.json"))
+    parser.update({"run_dir": str(run_dir), "device": torch.device("cpu")})
+    preprocessing = parser.get_parsed_content("preprocessing")
+    image = preprocessing({"image": held_out(run_dir)[0]})["image"]
+    assert image.shape == (1, 8, 8, 8)
+    assert preprocessing.transforms[4].lower == 1.0
+    assert parser.get_parsed_content("pattern") == "*_FLAIR.nii.gz"
+
+
+def test_the_command_line_goes_before_the_run(run_dir, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--scan_pattern", "*_T1w.nii.gz"])
+    assert TrainingRun(run_dir).get("scan_pattern", "*_T1w.nii.gz") == "*_T1w.nii.gz"
+    assert TrainingRun(run_dir).get("train_fraction", 0.9) == 0.5
+    assert TrainingRun(run_dir).get("no_such_key", 3) == 3
+
+
+def test_the_network_is_the_runs_and_of_the_class_that_is_asked_for(run_dir):
+    parser = ConfigParser(ConfigParser.load_config_files("configs/inference.json"))
+    default = parser.get_parsed_content("network_def")
+    assert default.spatial_shape == (32, 32, 32)
+    network = TrainingRun(run_dir).network(default)
+    assert type(network) is VDVAEReconstruction and network.spatial_shape == (8, 8, 8)
+    assert TrainingRun(None).network(default) is default
+    assert type(TrainingRun(run_dir).network(VDVAE(**default.arguments))) is VDVAE
+
+
+def test_no_run_changes_nothing():
+    run = TrainingRun(None)
+    assert (run.ckpt, run.datalist, run.knows({"image": "a.nii"})) == (None, None, "")
+    assert run.get("keep_aspect", True) is True
+
+
+def test_scans_are_known_by_path_and_by_subject(tmp_path):
+    items = [{"image": str(tmp_path / "data" / f"sub-{i}_ses-1.nii"), "subject": f"sub-{i}"} for i in range(2)]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items, "validation": []}))
+    trained = TrainedScans(tmp_path / "datalist.json")
+    assert trained.knows(items[0]) == "yes"
+    other = {"image": str(tmp_path / "data" / "sub-1_ses-2.nii"), "subject": "sub-1"}
+    assert trained.knows(other) == "subject"
+    assert trained.knows({"image": str(tmp_path / "elsewhere" / "sub-1_ses-2.nii"), "subject": "sub-1"}) == "no"
+    assert trained.knows({"image": str(tmp_path / "data" / "sub-7.nii"), "subject": "sub-7"}) == "no"
+
+
+def test_what_is_no_run_is_named(run_dir, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json: set --run_dir to the output_dir"):
+        TrainingRun(tmp_path)
+    shutil.copy(run_dir / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="has left no weights"):
+        (tmp_path / "checkpoints").mkdir()
+        _ = TrainingRun(tmp_path).ckpt
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        TrainingRun(tmp_path)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["preprocessing"]["transforms"].pop()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="preprocessed its scans by LoadScand, "):
+        TrainingRun(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run", "--run_dir", str(run_dir), "--spatial_shape", "[16,16,16]"])
+    with pytest.raises(ValueError, match="--spatial_shape: the run in run_dir"):
+        TrainingRun(run_dir)
