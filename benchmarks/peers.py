@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from benchmarks.lesions import detection, lesion_scans
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
-from scripts.inference.evaluation import SampleComparison
 from scripts.inference.inferers import foreground, image_quality, restored_latent
+from scripts.inference.sample_comparison import SampleComparison
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
 from scripts.training.checkpoints import load_weights
@@ -145,10 +145,11 @@ def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float,
 def compare_samples(
     peer: Peer, scans: Tensor, samples: int, scratch_dir: Path, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """MMD and MS-SSIM of samples and of scans: :py:class:`scripts.inference.evaluation.SampleComparison`."""
+    """MMD and MS-SSIM of samples and of scans: :py:class:`scripts.inference.sample_comparison.SampleComparison`."""
     return SampleComparison(
         peer,
         [{"image": scan} for scan in scans],
+        [{}] * len(scans),
         lambda count, network: {"sample": network.sample(count)},
         samples,
         OUTPUT_RANGES[peer.output_activation],

@@ -16,8 +16,9 @@ from groups import run_bundle_group
 from monai.data import Dataset
 from monai.inferers import Inferer
 
-from scripts.inference.evaluation import SampleComparison, held_out
+from scripts.inference.evaluation import held_out
 from scripts.inference.inferers import Sampling
+from scripts.inference.sample_comparison import SampleComparison, one_per_subject
 from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
 from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
@@ -214,7 +215,9 @@ class Blobs(Inferer):
 
 def compare(inferer: Inferer, folder, samples: int = 24, scans: int = 40, batch_size: int = 8) -> dict:
     dataset = Dataset([{"image": image} for image in blobs(scans)])
-    return SampleComparison(network(), dataset, inferer, samples, (-1, 1), folder / "images", "cpu", batch_size).run()
+    return SampleComparison(
+        network(), dataset, [{}] * len(dataset), inferer, samples, (-1, 1), folder / "images", "cpu", batch_size
+    ).run()
 
 
 def test_a_perfect_model_is_within_the_sampling_error(tmp_path):
@@ -290,3 +293,12 @@ def test_ms_ssim_has_as_many_scales_as_fit(size, scales):
     assert sum(metric.weights) == pytest.approx(1)
     images = torch.rand(2, 1, 256, size)
     assert metric(images, images).flatten().tolist() == pytest.approx([1, 1])
+
+
+def test_sessions_of_a_subject_are_not_compared_with_each_other():
+    items = [{"subject": f"sub-{index // 3}"} for index in range(12)]
+    chosen = one_per_subject(items, 8, seed=0)
+    assert sorted(items[index]["subject"] for index in chosen) == ["sub-0", "sub-1", "sub-2", "sub-3"]
+    assert len(one_per_subject(items, 2, seed=0)) == 2
+    assert one_per_subject([{}] * 5, 8, seed=0) == [0, 1, 2, 3, 4]
+    assert {tuple(one_per_subject(items, 8, seed)) for seed in range(5)} != {tuple(chosen)}
