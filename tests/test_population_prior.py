@@ -463,6 +463,29 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     assert done.returncode == 1 and "made with another population_prior" in done.stderr
 
 
+def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
+    scan = nib.load(sorted(cohort.glob("*.nii.gz"))[0])
+    odd = np.random.default_rng(0).random(scan.shape)  # a full head, of nothing
+    odd[0] = 0
+    (tmp_path / "scans").mkdir()
+    nib.save(nib.Nifti1Image(odd.astype("float32"), scan.affine), tmp_path / "scans" / "odd.nii.gz")
+    nib.save(scan, tmp_path / "scans" / "usual.nii.gz")
+    for job in ("score", "reconstruct"):
+        done = infer(run_dir, job, tmp_path / job, "--dataset_dir", tmp_path / "scans", "--figures", False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("is unlike the scans that the network was trained on") == 1
+        assert "odd.nii.gz' is unlike" in done.stderr
+
+
+def test_far_outside_is_measured_by_the_cohort():
+    prior = random_prior()
+    assert prior.unlikely_above() is None
+    prior.bits_per_dim = torch.tensor([-4.6, -4.5, -4.4, -4.5, -1.0])
+    assert prior.unlikely_above() == pytest.approx(-4.5 + 10 * 1.4826 * 0.1, abs=1e-4)
+    prior.bits_per_dim = torch.tensor([-4.5, -4.5])
+    assert prior.unlikely_above() == pytest.approx(-4.3)
+
+
 def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
     before = torch.load(run_dir / "checkpoints" / "population_prior.pt", weights_only=True)
     words = ("--run_dir", run_dir, "--output_dir", tmp_path, "--prior_factors", 2)

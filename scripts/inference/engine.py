@@ -28,6 +28,7 @@ from scripts.data.transforms import ScanError
 from scripts.inference.outputs import ScanLayout
 from scripts.inference.training_run import TrainingRun
 from scripts.layers.gaussian import noise_from
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
@@ -167,6 +168,7 @@ class ScanEvaluator(Evaluator):
         inputs: makes the inferer's inputs of a list of items; the stack of their images by default.
         arguments: makes further arguments of the inferer by name, likewise.
         grid: how the training scans lay on the network's grid; a warning names scans that lie otherwise.
+        unlikely_above: bits per dim above which a warning names a scan; None: not known.
         summary: is called at the end, on one process, with the names of all scans.
         batch_size, num_workers: of the data loader.
         overwrite: make results again that are there.
@@ -190,6 +192,7 @@ class ScanEvaluator(Evaluator):
         inputs: Callable[[Sequence[dict]], Any] | None = None,
         arguments: Callable[[Sequence[dict]], dict[str, Any]] | None = None,
         grid: ScanGrid | None = None,
+        unlikely_above: float | None = None,
         summary: Callable[[Sequence[str]], object] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
@@ -222,7 +225,8 @@ class ScanEvaluator(Evaluator):
         self.network, self.inferer = network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
         self.failures, self.summary = failures, summary
-        self.inputs, self.arguments, self.grid = inputs, arguments, grid
+        self.inputs, self.arguments = inputs, arguments
+        self.grid, self.unlikely_above = grid, unlikely_above
         self.seed, self.amp_dtype = seed, amp_dtype
         if idist.get_rank() == 0:
             bar = ProgressBar(
@@ -319,6 +323,7 @@ class ScanEvaluator(Evaluator):
             results = self.inferer(_to(inputs, device), self.network, **_to(arguments, device))
         for position, item in enumerate(items):
             own = {key: _like(value[position].float().cpu(), item.get("image")) for key, value in results.items()}
+            self._warn_of_unlikely(item, own)
             try:
                 self.results_of({**item, **own})
             except RuntimeError as error:
@@ -334,6 +339,27 @@ class ScanEvaluator(Evaluator):
             found = place_differences(self.grid, geometry, image.affine.numpy(), image.shape[1:])
             for difference in [*found, *field_of_view_differences(self.grid, geometry)]:
                 logger.warning("'%s': %s.", image_path(image), difference)
+
+    def _warn_of_unlikely(self, item: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
+        """Name a scan that is far less likely than the cohort's."""
+        if self.unlikely_above is None:
+            return
+        if "bits_per_dim" in results:
+            found = float(results["bits_per_dim"])
+        elif {"recon", "scale"} <= results.keys() and self.settings.get("levels") in (None, "each"):
+            # without the KL divergence, which would only add to it
+            image = item["image"].as_tensor()
+            nll = negative_log_likelihood(results["recon"][None], results["scale"][None], image[None])
+            found = float(bits_per_dim(nll, image[None]))
+        else:
+            return
+        if found > self.unlikely_above:
+            logger.warning(
+                "'%s' is unlike the scans that the network was trained on (%.2f bits per dim; above %.2f is far "
+                "outside), so that no result of it means much. Is it another contrast, not skull-stripped, or not "
+                "aligned as they are? `python -m scripts.check` looks at it, `python -m scripts.prepare` mends it.",
+                *(item["name"], found, self.unlikely_above),
+            )
 
 
 def _to(values: Any, device: torch.device) -> Any:

@@ -20,6 +20,7 @@ from scripts.layers.gaussian import Posterior, drawing, gaussian_noise
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
+LEAST_SPREAD = 0.02  # bits per dim, of a cohort: a few scans may be alike by chance
 FORMAT = 1  # of the file
 
 
@@ -43,6 +44,7 @@ class PopulationPrior(nn.Module):
         directions: the columns of W, ``[factors, channels, *grid]``, likewise. In latents that are left out u stays
             N(0, I).
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
+        bits_per_dim: of the same scans, under the network's own prior.
 
     Attributes:
         factors: their number.
@@ -55,6 +57,7 @@ class PopulationPrior(nn.Module):
         variance: Mapping[int, Tensor],
         directions: Mapping[int, Tensor],
         distances: Tensor | None = None,
+        bits_per_dim: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.latents = tuple(sorted(mean))
@@ -64,6 +67,7 @@ class PopulationPrior(nn.Module):
             self.register_buffer(f"variance_{index}", variance[index].float().clamp_min(LEAST_VARIANCE))
             self.register_buffer(f"directions_{index}", directions[index].float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
+        self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
         variances = gram.new_zeros(self.factors)
         log_variance = gram.new_zeros(())
@@ -130,6 +134,17 @@ class PopulationPrior(nn.Module):
         beyond = len(self.distances) - torch.searchsorted(self.distances, distance)
         return distance, (1 + beyond) / (1 + len(self.distances))
 
+    def unlikely_above(self) -> float | None:
+        """Bits per dim above which a scan is unlike the cohort: ten robust standard deviations from the median.
+
+        None where those of the cohort are not known.
+        """
+        if len(self.bits_per_dim) == 0:
+            return None
+        median = self.bits_per_dim.median()
+        spread = 1.4826 * (self.bits_per_dim - median).abs().median()
+        return (median + 10 * spread.clamp_min(LEAST_SPREAD)).item()
+
     def innovations(self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0) -> dict[int, Tensor]:
         """A draw of u given the factors, by the latents' indices: ``[batch, channels, *grid]`` each.
 
@@ -176,7 +191,13 @@ class PopulationPrior(nn.Module):
             scale = flat.abs().amax(1).clamp_min(1e-12) / 127
             small = (flat / scale[:, None]).round().to(torch.int8).unflatten(1, mean.shape)
             latents[index] = {"mean": mean.half(), "variance": variance.half(), "directions": small, "scale": scale}
-        content = {"population_prior": FORMAT, "latents": latents, "distances": self.distances, **(extras or {})}
+        content = {
+            "population_prior": FORMAT,
+            "latents": latents,
+            "distances": self.distances,
+            "bits_per_dim": self.bits_per_dim,
+            **(extras or {}),
+        }
         torch.save(content, file)
 
     @classmethod
@@ -187,7 +208,7 @@ class PopulationPrior(nn.Module):
             parts["mean"][index], parts["variance"][index] = latent["mean"], latent["variance"]
             scale = latent["scale"].reshape(-1, *[1] * latent["mean"].ndim)
             parts["directions"][index] = latent["directions"].float() * scale
-        return cls(**parts, distances=content["distances"])
+        return cls(**parts, distances=content["distances"], bits_per_dim=content.get("bits_per_dim"))
 
 
 def fingerprint(network: nn.Module) -> str:

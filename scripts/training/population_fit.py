@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
@@ -21,6 +21,7 @@ from scripts.layers.population_prior import PopulationPrior, fingerprint, innova
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.training.factor_sketch import FactorSketch
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.files import write_whole
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -68,6 +69,21 @@ def prior_from_sketch(sketch: FactorSketch, rank: int, shrinkage: float, network
     return PopulationPrior(
         {i: parts[0][i][0] for i in kept}, {i: parts[1][i][0] for i in kept}, {i: parts[2][i] for i in kept}
     )
+
+
+def _gathered(numbers: Sequence[Tensor]) -> list[float]:
+    """The numbers of all scans, ``[batch]`` each, of all processes."""
+    own = [number for batch in numbers for number in batch.tolist()]
+    return list(itertools.chain(*idist.all_gather(own)))
+
+
+class ScanVectors(NamedTuple):
+    """Of some scans: innovations, shifts and ratios of all latents, ``[batch, dimensions]``, and bits per dim."""
+
+    u: Tensor
+    t: Tensor
+    r: Tensor
+    bits_per_dim: Tensor
 
 
 class PopulationFit:
@@ -132,19 +148,19 @@ class PopulationFit:
             return None
         sketch = self._sketch(Subset(self.training, indices))
         chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
-        innovations = torch.cat([u for u, _, _ in self._vectors(chosen, "choosing the number of factors")])
+        drawn = list(self._vectors(chosen, "choosing the number of factors"))
+        innovations = torch.cat([vectors.u for vectors in drawn])
         rank, shrinkage, gain = self._choose(sketch, innovations)
         if late:
             sketch = self._sketch(self.training)
         prior = prior_from_sketch(sketch, rank, shrinkage, self.network)
         prior.distances = self._distances(prior, chosen)
+        prior.bits_per_dim = torch.tensor(_gathered([vectors.bits_per_dim for vectors in drawn]))
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 
-    def _vectors(
-        self, dataset: Dataset, what: str, temperature: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """u, t and r of this process's share of the scans, by batches: ``[batch, dimensions]`` each, on the CPU."""
+    def _vectors(self, dataset: Dataset, what: str, temperature: float = 1.0) -> Iterator[ScanVectors]:
+        """Of this process's share of the scans, by batches, on the CPU."""
         share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
         loader = DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers)
         hidden = idist.get_rank() > 0 or not sys.stderr.isatty()
@@ -153,14 +169,16 @@ class PopulationFit:
             torch.manual_seed(self.seed + idist.get_rank())
             for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden):
                 scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(self.device)
-                posteriors = self.network.infer(scans, temperature)[1]
+                output, posteriors = self.network.infer(scans, temperature)
+                nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 u = torch.cat([innovation(q).flatten(1) for q in posteriors], dim=1)
-                yield u.cpu(), *(part.cpu() for part in shifts_and_ratios(posteriors))
+                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans))
+                yield ScanVectors(*(part.cpu() for part in parts))
 
     def _sketch(self, dataset: Dataset) -> FactorSketch:
         sketch = FactorSketch(2 * self.factors)
-        for _, shifts, ratios in self._vectors(dataset, "reading the training scans"):
-            sketch.add(shifts, ratios)
+        for vectors in self._vectors(dataset, "reading the training scans"):
+            sketch.add(vectors.t, vectors.r)
         sketch.merge()
         return sketch
 
@@ -186,10 +204,11 @@ class PopulationFit:
 
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
-        found = []
-        for u, _, _ in self._vectors(dataset, "measuring distances", temperature=0.0):
-            found += prior.typicality(prior.coordinates(split_latents(u, self.network)))[0].tolist()
-        return torch.tensor(sorted(itertools.chain(*idist.all_gather(found))))
+        found = [
+            prior.typicality(prior.coordinates(split_latents(vectors.u, self.network)))[0]
+            for vectors in self._vectors(dataset, "measuring distances", temperature=0.0)
+        ]
+        return torch.tensor(sorted(_gathered(found)))
 
     def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
         if idist.get_rank() > 0:
