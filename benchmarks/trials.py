@@ -27,6 +27,7 @@ from benchmarks.peers import cohort_scans
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_weights
+from scripts.training.growth import grow_network
 from scripts.training.losses import bits_per_dim, negative_log_likelihood, weight_penalty
 from scripts.training.population_training import RunningPopulationPrior
 from scripts.training.voxel_statistics import start_from_scans
@@ -47,6 +48,7 @@ def trial(
     measure_at: Sequence[int] = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800),
     seed: int = 0,
     weights: str | None = None,
+    grow_from: str | None = None,
     population_prior_from: int | None = None,
     population_factors: int = 32,
     table: bool = False,
@@ -62,6 +64,7 @@ def trial(
         updates: of the whole trial.
         measure_at: numbers of updates after which to measure; the last is always among them.
         weights: to start from, of an earlier trial; the KL then counts in full from the first update.
+        grow_from: weights of a network with fewer levels to grow from.
         population_prior_from: update from which on the KL is taken to a running population prior.
         population_factors: of that.
         seed: of the weights at the start, the order of scans and the noise; the split of the scans is always that of 0.
@@ -89,6 +92,8 @@ def trial(
     start_from_scans(network, [{"image": scan} for scan in training])
     if weights is not None:
         load_weights(network, weights)
+    if grow_from is not None:
+        grow_network(network, grow_from)
     parser.update({"network": network, "last_checkpoint": None, "weights": weights, "updates": updates})
     optimizer, scheduler, loss_function = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler", "loss"))
     parameters = list(network.parameters())

@@ -7,6 +7,7 @@ import os
 from scripts.data.scan_grid import ScanGrid
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_checkpoint, load_weights, read_weights
+from scripts.training.growth import grow_network
 from scripts.training.seeding import SeededDataset
 from scripts.training.voxel_statistics import start_from_scans
 
@@ -20,6 +21,7 @@ def start_network(
     weights: str | os.PathLike | None = None,
     checkpoint: str | os.PathLike | None = None,
     grid: ScanGrid | None = None,
+    grow_from: str | os.PathLike | None = None,
 ) -> VDVAE:
     """A network as training starts with it: from given weights, or from the statistics of the scans.
 
@@ -30,14 +32,21 @@ def start_network(
         weights: a ``model.pt``.
         checkpoint: leave the network alone, since this will be loaded.
         grid: how the scans are fitted to the network's grid, which it keeps; given weights have their own.
+        grow_from: weights of a network with fewer levels, see :func:`scripts.training.growth.grow_network`.
+
+    Raises:
+        ValueError: both ``weights`` and ``grow_from`` are given.
     """
+    if weights is not None and grow_from is not None:
+        raise ValueError("weights and grow_from are both given: a run starts from one of them.")
     if checkpoint is not None:
         return network
     if weights is not None:
         return load_weights(network, weights)
     if grid is not None:
         network.scan_grid.copy_(grid.as_tensor())
-    return start_from_scans(network, dataset, augmented)
+    network = start_from_scans(network, dataset, augmented)
+    return network if grow_from is None else grow_network(network, grow_from)
 
 
 def starts_untrained(

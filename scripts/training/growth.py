@@ -1,0 +1,102 @@
+"""Growth: a network of a finer grid starts from the weights of one that was trained on a coarser grid."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+import torch
+from scripts.layers.blocks import RefiningBlock, ResidualBlock
+from scripts.layers.levels import grid_name
+from scripts.networks import VDVAE
+from scripts.training.checkpoints import read_weights
+from torch import Tensor
+
+__all__ = ["grow_network"]
+
+logger = logging.getLogger(__name__)
+
+LEVEL = re.compile(r"^encoder\.(levels|downsamples)\.(\d+)")
+OWN = ("output.", "template_", "scan_grid")  # what belongs to a grid, and is not taken
+
+
+@torch.no_grad()
+def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
+    """Start a network's coarser levels from a trained network whose finest grid one of these has.
+
+    Both count levels from the coarsest: level 16³ of one is level 16³ of the other. The new finest levels pass the scan
+    on to the levels that are taken, so that these see what they have learnt to see, at the even voxels. How the new
+    levels refine it, and the output, are learnt anew.
+
+    Args:
+        network: at the start of its training.
+        weights: a ``model.pt``.
+
+    Returns:
+        the same network.
+
+    Raises:
+        ValueError: it has no finer levels than the weights, a level that both have differs, or the last new level is as
+            wide as the next.
+    """
+    state = read_weights(weights)
+    trained = 1 + max(
+        (int(found[2]) for found in map(LEVEL.match, state) if found and found[1] == "levels"), default=-1
+    )
+    new = network.levels - trained
+    if new < 1 or trained < 1:
+        raise ValueError(
+            f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter at least "
+            "one more, at the fine end of every list."
+        )
+    own = network.state_dict(keep_vars=True)
+    if isinstance(network.encoder.levels[new][0].skip, torch.nn.Identity):
+        raise ValueError(
+            f"network_def: level {grid_name(network.grids()[new])} and the next finer one are as wide as each other: "
+            "give the finer one another number of channels, so that it can hand on the scan to one grown from "
+            f"'{weights}'."
+        )
+    for name, tensor in state.items():
+        if not name.startswith(OWN):
+            _take(network, own, LEVEL.sub(lambda m: f"encoder.{m[1]}.{int(m[2]) + new}", name), tensor, weights, new)
+    for level in range(new):
+        for block in network.encoder.levels[level]:
+            _pass_on(block, network.in_channels)
+    for block in network.decoder.groups[trained - 1]:
+        # on the finest level, which this was, such a block adds to nothing
+        if isinstance(block, RefiningBlock) and not isinstance(block.skip, torch.nn.Identity):
+            block.skip.weight.zero_()
+    logger.info("Levels up to %s start from '%s'.", grid_name(network.grids()[new]), weights)
+    return network
+
+
+def _take(
+    network: VDVAE, own: dict[str, Tensor], name: str, tensor: Tensor, weights: str | os.PathLike, new: int
+) -> None:
+    """Copy a tensor of the weights to its place; the first to see the scan sees it among the features above it."""
+    place = own.get(name)
+    entry = name in (f"encoder.levels.{new}.0.convs.0.weight", f"encoder.levels.{new}.0.skip.weight")
+    if place is not None and entry and place.shape[0] == tensor.shape[0] and place.shape[2:] == tensor.shape[2:]:
+        place.zero_()
+        place[:, : tensor.shape[1]] = tensor
+        return
+    if place is None or place.shape != tensor.shape:
+        raise ValueError(
+            f"grow_from '{weights}': its {name} has shape {list(tensor.shape)}, but network_def makes it "
+            f"{'none' if place is None else list(place.shape)}: give the levels up to "
+            f"{grid_name(network.grids()[new])} the widths, kernels and latents that they were trained with."
+        )
+    place.copy_(tensor)
+
+
+def _pass_on(block: ResidualBlock, channels: int) -> None:
+    """Let a block hand on its first channels, which are the scan's, as they are."""
+    last = block.convs[-1]
+    last.weight[:channels].zero_()
+    last.bias[:channels].zero_()
+    if not isinstance(block.skip, torch.nn.Identity):
+        block.skip.weight[:channels].zero_()
+        block.skip.bias[:channels].zero_()
+        for channel in range(channels):
+            block.skip.weight[channel, channel] = 1.0

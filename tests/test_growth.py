@@ -1,0 +1,124 @@
+"""A network of a finer grid that starts from one that was trained on a coarser grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import run_bundle
+
+from scripts.networks import VDVAE
+from scripts.training.growth import grow_network
+
+COARSE = {
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "channels": [4, 6, 8],
+    "num_latents": [0, 2, 1],
+    "latent_channels": [2, 3, 8],
+    "kernel_sizes": [3, 3, 2],
+    "spatial_shape": [8, 8, 8],
+    "template": True,
+    "init": "informative",
+}
+FINE = COARSE | {
+    "channels": [3, 4, 6, 8],
+    "num_latents": [1, 0, 2, 1],
+    "latent_channels": [2, 2, 3, 8],
+    "kernel_sizes": [3, 3, 3, 2],
+    "spatial_shape": [16, 16, 16],
+}
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+@pytest.fixture
+def coarse(tmp_path):
+    torch.manual_seed(0)
+    network = VDVAE(**COARSE)
+    network.set_voxel_gaussian(torch.rand(1, 8, 8, 8) - 0.5, torch.rand(1, 8, 8, 8) + 0.1)
+    with torch.no_grad():  # as if it had been trained: priors and residuals start at zero
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return network.eval(), tmp_path / "model.pt"
+
+
+@pytest.mark.parametrize("further", [{}, {"encoder_blocks": 1}, {"num_latents": [0, 0, 2, 1]}])
+def test_coarse_latents_are_those_of_the_trained_network(coarse, tmp_path, further):
+    network, weights = coarse
+    if "encoder_blocks" in further:
+        network = VDVAE(**COARSE | further).eval()
+        torch.save(network.state_dict(), weights)
+    fine = VDVAE(**FINE | further)
+    fine.set_voxel_gaussian(*(doubled(buffer)[0] for buffer in network.voxel_gaussian()))
+    grow_network(fine, weights).eval()
+    x = torch.rand(2, 1, 8, 8, 8) * 2 - 1
+    with torch.no_grad():
+        known = network.infer(x, temperature=0.0)[1]
+        found = fine.infer(doubled(x), temperature=0.0)[1]
+    for before, after in zip(known, found, strict=False):
+        torch.testing.assert_close(after.mean, before.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after.std, before.std, rtol=1e-5, atol=1e-5)
+
+
+def test_two_levels_can_be_added_at_once(coarse):
+    _, weights = coarse
+    longer = {name: [value[0], *value] for name, value in FINE.items() if name in ("channels", "num_latents")}
+    longer |= {name: [FINE[name][0], *FINE[name]] for name in ("latent_channels", "kernel_sizes")}
+    finest = VDVAE(**FINE | longer | {"spatial_shape": [32, 32, 32]})
+    before = finest.encoder.levels[2][0].convs[1].weight.clone()
+    grow_network(finest, weights)
+    assert not torch.equal(before, finest.encoder.levels[2][0].convs[1].weight)
+
+
+def test_the_new_levels_learn(coarse):
+    _, weights = coarse
+    fine = grow_network(VDVAE(**FINE), weights)
+    torch.nn.init.normal_(fine.output.weight, std=0.1)
+    output = fine(torch.rand(2, 1, 16, 16, 16) * 2 - 1)
+    (output.loc.square().mean() + output.kl.sum()).backward()
+    entry = fine.encoder.levels[1][0].convs[0].weight
+    assert (entry[:, 1:] == 0).all() and (entry.grad[:, 1:] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (COARSE, "has 3 levels and network_def 3"),
+        (FINE | {"channels": [3, 4, 7, 8]}, "give the levels up to 8³ the widths"),
+        (FINE | {"num_latents": [1, 0, 1, 1]}, "makes it none"),
+        (FINE | {"channels": [4, 4, 6, 8]}, "level 8³ and the next finer one are as wide"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(coarse, change, message):
+    _, weights = coarse
+    with pytest.raises(ValueError, match=message):
+        grow_network(VDVAE(**change), weights)
+
+
+def test_a_run_starts_from_a_run_of_half_the_size(cohort, tmp_path):
+    coarse, fine = tmp_path / "coarse", tmp_path / "fine"
+    words = ("--dataset_dir", cohort, "--epochs", 1)
+    done = run_bundle(*words, "--output_dir", coarse)
+    assert done.returncode == 0, done.stderr
+    larger = (
+        *(
+            "--spatial_shape",
+            "[16,16,16]",
+            "--network_def#channels",
+            "[3,4,6,8]",
+            "--network_def#num_latents",
+            "[1,1,2,2]",
+        ),
+        *("--network_def#latent_channels", "[2,2,3,8]", "--network_def#kernel_sizes", "[3,3,3,2]"),
+    )
+    words = (*words, *larger, "--grow_from", coarse / "checkpoints" / "model.pt")
+    done = run_bundle(*words, "--output_dir", fine)
+    assert done.returncode == 0, done.stderr
+    assert "Levels up to 8³ start from" in done.stderr
+    states = [torch.load(run / "checkpoints" / "model.pt", weights_only=True) for run in (coarse, fine)]
+    assert torch.equal(states[0]["scan_grid"], states[1]["scan_grid"])
+    done = run_bundle(*words, "--output_dir", tmp_path / "both", "--weights", coarse / "checkpoints" / "model.pt")
+    assert done.returncode == 1 and "weights and grow_from are both given" in done.stderr
