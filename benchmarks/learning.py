@@ -43,8 +43,8 @@ def voxel_gaussian(run: Path) -> dict[str, float]:
 def validation_series(run: Path, quantity: str) -> dict[int, float]:
     """``{update: value}`` of a run's validation."""
     with (run / "history.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["part"] == "validation" and row["quantity"] == quantity]
-    return {int(row["update"]): float(row["value"]) for row in rows}
+        rows = [row for row in csv.DictReader(file) if row["part"] == "validation" and row[quantity]]
+    return {int(row["update"]): float(row[quantity]) for row in rows}
 
 
 def main(*runs: str, output_dir: str | None = None) -> None:

@@ -163,8 +163,7 @@ def test_an_epoch_begun_with_one_batch_size_ends_with_another(earlier, cohort):
 
 def rates(folder):
     with (folder / "history.csv").open() as file:
-        rows = csv.DictReader(file)
-        return [float(row["value"]) for row in rows if row["quantity"] == "learning_rate"]
+        return [float(row["learning_rate"]) for row in csv.DictReader(file) if row["part"] == "training"]
 
 
 def test_a_run_goes_on_with_another_learning_rate(earlier, cohort):

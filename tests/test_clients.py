@@ -1,5 +1,6 @@
 """Other programs that drive the bundle: the code of docs/clients.md, run as it stands there."""
 
+import csv
 import importlib.util
 import re
 import shutil
@@ -128,8 +129,9 @@ def test_mlflow_keeps_what_training_measures(cohort, tmp_path, monkeypatch):
     assert [loss.step for loss in losses] == list(range(1, workflow.trainer.state.iteration + 1))
     assert losses[-1].value == pytest.approx(workflow.trainer.state.output[0]["loss"].item())
     bits = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "bits_per_dim")}
-    rows = [row.split(",") for row in (tmp_path / "history.csv").read_text().splitlines()]
-    recorded = {int(r[2]): float(r[4]) for r in rows if r[:2] == ["validation", "bits_per_dim"]}
+    with (tmp_path / "history.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "validation"]
+    recorded = {int(row["epoch"]): float(row["bits_per_dim"]) for row in rows}
     assert bits == pytest.approx(recorded) and bits.keys() == {0, 1, 2}
     artifacts = {Path(item.path).name for item in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"config.json", "datalist.json", "history.csv"}

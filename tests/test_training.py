@@ -85,11 +85,21 @@ def test_figures_samples_and_preview_are_drawn(trained, cohort):
 def test_every_quantity_is_recorded(trained):
     output, _ = trained
     rows = list(csv.DictReader((output / "history.csv").open()))
-    recorded = {(row["part"], row["quantity"]) for row in rows}
+    recorded = {(row["part"], name) for row in rows for name, value in row.items() if value}
     both = {"bits_per_dim", "nll", "kl", "mse", "kl_z00", "kl_z04", "kl_per_dim_z04"}
     training = both | {"loss", "grad_norm", "skipped", "learning_rate", "beta"}
     assert {("training", name) for name in training} | {("validation", name) for name in both} <= recorded
-    assert [row["update"] for row in rows if (row["part"], row["quantity"]) == ("validation", "mse")] == ["0", "2", "4"]
+    places = [(row["part"], row["epoch"], row["update"]) for row in rows]
+    sides = [(part, str(epoch), str(2 * epoch)) for epoch in (1, 2) for part in ("training", "validation")]
+    assert places == [("validation", "0", "0"), *sides]
+
+
+def test_tensorboard_shows_the_figures(trained):
+    output, _ = trained
+    events = EventAccumulator(str(output / "tensorboard" / "figures"), {"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"curves", "kl_per_latent", "progressive", "reconstructions", "samples"}
+    assert [event.step for event in events.Images("samples")] == [2, 4]
 
 
 def test_tensorboard_shows_training_and_validation(trained):
@@ -225,14 +235,14 @@ def test_validation_augments_only_when_asked(cohort, tmp_path):
     for flag in (False, True):
         train(cohort, tmp_path / str(flag), epochs=1, augment_validation=flag, train_fraction=0.5)
         rows = csv.DictReader((tmp_path / str(flag) / "history.csv").open())
-        values.append([row["value"] for row in rows if (row["part"], row["quantity"]) == ("validation", "mse")])
+        values.append([row["mse"] for row in rows if row["part"] == "validation"])
     assert values[0] != values[1]
 
 
 def test_val_interval_figure_interval_and_figure_scans(cohort, tmp_path):
     train(cohort, tmp_path, epochs=2, val_interval=2, figure_interval=2, figure_scans=1)
     rows = csv.DictReader((tmp_path / "history.csv").open())
-    assert [r["epoch"] for r in rows if (r["part"], r["quantity"]) == ("validation", "mse")] == ["0", "2"]
+    assert [row["epoch"] for row in rows if row["part"] == "validation"] == ["0", "2"]
     drawn = sorted(path.name for path in (tmp_path / "figures").glob("reconstructions*"))
     assert drawn == ["reconstructions_epoch=0002.png"]
 

@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from ignite.handlers.tqdm_logger import ProgressBar
+from matplotlib.image import imread
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
@@ -25,6 +26,7 @@ from scripts.utils.names import image_caption
 from scripts.utils.nifti import save_nifti
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +108,8 @@ class Progress:
 class History:
     """The record of a run: every quantity against updates, for training and validation.
 
-    It is part of the checkpoint, and written to ``history.csv`` (one row a quantity, part and epoch) as it grows; with
-    several processes by the first of them, the losses those of all.
+    It is part of the checkpoint, and written to ``history.csv`` as it grows, one row per epoch and part
+    (training, validation), one column per quantity; with several processes by rank 0, the losses those of all.
 
     Args:
         path: of the CSV file.
@@ -161,8 +163,16 @@ class History:
         self.rows += [(part, name, state.epoch, state.updates, float(value)) for name, value in scalars.items()]
         if idist.get_rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = ((*key, f"{value:.8g}") for *key, value in self.rows)
-            write_csv(self.path, ("part", "quantity", "epoch", "update", "value"), rows)
+            write_csv(self.path, *self.table())
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows of the CSV file; a cell is empty where a part lacks a quantity."""
+        quantities = list(dict.fromkeys(name for _, name, *_ in self.rows))
+        found: dict[tuple[str, int, int], dict[str, str]] = {}
+        for part, name, epoch, update, value in self.rows:
+            found.setdefault((part, epoch, update), {})[name] = f"{value:.8g}"
+        rows = [[*key, *(values.get(name, "") for name in quantities)] for key, values in found.items()]
+        return ["part", "epoch", "update", *quantities], rows
 
     def series(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """``{quantity: {"training": [(update, value)], "validation": ...}}``."""
@@ -202,12 +212,14 @@ class Figures:
     """Draw what the averaged network does, every ``figure_interval`` epochs and at the end.
 
     Into ``output_dir``: ``reconstructions``, ``progressive`` (from the coarsest level alone to all), ``samples`` at
-    several temperatures (also as NIfTI), ``curves`` and ``kl_per_latent``, each a PNG named by its epoch.
+    several temperatures (also as NIfTI), ``curves`` and ``kl_per_latent``, each a PNG named by its epoch. TensorBoard
+    shows the same.
 
     Args:
         network: the averaged network.
         dataset: of held-out scans, of which the first ``figure_scans`` are drawn.
         history: the run's record.
+        log_dir: of TensorBoard; None leaves it out.
         temperatures: of the samples; 3 each.
         device: to run the network on.
     """
@@ -224,7 +236,10 @@ class Figures:
         temperatures: Sequence[float] = (0.4, 0.7, 1.0),
         device: torch.device | str = "cpu",
         seed: int = 0,
+        log_dir: str | os.PathLike | None = None,
     ) -> None:
+        self.log_dir = log_dir
+        self._writer: SummaryWriter | None = None
         self.output_dir = Path(output_dir)
         self.network = unwrap(network)
         self.dataset = dataset
@@ -246,7 +261,23 @@ class Figures:
         if state.epoch % self.figure_interval and state.epoch != state.max_epochs:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.draw(f"epoch={state.epoch:04d}")
+        suffix = f"epoch={state.epoch:04d}"
+        self.draw(suffix)
+        if self.log_dir is not None:
+            self._show(suffix, state.updates)
+
+    def _show(self, suffix: str, update: int) -> None:
+        """Give TensorBoard the figures of this ending."""
+        self._writer = self._writer or SummaryWriter(self.log_dir)
+        for path in sorted(self.output_dir.glob(f"*_{suffix}.png")):
+            name = path.name.removesuffix(f"_{suffix}.png")
+            self._writer.add_image(name, imread(path), update, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
 
     @torch.no_grad()
     def draw(self, suffix: str) -> None:
