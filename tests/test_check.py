@@ -210,6 +210,17 @@ def test_two_kinds_of_scan_in_one_cohort_are_both_good(dataset, tmp_path):
     assert report.passed, [scan.reasons for scan in report.scans]
 
 
+def test_another_field_of_view_among_equal_ones_is_named(dataset, tmp_path):
+    for index in range(12):
+        shutil.copy(dataset[0] / f"sub-{index:04d}_FLAIR.nii.gz", tmp_path)
+    nifti = nib.load(dataset[0] / "sub-0012_FLAIR.nii.gz")
+    save(tmp_path / "padded.nii", np.pad(np.asarray(nifti.dataobj), [(0, 0), (0, 4), (0, 0)]), nifti.affine)
+    report = check(tmp_path, output_dir=tmp_path / "report", workers=1)
+    (found,) = (scan for scan in report.scans if scan.verdict != "good")
+    assert found.path == "padded.nii"
+    assert any("field of view" in reason and "are usual" in reason for reason in found.reasons), found.reasons
+
+
 def test_two_scans_are_not_compared_with_each_other(dataset, tmp_path):
     shutil.copy(dataset[0] / "noise.nii.gz", tmp_path)
     shutil.copy(dataset[0] / "inverted.nii.gz", tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scripts.data.geometry import differences, mixed_voxel_sizes, usual_voxel_size
 from scripts.data.inspection import Scan
+from scripts.data.scan_grid import usual_field_of_view
 
 __all__ = ["MIN_COHORT", "compare_geometry", "compare_looks"]
 
@@ -109,8 +110,12 @@ def compare_geometry(
         else:
             _flag_sizes(scans, "coarsest voxel", lambda scan: max(scan.spacing))
     if field_of_view is None:
-        _flag_sizes(scans, "field of view", lambda scan: max(scan.field_of_view))
-        _flag_sizes(scans, "field of view", lambda scan: min(scan.field_of_view))
+        usual_view = usual_field_of_view([scan.geometry for scan in scans])
+        if usual_view is not None:
+            _flag_differences(scans, "are usual", field_of_view=usual_view)
+        else:
+            _flag_sizes(scans, "field of view", lambda scan: max(scan.field_of_view))
+            _flag_sizes(scans, "field of view", lambda scan: min(scan.field_of_view))
 
 
 def _limits(values: Sequence[float], least: float) -> tuple[float, float]:

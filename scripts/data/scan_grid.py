@@ -23,7 +23,14 @@ from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.parallel import choose_workers, run_parallel
 
-__all__ = ["ScanGrid", "choose_grid", "field_of_view_differences", "find_alignment", "place_differences"]
+__all__ = [
+    "ScanGrid",
+    "choose_grid",
+    "field_of_view_differences",
+    "find_alignment",
+    "place_differences",
+    "usual_field_of_view",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +137,7 @@ def _choose(
     box = _common_box(scans) if world and scans else None
     foreground = [np.median(centres, axis=0).tolist(), _spread(centres).tolist()] if centres else None
     logger.info("%s. %s (scan_grid %s).", _sentence(box), reason, scan_grid)
-    return ScanGrid(box, foreground, _usual_field_of_view(geometries))
+    return ScanGrid(box, foreground, usual_field_of_view(geometries))
 
 
 def _sentence(box: Sequence[Sequence[float]] | None) -> str:
@@ -200,7 +207,8 @@ def _common_box(scans: Sequence[_Scan]) -> list[list[float]]:
     return [centre.tolist(), size.tolist()]
 
 
-def _usual_field_of_view(geometries: Sequence[Mapping[str, Any]]) -> list[float] | None:
+def usual_field_of_view(geometries: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """The field of view in mm that nearly all scans of a cohort have; None where they have several."""
     if not geometries:
         return None
     usual = np.median([geometry["field_of_view"] for geometry in geometries], axis=0).tolist()
