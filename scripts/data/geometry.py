@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple
 from nibabel.orientations import aff2axcodes, io_orientation
 from scripts.utils.formats import NIFTI_SUFFIXES
 
@@ -225,9 +225,10 @@ def per_axis(name: str, sizes: Sequence[float] | float, rank: int) -> tuple[floa
     Raises:
         ValueError: there are neither one nor ``rank``.
     """
-    if len(ensure_tuple(sizes)) not in (1, rank):
+    numbers = ensure_tuple(sizes)
+    if len(numbers) not in (1, rank):
         raise ValueError(f"{name} is {sizes!r}, but scans have {rank} axes: give one number per axis, or one for all.")
-    return ensure_tuple_rep(sizes, rank)
+    return numbers if len(numbers) == rank else numbers * rank
 
 
 def differences(

@@ -22,7 +22,7 @@ REMEDIES = {
     errno.EACCES: "must not be read or written by you (permission denied): name another, or change its permissions",
     errno.EPERM: "must not be changed by you (operation not permitted): name another, or change its permissions",
     errno.EROFS: "is on a read-only file system: name another place",
-    errno.EEXIST: "exists already: name another place, or remove it",
+    errno.EEXIST: "exists already, and is not what is needed there: name another",
     errno.EISDIR: "is a folder where a file is expected: name a file",
     errno.ENOTDIR: "is a file, or lies in one, where a folder is expected: name a folder",
 }

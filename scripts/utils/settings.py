@@ -43,6 +43,8 @@ LEAST = {
     "seed": 0,
     "val_interval": 1,
 }
+OBJECTS = {"device": "$torch.device('cuda:0')", "amp_dtype": "$torch.bfloat16"}
+NOT_NEGATIVE = ("anomaly_smoothing", "learning_rate", "sample_temperature", "temperature", "weight_penalty")
 
 
 def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
     Raises:
         ValueError: the command line sets a key that no config file has (MONAI would add it, and nothing would happen),
             gives a string instead of True or False, such as ``false``, which counts as true, or instead of a number or
-            list, or gives a number that makes no sense; or there is no such job.
+            list, or gives a value that makes no sense; or there is no such job.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _options(arguments)
@@ -81,7 +83,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
         config[key] = _literal(value)
         if (key, value) != ("resume", "auto"):
             _check_type(key, before, config[key])
-    _check_numbers(config)
+    _check_values(config)
     return config
 
 
@@ -101,7 +103,7 @@ def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[s
 
 def _check_type(key: str, before: Any, value: Any) -> None:
     """Refuse a text where a config file has a truth value, a number or a list."""
-    if not isinstance(value, str) or value.startswith(("$", "@", "%")):
+    if not _is_text(value):
         return
     if isinstance(before, bool):
         raise ValueError(f"--{key} {value}: write True or False.")
@@ -111,11 +113,23 @@ def _check_type(key: str, before: Any, value: Any) -> None:
         raise ValueError(f'--{key} {value}: write a list, such as "{before}".')
 
 
-def _check_numbers(config: dict[str, Any]) -> None:
-    """Refuse numbers that make no sense where the libraries that get them don't name the key, or accept them."""
+def _is_text(value: Any) -> bool:
+    """Whether a value stays the text that it is, and is no expression, reference or part of another file."""
+    return isinstance(value, str) and not value.startswith(("$", "@", "%"))
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Refuse values that make no sense where the libraries that get them don't name the key, or accept them."""
     for key, least in LEAST.items():
-        if not isinstance(config.get(key), str | None):  # expressions are strings
+        if not isinstance(config.get(key), str | None):  # a text was refused before, and expressions are texts
             check_integer(key, config[key], least)
+    for key in NOT_NEGATIVE:
+        value = config.get(key)
+        if _is_text(value) or (isinstance(value, int | float) and value < 0):
+            raise ValueError(f"{key} is {value!r}, but must be a number, 0 or more.")
+    for key, example in OBJECTS.items():
+        if _is_text(config.get(key)):
+            raise ValueError(f"{key} is '{config[key]}': write it as Python's, such as \"{example}\".")
     shape = config.get("spatial_shape")
     if isinstance(shape, list):
         for size in shape:
