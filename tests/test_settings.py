@@ -70,7 +70,7 @@ def test_an_expression_may_stand_for_a_number_or_list():
 
 @pytest.mark.parametrize("words", [["run", "trainning"], ["run", "--run_id", "trainning"]])
 def test_an_unknown_job_is_refused_before_anything_is_read(words):
-    with pytest.raises(ValueError, match="no job 'trainning'; the nearest that exists is 'training'"):
+    with pytest.raises(ValueError, match="no job 'trainning'; those that exist are run, training\\."):
         command_line_config([*words, "--config_file", CONFIG])
 
 

@@ -32,6 +32,7 @@ MONAI_ARGUMENTS = {
     "bundle_root",
     "_meta_",
 }
+NO_JOBS = ("imports", "initialize", "finalize")
 # whole numbers, and the least that makes sense
 LEAST = {
     "batch_size": 1,
@@ -97,8 +98,13 @@ def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[s
     named = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("--") else "run"
     job = options.get("run_id", named)
     if job not in config:
-        nearest = difflib.get_close_matches(job, config, n=1, cutoff=0.0)[0]
-        raise ValueError(f"The config files have no job '{job}'; the nearest that exists is '{nearest}'.")
+        jobs = [key for key in config if key not in NO_JOBS and _is_job(config[key])]
+        raise ValueError(f"The config files have no job '{job}'; those that exist are {', '.join(jobs)}.")
+
+
+def _is_job(value: Any) -> bool:
+    """Whether a value of a config is a list of expressions, or refers to such a list."""
+    return value == "@run" or (isinstance(value, list) and all(str(step).startswith("$") for step in value))
 
 
 def _check_type(key: str, before: Any, value: Any) -> None:
