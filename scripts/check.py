@@ -16,25 +16,24 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import delayed
-from monai.utils import ensure_tuple
-from scripts.data.check_report import Report, contact_sheet, summary, table, write_rows
-from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
 from scripts.data.datalist import find_scans
-from scripts.data.inspection import THUMBNAIL, Scan, inspect_scan
 from scripts.data.subjects import subject_names
-from scripts.data.transforms import CheckScand
-from scripts.data.unmatched import find_unmatched
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
 from scripts.utils.files import as_folder
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
 
-__all__ = ["Report", "Scan", "check"]
+# What reads scans takes 6 s to import, MONAI most of it: check imports it when its arguments have been understood.
+if TYPE_CHECKING:
+    from scripts.data.check_report import Report
+    from scripts.data.inspection import Scan
+
+__all__ = ["check"]
 
 
 def check(
@@ -73,8 +72,14 @@ def check(
     """
     _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
     root = Path(str(dataset_dir)).expanduser()
-    files = [[Path(path) for path in ensure_tuple(found)] for found in find_scans(root, scan_pattern)]
+    files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
+
+    from scripts.data.check_report import Report, contact_sheet, write_rows
+    from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
+    from scripts.data.inspection import THUMBNAIL, inspect_scan
+    from scripts.data.transforms import CheckScand
+    from scripts.data.unmatched import find_unmatched
 
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
     suffixes, passed_over = find_unmatched(root, {name for scan in names for name in scan})
@@ -125,7 +130,7 @@ def _check_arguments(
     if not isinstance(strict, bool):
         raise ValueError(f"strict is {strict!r}, but must be True or False.")
     for name, value in (("spacing", spacing), ("field_of_view", field_of_view)):
-        sizes = ensure_tuple(value)
+        sizes = value if isinstance(value, list | tuple) else [value]
         if value is not None and not (
             (isinstance(value, numbers.Real) or len(sizes) == spatial_dims)
             and all(isinstance(s, numbers.Real) and not isinstance(s, bool) and 0 < s < math.inf for s in sizes)
@@ -155,6 +160,8 @@ def main() -> None:
         report = run("python -m scripts.check", check)
     except KeyboardInterrupt:
         sys.exit("Stopped; no report was written.")
+    from scripts.data.check_report import summary, table
+
     print(table([*report.scans, *report.passed_over]))
     print(summary(report))
     sys.exit(0 if report.passed else 1)

@@ -32,7 +32,6 @@ from scripts.data.phantom_images import (
 )
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
-from scripts.utils.distributed import from_rank_zero
 from scripts.utils.files import as_folder, write_bytes, write_text
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -94,6 +93,8 @@ def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike
     """
     if dataset_dir != phantom_dir:
         return str(dataset_dir)
+    from scripts.utils.distributed import from_rank_zero  # Ignite comes with it, 700 modules, and no command needs it
+
     return from_rank_zero(make_brains, phantom_dir, count)
 
 

@@ -15,21 +15,21 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from joblib import cpu_count, delayed
-from matplotlib.figure import Figure
-from matplotlib.image import imread
-from scripts.data.alignment import judge
 from scripts.data.datalist import find_scans
-from scripts.data.preparation import METHOD, Job, prepare_scan, read_record
 from scripts.utils.arguments import check_integer, check_number
 from scripts.utils.command_line import run
 from scripts.utils.files import write_csv, write_text, write_whole
 from scripts.utils.formats import IMAGE_SUFFIXES, without_image_suffix
 from scripts.utils.parallel import run_parallel
 
-__all__ = ["Prepared", "judge", "prepare"]
+# What reads scans takes 7 s to import, MONAI most of it: prepare imports it when its arguments have been understood.
+if TYPE_CHECKING:
+    from scripts.data.preparation import Job
+
+__all__ = ["Prepared", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,10 @@ def prepare(
     inner, outer = folder.resolve(), root.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise ValueError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
+
+    from scripts.data.alignment import judge
+    from scripts.data.preparation import METHOD, Job, read_record
+
     settings = {
         "method": METHOD,
         "spacing": float(spacing),
@@ -110,6 +114,8 @@ def prepare(
 
 def _run(jobs: Sequence[Job], workers: int | None, total: int) -> dict[str, str]:
     """Prepare scans in parallel; returns the reasons of failures by name."""
+    from scripts.data.preparation import prepare_scan
+
     if not jobs:
         logger.info("All %d scans are prepared already.", total)
         return {}
@@ -163,6 +169,9 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
 
 def _contact_sheet(path: Path, rows: Sequence[dict[str, Any]], jobs: dict[str, Job]) -> None:
     """Draw the pictures of these scans, three per line."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
     across = min(3, len(rows))
     down = math.ceil(len(rows) / across)
     figure = Figure((6.3 * across, 2.75 * down), dpi=100, facecolor="black", layout="constrained")

@@ -13,7 +13,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose
 from monai.utils import set_determinism
 
-from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand
+from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand, try_augmentations
 from scripts.data.scan_grid import ScanGrid
 from scripts.training.seeding import SeededDataset
 
@@ -258,3 +258,28 @@ def test_slices_are_augmented_too(shape):
     image = parser.get_parsed_content("train#preprocessing")({"image": MetaTensor(torch.rand(1, *shape))})["image"]
     assert image.shape == (1, *shape)
     assert torch.isfinite(image).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("affine", {"rotate_range": "a"}, "augmentation#affine cannot be applied"),
+        ("elastic", {"sigma_range": 5}, "augmentation#elastic cannot be applied"),
+        ("blur", {"sigma_x": [1]}, r"augmentation#blur cannot be applied \(list index out of range\)"),
+        ("noise", {"std": -1}, r"augmentation#noise cannot be applied \(scale < 0\)"),
+    ],
+)
+def test_wrong_arguments_are_found_before_training(name, change, words):
+    parser = parse()
+    parser["augmentation"][name].update(change)
+    with pytest.raises(ValueError, match=words):
+        try_augmentations(parser.get_parsed_content("augmentation"), 1, 3)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_trial_leaves_augmentations_and_random_numbers_as_they_are(axes):
+    transforms = parse(spatial_shape=[32] * axes).get_parsed_content("augmentation")
+    state = torch.get_rng_state()
+    try_augmentations(transforms, 2, axes)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {transform.prob for transform in transforms.values()} == {0.1}

@@ -43,12 +43,35 @@ def test_another_program_has_no_command_line():
         (["--augmentation#spik", "None"], ["'augmentation' has no 'spik'", "'spike'"]),
         (["--train#handlers#40#seed", "1"], ["'train#handlers' is a list of"]),
         (["--epochs#last", "1"], ["'epochs' is no section, it is 100"]),
+        (["--batch_size", "many"], ["--batch_size many: write a number, such as 8"]),
+        (["--learning_rate=fast"], ["--learning_rate fast: write a number, such as 0.002"]),
+        (["--spatial_shape", "32x32x32"], ['--spatial_shape 32x32x32: write a list, such as "[32, 32, 32]"']),
+        (["--spatial_shape", "32"], ["spatial_shape is 32: give the voxels along each axis"]),
+        (["--spatial_shape", "[32,32,0]"], ["spatial_shape: a size is 0", "1 or more"]),
+        (["--batch_size", "0"], ["batch_size is 0", "1 or more"]),
+        (["--batch_size", "2.5"], ["batch_size is 2.5", "whole number"]),
+        (["--num_workers", "-1"], ["num_workers is -1", "0 or more"]),
+        (["--learning_rate", "-0.1"], ["learning_rate is -0.1", "0 or more"]),
+        (["--device", "cuda"], ["device is 'cuda'", "$torch.device('cuda:0')"]),
+        (["--amp_dtype", "bfloat16"], ["amp_dtype is 'bfloat16'", "$torch.bfloat16"]),
     ],
 )
 def test_a_misspelt_key_or_word_is_named(arguments, words):
     with pytest.raises(ValueError) as error:
         command_line_config(["run", "training", "--config_file", CONFIG, *arguments])
     assert all(word in str(error.value) for word in words)
+
+
+def test_an_expression_may_stand_for_a_number_or_list():
+    words = ["--batch_size", "$2 * 4", "--spatial_shape", "$[32] * 3", "--epochs", "@batch_size"]
+    config = command_line_config(["run", "--config_file", CONFIG, *words])
+    assert [config["batch_size"], config["spatial_shape"], config["epochs"]] == words[1::2]
+
+
+@pytest.mark.parametrize("words", [["run", "trainning"], ["run", "--run_id", "trainning"]])
+def test_an_unknown_job_is_refused_before_anything_is_read(words):
+    with pytest.raises(ValueError, match="no job 'trainning'; those that exist are run, training\\."):
+        command_line_config([*words, "--config_file", CONFIG])
 
 
 def test_resume_is_true_false_or_auto():

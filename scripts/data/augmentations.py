@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ from monai.transforms import MapTransform, RandAffined, RandomizableTransform, R
 from monai.transforms.utils import create_grid
 from scipy import ndimage
 
-__all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandTorchIOScand"]
+__all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandTorchIOScand", "try_augmentations"]
+
+TRIAL_SIZE = 16  # voxels along each axis of the image that each augmentation is tried on: all together take 0.4 s
 
 
 class RandAffineScand(RandAffined):
@@ -177,3 +180,24 @@ class RandTorchIOScand(RandomizableTransform, MapTransform):
             image = images[key]
             d[key] = MetaTensor(changed).copy_meta_from(image) if isinstance(image, MetaTensor) else changed
         return d
+
+
+def try_augmentations(augmentation: Mapping[str, RandomizableTransform], channels: int, spatial_dims: int) -> None:
+    """Apply each augmentation to an image once: many arguments are read only when a scan is drawn, hours later perhaps.
+
+    Args:
+        augmentation: the random transforms by name; they are left as they are.
+        channels, spatial_dims: of the scans.
+
+    Raises:
+        ValueError: one cannot be applied; the sentence names it.
+    """
+    image = MetaTensor(torch.rand(channels, *(TRIAL_SIZE,) * spatial_dims, generator=torch.Generator().manual_seed(0)))
+    with torch.random.fork_rng(devices=[]):  # TorchIO draws from PyTorch's own state
+        for name, transform in augmentation.items():
+            certain = copy.deepcopy(transform).set_random_state(0)
+            certain.prob = 1.0
+            try:
+                certain({"image": image.clone()})
+            except Exception as error:  # of MONAI, TorchIO or NumPy, whatever they raise
+                raise ValueError(f"augmentation#{name} cannot be applied ({error}): change its arguments.") from error

@@ -24,7 +24,7 @@ from scripts.data import geometry
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
-from scripts.utils.files import check_archive, write_csv, write_whole
+from scripts.utils.files import as_folder, check_archive, write_csv, write_whole
 from scripts.utils.formats import file_states
 from scripts.utils.names import image_path
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -62,7 +62,7 @@ class ScanCache(PersistentDataset):
         cache_dir: str | os.PathLike | None,
         half_precision: bool = False,
     ) -> None:
-        super().__init__(data, transform, cache_dir)
+        super().__init__(data, transform, None if cache_dir is None else as_folder("cache_dir", cache_dir))
         self.half_precision = half_precision
         steps = self.transform.flatten().transforms
         # of the bundle's own transforms, and of what they use; that of MONAI's changes with its version
@@ -113,7 +113,7 @@ class ScanCache(PersistentDataset):
         try:
             image = self.transform({"image": self.data[index]["image"]})["image"]
         except RuntimeError as error:  # Compose wraps the error in its own
-            raise error.__cause__ if isinstance(error.__cause__, ScanError) else error from None
+            raise error.__cause__ or error from None
         return {
             "image": image.as_tensor().to(torch.float16 if self.half_precision else torch.float32).contiguous(),
             "affine": image.affine,

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from monai.data import load_decathlon_datalist
 from scripts.data.subjects import session_name, split_by_subject, subject_rule
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
@@ -380,5 +379,8 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
         if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("image") for e in entries):
             raise ValueError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
         if entries:
+            # the commands that only look for scans do without MONAI, which takes seconds to import
+            from monai.data import load_decathlon_datalist
+
             sides[side] = load_decathlon_datalist(path, is_segmentation=False, data_list_key=side)
     return sides

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple
 from nibabel.orientations import aff2axcodes, io_orientation
 from scripts.utils.formats import NIFTI_SUFFIXES
 
@@ -28,6 +28,7 @@ __all__ = [
     "grid_box",
     "header_problems",
     "mixed_voxel_sizes",
+    "per_axis",
     "usual_voxel_size",
     "world_axes",
 ]
@@ -213,6 +214,23 @@ def _same_size(affine: np.ndarray, zooms: Sequence[float]) -> bool:
     return np.allclose(affine_to_spacing(affine)[: len(zooms)], zooms)
 
 
+def per_axis(name: str, sizes: Sequence[float] | float, rank: int) -> tuple[float, ...]:
+    """A number for each axis of a scan.
+
+    Args:
+        name: of the setting that holds the numbers, for the message.
+        sizes: one for each axis, or one for all.
+        rank: how many axes a scan has.
+
+    Raises:
+        ValueError: there are neither one nor ``rank``.
+    """
+    numbers = ensure_tuple(sizes)
+    if len(numbers) not in (1, rank):
+        raise ValueError(f"{name} is {sizes!r}, but scans have {rank} axes: give one number per axis, or one for all.")
+    return numbers if len(numbers) == rank else numbers * rank
+
+
 def differences(
     geometry: dict[str, Any],
     spacing: Sequence[float] | float | None = None,
@@ -231,12 +249,15 @@ def differences(
 
     Returns:
         Half sentences, for people.
+
+    Raises:
+        ValueError: what is expected has another number of axes than the scan.
     """
     found = []
     for name, expected in (("spacing", spacing), ("field_of_view", field_of_view)):
         actual = geometry[name]
         if expected is not None:
-            expected = ensure_tuple_rep(expected, len(actual))
+            expected = per_axis(f"expected_{name}", expected, len(actual))
             if not np.allclose(actual, expected, rtol=tolerance, atol=0):
                 what = "voxels" if name == "spacing" else "a field of view"
                 found.append(f"it has {what} of {_millimetres(actual)} where {_millimetres(expected)} are expected")

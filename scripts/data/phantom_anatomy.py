@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scripts.data.random_fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
@@ -127,6 +126,9 @@ def near_ventricles(anatomy: Anatomy, spacing: float) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _atlas(stride: int, spacing: float) -> _Atlas:
     """The template's maps, low-passed for ``spacing`` and kept every ``stride`` mm. About 1 s, 140 MB at stride 1."""
+    # pandas and scikit-learn come with it, 840 modules: not before a brain is made
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+
     loaders = (load_mni152_gm_template, load_mni152_wm_template, load_mni152_template)
     gray, white, t1 = (np.asarray(load(resolution=1).dataobj) for load in loaders)
     brain = (t1 > 0).astype(np.float32)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import SimpleITK
-from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 from scripts.utils.sitk_images import like, to_sitk
 
@@ -53,6 +52,8 @@ class Alignment(NamedTuple):
 @lru_cache(maxsize=1)
 def template() -> SimpleITK.Image:
     """The ICBM152 2009a symmetric T1 average that nilearn ships: 1 mm, float32, 0 outside of the brain, up to 255."""
+    from nilearn.datasets import load_mni152_template  # pandas and scikit-learn come with it: not before it is needed
+
     t1 = load_mni152_template(resolution=1)
     return to_sitk(255 * np.asarray(t1.dataobj), t1.affine)
 

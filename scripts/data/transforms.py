@@ -14,7 +14,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, SpatialResample
-from monai.utils import TraceKeys, ensure_tuple, ensure_tuple_rep
+from monai.utils import TraceKeys, ensure_tuple
 from scipy import ndimage
 from scripts.data.geometry import (
     TOLERANCE,
@@ -27,6 +27,7 @@ from scripts.data.geometry import (
     foreground_place,
     grid_box,
     header_problems,
+    per_axis,
     world_axes,
 )
 from scripts.utils.formats import content_suffix
@@ -274,7 +275,7 @@ class FitShape(SpatialResample):
     def __call__(self, img: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         image = img if isinstance(img, MetaTensor) else MetaTensor(img)
         rank = image.ndim - 1
-        shape = np.array(ensure_tuple_rep(self.spatial_shape, rank))
+        shape = np.array(per_axis("spatial_shape", self.spatial_shape, rank))
         background = image.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * rank)  # each channel has its own
         shifted = image - background
         affine, zoom = self._destination(shifted, shape)

@@ -39,6 +39,7 @@ def list_pair(
 
     Raises:
         ValueError: when there are not two.
+        FileNotFoundError: when one does not exist.
     """
     if scans_between is None:
         scans = [scan["image"] for scan in list_scans(dataset_dir, scan_pattern)[:2]]
@@ -51,6 +52,9 @@ def list_pair(
         )
     else:
         scans = list(scans_between)
+        for path in (path for scan in scans for path in ensure_tuple(scan)):
+            if not Path(path).expanduser().exists():
+                raise FileNotFoundError(f"scans_between: '{path}' does not exist: give the paths of two scans.")
     return [{"image": scans[0], "second": scans[1]}]
 
 

@@ -89,12 +89,15 @@ def list_coordinates(
 
     Raises:
         ValueError: there is no population prior, no file is named, or a row cannot be used.
+        FileNotFoundError: there is no such file.
     """
     if prior is None:
         raise ValueError(f"decode_coordinates needs a population prior beside --ckpt, or by --prior: {FIT_IT}.")
     if path is None:
         raise ValueError("coordinates is not set: set --coordinates to a table such as the coordinates.csv of encode.")
     names = [f"c{i:03d}" for i in range(prior.factors)]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"coordinates '{path}' does not exist: set --coordinates to a table of encode's.")
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or ())

@@ -9,21 +9,23 @@ from functools import wraps
 from typing import Any
 
 import fire
+from scripts.utils.errors import show_root_cause
 
 
 def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
     """Call a function with the arguments that the command line gives, and return what it returns.
 
     Nothing is called until every argument is understood (Fire itself calls first and reports a misspelt option
-    afterwards). A ``ValueError`` or ``OSError`` ends the program with its message and exit code 1.
+    afterwards). An error ends the program as :py:func:`scripts.utils.errors.show_root_cause` says.
 
     Args:
         program: how the program is called, such as ``python -m scripts.phantoms``.
         commands: the function, or several by name, of which the first argument chooses one.
 
     Raises:
-        SystemExit: the arguments are not understood, or the function raises a ``ValueError`` or an ``OSError``.
+        SystemExit: the arguments are not understood.
     """
+    show_root_cause()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def noted(function: Callable) -> Callable[..., list]:
@@ -38,7 +40,4 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
     if not isinstance(request, list):
         sys.exit(f"Say which of {', '.join(commands)}; --help says more.")
     function, args, kwargs = request
-    try:
-        return function(*args, **kwargs)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
+    return function(*args, **kwargs)

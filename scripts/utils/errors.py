@@ -1,27 +1,130 @@
-"""Errors as a run shows them."""
+"""Errors as a command shows them: a sentence, and the traceback where it may be of use."""
 
 from __future__ import annotations
 
+import ast
+import dis
+import errno
+import re
 import sys
+from pathlib import Path
 from types import TracebackType
 
-__all__ = ["show_root_cause"]
+__all__ = ["is_refusal", "root_cause", "sentence", "show_root_cause"]
 
-# how the messages of MONAI's errors begin that wrap one of ours
+SCRIPTS = str(Path(__file__).parents[1])
+# how the messages of MONAI's errors begin that wrap the one behind them
 MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
+# where MONAI calls what a config names: an error right there is about the config, and its traceback says no more
+CONFIG_MACHINERY = ("<string>", "monai/utils/module.py", "monai/bundle/")
+REMEDIES = {
+    errno.ENOENT: "does not exist: check the path",
+    errno.EACCES: "must not be read or written by you (permission denied): name another, or change its permissions",
+    errno.EPERM: "must not be changed by you (operation not permitted): name another, or change its permissions",
+    errno.EROFS: "is on a read-only file system: name another place",
+    errno.EEXIST: "exists already, and is not what is needed there: name another",
+    errno.EISDIR: "is a folder where a file is expected: name a file",
+    errno.ENOTDIR: "is a file, or lies in one, where a folder is expected: name a folder",
+}
 
 
-def show_root_cause() -> None:
-    """End tracebacks with the sentence of the first error, which MONAI's config parser wraps in errors of its own."""
+def show_root_cause(debug: bool = False) -> None:
+    """End this program, when an error does, with the sentence of the error behind those that MONAI wraps around it.
+
+    An error that is nobody's mistake but the program's comes with its traceback, the sentence before and after it.
+
+    Args:
+        debug: show the traceback of every error.
+    """
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("\nStopped before the end; what was saved before is whole.", file=sys.stderr)
             return
-        sys.__excepthook__(kind, error, trace)
-        root = error
-        while root.__cause__ is not None and str(root).startswith(MONAI_WRAPPINGS):
-            root = root.__cause__
-        print(f"\nError: {root}", file=sys.stderr)
+        text = f"Error: {sentence(error)}"
+        print(text, file=sys.stderr)
+        if debug or not is_refusal(error):
+            print(file=sys.stderr)
+            sys.__excepthook__(kind, error, trace)
+            print(f"\n{text}", file=sys.stderr)
 
     sys.excepthook = show
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error behind those that MONAI's config parser and transforms wrap around it."""
+    while _is_wrapping(error):
+        error = error.__cause__
+    return error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is about what somebody gave the program: its sentence then says all, without a traceback.
+
+    Such are what the bundle itself refuses, what the system says of a file, and what a config names wrongly.
+    """
+    root = root_cause(error)
+    place, raised = _origin(root)
+    kind, _ = _of_worker(str(root)) or (type(root).__module__, "")
+    ours = kind.startswith("scripts.") or (place.startswith(SCRIPTS) and raised)
+    return ours or (isinstance(root, OSError) and root.errno in REMEDIES) or _names(place, CONFIG_MACHINERY)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, with the part of the config where it came up if it does not say it itself."""
+    root = root_cause(error)
+    if isinstance(root, OSError) and root.errno is not None:
+        if root.filename is not None:
+            return f"'{root.filename}' {REMEDIES.get(root.errno, f'cannot be used ({root.strerror})')}."
+        return f"{root.strerror}."
+    place, raised = _origin(root)
+    if place.startswith(SCRIPTS) and raised:
+        return str(root)
+    kind, text = _of_worker(str(root)) or (type(root).__name__, str(root))
+    text = text.split("\n\nFor details about installing")[0]  # of MONAI's, on an import that failed
+    if kind.startswith("scripts."):
+        return text
+    return f"{_context(error)}{kind.split('.')[-1]}: {text}"
+
+
+def _is_wrapping(error: BaseException) -> bool:
+    return error.__cause__ is not None and str(error).startswith(MONAI_WRAPPINGS)
+
+
+def _names(place: str, parts: tuple[str, ...]) -> bool:
+    return any(part in place.replace("\\", "/") for part in parts)
+
+
+def _origin(error: BaseException) -> tuple[str, bool]:
+    """The file in which an error came up, and whether a ``raise`` did it (and not a library's or Python's own code)."""
+    trace = error.__traceback__
+    if trace is None:
+        return "", False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    return code.co_filename, code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _of_worker(message: str) -> tuple[str, str] | None:
+    """Type and message of the first error in the traceback that PyTorch makes the message of a loader process's."""
+    if "Original Traceback" not in message:
+        return None
+    errors = re.findall(r"^([\w.]+): (.*)$", message, re.MULTILINE)
+    return next((found for found in errors if not found[1].startswith(MONAI_WRAPPINGS)), None)
+
+
+def _context(error: BaseException) -> str:
+    """The innermost part of a config that failed, for the beginning of a sentence; nothing where there is none."""
+    wrapping = ""
+    while _is_wrapping(error):
+        wrapping = wrapping if str(error).startswith("applying") else str(error)
+        error = error.__cause__
+    component = re.match(r"Failed to instantiate component '([^']+)'", wrapping)
+    if component:
+        return f"in the config, {component[1]}: "
+    if wrapping:
+        expression = ast.literal_eval(wrapping.split("\n", 1)[1].strip())  # as pprint writes it
+        expression = re.sub(r"__local_refs\['([^']+)'\]", r"@\1", expression).replace("::", "#")
+        return f"in the config, {expression}: "
+    return ""

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monai.utils import ImageMetaKey, ensure_tuple
-
 __all__ = ["image_caption", "image_path", "item_path", "printable"]
 
 
 def image_path(image: Any, default: Any = "") -> str:
     """The path of a loaded image, which MONAI's readers keep in its metadata; ``default`` for an image without."""
-    return str(getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ, default))
+    return str(getattr(image, "meta", {}).get("filename_or_obj", default))
 
 
 def image_caption(image: Any) -> str:
@@ -24,7 +22,8 @@ def image_caption(image: Any) -> str:
 
 def item_path(item: Mapping[str, Any]) -> str:
     """The path of a datalist item's first (usually only) file, by which the item's results are named."""
-    return ensure_tuple(item["image"])[0]
+    image = item["image"]
+    return image[0] if isinstance(image, list | tuple) else image
 
 
 def printable(name: str) -> str:

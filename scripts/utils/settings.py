@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from scripts.utils.arguments import check_integer
 from scripts.utils.files import write_text
 
 __all__ = ["command_line_config", "given_keys", "save_config"]
@@ -31,6 +32,20 @@ MONAI_ARGUMENTS = {
     "bundle_root",
     "_meta_",
 }
+NO_JOBS = ("imports", "initialize", "finalize")
+# whole numbers, and the least that makes sense
+LEAST = {
+    "batch_size": 1,
+    "epochs": 0,
+    "figure_interval": 0,
+    "figure_scans": 0,
+    "num_workers": 0,
+    "prior_factors": 0,
+    "seed": 0,
+    "val_interval": 1,
+}
+OBJECTS = {"device": "$torch.device('cuda:0')", "amp_dtype": "$torch.bfloat16"}
+NOT_NEGATIVE = ("anomaly_smoothing", "learning_rate", "sample_temperature", "temperature", "weight_penalty")
 
 
 def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -45,12 +60,15 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
 
     Raises:
         ValueError: the command line sets a key that no config file has (MONAI would add it, and nothing would happen),
-            or gives a string instead of True or False, such as ``false``, which counts as true.
+            gives a string instead of True or False, such as ``false``, which counts as true, or instead of a number or
+            list, or gives a value that makes no sense; or there is no such job.
     """
-    options = _options(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _options(arguments)
     if "config_file" not in options:
         return {}
     config = ConfigParser.load_config_files(_literal(options["config_file"]))
+    _check_job(config, arguments, options)
     for key, value in options.items():
         top = key.replace("::", "#").split("#")[0]
         if top in MONAI_ARGUMENTS:
@@ -64,15 +82,66 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
                 f"--{key} {value}: write {spelling}; on the command line '{value}' is a string, which counts as true."
             )
         config[key] = _literal(value)
-        is_string = isinstance(config[key], str) and not value.startswith(("$", "@"))
-        if isinstance(before, bool) and is_string and (key, value) != ("resume", "auto"):
-            raise ValueError(f"--{key} {value}: write True or False.")
+        if (key, value) != ("resume", "auto"):
+            _check_type(key, before, config[key])
+    _check_values(config)
     return config
 
 
 def given_keys() -> set[str]:
     """The keys of the config that this program's command line gives."""
     return {key.replace("::", "#") for key in _options(sys.argv[1:])}
+
+
+def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[str, str]) -> None:
+    """Refuse what no config file calls a job, before anything is read; MONAI would say so after ``initialize``."""
+    named = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("--") else "run"
+    job = options.get("run_id", named)
+    if job not in config:
+        jobs = [key for key in config if key not in NO_JOBS and _is_job(config[key])]
+        raise ValueError(f"The config files have no job '{job}'; those that exist are {', '.join(jobs)}.")
+
+
+def _is_job(value: Any) -> bool:
+    """Whether a value of a config is a list of expressions, or refers to such a list."""
+    return value == "@run" or (isinstance(value, list) and all(str(step).startswith("$") for step in value))
+
+
+def _check_type(key: str, before: Any, value: Any) -> None:
+    """Refuse a text where a config file has a truth value, a number or a list."""
+    if not _is_text(value):
+        return
+    if isinstance(before, bool):
+        raise ValueError(f"--{key} {value}: write True or False.")
+    if isinstance(before, int | float):
+        raise ValueError(f"--{key} {value}: write a number, such as {before}.")
+    if isinstance(before, list):
+        raise ValueError(f'--{key} {value}: write a list, such as "{before}".')
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value stays the text that it is, and is no expression, reference or part of another file."""
+    return isinstance(value, str) and not value.startswith(("$", "@", "%"))
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Refuse values that make no sense where the libraries that get them don't name the key, or accept them."""
+    for key, least in LEAST.items():
+        if not isinstance(config.get(key), str | None):  # a text was refused before, and expressions are texts
+            check_integer(key, config[key], least)
+    for key in NOT_NEGATIVE:
+        value = config.get(key)
+        if _is_text(value) or (isinstance(value, int | float) and value < 0):
+            raise ValueError(f"{key} is {value!r}, but must be a number, 0 or more.")
+    for key, example in OBJECTS.items():
+        if _is_text(config.get(key)):
+            raise ValueError(f"{key} is '{config[key]}': write it as Python's, such as \"{example}\".")
+    shape = config.get("spatial_shape")
+    if isinstance(shape, list):
+        for size in shape:
+            check_integer("spatial_shape: a size", size, 1)
+    elif not isinstance(shape, str | None):
+        raise ValueError(f'spatial_shape is {shape!r}: give the voxels along each axis, such as "[32, 32, 32]".')
 
 
 def _find(config: dict[str, Any], key: str) -> Any:
