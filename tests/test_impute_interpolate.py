@@ -17,9 +17,10 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from benchmarks import imputation as benchmark
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
-from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, pair_masks
+from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
+from scripts.inference.masks import pair_masks
 from scripts.layers.gaussian import noise_from
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]

@@ -1,0 +1,89 @@
+"""Masks of scans: pairing them with scans by their names, and reading them on the grid of their scan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing, to_affine_nd
+from monai.utils import ensure_tuple
+from scripts.data.datalist import as_text, find_by_wildcards, find_scans
+from scripts.data.transforms import LoadScand, ScanError
+from scripts.utils.names import image_path, item_path
+from torch import Tensor
+
+__all__ = ["pair_masks", "read_mask"]
+
+
+def pair_masks(
+    dataset_dir: str | os.PathLike,
+    scan_pattern: str | Sequence[str],
+    mask_dir: str | os.PathLike | None,
+    mask_pattern: str | None = None,
+) -> list[dict[str, Any]]:
+    """The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
+
+    Args:
+        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
+            first names the scan.
+        mask_dir: the folder that holds the masks.
+        mask_pattern: of the masks; None: that of the scans.
+
+    Returns:
+        ``[{"image": path, "mask": path}, ...]``; the mask is None where there is none.
+
+    Raises:
+        ValueError: when ``mask_dir`` is None.
+        FileNotFoundError, NotADirectoryError: when a folder does not exist, nothing matches, or no scan has a mask.
+    """
+    if mask_dir is None:
+        raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
+    scans = find_scans(dataset_dir, scan_pattern)
+    root, masks_root = Path(dataset_dir).expanduser(), Path(mask_dir).expanduser()
+    if not masks_root.is_dir():
+        raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
+    scan_pattern = ensure_tuple(scan_pattern)[0]
+    mask_pattern = mask_pattern or scan_pattern
+    wildcards = {name: key for key, name in find_by_wildcards(root, scan_pattern).items()}
+    masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
+    items = []
+    for scan in scans:
+        paths = ensure_tuple(scan)
+        name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
+        items.append({"image": as_text(scan), "mask": None if name is None else str(masks_root / name)})
+    if all(item["mask"] is None for item in items):
+        raise FileNotFoundError(
+            f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "
+            f"scan(s) and {len(masks)} mask(s), but never with the same text in place of their wildcards, as "
+            f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}' show."
+        )
+    return items
+
+
+def read_mask(path: str, scan: MetaTensor) -> Tensor:
+    """A scan's mask, bool ``[1, *spatial]``: true where the file is above 0.
+
+    Args:
+        path: of the mask.
+        scan: as it was loaded, ``[channels, *spatial]``.
+
+    Raises:
+        ScanError: when the mask cannot be read, has several channels, or lies on another grid than its scan.
+    """
+    mask = LoadScand("mask")({"mask": path})["mask"]
+    rank = scan.ndim - 1
+    affines = [to_affine_nd(rank, image.affine.numpy().astype(float)) for image in (scan, mask)]
+    apart = 1e-2 * affine_to_spacing(affines[0], r=rank).min()
+    if mask.shape[1:] != scan.shape[1:] or not np.allclose(*affines, rtol=0, atol=apart):
+        raise ScanError(
+            f"The mask '{path}' (shape {tuple(mask.shape[1:])}) lies on another grid than its scan "
+            f"'{image_path(scan)}' (shape {tuple(scan.shape[1:])}), or its affine differs: resample it to the scan's "
+            "grid, nearest neighbour."
+        )
+    if len(mask) != 1:
+        raise ScanError(f"The mask '{path}' has {len(mask)} channels: give one, which counts for all the scan's.")
+    return mask.as_tensor() > 0
