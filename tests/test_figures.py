@@ -250,7 +250,7 @@ def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
 @pytest.mark.parametrize("shape", [(16, 16, 16), (16, 16)])
 @pytest.mark.parametrize("count", [1, 5])
 def test_anomalies_are_a_sheet_of_scans_cut_through_their_peaks(tmp_path, monkeypatch, shape, count):
-    drawn, peak = [], (5, 11, 4)[: len(shape)]
+    drawn, peak = [], (6, 10, 5)[: len(shape)]
     monkeypatch.setattr(sheet.Sheet, "picture", lambda self, x, y, box, inch, picture, **style: drawn.append(picture))
 
     def scans():

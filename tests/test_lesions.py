@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.lesions import main as benchmark
 from scripts.data.phantom_lesions import KINDS
-from scripts.inference.detection import average_precision, detect, dice, marked_bins, roc_area, sentences, table
+from scripts.inference.detection import average_precision, best, detect, dice, marked_bins, roc_area, sentences, table
 from scripts.inference.lesions import BINS, DETECTORS, EDGES, GRIDS, LesionCounts, count_voxels, edges, ordered
 from scripts.phantoms import make_brains
 
@@ -159,10 +159,12 @@ def test_the_better_tool_is_named(intensity_finds):
     said = sentences(found)
     assert len(said) == 2
     if intensity_finds:
-        assert "intensity alone finds lesions better than the anomaly map, so use intensity (average" in said[1]
+        assert "intensity alone finds lesions better than the anomaly map: use intensity. Average" in said[1]
         assert found[3].numbers["auroc"][0] == 1
     else:
-        assert "the anomaly map finds lesions better than intensity alone (average precision" in said[0]
+        assert "the anomaly map finds lesions better than intensity alone. Average precision" in said[0]
+        assert "(darker) against" in said[0]
+    assert [(d.grid, d.what) for d in best(found)] == [(grid, what) for grid in GRIDS for what in EDGES]
     assert table(found).count("\n") == 2 + len(found)
 
 
@@ -180,7 +182,15 @@ def test_equal_numbers_are_not_told_apart():
         scan._replace(voxels=dict.fromkeys(GRIDS, dict.fromkeys(EDGES, RNG.integers(1, 9, (2, BINS)))))
         for scan in scans
     ]
-    assert "but the interval of the difference includes 0" in sentences(detect(same, {"all": [True] * 8}))[0]
+    (said, _) = sentences(detect(same, {"all": [True] * 8}))
+    assert "but the interval of the difference includes 0" in said
+    assert "The map does not tell scans with lesions from healthy ones" in said
+
+
+def test_masks_that_no_voxel_is_in_are_said_to_show_nothing():
+    scans = [counted(str(number), False) for number in range(3)]
+    lost = [scan._replace(mask="lesions") for scan in scans[:1]] + scans[1:]
+    assert "no voxel is in a lesion" in sentences(detect(lost, {"all": [True] * 3}, repeats=20))[0]
 
 
 # The job
@@ -301,4 +311,4 @@ def test_the_benchmark_reports_each_kind_on_both_grids(weights, capsys):
     assert sum({d.group: d.lesions for d in found if d.group != "all"}.values()) == 16 - healthy.pop()
     printed = capsys.readouterr().out
     for kind in KINDS:
-        assert f"| {kind} (" in printed and f"{kind}, on the scans' own grid: " in printed
+        assert printed.count(f"| {kind} (") == 2 and f"{kind}, on the scans' own grid: " in printed

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scripts.inference.lesions import DETECTORS, GRIDS, LesionCounts, edges, ordered
 
-__all__ = ["Detection", "average_precision", "detect", "roc_area", "scan_rows", "sentences", "table"]
+__all__ = ["Detection", "average_precision", "best", "detect", "roc_area", "scan_rows", "sentences", "table"]
 
 FALSE_SHARE = 1e-3  # of the healthy scans' voxels that a threshold marks
 NUMBERS = {"average_precision": "average precision of voxels", "dice": "Dice of voxels", "auroc": "AUROC of scans"}
@@ -174,31 +174,47 @@ def scan_rows(scans: Sequence[LesionCounts]) -> tuple[list[str], list[list[str |
     return columns, rows
 
 
+def best(found: Sequence[Detection]) -> list[Detection]:
+    """Of each group and grid the order by which the anomaly map has its best average precision, and the intensity's."""
+    chosen: dict[tuple[str, str, str], Detection] = {}
+    for d in found:
+        before = chosen.setdefault((d.group, d.grid, d.what), d)
+        if d.numbers["average_precision"][0] > before.numbers["average_precision"][0]:
+            chosen[d.group, d.grid, d.what] = d
+    return list(chosen.values())
+
+
 def sentences(found: Sequence[Detection]) -> list[str]:
-    """For each group and grid whether the anomaly map or the intensity is the better tool, by average precision."""
-    said = []
-    for group, grid in dict.fromkeys((d.group, d.grid) for d in found):
-        own = [d for d in found if (d.group, d.grid) == (group, grid)]
-        if own[0].share == 0:
-            said.append(f"{group}, on {GRID_NAMES[grid]}: no voxel is in a lesion, so that nothing can be found.")
+    """Of each group and grid: whether the anomaly map or the intensity finds voxels of lesions better, and scans.
+
+    Average precision decides, each in its best order.
+    """
+    said, pairs = [], iter(best(found))
+    for ours, baseline in zip(pairs, pairs, strict=True):
+        where = f"{ours.group}, on {GRID_NAMES[ours.grid]}:"
+        if ours.share == 0:
+            said.append(f"{where} no voxel is in a lesion, so that nothing can be found.")
             continue
-        best = {
-            what: max((d for d in own if d.what == what), key=lambda d: d.numbers["average_precision"][0])
-            for what in ("anomaly", "intensity")
-        }
-        ours, baseline = (best[what].numbers["average_precision"] for what in ("anomaly", "intensity"))
-        low, high = interval(ours - baseline)
-        verdict = "the anomaly map finds lesions better than intensity alone"
-        if ours[0] <= baseline[0]:
-            verdict = "intensity alone finds lesions better than the anomaly map, so use intensity"
+        values = [d.numbers["average_precision"] for d in (ours, baseline)]
+        low, high = interval(values[0] - values[1])
+        better = values[0][0] > values[1][0]
         if low <= 0 <= high:
-            verdict += " in these scans, but the interval of the difference includes 0"
-        numbers = [f"{ours[0]:.3f}, {best['anomaly'].order}", f"{baseline[0]:.3f}, {best['intensity'].order}"]
-        difference = f"{ours[0] - baseline[0]:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+            tools = ("the anomaly map", "intensity alone") if better else ("intensity alone", "the anomaly map")
+            verdict = f"{tools[0]} is ahead of {tools[1]}, but the interval of the difference includes 0"
+        elif better:
+            verdict = "the anomaly map finds lesions better than intensity alone"
+        else:
+            verdict = "intensity alone finds lesions better than the anomaly map: use intensity"
+        numbers = [f"{v[0]:.3f} ({d.order})" for v, d in zip(values, (ours, baseline), strict=True)]
         said.append(
-            f"{group}, on {GRID_NAMES[grid]}: {verdict} (average precision {' against '.join(numbers)}; difference "
-            f"{difference})."
+            f"{where} {verdict}. Average precision {' against '.join(numbers)}, by chance {ours.share:.4f}; difference "
+            f"{values[0][0] - values[1][0]:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}."
         )
+        area, (low, high) = ours.numbers["auroc"][0], ours.interval("auroc")
+        if low <= 0.5 <= high:
+            said[-1] += (
+                f" The map does not tell scans with lesions from healthy ones (AUROC {area:.3f}, by chance 0.5)."
+            )
     return said
 
 

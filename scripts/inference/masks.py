@@ -42,8 +42,13 @@ def pair_masks(
     """
     if mask_dir is None:
         raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
-    scans = find_scans(dataset_dir, scan_pattern)
     root, masks_root = Path(dataset_dir).expanduser(), Path(mask_dir).expanduser()
+    if root.suffix == ".json":
+        raise NotADirectoryError(
+            f"dataset_dir '{root}' is a datalist, but masks are paired with the scans of a folder: set --dataset_dir "
+            "to the folder, and choose among its scans by --scan_pattern."
+        )
+    scans = find_scans(root, scan_pattern)
     if not masks_root.is_dir():
         raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
     scan_pattern = ensure_tuple(scan_pattern)[0]
