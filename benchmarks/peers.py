@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from scripts.inference.detection import detect
 from scripts.inference.inferers import foreground, image_quality, restored_latent
-from scripts.inference.lesions import LesionCounts, count_voxels, fitted_lesion, with_masks
+from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.networks import OUTPUT_RANGES, VDVAE
@@ -153,7 +153,7 @@ def lesion_scans(folder: Path, preprocess: Compose, **cohort: Any) -> tuple[Tens
     for pair in pairs:
         item = read(pair)
         scans.append(item["image"].as_tensor())
-        lesions.append(fitted_lesion(item))
+        lesions.append(item["lesion_fitted"])
     return torch.stack(scans), torch.stack(lesions)
 
 

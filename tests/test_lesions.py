@@ -16,7 +16,18 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from benchmarks.lesions import main as benchmark
 from scripts.data.phantom_lesions import KINDS
 from scripts.inference.detection import average_precision, best, detect, dice, marked_bins, roc_area, sentences, table
-from scripts.inference.lesions import BINS, DETECTORS, EDGES, GRIDS, LesionCounts, count_voxels, edges, ordered
+from scripts.inference.lesions import (
+    BINS,
+    DETECTORS,
+    EDGES,
+    GRIDS,
+    LesionCounts,
+    count_voxels,
+    edges,
+    ordered,
+    with_masks,
+)
+from scripts.inference.masks import pair_masks, scaled_like
 from scripts.phantoms import make_brains
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
@@ -191,6 +202,15 @@ def test_masks_that_no_voxel_is_in_are_said_to_show_nothing():
     scans = [counted(str(number), False) for number in range(3)]
     lost = [scan._replace(mask="lesions") for scan in scans[:1]] + scans[1:]
     assert "no voxel is in a lesion" in sentences(detect(lost, {"all": [True] * 3}, repeats=20))[0]
+
+
+def test_intensity_on_the_networks_grid_is_its_input_before_it_is_clipped(sick):
+    (item, *_) = pair_masks(sick / "scans", "*_FLAIR.nii.gz", sick / "masks", "*_lesions.nii.gz")
+    read = with_masks(inference_config(spatial_shape=[12, 12, 12]).get_parsed_content("preprocessing"))(item)
+    scaled = scaled_like(read["image"], read["measured_fitted"])
+    torch.testing.assert_close(scaled.clamp(-1, 1), read["image"].as_tensor(), rtol=0, atol=1e-5)
+    assert scaled.max() > 1.01
+    assert read["lesion_fitted"].any() and read["lesion_fitted"].shape == (1, 12, 12, 12)
 
 
 # The job

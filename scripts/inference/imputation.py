@@ -6,21 +6,17 @@ neither through the smoothing of the fit to the network's grid, nor through the 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
-from scripts.data.transforms import FitShape, ScanError, per_channel
-from scripts.inference.masks import read_mask
-from scripts.inference.outputs import scaling_of
+from scripts.data.transforms import ScanError
+from scripts.inference.masks import FitLike, read_mask, scaled_like
 from scripts.utils import figures
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -94,43 +90,16 @@ class FitMaskd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image, missing, observed = d[key], d["missing"], d["observed"]
-            fit = _FitLike(image)
+            fit = FitLike(image)
             averaged = fit(MetaTensor(missing.float(), affine=observed.affine)).as_tensor()
             fitted = (averaged > MISSING_FRACTION) | fit.neighbours(missing, observed.affine)
             if fitted.all():
                 name = image_path(image)
                 raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
             d["missing_fitted"] = fitted
-            info = scaling_of(image)
-            gain, offset = (per_channel(info[k], image) for k in ("gain", "offset"))
             shown = fit(MetaTensor(observed.as_tensor().nan_to_num(), affine=observed.affine)).as_tensor()
-            d["shown"] = (shown - offset) * gain + info["b_min"]
+            d["shown"] = scaled_like(image, shown)
         return d
-
-
-class _FitLike(FitShape):
-    """A fit to the grid of an image that was fitted before."""
-
-    def __init__(self, image: MetaTensor) -> None:
-        super().__init__(image.shape[1:])
-        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
-
-    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rank = len(shape)
-        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
-        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
-
-    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
-        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
-        rank = missing.ndim - 1
-        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
-        voxels = np.argwhere(missing[0].numpy())
-        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
-        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
-        found = np.zeros(self.spatial_shape, bool)
-        for corner in itertools.product((0, 1), repeat=rank):
-            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
-        return torch.from_numpy(found)[None]
 
 
 class FillInd(MapTransform):

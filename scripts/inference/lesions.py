@@ -1,7 +1,7 @@
 """What an anomaly map and the intensity are in the lesions of one scan and beside them, where a mask outlines these.
 
 Each scan's voxels are counted in bins of their values, on two grids: the network's own, and the scan's own with the
-map as it is saved and the mask as it is. So what is kept of a scan, 128 KB in memory and less on disk, does not depend
+map as it is saved and the mask as it is. So what is kept of a scan, 256 KB in memory and less on disk, does not depend
 on its size, and :py:mod:`scripts.inference.detection` needs no more than that.
 """
 
@@ -15,9 +15,8 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, SpatialResample, Transform
-from scripts.data.transforms import per_channel
-from scripts.inference.masks import read_mask
-from scripts.inference.outputs import ScanLayout, scaling_of
+from scripts.inference.masks import FitLike, read_mask, scaled_like
+from scripts.inference.outputs import ScanLayout
 from scripts.utils.files import write_whole
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -26,12 +25,12 @@ __all__ = [
     "DETECTORS",
     "GRIDS",
     "CountVoxels",
+    "FitLesionsd",
     "LesionCounts",
     "ReadLesionsd",
     "SaveCounts",
     "count_voxels",
     "edges",
-    "fitted_lesion",
     "ordered",
     "with_masks",
 ]
@@ -44,10 +43,10 @@ DETECTORS = (
     ("intensity", "brighter"),
     ("intensity", "darker"),
 )
-BINS = 2048
-# Between them. An anomaly, in standard deviations, is kept to 0.7 % (0.007 below 1), and an intensity to 0.2 % of the
+BINS = 4096
+# Between them. An anomaly, in standard deviations, is kept to 0.25 % (0.0025 below 1), an intensity to 0.06 % of the
 # range that scans are scaled to; what lies outside counts in the first or last bin.
-EDGES = {"anomaly": np.sinh(np.linspace(-7, 7, BINS - 1)), "intensity": np.linspace(-1, 3, BINS - 1)}
+EDGES = {"anomaly": np.sinh(np.linspace(-5, 5, BINS - 1)), "intensity": np.linspace(-0.5, 2, BINS - 1)}
 FOREGROUND = 0.05  # of the range that scans are scaled to
 LESION = 0.25  # what a mask must be, interpolated at the centre of a voxel of the network's grid
 PERCENTILE = 99.9  # of the foreground: the score of a scan
@@ -104,7 +103,7 @@ def count_voxels(anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray)
 
     Args:
         anomaly: ``[channels, *spatial]``.
-        intensity: shaped like it, as a share of the range that scans are scaled to.
+        intensity: shaped like it, as a share of the range that scans are scaled to, not clipped.
         lesion: bool ``[1, *spatial]``.
 
     Returns:
@@ -127,9 +126,9 @@ def count_voxels(anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray)
 
 
 def with_masks(preprocessing: Compose) -> Compose:
-    """A preprocessing that begins with loading, and reads the scans' masks right after that."""
+    """A preprocessing, which begins with loading, that also reads the scans' masks, and fits them at its end."""
     load, *others = preprocessing.transforms
-    return Compose([load, ReadLesionsd("image"), *others])
+    return Compose([load, ReadLesionsd("image"), *others, FitLesionsd("image")])
 
 
 class ReadLesionsd(MapTransform):
@@ -158,15 +157,27 @@ class ReadLesionsd(MapTransform):
         return d
 
 
-def fitted_lesion(data: Mapping[Hashable, Any]) -> Tensor:
-    """What :py:class:`ReadLesionsd` read on the network's grid, bool ``[1, *spatial_shape]``: the mask is interpolated.
+class FitLesionsd(MapTransform):
+    """Bring what :py:class:`ReadLesionsd` added to the network's grid.
+
+    Adds ``lesion_fitted``, bool ``[1, *spatial_shape]``, where the mask, interpolated at a voxel's centre, exceeds
+    0.25; and ``measured_fitted``, the scan in its own units: the network's input is clipped, so that its brightest
+    voxels are all the same.
 
     Args:
-        data: with ``image``, the scan on that grid.
+        keys: of the fitted and scaled scan.
     """
-    mask, image = MetaTensor(data["lesion"].float(), affine=data["measured"].affine), data["image"]
-    resample = SpatialResample(mode="bilinear", padding_mode="zeros")
-    return resample(mask, dst_affine=image.affine, spatial_size=image.shape[1:]).as_tensor() > LESION
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        resample = SpatialResample(mode="bilinear", padding_mode="zeros")
+        for key in self.key_iterator(d):
+            image, measured = d[key], d["measured"]
+            mask = MetaTensor(d["lesion"].float(), affine=measured.affine)
+            mask = resample(mask, dst_affine=image.affine, spatial_size=image.shape[1:])
+            fitted = FitLike(image)(MetaTensor(measured.as_tensor().float(), affine=measured.affine))
+            d |= {"lesion_fitted": mask.as_tensor() > LESION, "measured_fitted": fitted.as_tensor()}
+        return d
 
 
 class CountVoxels(Transform):
@@ -186,14 +197,9 @@ class CountVoxels(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         if "lesion" not in data:
             return data
-        image, scan, lesion = data["image"], data["measured"], data["lesion"]
-        if self.grid == "network":
-            lesion, scaled = fitted_lesion(data), image.as_tensor()
-        else:
-            info = scaling_of(image)
-            gain, offset = (per_channel(info[name], scan) for name in ("gain", "offset"))
-            scaled = (scan.as_tensor() - offset) * gain + info["b_min"]  # not clipped
-        intensity = (scaled.numpy() - self.low) / (self.high - self.low)
+        suffix = "_fitted" if self.grid == "network" else ""
+        scaled = scaled_like(data["image"], data["measured" + suffix].as_subclass(Tensor))
+        intensity, lesion = (scaled.numpy() - self.low) / (self.high - self.low), data["lesion" + suffix]
         counts = count_voxels(np.asarray(data["anomaly"]), intensity, lesion.numpy())
         return {**data, ("counts", self.grid): counts}
 

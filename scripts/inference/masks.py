@@ -1,22 +1,25 @@
-"""Masks of scans: pairing them with scans by their names, and reading them on the grid of their scan."""
+"""Masks of scans: pairing them with scans by their names, reading them, and fitting them as their scan was fitted."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple
 from scripts.data.datalist import as_text, find_by_wildcards, find_scans
-from scripts.data.transforms import LoadScand, ScanError
+from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
+from scripts.inference.outputs import scaling_of
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
 
-__all__ = ["pair_masks", "read_mask"]
+__all__ = ["FitLike", "pair_masks", "read_mask", "scaled_like"]
 
 
 def pair_masks(
@@ -92,3 +95,40 @@ def read_mask(path: str, scan: MetaTensor) -> Tensor:
     if len(mask) != 1:
         raise ScanError(f"The mask '{path}' has {len(mask)} channels: give one, which counts for all the scan's.")
     return mask.as_tensor() > 0
+
+
+class FitLike(FitShape):
+    """A fit to the grid of an image that was fitted before."""
+
+    def __init__(self, image: MetaTensor) -> None:
+        super().__init__(image.shape[1:])
+        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
+
+    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rank = len(shape)
+        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
+        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
+
+    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
+        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
+        rank = missing.ndim - 1
+        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
+        voxels = np.argwhere(missing[0].numpy())
+        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
+        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
+        found = np.zeros(self.spatial_shape, bool)
+        for corner in itertools.product((0, 1), repeat=rank):
+            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
+        return torch.from_numpy(found)[None]
+
+
+def scaled_like(image: MetaTensor, values: Tensor) -> Tensor:
+    """Intensities in a scan's own units, ``[channels, *spatial]``, scaled as the scan was, but not clipped.
+
+    Args:
+        image: the preprocessed scan.
+        values: on any grid.
+    """
+    info = scaling_of(image)
+    gain, offset = (per_channel(info[name], values) for name in ("gain", "offset"))
+    return (values - offset) * gain + info["b_min"]
