@@ -196,6 +196,7 @@ def test_equal_numbers_are_not_told_apart():
     (said, _) = sentences(detect(same, {"all": [True] * 8}))
     assert "but the interval of the difference includes 0" in said
     assert "The map does not tell scans with lesions from healthy ones" in said
+    assert ("Neither is of much use" in said) == (best(detect(same, {"all": [True] * 8}))[0].share < 0.1)
 
 
 def test_masks_that_no_voxel_is_in_are_said_to_show_nothing():
