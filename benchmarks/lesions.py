@@ -1,85 +1,96 @@
-"""Do anomaly maps find lesions? Phantoms with planted lesions, the bundle's map beside two baselines.
+"""Do anomaly maps find lesions? Phantoms with planted lesions of several kinds, the map beside the intensity alone.
 
     python -m benchmarks.lesions --config_file "['configs/inference.json']" --ckpt models/model.pt
 
-Voxel by voxel the average precision, in the foreground of all scans together; scan by scan the area under the ROC curve
-of each map's 99.9th percentile in the foreground. Chance is the share of lesion voxels, and 0.5. The baselines are the
-intensity itself and the distance, in standard deviations, to the mean of the training scans (the network's template).
+runs the bundle's ``score`` and prints what it says of each kind, together with the healthy phantoms, on the network's
+grid and on the scans' own: see :py:mod:`scripts.inference.detection`.
 """
 
 from __future__ import annotations
 
+import csv
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.bundle import ConfigParser
-from monai.transforms import LoadImage, SpatialResample, Transform
-from sklearn.metrics import average_precision_score, roc_auc_score
-from torch import Tensor
-from tqdm import tqdm
 
-from scripts.inference.inferers import Scoring, foreground, foreground_percentile
-from scripts.networks import VDVAE
+from scripts.data.phantom_lesions import KINDS
+from scripts.inference.detection import Detection, best, detect, sentences
+from scripts.inference.lesions import LesionCounts
 from scripts.phantoms import make_brains
-from scripts.training.checkpoints import load_weights
 from scripts.utils.command_line import run
-
-LESION = 0.25  # the share of a voxel that makes it one of a lesion
-
-
-def lesion_maps(network: VDVAE, scans: Tensor, scoring: Scoring) -> dict[str, Tensor]:
-    """What is compared, each shaped like the scans: higher is more suspicious."""
-    results = scoring(scans, network)
-    plain = Scoring(smoothing=scoring.smoothing, restore=None)(scans, network)
-    return {
-        "intensity": scans,
-        "distance to the mean scan": ((scans - network.template_mean) / network.template_std).abs(),
-        "brighter than the mean scan": (scans - network.template_mean) / network.template_std,
-        "z-score": plain["anomaly"],
-        "anomaly (restored)": results["anomaly"],
-    }
+from scripts.utils.names import item_path
 
 
-def lesion_scans(folder: Path, preprocess: Transform, **cohort: Any) -> tuple[Tensor, Tensor]:
-    """Phantoms, and which voxels are in a lesion: `[scans, 1, *spatial]` each.
+def score(folder: Path, config_file: str | list[str], **settings: Any) -> list[LesionCounts]:
+    """Score the phantoms in ``scans`` with their ``masks``; results go to ``scores``.
 
     Args:
-        folder: for the phantoms and their masks.
-        preprocess: of the bundle's inference.
-        cohort: what :py:func:`scripts.phantoms.make_brains` takes.
+        folder: that holds these three.
+        config_file, settings: of the bundle's inference.
     """
-    make_brains(folder / "scans", mask_dir=folder / "masks", **cohort)
-    load, resample = LoadImage(ensure_channel_first=True), SpatialResample(mode="bilinear", padding_mode="zeros")
-    scans, lesions = [], []
-    for path in sorted((folder / "scans").glob("*.nii.gz")):
-        scan = preprocess({"image": str(path)})["image"]
-        mask = load(folder / "masks" / path.name.replace("FLAIR", "lesions"))
-        scans.append(scan.as_tensor())
-        lesions.append(resample(mask, dst_affine=scan.affine, spatial_size=scan.shape[1:]).as_tensor() > LESION)
-    return torch.stack(scans), torch.stack(lesions)
+    parser = ConfigParser()
+    parser.read_config(config_file)
+    parser.update({"dataset_dir": str(folder / "scans"), "scan_pattern": "*_FLAIR.nii.gz"})
+    parser.update({"mask_dir": str(folder / "masks"), "mask_pattern": "*_lesions.nii.gz"})
+    parser.update({"output_dir": str(folder / "scores"), "figures": False, "num_workers": 0, **settings})
+    parser.update({"population_prior": None, "prior_file": None})  # maps do not need it
+    parser.get_parsed_content("scoring").run()
+    layout = parser.get_parsed_content("scored#lesions")
+    scans = [item_path(item) for item in parser.get_parsed_content("scored#scans")]
+    return [LesionCounts.load(layout.relative(scan), layout.path(scan)) for scan in scans]
 
 
-def detection(maps: Tensor, scans: Tensor, lesions: Tensor, network: VDVAE) -> dict[str, float]:
-    """How well maps find lesions: `average_precision` of voxels, `auroc` of scans."""
-    voxels = foreground(scans, network)
-    return {
-        "average_precision": average_precision_score(lesions[voxels], maps[voxels]),
-        "auroc": roc_auc_score(lesions.flatten(1).any(1), foreground_percentile(maps, scans, network)),
-    }
+def by_kind(scans: Sequence[LesionCounts], kinds: dict[str, str]) -> dict[str, list[bool]]:
+    """Which scans have lesions of a kind, or are healthy, and all.
+
+    Args:
+        scans: what was counted.
+        kinds: of their lesions, by the beginning of their names.
+    """
+    own = [kinds[scan.name.split("_")[0]] for scan in scans]
+    groups = {kind: [other in (kind, "none") for other in own] for kind in KINDS if kind in own}
+    return groups if len(groups) == 1 else groups | {"all": [True] * len(own)}
+
+
+def side_by_side(found: Sequence[Detection]) -> str:
+    """A Markdown table of a row per kind and grid: the map and the intensity, each in the order that finds most voxels.
+
+    It has average precision of voxels and AUROC of scans, both with their 95 % intervals, and Dice.
+    """
+    lines = [
+        "| lesions | grid | voxels: map | voxels: intensity | Dice: map | intensity | scans: map | scans: intensity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    pairs = iter(best(found))
+    for pair in zip(pairs, pairs, strict=True):
+        cells = [f"{pair[0].group} ({pair[0].lesions} scans, {pair[0].healthy} healthy)", pair[0].grid]
+        cells += [f"{cell(d, 'average_precision')} {d.order}" for d in pair]
+        cells += [f"{d.numbers['dice'][0]:.3f}" for d in pair]
+        cells += [cell(d, "auroc") for d in pair]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(found: Detection, name: str) -> str:
+    low, high = found.interval(name)
+    return f"{found.numbers[name][0]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def main(
     config_file: str | list[str] = "configs/inference.json",
     ckpt: str = "models/model.pt",
     count: int = 64,
-    seed: int = 8,
-    prevalence: float = 0.5,
+    seed: int = 10,
+    prevalence: float = 0.7,
+    lesion_kinds: str | Sequence[str] = KINDS,
     spacing: float = 2.0,
     batch_size: int = 8,
-) -> None:
-    """Print average precision and area under the ROC curve of each map.
+    restore: float | None = 0.3,
+) -> list[Detection]:
+    """Print how well each kind is found, as a Markdown table, and a sentence for each kind and grid.
 
     Args:
         config_file: of the network, one or a list.
@@ -87,27 +98,22 @@ def main(
         count: phantoms.
         seed: of the cohort; training and tuning used others.
         prevalence: share of the phantoms that have lesions.
+        lesion_kinds: of these, see :py:func:`scripts.phantoms.make_brains`.
         spacing: of the phantoms, in mm.
         batch_size: of the network.
+        restore: see :py:class:`scripts.inference.inferers.Scoring`.
     """
-    parser = ConfigParser()
-    parser.read_config(config_file)
-    network = load_weights(parser.get_parsed_content("network_def"), ckpt).eval()
-    parser.update({"population_prior": None})  # maps do not need it
-    scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
-    cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
-    with tempfile.TemporaryDirectory() as folder:
-        scans, lesions = lesion_scans(Path(folder), preprocess, **cohort)
-    with torch.no_grad():
-        batches = [lesion_maps(network, batch, scoring) for batch in tqdm(scans.split(batch_size), unit="batch")]
-    maps = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    sick = int(lesions.flatten(1).any(1).sum())
-    share = lesions[foreground(scans, network)].float().mean()
-    print(f"{count} phantoms, {sick} with lesions, which are {share:.2%} of the foreground's voxels")
-    print(f"{'map':<32}{'average precision':>20}{'AUROC of scans':>18}")
-    for name, values in maps.items():
-        found = detection(values, scans, lesions, network)
-        print(f"{name:<32}{found['average_precision']:>20.3f}{found['auroc']:>18.3f}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
+        make_brains(folder / "scans", mask_dir=folder / "masks", lesion_kinds=lesion_kinds, **cohort)
+        with (folder / "masks" / "kinds.csv").open(encoding="utf-8") as file:
+            kinds = {row["scan"]: row["kind"] for row in csv.DictReader(file)}
+        scans = score(folder, config_file, ckpt=ckpt, batch_size=batch_size, restore=restore)
+    found = detect(scans, by_kind(scans, kinds))
+    print(side_by_side(found))
+    print("\n".join(sentences(found)))
+    return found
 
 
 if __name__ == "__main__":

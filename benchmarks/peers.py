@@ -24,13 +24,16 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.layers import GaussianFilter
+from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from benchmarks.lesions import detection, lesion_scans
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
+from scripts.inference.detection import detect
 from scripts.inference.inferers import foreground, image_quality, restored_latent
+from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
+from scripts.inference.masks import pair_masks
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
@@ -136,10 +139,36 @@ def held_out_numbers(peer: Peer, scans: Tensor, batch_size: int) -> dict[str, fl
     return {name: torch.cat([numbers[name] for numbers in found]).mean().item() for name in found[0]}
 
 
+def lesion_scans(folder: Path, preprocess: Compose, **cohort: Any) -> tuple[Tensor, Tensor]:
+    """Phantoms, and which voxels are in a lesion: `[scans, 1, *spatial]` each.
+
+    Args:
+        folder: for the phantoms and their masks.
+        preprocess: of the bundle's inference.
+        cohort: what :py:func:`scripts.phantoms.make_brains` takes.
+    """
+    make_brains(folder / "scans", mask_dir=folder / "masks", **cohort)
+    pairs = pair_masks(folder / "scans", "*_FLAIR.nii.gz", folder / "masks", "*_lesions.nii.gz")
+    read, scans, lesions = with_masks(preprocess), [], []
+    for pair in pairs:
+        item = read(pair)
+        scans.append(item["image"].as_tensor())
+        lesions.append(item["lesion_fitted"])
+    return torch.stack(scans), torch.stack(lesions)
+
+
 def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float, batch_size: int) -> dict[str, float]:
-    """How well the anomaly map finds lesions, measured as in :py:mod:`benchmarks.lesions`."""
+    """How well the anomaly map finds lesions that are brighter than expected: `average_precision` and `auroc`."""
     smooth = GaussianFilter(peer.spatial_dims, smoothing)
-    return detection(torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)]), scans, lesions, peer)
+    maps = torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)])
+    low, high = OUTPUT_RANGES[peer.output_activation]
+    counts = []
+    for values, scan, lesion in zip(maps, (scans - low) / (high - low), lesions, strict=True):
+        found = count_voxels(values.numpy(), scan.numpy(), lesion.numpy())
+        mask, scores = "lesions" if lesion.any() else "empty", found.pop("scores")
+        counts.append(LesionCounts("", mask, {"network": found}, {"network": scores}))
+    brighter = detect(counts, {"all": [True] * len(counts)}, repeats=0)[0]
+    return {name: float(brighter.numbers[name][0]) for name in ("average_precision", "auroc")}
 
 
 def compare_samples(

@@ -4,9 +4,14 @@
     python -m scripts.phantoms ellipsoids --output_dir ellipsoids --count 64 --size 32
 
 ``brains`` are FLAIR-like, skull-stripped and affine-aligned to ICBM152. Their anatomy is the ICBM152 2009a symmetric
-tissue maps that the nilearn wheel ships, bent by a random diffeomorphism; contrast, bias field, noise and white-matter
-hyperintensities are drawn per scan. ``ellipsoids`` are the simplest learnable stand-in: one randomly turned and sized
-bright ellipsoid on filtered noise.
+tissue maps that the nilearn wheel ships, bent by a random diffeomorphism; contrast, bias field, noise and lesions are
+drawn per scan. ``ellipsoids`` are the simplest learnable stand-in: one randomly turned and sized bright ellipsoid on
+filtered noise.
+
+    python -m scripts.phantoms brains --output_dir sick --count 64 --lesions 0.5 \\
+        --lesion_kinds "['bright','dark','mass','atrophy']"
+
+gives half of the brains lesions, with masks, among them such as intensity alone does not show.
 
 A phantom depends only on its seed and its index, never on how many are made, in which order or by how many processes.
 """
@@ -30,15 +35,18 @@ from scripts.data.phantom_images import (
     check_ellipsoid_phantom,
     ellipsoid_phantom,
 )
+from scripts.data.phantom_lesions import lesion_kind
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
-from scripts.utils.files import as_folder, write_bytes, write_text
+from scripts.utils.files import as_folder, write_bytes, write_csv, write_text
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "make_brains", "make_ellipsoids"]
 
 logger = logging.getLogger(__name__)
+
+DEFAULTS = {"lesion_kinds": ["bright"]}  # what a phantoms.json that says nothing of a key stands for
 
 
 def make_brains(
@@ -48,6 +56,7 @@ def make_brains(
     start: int = 1,
     spacing: float = 2.0,
     lesions: float = 0.0,
+    lesion_kinds: str | Sequence[str] = ("bright",),
     mask_dir: str | os.PathLike | None = None,
     workers: int | None = None,
 ) -> str:
@@ -62,8 +71,10 @@ def make_brains(
         seed: seed of the cohort, 0 or more.
         start: number of the first scan, 0 or more.
         spacing: edge of a voxel in mm, between 0.5 and 16.
-        lesions: probability that a scan has white-matter hyperintensities, 0 to 1. If it is more than 0, each scan
-            gets a lesion mask, empty ones included.
+        lesions: probability that a scan has lesions, 0 to 1. If it is more than 0, each scan gets a lesion mask, empty
+            ones included, and ``kinds.csv`` beside the masks says of what kind each scan's lesions are.
+        lesion_kinds: some of ``bright`` (white-matter hyperintensities), ``dark``, ``mass`` and ``atrophy``, see
+            :py:func:`scripts.data.phantom_images.brain_phantom`; each scan with lesions has one of them.
         mask_dir: folder for the lesion masks, ``sub-0001_lesions.nii.gz`` and so on; ``<output_dir>_masks`` if not
             given. It is not the scans' folder, so that no pattern for scans matches a mask.
         workers: processes to use; as many as there are cores, fewer for a small cohort, if not given.
@@ -77,13 +88,19 @@ def make_brains(
         FileExistsError: ``output_dir`` holds scans that are not of this cohort.
     """
     _check_cohort(count, start, workers)
-    check_brain_phantom(start, seed, spacing, lesions)
+    kinds = check_brain_phantom(start, seed, spacing, lesions, lesion_kinds)
     if mask_dir is None and lesions > 0:
         mask_dir = _beside(output_dir)
     recipe = {"kind": "brains", "seed": seed, "spacing": float(spacing), "lesions": float(lesions)}
-    phantom = partial(brain_phantom, seed=seed, spacing=spacing, lesions=lesions)
-    masks = ("lesions", mask_dir) if lesions > 0 else None
-    return _make_cohort(phantom, recipe, output_dir, "FLAIR", masks, "mni", range(start, start + count), workers)
+    phantom = partial(brain_phantom, seed=seed, spacing=spacing, lesions=lesions, lesion_kinds=kinds)
+    indices = range(start, start + count)
+    if lesions == 0:
+        return _make_cohort(phantom, recipe, output_dir, "FLAIR", None, "mni", indices, workers)
+    recipe["lesion_kinds"] = list(kinds)
+    made = _make_cohort(phantom, recipe, output_dir, "FLAIR", ("lesions", mask_dir), "mni", indices, workers)
+    rows = ((f"sub-{index:04d}", lesion_kind(index, seed, lesions, kinds) or "none") for index in indices)
+    write_csv(as_folder("mask_dir", mask_dir) / "kinds.csv", ("scan", "kind"), rows)
+    return made
 
 
 def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int) -> str:
@@ -192,7 +209,7 @@ def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) ->
             raise FileExistsError(
                 f"output_dir {folder} has a phantoms.json that cannot be read: give another."
             ) from None
-        same = all(found.get(key) == value for key, value in recipe.items())
+        same = all(found.get(key, DEFAULTS.get(key)) == value for key, value in recipe.items())
         if not same or start < indices.start or end > indices.stop:
             raise FileExistsError(
                 f"output_dir {folder} holds another cohort of phantoms, {json.dumps(found)}, than the one asked for, "

@@ -245,3 +245,44 @@ def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
     figures.anomaly(tmp_path / "a.png", image, image, score, "one", (0, 1))
     assert set(cut) == {tuple(place - 2 for place in peak)}  # two voxels of background are cut off before it
     check_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (16, 16)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_anomalies_are_a_sheet_of_scans_cut_through_their_peaks(tmp_path, monkeypatch, shape, count):
+    drawn, peak = [], (6, 10, 5)[: len(shape)]
+    monkeypatch.setattr(sheet.Sheet, "picture", lambda self, x, y, box, inch, picture, **style: drawn.append(picture))
+
+    def scans():
+        for number in range(count):
+            image = scan(*shape, channels=2)
+            score = torch.zeros_like(image)
+            score[1][peak], score[0][(0,) * len(shape)] = -number - 4, 20  # the latter outside of the foreground
+            yield image, score
+
+    figures.anomalies(tmp_path / "a.png", scans(), [f"scan {number}" for number in range(count)])
+    cuts = 3 if len(shape) == 3 else 1
+    assert len(drawn) == 2 * cuts * count and all(np.isfinite(picture).all() for picture in drawn)
+    for number in range(count):
+        own = drawn[2 * cuts * number + cuts : 2 * cuts * (number + 1)]
+        assert [picture.min() for picture in own] == [-number - 4] * cuts
+    with pytest.raises(ValueError, match="as many of each"):
+        figures.anomalies(tmp_path / "b.png", scans(), ["one too many"] * (count + 1))
+
+
+def test_anomalies_make_a_picture(tmp_path):
+    found = [(scan(12, 20, 8), 6 * scan(12, 20, 8)) for _ in range(3)]
+    figures.anomalies(tmp_path / "a.png", found, ["one", "two", "three"])
+    check_picture(tmp_path / "a.png")
+
+
+def test_anomaly_colours_are_black_at_zero_and_bright_at_three_standard_deviations():
+    style = figures.ANOMALY_STYLE
+    shown = [
+        np.array(style["cmap"]((value - style["vmin"]) / (style["vmax"] - style["vmin"]))[:3]) for value in (-3, 0, 3)
+    ]
+    darker, neutral, brighter = shown
+    luminance = np.array([0.2126, 0.7152, 0.0722])
+    assert neutral.max() < 0.02
+    assert min(darker @ luminance, brighter @ luminance) > 0.3
+    assert darker[2] > darker[0] + 0.5 and brighter[0] > brighter[2] + 0.5  # blue and red

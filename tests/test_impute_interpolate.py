@@ -17,9 +17,10 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from benchmarks import imputation as benchmark
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
-from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, pair_masks
+from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
+from scripts.inference.masks import pair_masks
 from scripts.layers.gaussian import noise_from
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
@@ -238,6 +239,8 @@ def test_masks_are_paired_with_scans_by_what_the_wildcards_stand_for(tmp_path):
         pair_masks(tmp_path / "scans", "*_T1w.nii.gz", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="mask_dir is not set"):
         pair_masks(tmp_path / "scans", "*_T1w.nii.gz", None)
+    with pytest.raises(NotADirectoryError, match=r"list.json' is a datalist, but masks are paired with the scans of"):
+        pair_masks(tmp_path / "list.json", "*_T1w.nii.gz", tmp_path / "masks")
 
 
 def hide(tmp_path, mask, affine=None, image=None):

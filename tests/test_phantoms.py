@@ -1,13 +1,17 @@
 """Phantom cohorts, at a coarse 8 mm to be quick."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import run_command, run_command_process
+from scipy import ndimage
 
+from scripts.data.phantom_lesions import KINDS
 from scripts.phantoms import brain_anatomy, brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
 
 SPACING = 8.0
@@ -29,7 +33,7 @@ def test_names_and_masks_folder(cohort):
     scans = [f"sub-000{i}_FLAIR.nii.gz" for i in (1, 2, 3, 4)]
     assert sorted(contents(cohort)) == ["phantoms.json", *scans]
     masks = cohort.with_name("brains_masks")
-    assert sorted(contents(masks)) == [f"sub-000{i}_lesions.nii.gz" for i in (1, 2, 3, 4)]
+    assert sorted(contents(masks)) == ["kinds.csv", *(f"sub-000{i}_lesions.nii.gz" for i in (1, 2, 3, 4))]
 
 
 def test_any_subset_is_reproducible(cohort, tmp_path):
@@ -90,6 +94,71 @@ def test_lesions_are_bright_and_in_the_brain():
     assert ((image != without) & (mask == 0)).sum() < 30 * mask.sum()
 
 
+def with_and_without(kind, index=1):
+    """A phantom's healthy image, the one with lesions, and their mask, at 4 mm."""
+    image, _, mask = brain_phantom(index, seed=3, spacing=4.0, lesions=1.0, lesion_kinds=kind)
+    return brain_phantom(index, seed=3, spacing=4.0).image.astype(float), image.astype(float), mask > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lesion_of_any_kind_is_within_the_same_brain(kind):
+    healthy, image, mask = with_and_without(kind)
+    assert ((healthy > 0) == (image > 0)).all() and (image[mask] > 0).all()
+    assert 0.2 < mask.sum() * 4.0**3 / 1e3 < 60  # millilitres
+    changed = np.abs(image - healthy) > 0.25 * np.median(healthy[healthy > 0])
+    # what changed most is outlined, or a rim of what is
+    assert (changed & ~ndimage.binary_dilation(mask, iterations=2)).sum() < 0.05 * mask.sum()
+
+
+@pytest.mark.parametrize("kind", ["dark", "mass", "atrophy"])
+def test_intensity_does_not_show_lesions_of_other_kinds(kind):
+    healthy, image, mask = with_and_without(kind)
+    ordinary = np.quantile(healthy[healthy > 0], [0.0005, 0.99])
+    assert (ordinary[0] < image[mask]).mean() > 0.9 and (image[mask] < ordinary[1]).mean() > 0.9
+    if kind != "mass":  # it is darker than what was there
+        assert np.median(image[mask] / healthy[mask]) < 0.75
+
+
+def test_a_mass_is_one_piece_as_bright_as_tissue_and_displaces_what_is_around():
+    healthy, image, mask = with_and_without("mass")
+    mass = ndimage.binary_opening(mask, iterations=2)
+    assert ndimage.label(mass)[1] == 1
+    assert np.median(image[mass]) == pytest.approx(np.median(healthy[healthy > 0]), rel=0.2)
+    # a shell beside it is as it was before, but elsewhere
+    shell = ndimage.binary_dilation(mass, iterations=3) & ~ndimage.binary_dilation(mass) & (healthy > 0)
+    far = ~ndimage.binary_dilation(mass, iterations=12) & (healthy > 0)
+    assert np.abs(image - healthy)[shell].mean() > 3 * np.abs(image - healthy)[far].mean()
+    assert np.quantile(image[shell], [0.2, 0.8]) == pytest.approx(np.quantile(healthy[shell], [0.2, 0.8]), rel=0.25)
+
+
+def test_each_phantom_has_lesions_of_one_kind_and_a_table_says_of_which(tmp_path):
+    words = {"count": 12, "seed": 3, "spacing": 16.0, "lesions": 0.8, "workers": 1}
+    make_brains(tmp_path / "brains", lesion_kinds=["atrophy", "dark", "mass", "bright"], **words)
+    with (tmp_path / "brains_masks" / "kinds.csv").open() as file:
+        kinds = {row["scan"]: row["kind"] for row in csv.DictReader(file)}
+    assert set(kinds.values()) == {*KINDS, "none"} and len(kinds) == 12
+    for scan, kind in kinds.items():
+        mask = np.asarray(nib.load(tmp_path / "brains_masks" / f"{scan}_lesions.nii.gz").dataobj)
+        assert mask.any() == (kind != "none")
+        of_its_kind = kind if kind in KINDS else KINDS
+        alone = brain_phantom(int(scan[-4:]), seed=3, spacing=16.0, lesions=0.8, lesion_kinds=of_its_kind)
+        np.testing.assert_array_equal(mask, alone.mask)
+    with pytest.raises(FileExistsError, match="another cohort"):
+        make_brains(tmp_path / "brains", **words)  # of bright ones alone
+
+
+def test_a_cohort_from_before_there_were_kinds_has_bright_lesions(cohort, tmp_path):
+    shutil.copytree(cohort, tmp_path / "brains")
+    path = tmp_path / "brains" / "phantoms.json"
+    recipe = json.loads(path.read_text())
+    assert recipe.pop("lesion_kinds") == ["bright"]
+    path.write_text(json.dumps(recipe))
+    words = {"count": 4, "seed": 7, "spacing": SPACING, "lesions": 1.0, "mask_dir": cohort.with_name("brains_masks")}
+    with pytest.raises(FileExistsError, match="another cohort"):
+        make_brains(tmp_path / "brains", lesion_kinds="dark", **words)
+    make_brains(tmp_path / "brains", **words)
+
+
 def test_lesions_is_a_probability():
     some = [brain_phantom(index, spacing=16.0, lesions=0.5).mask.any() for index in range(1, 13)]
     assert 2 < sum(some) < 10
@@ -143,6 +212,7 @@ def test_a_folder_of_other_scans_is_refused(tmp_path):
         ({"spacing": 0}, "spacing .* is 0"),
         ({"spacing": "two"}, "spacing .* is 'two'"),
         ({"lesions": 1.5}, "lesions .* is 1.5"),
+        ({"lesion_kinds": ["bright", "soft"]}, "lesion_kinds is .*'soft'.*: give one or more of bright, dark"),
         ({"workers": 0}, "workers is 0"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -58,17 +58,21 @@ def check_brain(index: int, seed: int, spacing: float) -> None:
 
 
 def random_streams(index: int, seed: int) -> list[np.random.Generator]:
-    """Independent generators for anatomy, contrast, scanner and lesions: draws from one never affect the others."""
-    return [np.random.default_rng(s) for s in np.random.SeedSequence([seed, index]).spawn(4)]
+    """Independent generators for anatomy, contrast, scanner, lesions and their kind: none affects the others."""
+    return [np.random.default_rng(s) for s in np.random.SeedSequence([seed, index]).spawn(5)]
 
 
-def brain_anatomy(index: int, seed: int = 0, spacing: float = 2.0) -> Anatomy:
+def brain_anatomy(
+    index: int, seed: int = 0, spacing: float = 2.0, displace: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Anatomy:
     """Brain mask and tissue fractions behind :py:func:`scripts.data.phantom_images.brain_phantom`.
 
     Args:
         index: number of the scan, 0 or more.
         seed: seed of the cohort, 0 or more.
         spacing: edge of a voxel in mm, between 0.5 and 16.
+        displace: where in this brain the tissue of each voxel comes from, given where the voxel lies: both float32
+            ``[N, 3]``, in ``grid_sample`` coordinates. The brain mask is not displaced.
 
     Raises:
         ValueError: an argument is outside the limits above.
@@ -107,6 +111,9 @@ def brain_anatomy(index: int, seed: int = 0, spacing: float = 2.0) -> Anatomy:
         moved = to_atlas(points, torch.from_numpy(sample_maps(displacement, points)).T)
         inside = sample_maps(atlas.brain, moved)[0] > 0.5
         moved = moved[torch.from_numpy(inside)]
+        if displace is not None:
+            points = displace(points[torch.from_numpy(inside)])
+            moved = to_atlas(points, torch.from_numpy(sample_maps(displacement, points)).T)
         brain = np.zeros(shape, bool)
         brain[tuple(voxels[inside].T)] = True
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from scripts.data.phantom_anatomy import (
-    Anatomy,
-    brain_anatomy,
-    check_brain,
-    near_ventricles,
-    one_thread,
-    random_streams,
-)
+from scripts.data.phantom_anatomy import brain_anatomy, check_brain, one_thread, random_streams
+from scripts.data.phantom_lesions import check_kinds, grow_mass, lesion_kind, lesion_opacity, shrink_tissue
 from scripts.data.random_fields import ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
 
@@ -36,12 +31,26 @@ class Phantom(NamedTuple):
     mask: np.ndarray
 
 
-def brain_phantom(index: int, seed: int = 0, spacing: float = 2.0, lesions: float = 0.0) -> Phantom:
+def brain_phantom(
+    index: int,
+    seed: int = 0,
+    spacing: float = 2.0,
+    lesions: float = 0.0,
+    lesion_kinds: str | Sequence[str] = ("bright",),
+) -> Phantom:
     """One FLAIR-like, skull-stripped brain in ICBM152 space.
 
-    CSF is dark, white matter in the middle, gray matter somewhat brighter, lesions (white-matter hyperintensities,
-    periventricular and deep) brighter still. The anatomy is the same whatever ``spacing`` and ``lesions`` are, so a
-    pair with and without lesions differs in the lesions alone.
+    CSF is dark, white matter in the middle, gray matter somewhat brighter. Lesions of one scan are of one kind:
+
+    - ``bright``: white-matter hyperintensities, periventricular and deep, brighter than any tissue.
+    - ``dark``: the same, between CSF and white matter.
+    - ``mass``: tissue as bright as the brain's own that pushes the anatomy around it aside. The mask is of the mass and
+      of displaced tissue where at least 0.4 of a voxel became another tissue.
+    - ``atrophy``: tissue that has shrunk within some 3 cm, so that sulci or ventricles are wider there. The mask is
+      where CSF fills at least 0.4 of a voxel more.
+
+    The person and the scanner are the same whatever ``spacing``, ``lesions`` and ``lesion_kinds`` are, so a pair with
+    and without lesions differs in the lesions alone.
 
     Args:
         index: number of the scan, 0 or more.
@@ -49,14 +58,22 @@ def brain_phantom(index: int, seed: int = 0, spacing: float = 2.0, lesions: floa
         spacing: edge of a voxel in mm, between 0.5 and 16. The grid covers 196 x 232 x 188 mm, so 2 mm gives
             ``[99, 117, 95]`` and 1 mm ``[197, 233, 189]``.
         lesions: probability that a scan has lesions, 0 to 1.
+        lesion_kinds: of which one is drawn, all being as likely.
 
     Raises:
         ValueError: an argument is outside the limits above.
     """
-    check_brain_phantom(index, seed, spacing, lesions)
+    kinds = check_brain_phantom(index, seed, spacing, lesions, lesion_kinds)
+    kind = lesion_kind(index, seed, lesions, kinds)
     with one_thread():
         anatomy = brain_anatomy(index, seed, spacing)
-        _, contrast, scanner, lesion = random_streams(index, seed)
+        _, contrast, scanner, lesion, _ = random_streams(index, seed)
+        lesion.random()  # said whether there are any
+        outlined = np.zeros(anatomy.brain.sum(), bool)
+        if kind == "mass":
+            anatomy, outlined = grow_mass(lesion, anatomy, partial(brain_anatomy, index, seed, spacing), spacing)
+        elif kind == "atrophy":
+            anatomy, outlined = shrink_tissue(lesion, anatomy, spacing)
 
         white = contrast.uniform(0.50, 0.60)
         gray = white * contrast.uniform(1.15, 1.4)
@@ -66,11 +83,13 @@ def brain_phantom(index: int, seed: int = 0, spacing: float = 2.0, lesions: floa
         local = smooth_fields(contrast, 1, ((20.0, 0.03), (6.0, 0.03)))
         signal *= 1 + sample_maps(local, anatomy.atlas_points)[0]
 
+        if kind in ("bright", "dark"):
+            opacity = lesion_opacity(lesion, anatomy, spacing)
+            target = gray * lesion.uniform(1.35, 1.8) if kind == "bright" else white * lesion.uniform(0.45, 0.7)
+            signal += opacity * (target - signal)
+            outlined = opacity >= 0.5
         mask = np.zeros(anatomy.brain.shape, np.uint8)
-        if lesion.random() < lesions:
-            opacity = _lesion_opacity(lesion, anatomy, spacing)
-            signal += opacity * (gray * lesion.uniform(1.35, 1.8) - signal)
-            mask[anatomy.brain] = opacity >= 0.5
+        mask[anatomy.brain] = outlined
 
         # The bias field belongs to the scanner: it is sampled where the voxel is, not where it came from in the atlas.
         bias = smooth_fields(scanner, 1, ((45.0, 0.08),))
@@ -112,14 +131,20 @@ def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32,
     return Phantom(np.clip(np.rint(image), 0, None).astype(np.int16), affine, (inside >= 0.5).astype(np.uint8))
 
 
-def check_brain_phantom(index: int, seed: int, spacing: float, lesions: float) -> None:
+def check_brain_phantom(
+    index: int, seed: int, spacing: float, lesions: float, lesion_kinds: str | Sequence[str]
+) -> tuple[str, ...]:
     """Refuse invalid arguments of :py:func:`brain_phantom`.
+
+    Returns:
+        The kinds of lesions that ``lesion_kinds`` stands for.
 
     Raises:
         ValueError: one is outside the limits there.
     """
     check_brain(index, seed, spacing)
     check_number("lesions (a probability)", lesions, 0, 1)
+    return check_kinds(lesion_kinds)
 
 
 def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], spacing: float) -> tuple[int, ...]:
@@ -140,33 +165,6 @@ def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], sp
     for n in shape:
         check_integer("size", n, 4)
     return shape
-
-
-def _lesion_opacity(rng: np.random.Generator, anatomy: Anatomy, spacing: float) -> np.ndarray:
-    """How much of each brain voxel is lesion, ``[N]``, 0 to 1: blobs of a few ellipsoids in the white matter."""
-    near = near_ventricles(anatomy, spacing)
-    white = anatomy.tissues[2]
-    # Most hyperintensities lie beside the ventricles; the rest lie in the deep white matter.
-    likely = np.cumsum(white**4 * (near**2 + 0.05 * near**0.5), dtype=np.float64)
-    voxels = np.argwhere(anatomy.brain)
-    opacity = np.zeros(anatomy.brain.shape, np.float32)
-    for _ in range(1 + rng.poisson(rng.uniform(3, 18))):
-        centre = voxels[np.searchsorted(likely, rng.random() * likely[-1])]
-        size = min(np.exp(rng.normal(np.log(2.8), 0.45)), 8.0)
-        for _ in range(rng.integers(1, 4)):
-            radii = size * rng.uniform(0.6, 1.4, 3)
-            turn = Rotation.random(random_state=rng).as_matrix()
-            offset = rng.normal(0, 0.7 * size, 3)
-            window = tuple(
-                slice(max(int(c - (4 * size / spacing + 1)), 0), int(c + 4 * size / spacing + 2)) for c in centre
-            )
-            first = np.array([w.start for w in window])
-            grid = np.moveaxis(np.indices(opacity[window].shape), 0, -1) + (first - centre)
-            distance = np.linalg.norm((grid * spacing - offset) @ turn / radii, axis=-1)
-            opacity[window] = np.maximum(opacity[window], np.clip(1.5 - distance, 0, 1))
-        # On any grid a lesion fills at least the voxel at its centre.
-        opacity[tuple(centre)] = 1
-    return opacity[anatomy.brain] * np.clip(2 * white, 0, 1)
 
 
 def _affine(spacing: float, origin: np.ndarray) -> np.ndarray:

@@ -235,7 +235,7 @@ class ScanEvaluator(Evaluator):
             bar.attach(self, event_name=Events.ITERATION_COMPLETED)
 
     def finished(self, item: Mapping[str, Any]) -> bool:
-        """Whether all results of a scan are there, and none is older than a file of the scan."""
+        """Whether all results of a scan are there, and none is older than a file of the scan or its mask."""
         if self.overwrite:
             return False
         try:
@@ -245,7 +245,8 @@ class ScanEvaluator(Evaluator):
         if not all(path.exists() for path in results):
             return False
         # copying a file keeps one of its two times
-        scans = [Path(path).stat() for path in ensure_tuple(item["image"]) if Path(path).exists()]
+        sources = [path for path in (*ensure_tuple(item["image"]), item.get("mask")) if path is not None]
+        scans = [Path(path).stat() for path in sources if Path(path).exists()]
         changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
         return min(path.stat().st_mtime for path in results) >= changed
 

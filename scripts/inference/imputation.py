@@ -1,4 +1,4 @@
-"""Masks that say where a scan is missing: pairing them with scans, hiding what lies under them, putting back the rest.
+"""Scans that are missing in places: hiding what lies under a mask, and putting back the rest.
 
 What is hidden is gone before anything is computed from the scan, so that no value under a mask can reach a result:
 neither through the smoothing of the fit to the network's grid, nor through the percentiles of the scaling.
@@ -6,75 +6,25 @@ neither through the smoothing of the fit to the network's grid, nor through the 
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
-from scripts.data.datalist import as_text, find_by_wildcards, find_scans
-from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
-from scripts.inference.outputs import scaling_of
+from scripts.data.transforms import ScanError
+from scripts.inference.masks import FitLike, read_mask, scaled_like
 from scripts.utils import figures
-from scripts.utils.names import image_path, item_path
+from scripts.utils.names import image_path
 from torch import Tensor
 
-__all__ = ["FillInd", "FitMaskd", "HideMissingd", "pair_masks", "stack_missing"]
+__all__ = ["FillInd", "FitMaskd", "HideMissingd", "stack_missing"]
 
 # A voxel of the network's grid is missing when more than this share of what it averages is.
 MISSING_FRACTION = 0.01
-
-
-def pair_masks(
-    dataset_dir: str | os.PathLike,
-    scan_pattern: str | Sequence[str],
-    mask_dir: str | os.PathLike | None,
-    mask_pattern: str | None = None,
-) -> list[dict[str, Any]]:
-    """The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
-
-    Args:
-        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
-            first names the scan.
-        mask_dir: the folder that holds the masks.
-        mask_pattern: of the masks; None: that of the scans.
-
-    Returns:
-        ``[{"image": path, "mask": path}, ...]``; the mask is None where there is none.
-
-    Raises:
-        ValueError: when ``mask_dir`` is None.
-        FileNotFoundError, NotADirectoryError: when a folder does not exist, nothing matches, or no scan has a mask.
-    """
-    if mask_dir is None:
-        raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
-    scans = find_scans(dataset_dir, scan_pattern)
-    root, masks_root = Path(dataset_dir).expanduser(), Path(mask_dir).expanduser()
-    if not masks_root.is_dir():
-        raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
-    scan_pattern = ensure_tuple(scan_pattern)[0]
-    mask_pattern = mask_pattern or scan_pattern
-    wildcards = {name: key for key, name in find_by_wildcards(root, scan_pattern).items()}
-    masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
-    items = []
-    for scan in scans:
-        paths = ensure_tuple(scan)
-        name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
-        items.append({"image": as_text(scan), "mask": None if name is None else str(masks_root / name)})
-    if all(item["mask"] is None for item in items):
-        raise FileNotFoundError(
-            f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "
-            f"scan(s) and {len(masks)} mask(s), but never with the same text in place of their wildcards, as "
-            f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}' show."
-        )
-    return items
 
 
 class HideMissingd(MapTransform):
@@ -95,7 +45,6 @@ class HideMissingd(MapTransform):
     def __init__(self, keys: KeysCollection, mask: str = "mask", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.mask = mask
-        self.load = LoadScand("mask")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -115,18 +64,7 @@ class HideMissingd(MapTransform):
                 f"'{name}' has no mask: put one in mask_dir under the scan's name, as scan_pattern and mask_pattern "
                 "say, or leave the scan out with --scan_pattern."
             )
-        mask = self.load({"mask": path})["mask"]
-        rank = scan.ndim - 1
-        affines = [to_affine_nd(rank, image.affine.numpy().astype(float)) for image in (scan, mask)]
-        apart = 1e-2 * affine_to_spacing(affines[0], r=rank).min()
-        if mask.shape[1:] != scan.shape[1:] or not np.allclose(*affines, rtol=0, atol=apart):
-            raise ScanError(
-                f"The mask '{path}' (shape {tuple(mask.shape[1:])}) lies on another grid than its scan '{name}' (shape "
-                f"{tuple(scan.shape[1:])}), or its affine differs: resample it to the scan's grid, nearest neighbour."
-            )
-        if len(mask) != 1:
-            raise ScanError(f"The mask '{path}' has {len(mask)} channels: give one, which counts for all the scan's.")
-        missing = mask.as_tensor() > 0
+        missing = read_mask(path, scan)
         if not missing.any():
             raise ScanError(f"The mask '{path}' is empty (no voxel is above 0): nothing is missing from '{name}'.")
         if missing.all():
@@ -152,43 +90,16 @@ class FitMaskd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image, missing, observed = d[key], d["missing"], d["observed"]
-            fit = _FitLike(image)
+            fit = FitLike(image)
             averaged = fit(MetaTensor(missing.float(), affine=observed.affine)).as_tensor()
             fitted = (averaged > MISSING_FRACTION) | fit.neighbours(missing, observed.affine)
             if fitted.all():
                 name = image_path(image)
                 raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
             d["missing_fitted"] = fitted
-            info = scaling_of(image)
-            gain, offset = (per_channel(info[k], image) for k in ("gain", "offset"))
             shown = fit(MetaTensor(observed.as_tensor().nan_to_num(), affine=observed.affine)).as_tensor()
-            d["shown"] = (shown - offset) * gain + info["b_min"]
+            d["shown"] = scaled_like(image, shown)
         return d
-
-
-class _FitLike(FitShape):
-    """A fit to the grid of an image that was fitted before."""
-
-    def __init__(self, image: MetaTensor) -> None:
-        super().__init__(image.shape[1:])
-        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
-
-    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rank = len(shape)
-        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
-        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
-
-    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
-        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
-        rank = missing.ndim - 1
-        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
-        voxels = np.argwhere(missing[0].numpy())
-        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
-        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
-        found = np.zeros(self.spatial_shape, bool)
-        for corner in itertools.product((0, 1), repeat=rank):
-            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
-        return torch.from_numpy(found)[None]
 
 
 class FillInd(MapTransform):

@@ -393,8 +393,12 @@ def stack_latents(items: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
 def row_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
     """Put what :class:`SaveRowd` wrote of these scans together, as CSV, one row per scan, its path first."""
     found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
-    rows = ((scan, json.loads(file.read_text(encoding="utf-8"))) for scan, file in found if file.exists())
-    _write_table(path, rows)
+    _write_table(path, ((scan, read_row(file)) for scan, file in found if file.exists()))
+
+
+def read_row(path: Path) -> dict[str, float]:
+    """The numbers of a scan, as :class:`SaveRowd` wrote them."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def latent_tables(

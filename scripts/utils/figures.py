@@ -12,16 +12,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from scripts.utils.sheet import GAP, LINE, MARGIN, MAX_PANEL, MAX_WIDTH, Group, Sheet, columns, save, shorten
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from scripts.utils.sheet import BAR, GAP, LINE, MARGIN, MAX_PANEL, MAX_WIDTH, Group, Sheet, columns, save, shorten
 from scripts.utils.slices import PLANES, as_array, foreground_box, longest_axis, middle, plane
 
-__all__ = ["anomaly", "batch", "imputation", "progressive", "reconstructions", "samples", "strip"]
+__all__ = ["anomalies", "anomaly", "batch", "imputation", "progressive", "reconstructions", "samples", "strip"]
+
+# Black where a scan is as expected, bright at 3 standard deviations and saturated from 6 on, the same in all pictures.
+ANOMALY_STYLE = {
+    "cmap": LinearSegmentedColormap.from_list("anomaly", ["white", "deepskyblue", "black", "orangered", "yellow"]),
+    "vmin": -6.0,
+    "vmax": 6.0,
+}
+ANOMALY_LABEL = "standard deviations from expected"
 
 
 def reconstructions(
@@ -105,15 +115,17 @@ def anomaly(
         value_range: what black and white stand for.
     """
     image, restored, score = as_array(image), as_array(restored), as_array(score)
-    inside = image > image.min() + 0.05 * np.ptp(image)
-    peak = np.argmax(np.where(inside, np.abs(score), 0).max(0))
+    peak = np.ravel_multi_index(_peak(image, score)[1:], image[0].shape)
     groups = _groups(title, [image, restored, score], _mark(peak, image[0].shape), foreground_box(list(image)))
     gray = _gray(value_range, [volume for _, row, _ in groups for volume in row[:2]])
-    # the score that noise reaches anywhere stays dark
-    most = max(6.0, _robust_max([np.abs(row[2]) for _, row, _ in groups]))
     headings = ["scan", "restored", "anomaly"]
-    styles = [gray, gray, {"cmap": "berlin", "vmin": -most, "vmax": most}]
-    return save(path, columns(groups, headings, styles, bars={2: "standard deviations from expected"}))
+    return save(path, columns(groups, headings, [gray, gray, ANOMALY_STYLE], bars={2: ANOMALY_LABEL}))
+
+
+def _peak(image: np.ndarray, score: np.ndarray) -> tuple[int, ...]:
+    """The channel and the voxel of a scan's foreground where its anomaly is largest."""
+    inside = image > image.min() + 0.05 * np.ptp(image)
+    return tuple(map(int, np.unravel_index(np.argmax(np.where(inside, np.abs(score), 0)), image.shape)))
 
 
 def imputation(
@@ -217,32 +229,77 @@ def batch(
     images = [image[(slice(None), *box)] for image in images]
     volumes = [volume for image in images for volume in image]
     low, high = _finite_range(value_range or (-math.inf, math.inf), volumes)
-    cuts = PLANES[volumes[0].ndim]
-    widths = [max(plane(v, axis).shape[1] for v in volumes) for _, axis in cuts]
-    height = max(plane(v, axis).shape[0] for v in volumes for _, axis in cuts)
-    channels = max(map(len, images))
-    # as square a sheet as can be, with slices no smaller than half the largest size
-    wide, high_cell = sum(widths), height * channels
-    most = max(1, int(MAX_WIDTH / (wide * MAX_PANEL / 2 / longest_axis(volumes))))
-    across = min(len(images), most, math.ceil(math.sqrt(len(images) * high_cell / wide)))
-    down = math.ceil(len(images) / across)
+    gray = {"cmap": "gray", "vmin": low, "vmax": high}
+    cells = [[_planes(volume, middle(image[0])) for volume in image] for image in images]
+    return save(path, _contact_sheet(cells, names, [gray] * max(map(len, images))))
+
+
+def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles: Sequence[str]) -> Path:
+    """Draw a contact sheet of scans above their anomaly maps, cut where these are largest in the foreground.
+
+    Args:
+        path: of the PNG.
+        scans: of each scan, one at a time, itself and its map, each ``[channels, *spatial]``. Of several channels the
+            one with the largest anomaly is shown, its intensities from the least to the 99.95th percentile.
+        titles: of the scans.
+    """
+    cells = []
+    for image, score in scans:
+        image, score = as_array(image), as_array(score)
+        channel, *centre = _peak(image, score)
+        box = foreground_box(list(image))
+        low, high = image[channel].min(), np.percentile(image[channel], 99.95)
+        shown = (image[channel] - low) / max(high - low, 1e-6)
+        place = [int(index) - (cut.start or 0) for index, cut in zip(centre, box, strict=True)]
+        cells.append([_planes(volume[box], place) for volume in (shown, score[channel])])
+    _check_same_length(scans=cells, titles=titles)
+    styles = [{"cmap": "gray", "vmin": 0.0, "vmax": 1.0}, ANOMALY_STYLE]
+    return save(path, _contact_sheet(cells, titles, styles, bar=ANOMALY_LABEL))
+
+
+def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
+    """Copies of the slices of a scan through one voxel, so that the scan itself need not be kept."""
+    return [plane(volume, axis, 0 if axis is None else centre[axis]).copy() for _, axis in PLANES[volume.ndim]]
+
+
+def _contact_sheet(
+    cells: Sequence[Sequence[Sequence[np.ndarray]]],
+    names: Sequence[str],
+    styles: Sequence[Mapping[str, Any]],
+    bar: str = "",
+) -> Figure:
+    """Lay scans out in rows and columns, as square as can be, with slices no smaller than half the largest size.
+
+    Args:
+        cells: the slices of each scan, in rows.
+        names: of the scans.
+        styles: of the rows.
+        bar: label of a colour bar of the last row's style; none if empty.
+    """
+    cuts = range(len(cells[0][0]))
+    widths = [max(row[cut].shape[1] for cell in cells for row in cell) for cut in cuts]
+    height = max(picture.shape[0] for cell in cells for row in cell for picture in row)
+    longest = max(*widths, height)
+    wide, high = sum(widths), height * max(map(len, cells))
+    most = max(1, int(MAX_WIDTH / (wide * MAX_PANEL / 2 / longest)))
+    across = min(len(cells), most, math.ceil(math.sqrt(len(cells) * high / wide)))
     gap = 4 * GAP
-    inch = min(MAX_PANEL / longest_axis(volumes), (MAX_WIDTH - 2 * MARGIN - across * gap) / (across * wide))
-    cell = (wide * inch + gap, high_cell * inch + LINE)
-    sheet = Sheet(2 * MARGIN + across * cell[0] - gap, down * cell[1] + 2 * LINE)
-    for i, (image, name) in enumerate(zip(images, names, strict=True)):
-        x0, y = MARGIN + i % across * cell[0], LINE / 2 + i // across * cell[1]
-        centre = middle(image[0])
-        sheet.text(x0, y + LINE / 2, shorten(name, cell[0] - gap), ha="left")
-        for c, volume in enumerate(image):
+    inch = min(MAX_PANEL / longest, (MAX_WIDTH - 2 * MARGIN - across * gap) / (across * wide))
+    size = (wide * inch + gap, high * inch + LINE)
+    bottom = LINE / 2 + math.ceil(len(cells) / across) * size[1]
+    sheet = Sheet(2 * MARGIN + across * size[0] - gap, bottom + (BAR if bar else 0) + 1.5 * LINE)
+    for i, (cell, name) in enumerate(zip(cells, names, strict=True)):
+        x0, y = MARGIN + i % across * size[0], LINE / 2 + i // across * size[1]
+        sheet.text(x0, y + LINE / 2, shorten(name, size[0] - gap), ha="left")
+        for r, (row, style) in enumerate(zip(cell, styles, strict=False)):
             x = x0
-            for (_, axis), width in zip(cuts, widths, strict=True):
-                picture = plane(volume, axis, 0 if axis is None else centre[axis])
-                top = y + LINE + c * height * inch
-                sheet.picture(x, top, (width * inch, height * inch), inch, picture, cmap="gray", vmin=low, vmax=high)
+            for picture, width in zip(row, widths, strict=True):
+                sheet.picture(x, y + LINE + r * height * inch, (width * inch, height * inch), inch, picture, **style)
                 x += width * inch
-    sheet.footnote(volumes[0].ndim)
-    return save(path, sheet.figure)
+    if bar:
+        sheet.colour_bar(MARGIN, bottom, size[0] - gap, bar, **styles[-1])
+    sheet.footnote(3 if len(cuts) == 3 else 2)
+    return sheet.figure
 
 
 def _groups(title: str, scans: Sequence[np.ndarray], guide: np.ndarray, box: tuple[slice, ...]) -> list[Group]:

@@ -10,12 +10,25 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from scripts.utils.files import write_whole
 from scripts.utils.slices import PLANES, longest_axis, middle, plane
 
-__all__ = ["DPI", "GAP", "LINE", "MARGIN", "MAX_PANEL", "MAX_WIDTH", "Group", "Sheet", "columns", "save", "shorten"]
+__all__ = [
+    "BAR",
+    "DPI",
+    "GAP",
+    "LINE",
+    "MARGIN",
+    "MAX_PANEL",
+    "MAX_WIDTH",
+    "Group",
+    "Sheet",
+    "columns",
+    "save",
+    "shorten",
+]
 
 DPI = 100
 MAX_WIDTH = 19.5  # inches, so that no picture is wider than 1,950 pixels
@@ -58,7 +71,9 @@ class Sheet:
         axes.imshow(picture, aspect="auto", **style)
         axes.set_axis_off()
 
-    def colour_bar(self, x: float, y: float, width: float, label: str, cmap: str, vmin: float, vmax: float) -> None:
+    def colour_bar(
+        self, x: float, y: float, width: float, label: str, cmap: str | Colormap, vmin: float, vmax: float
+    ) -> None:
         """Draw a horizontal colour bar with its numbers and its label below."""
         axes = self.axes(x, y + 0.1, width, 0.1)
         bar = self.figure.colorbar(ScalarMappable(Normalize(vmin, vmax), cmap), cax=axes, orientation="horizontal")

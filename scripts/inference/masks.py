@@ -1,0 +1,134 @@
+"""Masks of scans: pairing them with scans by their names, reading them, and fitting them as their scan was fitted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing, to_affine_nd
+from monai.utils import ensure_tuple
+from scripts.data.datalist import as_text, find_by_wildcards, find_scans
+from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
+from scripts.inference.outputs import scaling_of
+from scripts.utils.names import image_path, item_path
+from torch import Tensor
+
+__all__ = ["FitLike", "pair_masks", "read_mask", "scaled_like"]
+
+
+def pair_masks(
+    dataset_dir: str | os.PathLike,
+    scan_pattern: str | Sequence[str],
+    mask_dir: str | os.PathLike | None,
+    mask_pattern: str | None = None,
+) -> list[dict[str, Any]]:
+    """The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
+
+    Args:
+        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
+            first names the scan.
+        mask_dir: the folder that holds the masks.
+        mask_pattern: of the masks; None: that of the scans.
+
+    Returns:
+        ``[{"image": path, "mask": path}, ...]``; the mask is None where there is none.
+
+    Raises:
+        ValueError: when ``mask_dir`` is None.
+        FileNotFoundError, NotADirectoryError: when a folder does not exist, nothing matches, or no scan has a mask.
+    """
+    if mask_dir is None:
+        raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
+    root, masks_root = Path(dataset_dir).expanduser(), Path(mask_dir).expanduser()
+    if root.suffix == ".json":
+        raise NotADirectoryError(
+            f"dataset_dir '{root}' is a datalist, but masks are paired with the scans of a folder: set --dataset_dir "
+            "to the folder, and choose among its scans by --scan_pattern."
+        )
+    scans = find_scans(root, scan_pattern)
+    if not masks_root.is_dir():
+        raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
+    scan_pattern = ensure_tuple(scan_pattern)[0]
+    mask_pattern = mask_pattern or scan_pattern
+    wildcards = {name: key for key, name in find_by_wildcards(root, scan_pattern).items()}
+    masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
+    items = []
+    for scan in scans:
+        paths = ensure_tuple(scan)
+        name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
+        items.append({"image": as_text(scan), "mask": None if name is None else str(masks_root / name)})
+    if all(item["mask"] is None for item in items):
+        raise FileNotFoundError(
+            f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "
+            f"scan(s) and {len(masks)} mask(s), but never with the same text in place of their wildcards, as "
+            f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}' show."
+        )
+    return items
+
+
+def read_mask(path: str, scan: MetaTensor) -> Tensor:
+    """A scan's mask, bool ``[1, *spatial]``: true where the file is above 0.
+
+    Args:
+        path: of the mask.
+        scan: as it was loaded, ``[channels, *spatial]``.
+
+    Raises:
+        ScanError: when the mask cannot be read, has several channels, or lies on another grid than its scan.
+    """
+    mask = LoadScand("mask")({"mask": path})["mask"]
+    rank = scan.ndim - 1
+    affines = [to_affine_nd(rank, image.affine.numpy().astype(float)) for image in (scan, mask)]
+    apart = 1e-2 * affine_to_spacing(affines[0], r=rank).min()
+    if mask.shape[1:] != scan.shape[1:] or not np.allclose(*affines, rtol=0, atol=apart):
+        raise ScanError(
+            f"The mask '{path}' (shape {tuple(mask.shape[1:])}) lies on another grid than its scan "
+            f"'{image_path(scan)}' (shape {tuple(scan.shape[1:])}), or its affine differs: resample it to the scan's "
+            "grid, nearest neighbour."
+        )
+    if len(mask) != 1:
+        raise ScanError(f"The mask '{path}' has {len(mask)} channels: give one, which counts for all the scan's.")
+    return mask.as_tensor() > 0
+
+
+class FitLike(FitShape):
+    """A fit to the grid of an image that was fitted before."""
+
+    def __init__(self, image: MetaTensor) -> None:
+        super().__init__(image.shape[1:])
+        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
+
+    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rank = len(shape)
+        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
+        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
+
+    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
+        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
+        rank = missing.ndim - 1
+        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
+        voxels = np.argwhere(missing[0].numpy())
+        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
+        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
+        found = np.zeros(self.spatial_shape, bool)
+        for corner in itertools.product((0, 1), repeat=rank):
+            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
+        return torch.from_numpy(found)[None]
+
+
+def scaled_like(image: MetaTensor, values: Tensor) -> Tensor:
+    """Intensities in a scan's own units, ``[channels, *spatial]``, scaled as the scan was, but not clipped.
+
+    Args:
+        image: the preprocessed scan.
+        values: on any grid.
+    """
+    info = scaling_of(image)
+    gain, offset = (per_channel(info[name], values) for name in ("gain", "offset"))
+    return (values - offset) * gain + info["b_min"]

@@ -1,0 +1,99 @@
+"""What ``score`` leaves at its end: a table of all scans, a picture of the most unusual, how well lesions are found."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Compose, LoadImage, Orientation
+from scripts.inference import detection
+from scripts.inference.lesions import LesionCounts
+from scripts.inference.outputs import ScanLayout, read_row, row_table
+from scripts.utils import figures
+from scripts.utils.files import write_csv, write_text
+from scripts.utils.names import item_path
+
+__all__ = ["ScoreSummary"]
+
+logger = logging.getLogger(__name__)
+
+MOST_UNUSUAL = 12
+
+
+class ScoreSummary:
+    """Writes ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv`` and ``lesions.md``.
+
+    Args:
+        output_dir: where they go.
+        layout: makes the layout of a result's files, see :py:class:`scripts.inference.outputs.ScanLayout`.
+        scans: items of the data set, with ``mask`` where there are masks.
+        read: transforms that read a scan and turn it to RAS, for the picture.
+        figures: False draws no picture.
+        unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        layout: Callable[..., ScanLayout],
+        scans: Sequence[Mapping[str, Any]],
+        read: Sequence[Callable],
+        figures: bool = True,
+        unmasked_healthy: bool = False,
+    ) -> None:
+        self.output_dir, self.layout = Path(output_dir), layout
+        self.items = {item_path(item): item for item in scans}
+        self.read, self.figures, self.unmasked_healthy = Compose(read), figures, unmasked_healthy
+
+    def __call__(self, scans: Sequence[str]) -> None:
+        """Write all, given the paths of the scans, in the order of the tables."""
+        rows = self.layout("score", ".json")
+        row_table(self.output_dir / "scores.csv", rows, scans)
+        if self.figures:
+            found = ((scan, read_row(rows.path(scan))) for scan in scans if rows.path(scan).exists())
+            scores = {scan: row["anomaly_score"] for scan, row in found}
+            self._draw({scan: scores[scan] for scan in sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]})
+        if any("mask" in item for item in self.items.values()):
+            self._find_lesions(scans)
+
+    def _draw(self, scores: Mapping[str, float]) -> None:
+        if scores:
+            titles = [f"{Path(scan).name}, score {score:.1f}" for scan, score in scores.items()]
+            figures.anomalies(self.output_dir / "most_unusual.png", self._pictures(scores), titles)
+
+    def _pictures(self, scans: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scans and their maps, one at a time."""
+        load, turn = LoadImage(ensure_channel_first=True), Orientation("RAS", labels=None)
+        for scan in scans:
+            image = self.read({"image": self.items[scan]["image"]})["image"]
+            yield image.as_tensor(), turn(load(self.layout("anomaly").path(scan))).as_tensor()
+
+    def _find_lesions(self, scans: Sequence[str]) -> None:
+        layout = self.layout("lesions", ".npz")
+        found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
+        counts = [LesionCounts.load(name, path) for name, path in found if path.exists()]
+        unmasked = [scan for scan in counts if scan.mask == "none"]
+        if unmasked:
+            logger.warning(
+                "%d scan(s) have no mask, such as '%s': they %s",
+                len(unmasked),
+                unmasked[0].name,
+                "count as healthy."
+                if self.unmasked_healthy
+                else "are left out of what is said of lesions. Give healthy ones an empty mask, or set "
+                "--unmasked_healthy True if all of them are healthy.",
+            )
+        if not self.unmasked_healthy:
+            counts = [scan for scan in counts if scan.mask != "none"]
+        if not counts:
+            return
+        write_csv(self.output_dir / "lesions.csv", *detection.scan_rows(counts))
+        detected = detection.detect(counts, {"all": [True] * len(counts)})
+        said = detection.sentences(detected)
+        write_text(self.output_dir / "lesions.md", "\n\n".join([detection.table(detected), *said]) + "\n")
+        for sentence in said:
+            logger.info("Lesions: %s", sentence)
