@@ -73,7 +73,7 @@ def test_each_held_out_scan_has_a_row(run, evaluated):
     summary, _, _ = evaluated
     rows = list(csv.DictReader((run / "evaluation" / "evaluation.csv").open()))
     split = json.loads((run / "datalist.json").read_text())
-    assert [row["image"] for row in rows] == [item["image"] for item in split["validation"]]
+    assert [row["image"] for row in rows] == [Path(item["image"]).name for item in split["validation"]]
     assert [row["subject"] for row in rows] == [item["subject"] for item in split["validation"]]
     for name, numbers in summary["held_out"].items():
         values = [float(row[name]) for row in rows]

@@ -15,22 +15,22 @@ import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Events
 from monai.metrics import MSEMetric
-from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 from scripts.data.datalist import make_datalist
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import image_quality
+from scripts.inference.outputs import common_root
 from scripts.inference.sample_comparison import SampleComparison
+from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.training.metrics import PER_SCAN
 from scripts.training.trainer import VDVAEEvaluator, autocast
-from scripts.utils.files import write_csv, write_text
+from scripts.utils.files import write_text
+from scripts.utils.names import item_path
 
 __all__ = ["ScanTable", "evaluate", "held_out", "prepare", "scans_to_evaluate"]
 
 logger = logging.getLogger(__name__)
-
-NAMES = ("subject", "session")  # of a scan, as its datalist has them
 
 Summary = dict[str, Any]
 
@@ -113,10 +113,18 @@ class ScanTable:
 
     Args:
         items: all held-out scans, those of other processes among them.
+        dataset_dir: the folder or the datalist that they come from.
+        training_run: tells which of them it was trained on.
     """
 
-    def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        dataset_dir: str | os.PathLike,
+        training_run: TrainingRun | None = None,
+    ) -> None:
         self.items = items
+        self.columns = ScanColumns(items, common_root(items, dataset_dir), training_run)
         self.numbers: list[dict[str, float]] = []
 
     def attach(self, engine: VDVAEEvaluator) -> None:
@@ -139,14 +147,9 @@ class ScanTable:
         self.numbers = list(itertools.chain(*idist.all_gather(self.numbers)))
 
     def write(self, path: str | os.PathLike) -> None:
-        """As CSV, one row per scan: its path, subject and session, then the numbers."""
-        names = [
-            {"image": ";".join(map(str, ensure_tuple(item["image"])))} | {k: item.get(k, "") for k in NAMES}
-            for item in self.items
-        ]
-        rows = [name | numbers for name, numbers in zip(names, self.numbers, strict=True)]
-        cells = ([f"{v:.8g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
-        write_csv(path, list(rows[0]), cells)
+        """As CSV, one row per scan, see :class:`scripts.inference.tables.ScanColumns`."""
+        rows = ({name: f"{value:.8g}" for name, value in numbers.items()} for numbers in self.numbers)
+        self.columns.write(path, zip(map(item_path, self.items), rows, strict=True))
 
     def summary(self) -> Summary:
         """``{quantity: {"mean", "std", "count"}}``; the standard deviation is of scans, not of the mean."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from scripts.data.geometry import fill_outside
 from scripts.data.transforms import OUTSIDE, RobustScaled, ScanError, per_channel, unscaled
 from scripts.inference.inferers import latents_up_to
 from scripts.layers.levels import grid_name
-from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
 from scripts.utils import figures
-from scripts.utils.files import write_csv, write_text, write_whole
+from scripts.utils.files import write_text, write_whole
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from scripts.utils.nifti import save_nifti
@@ -43,8 +41,7 @@ __all__ = [
     "ScanLayout",
     "WholeNibabelWriter",
     "common_root",
-    "latent_tables",
-    "row_table",
+    "read_row",
 ]
 
 logger = logging.getLogger(__name__)
@@ -338,7 +335,7 @@ def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[flo
 
 
 class SaveRowd(Transform):
-    """Write the numbers of a scan as JSON, one file per scan; :func:`row_table` puts them together.
+    """Write the numbers of a scan as JSON; :func:`scripts.inference.tables.row_table` puts those of all together.
 
     Args:
         layout: says where.
@@ -390,49 +387,9 @@ def stack_latents(items: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
     return [torch.stack(latents) for latents in zip(*(item["latents"] for item in items), strict=True)]
 
 
-def row_table(path: str | os.PathLike, layout: ScanLayout, scans: Iterable[str]) -> None:
-    """Put what :class:`SaveRowd` wrote of these scans together, as CSV, one row per scan, its path first."""
-    found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
-    _write_table(path, ((scan, read_row(file)) for scan, file in found if file.exists()))
-
-
 def read_row(path: Path) -> dict[str, float]:
     """The numbers of a scan, as :class:`SaveRowd` wrote them."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def latent_tables(
-    output_dir: str | os.PathLike, layout: ScanLayout, prior: PopulationPrior | None, scans: Sequence[str]
-) -> None:
-    """Put latents of these scans together, as CSV with one row per scan, its path first.
-
-    ``latents.csv`` has the coarsest latent's posterior means. With a population prior ``coordinates.csv`` has the
-    scans' coordinates, and ``factors.csv`` says how much of what is explained each factor explains.
-    """
-
-    def rows(array: str, column: str) -> Iterator[tuple[str, dict[str, str]]]:
-        for scan in scans:
-            file = layout.path(scan)
-            if file.exists():
-                with np.load(file, allow_pickle=False) as content:
-                    values = content[array].ravel()
-                yield layout.relative(scan), {f"{column}{i:03d}": f"{value:.6g}" for i, value in enumerate(values)}
-
-    folder = Path(output_dir)
-    _write_table(folder / "latents.csv", rows("mean00", "m"))
-    if prior is not None:
-        _write_table(folder / "coordinates.csv", rows("coordinates", "c"))
-        shares = zip(prior.explained.tolist(), prior.explained.cumsum(0).tolist(), strict=True)
-        cells = ((f"c{i:03d}", f"{share:.4g}", f"{so_far:.4g}") for i, (share, so_far) in enumerate(shares))
-        write_csv(folder / "factors.csv", ["factor", "explained", "explained_so_far"], cells)
-
-
-def _write_table(path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    rows = iter(rows)
-    first = list(itertools.islice(rows, 1))  # the others stay where they are: there may be many
-    columns = list(first[0][1]) if first else []
-    cells = ([scan, *(row[name] for name in columns)] for scan, row in itertools.chain(first, rows))
-    write_csv(path, ["image", *columns], cells)
 
 
 def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:

@@ -12,7 +12,8 @@ import torch
 from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.lesions import LesionCounts
-from scripts.inference.outputs import ScanLayout, read_row, row_table
+from scripts.inference.outputs import ScanLayout, read_row
+from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
@@ -31,6 +32,7 @@ class ScoreSummary:
         output_dir: where they go.
         layout: makes the layout of a result's files, see :py:class:`scripts.inference.outputs.ScanLayout`.
         scans: items of the data set, with ``mask`` where there are masks.
+        columns: what tables say of a scan.
         read: transforms that read a scan and turn it to RAS, for the picture.
         figures: False draws no picture.
         unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
@@ -41,18 +43,20 @@ class ScoreSummary:
         output_dir: str | os.PathLike,
         layout: Callable[..., ScanLayout],
         scans: Sequence[Mapping[str, Any]],
+        columns: ScanColumns,
         read: Sequence[Callable],
         figures: bool = True,
         unmasked_healthy: bool = False,
     ) -> None:
         self.output_dir, self.layout = Path(output_dir), layout
+        self.columns = columns
         self.items = {item_path(item): item for item in scans}
         self.read, self.figures, self.unmasked_healthy = Compose(read), figures, unmasked_healthy
 
     def __call__(self, scans: Sequence[str]) -> None:
         """Write all, given the paths of the scans, in the order of the tables."""
         rows = self.layout("score", ".json")
-        row_table(self.output_dir / "scores.csv", rows, scans)
+        row_table(self.output_dir / "scores.csv", rows, self.columns, scans)
         if self.figures:
             found = ((scan, read_row(rows.path(scan))) for scan in scans if rows.path(scan).exists())
             scores = {scan: row["anomaly_score"] for scan, row in found}

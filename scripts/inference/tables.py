@@ -1,0 +1,151 @@
+"""Tables of results, one row per scan, all with the same columns that say which scan it is."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scripts.inference.outputs import ScanLayout, read_row
+from scripts.inference.training_run import TrainingRun
+from scripts.layers.population_prior import PopulationPrior
+from scripts.utils.files import write_csv
+from scripts.utils.names import item_path
+
+__all__ = ["ScanColumns", "latent_tables", "row_table"]
+
+logger = logging.getLogger(__name__)
+
+PARTICIPANTS = "participants.tsv"
+MISSING = ("n/a", "")
+
+
+class ScanColumns:
+    """Which scan a row is of: ``image``, ``subject``, ``session``, ``trained_on``, and what ``participants.tsv`` says.
+
+    ``image`` is the scan's path, relative to the data set; ``session`` is left out where no scan has one, and
+    ``trained_on`` without a training run. The columns of ``participants.tsv``, where the data set has one, are joined
+    by the subject.
+
+    Args:
+        items: of the data set, with ``image`` and as far as they are known ``subject`` and ``session``.
+        root: the folder that paths are relative to.
+        training_run: tells which scans it was trained on.
+    """
+
+    def __init__(
+        self, items: Sequence[Mapping[str, Any]], root: str | os.PathLike, training_run: TrainingRun | None = None
+    ) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.items = {item_path(item): item for item in items}
+        self.training_run = training_run
+        self.participants = read_participants(self.root)
+        known = {name for item in items for name in ("subject", "session") if item.get(name)}
+        self.names = [name for name in ("subject", "session") if name in known]
+
+    def __call__(self, scan: str) -> dict[str, Any]:
+        """The first columns of a scan's row.
+
+        Args:
+            scan: path of its first file, as the items have it.
+        """
+        item = self.items.get(scan, {"image": scan})
+        path = Path(os.path.normpath(Path(scan).expanduser().absolute()))
+        image = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        columns = {"image": image} | {name: item.get(name, "") for name in self.names}
+        if self.training_run is not None and self.training_run.trained is not None:
+            columns["trained_on"] = self.training_run.knows(item)
+        return columns
+
+    def details(self, scan: str) -> dict[str, str]:
+        """What ``participants.tsv`` says of the scan's subject; empty texts for a subject that it lacks."""
+        subject = str(self.items.get(scan, {}).get("subject", ""))
+        known = self.participants.get(subject.removeprefix("sub-"), {})
+        names = next(iter(self.participants.values()), {})
+        return {name: known.get(name, "") for name in names}
+
+    def write(self, path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]], last: bool = False) -> None:
+        """Write a table.
+
+        Args:
+            path: of the CSV file.
+            rows: of each scan, the numbers by their columns; all rows have the same.
+            last: put what is said of the scan, but its path, after the numbers.
+        """
+        rows = iter(rows)
+        first = list(itertools.islice(rows, 1))  # the others stay where they are: there may be many
+        cells = (self._row(scan, numbers, last) for scan, numbers in itertools.chain(first, rows))
+        header = list(self._row(*first[0], last)) if first else ["image"]
+        write_csv(path, header, (list(row.values()) for row in cells))
+
+    def _row(self, scan: str, numbers: Mapping[str, Any], last: bool) -> dict[str, Any]:
+        own, details = self(scan), self.details(scan)
+        details = {f"participant_{name}" if name in {*own, *numbers} else name: v for name, v in details.items()}
+        image = {"image": own.pop("image")}
+        return image | dict(numbers) | own | details if last else image | own | details | dict(numbers)
+
+
+def read_participants(root: Path) -> dict[str, dict[str, str]]:
+    """The rows of a BIDS ``participants.tsv`` by the subject's name without ``sub-``; empty where there is no file.
+
+    Args:
+        root: the folder of a data set, or that of a few scans in it.
+    """
+    found = [folder / PARTICIPANTS for folder in (root, *root.parents[:3]) if (folder / PARTICIPANTS).is_file()]
+    if not found:
+        return {}
+    path = found[0]
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        if "participant_id" not in (reader.fieldnames or ()):
+            logger.warning("'%s' has no column participant_id, and is not joined to the tables.", path)
+            return {}
+        return {
+            row["participant_id"].removeprefix("sub-"): {
+                name: "" if value is None or value.strip() in MISSING else value.strip()
+                for name, value in row.items()
+                if name not in (None, "participant_id")
+            }
+            for row in reader
+        }
+
+
+def row_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Iterable[str]) -> None:
+    """Put what :class:`scripts.inference.outputs.SaveRowd` wrote of these scans together, one row per scan."""
+    found = ((scan, layout.path(scan)) for scan in scans)
+    columns.write(path, ((scan, read_row(file)) for scan, file in found if file.exists()))
+
+
+def latent_tables(
+    output_dir: str | os.PathLike,
+    layout: ScanLayout,
+    columns: ScanColumns,
+    prior: PopulationPrior | None,
+    scans: Sequence[str],
+) -> None:
+    """Put latents of these scans together, as CSV with one row per scan.
+
+    ``latents.csv`` has the coarsest latent's posterior means. With a population prior ``coordinates.csv`` has the
+    scans' coordinates, and ``factors.csv`` says how much of what is explained each factor explains.
+    """
+
+    def rows(array: str, column: str) -> Iterator[tuple[str, dict[str, str]]]:
+        for scan in scans:
+            file = layout.path(scan)
+            if file.exists():
+                with np.load(file, allow_pickle=False) as content:
+                    values = content[array].ravel()
+                yield scan, {f"{column}{i:03d}": f"{value:.6g}" for i, value in enumerate(values)}
+
+    folder = Path(output_dir)
+    columns.write(folder / "latents.csv", rows("mean00", "m"), last=True)
+    if prior is not None:
+        columns.write(folder / "coordinates.csv", rows("coordinates", "c"), last=True)
+        shares = zip(prior.explained.tolist(), prior.explained.cumsum(0).tolist(), strict=True)
+        cells = ((f"c{i:03d}", f"{share:.4g}", f"{so_far:.4g}") for i, (share, so_far) in enumerate(shares))
+        write_csv(folder / "factors.csv", ["factor", "explained", "explained_so_far"], cells)

@@ -1,0 +1,74 @@
+"""Tables of results: which scan a row is of, and what the data set says of its subject."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from scripts.inference.tables import ScanColumns, read_participants
+from scripts.inference.training_run import TrainedScans, TrainingRun
+
+ITEMS = ("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz")
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsex\tkl\nsub-01\t63\tF\tx\nsub-03\tn/a\tM\ty\n")
+    items = [
+        {"image": str(tmp_path / name), "subject": name.split("/")[0], "session": name.split("/")[1]} for name in ITEMS
+    ]
+    return tmp_path, items
+
+
+def read(path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_says_which_scan_it_is_of(data_set):
+    root, items = data_set
+    columns = ScanColumns(items, root)
+    columns.write(root / "table.csv", ((item["image"], {"kl": 1.5}) for item in items))
+    first, second = read(root / "table.csv")
+    expected = {"image": ITEMS[0], "subject": "sub-01", "session": "ses-1", "age": "63", "sex": "F"}
+    assert first == expected | {"participant_kl": "x", "kl": "1.5"}
+    assert (second["subject"], second["age"], second["sex"]) == ("sub-02", "", "")
+    assert list(first)[:3] == ["image", "subject", "session"] and list(first)[-1] == "kl"
+
+
+def test_numbers_may_come_first(data_set):
+    root, items = data_set
+    ScanColumns(items, root).write(root / "table.csv", [(items[0]["image"], {"c000": 1, "c001": 2})], last=True)
+    assert list(read(root / "table.csv")[0])[:4] == ["image", "c000", "c001", "subject"]
+
+
+def test_scans_without_subjects_have_their_path_alone(tmp_path):
+    ScanColumns([{"image": str(tmp_path / "a.nii")}], tmp_path).write(
+        tmp_path / "table.csv", [(str(tmp_path / "a.nii"), {"x": 1})]
+    )
+    assert read(tmp_path / "table.csv") == [{"image": "a.nii", "x": "1"}]
+    ScanColumns([], tmp_path).write(tmp_path / "empty.csv", [])
+    assert (tmp_path / "empty.csv").read_text().strip() == "image"
+
+
+def test_scans_that_were_trained_on_are_marked(data_set, tmp_path):
+    root, items = data_set
+    run = TrainingRun(None)
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1]}))
+    run.trained = TrainedScans(tmp_path / "datalist.json")
+    columns = ScanColumns(items, root, run)
+    assert [columns(item["image"])["trained_on"] for item in items] == ["yes", "no"]
+
+
+def test_a_table_of_participants_without_their_names_is_not_joined(tmp_path, caplog):
+    (tmp_path / "participants.tsv").write_text("id\tage\n1\t63\n")
+    assert read_participants(tmp_path) == {}
+    assert "has no column participant_id" in caplog.text
+
+
+def test_participants_are_found_above_a_few_scans(data_set, tmp_path):
+    root, _ = data_set
+    assert read_participants(root / "sub-01" / "ses-1" / "anat")["01"]["age"] == "63"
+    assert read_participants(root / "a" / "b" / "c" / "d") == {}
