@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.lesions import LesionCounts
-from scripts.inference.outputs import ScanLayout, read_row, row_table
+from scripts.inference.outputs import ScanLayout, row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
@@ -51,12 +52,14 @@ class ScoreSummary:
 
     def __call__(self, scans: Sequence[str]) -> None:
         """Write all, given the paths of the scans, in the order of the tables."""
-        rows = self.layout("score", ".json")
-        row_table(self.output_dir / "scores.csv", rows, scans)
+        layout = self.layout("score", ".json")
+        row_table(self.output_dir / "scores.csv", layout, scans)
         if self.figures:
-            found = ((scan, read_row(rows.path(scan))) for scan in scans if rows.path(scan).exists())
-            scores = {scan: row["anomaly_score"] for scan, row in found}
-            self._draw({scan: scores[scan] for scan in sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]})
+            with (self.output_dir / "scores.csv").open(encoding="utf-8") as file:
+                scores = {row["image"]: float(row["anomaly_score"]) for row in csv.DictReader(file)}
+            highest = sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]
+            paths = {layout.relative(scan): scan for scan in scans if layout.path(scan).exists()}
+            self._draw({paths[name]: scores[name] for name in highest})
         if any("mask" in item for item in self.items.values()):
             self._find_lesions(scans)
 
