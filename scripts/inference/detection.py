@@ -211,7 +211,7 @@ def sentences(found: Sequence[Detection]) -> list[str]:
             f"{values[0][0] - values[1][0]:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}."
         )
         if max(v[0] for v in values) < 0.1:
-            said[-1] += " Neither is of much use: of the voxels that they mark fewer than one in ten is in a lesion."
+            said[-1] += " Neither is of much use: on average fewer than one in ten voxels that they mark are lesions."
         area, (low, high) = ours.numbers["auroc"][0], ours.interval("auroc")
         if low <= 0.5 <= high:
             said[-1] += (

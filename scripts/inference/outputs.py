@@ -392,7 +392,7 @@ def read_row(path: Path) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:
+def report_latents(network: VDVAE) -> None:
     """Log how many numbers the latents of a scan are, level by level, beside its voxels."""
     voxels = network.in_channels * math.prod(network.spatial_shape)
     for level in sorted(set(network.latent_levels), reverse=True):
@@ -404,4 +404,3 @@ def report_latents(network: VDVAE, output_dir: str | os.PathLike) -> None:
             voxels / count,
             voxels,
         )
-    logger.info("They are in '%s'; the means of the coarsest are in latents.csv, one row per scan.", output_dir)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.lesions import LesionCounts
-from scripts.inference.outputs import ScanLayout, read_row
+from scripts.inference.outputs import ScanLayout
 from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
@@ -22,7 +24,8 @@ __all__ = ["ScoreSummary"]
 
 logger = logging.getLogger(__name__)
 
-MOST_UNUSUAL = 12
+MOST_UNUSUAL = 12  # scans in the picture
+NAMED = 3  # in the log
 
 
 class ScoreSummary:
@@ -55,12 +58,23 @@ class ScoreSummary:
 
     def __call__(self, scans: Sequence[str]) -> None:
         """Write all, given the paths of the scans, in the order of the tables."""
-        rows = self.layout("score", ".json")
-        row_table(self.output_dir / "scores.csv", rows, self.columns, scans)
+        layout = self.layout("score", ".json")
+        row_table(self.output_dir / "scores.csv", layout, self.columns, scans)
+        with (self.output_dir / "scores.csv").open(encoding="utf-8") as file:
+            rows = {row["image"]: row for row in csv.DictReader(file)}
+        scores = {name: float(row["anomaly_score"]) for name, row in rows.items()}
+        highest = sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]
+        if rows:
+            bits = np.array([float(row["bits_per_dim"]) for row in rows.values()])
+            logger.info(
+                "%d scan(s): %.3f bits per dim in the mean, %.3f to %.3f. Highest anomaly_score: %s. 'scores.csv' has "
+                "all.",
+                *(len(bits), bits.mean(), bits.min(), bits.max()),
+                ", ".join(f"{name} ({scores[name]:.1f})" for name in highest[:NAMED]),
+            )
         if self.figures:
-            found = ((scan, read_row(rows.path(scan))) for scan in scans if rows.path(scan).exists())
-            scores = {scan: row["anomaly_score"] for scan, row in found}
-            self._draw({scan: scores[scan] for scan in sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]})
+            paths = {layout.relative(scan): scan for scan in scans if layout.path(scan).exists()}
+            self._draw({paths[name]: scores[name] for name in highest})
         if any("mask" in item for item in self.items.values()):
             self._find_lesions(scans)
 

@@ -149,3 +149,8 @@ def latent_tables(
         shares = zip(prior.explained.tolist(), prior.explained.cumsum(0).tolist(), strict=True)
         cells = ((f"c{i:03d}", f"{share:.4g}", f"{so_far:.4g}") for i, (share, so_far) in enumerate(shares))
         write_csv(folder / "factors.csv", ["factor", "explained", "explained_so_far"], cells)
+    logger.info(
+        "%d scan(s): 'latents.csv' has the means of the coarsest latent%s, one row per scan.",
+        sum(layout.path(scan).exists() for scan in scans),
+        "" if prior is None else f", 'coordinates.csv' {prior.factors} coordinates of the population prior",
+    )
