@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -35,9 +37,36 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
 
         return note
 
+    check_options(commands, sys.argv[1:])
     named = {name: noted(f) for name, f in commands.items()} if isinstance(commands, dict) else noted(commands)
     request = fire.Fire(named, name=program, serialize=lambda _: None)
     if not isinstance(request, list):
         sys.exit(f"Say which of {', '.join(commands)}; --help says more.")
     function, args, kwargs = request
     return function(*args, **kwargs)
+
+
+def check_options(commands: Callable | dict[str, Callable], words: Sequence[str]) -> None:
+    """End the program, with exit code 2, at an option that the function lacks; Fire names it in words of its own.
+
+    Args:
+        commands: see :func:`run`.
+        words: of the command line.
+
+    Raises:
+        SystemExit: there is such an option; the sentence names those that are alike, or all.
+    """
+    function = commands if callable(commands) else commands.get(next(iter(words), ""))
+    if function is None or "--" in words:  # what follows is Fire's own
+        return
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for word in words:
+        option = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if not word.startswith("--") or {option, option.removeprefix("no")} & {*parameters, "help"}:
+            continue
+        known = difflib.get_close_matches(option, parameters, n=1) or parameters
+        known = ", ".join(f"--{name}" for name in known)
+        print(f"Error: there is no option {word.split('=')[0]}: did you mean {known}?", file=sys.stderr)
+        sys.exit(2)
