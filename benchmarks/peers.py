@@ -5,9 +5,10 @@
         --ckpt "['OUT/checkpoints/model.pt','models/model.pt']" --ckpt_minutes "[45,180]"
 
 trains the peers (:py:mod:`benchmarks.peer_models`) on the training side of ``dataset_dir``, split and preprocessed as
-``configs/train.json`` does, and measures all of them on phantoms of another seed. It prints a Markdown table, writes it
-to ``peers.csv``, and draws a reconstruction and a sample of each model. Weights are kept in ``output_dir`` as training
-goes on: the same command goes on with a run that was stopped, and ``--minutes 0`` takes the weights as they are.
+``configs/train.json`` does, and measures all of them on phantoms of another seed. It prints two Markdown tables, writes
+them to ``peers.csv`` and ``samples.csv``, and draws a reconstruction and a sample of each model. Weights are kept in
+``output_dir`` as training goes on: the same command goes on with a run that was stopped, and ``--minutes 0`` takes the
+weights as they are.
 
 The peers see plain scans, which favours them: our network trains on augmented ones, and has to explain these too. The
 number of PCA's components, and which weights an autoencoder keeps, are chosen on the validation side. Minutes are of
@@ -30,11 +31,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
+from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
 from scripts.inference.detection import detect
-from scripts.inference.inferers import foreground, image_quality, restored_latent
+from scripts.inference.inferers import Sampling, foreground, image_quality, restored_latent
 from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks
+from scripts.inference.population import find_population_prior
 from scripts.inference.sample_comparison import SampleComparison
+from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
 from scripts.training.checkpoints import load_weights
@@ -67,7 +71,12 @@ draws voxels. AutoencoderKL is made for a diffusion model of its latents: it is 
 adversarial and the perceptual part, and is sampled and scored with a N(0, I) that it was hardly made to match. Of
 {lesions} other phantoms, {sick} of them with lesions ({share:.2%} of the foreground): average precision of the anomaly
 map's voxels (chance: that share), and AUROC of its 99.9th percentile (chance: 0.5). A map is how many standard
-deviations a scan lies above its reconstruction, ours above its restored one, smoothed alike."""
+deviations a scan lies above its reconstruction, ours above its restored one, smoothed alike.
+
+Of the samples in voxels: their variance over the test phantoms', in bands of principal components of the training scans
+(1: they vary alike); precision and recall (3 nearest neighbours); and the distance to the nearest training scan, over
+that of the test phantoms (far below 1: copies). The last row takes scans of the validation side for samples: what can
+be had."""
 
 
 class Ours(Peer):
@@ -77,13 +86,16 @@ class Ours(Peer):
         network: the network.
         restore: see :py:class:`scripts.inference.inferers.Scoring`.
         temperature: of samples.
+        prior: the population prior that samples are drawn from; None: the network's own.
     """
 
     likelihood = "ELBO"
 
-    def __init__(self, network: VDVAE, restore: float | None, temperature: float = 1.0) -> None:
+    def __init__(
+        self, network: VDVAE, restore: float | None, temperature: float = 1.0, prior: PopulationPrior | None = None
+    ) -> None:
         super().__init__(network.spatial_shape)
-        self.network, self.restore, self.temperature = network, restore, temperature
+        self.network, self.restore, self.sampling = network, restore, Sampling(temperature, prior=prior)
 
     def nats(self, x: Tensor) -> Tensor:
         (loc, scale, kl), _ = self.network.infer(x)
@@ -94,7 +106,7 @@ class Ours(Peer):
         return loc, scale
 
     def sample(self, count: int) -> Tensor:
-        return self.network.decode([], self.temperature, batch_size=count)[0]
+        return self.sampling(count, self.network)["sample"]
 
     def anomaly(self, x: Tensor) -> Tensor:
         latents = self.network.infer(x, temperature=0.0)[1]
@@ -254,17 +266,22 @@ def compare(
     for name, (network, spent) in networks.items():
         models[name] = (Ours(network, scoring.restore), spent)
     cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+    last = ckpt if isinstance(ckpt, str) else ckpt[-1]
+    prior = find_population_prior(None, last, network)
+    if prior is not None:
+        cold["ours, samples of the population prior"] = Ours(network, scoring.restore, prior=prior)
 
     make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
     paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
     test = stack([preprocess({"image": str(path)}) for path in paths])
     cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
     sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", preprocess, **cohort)
-    rows = []
+    rows, quality = [], {}
     with torch.no_grad():
         for name, (peer, spent) in tqdm(models.items(), desc="measuring", unit="model"):
             torch.manual_seed(seed)
             compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
+            quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)
             rows.append(
                 {
                     "model": name,
@@ -279,9 +296,16 @@ def compare(
         for name, peer in cold.items():
             compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
             rows.append({"model": name, **sample_numbers(compared)})
+            quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)
+        quality["scans of the validation side"] = quality_numbers(validation[:samples], test, training)
         draw(folder, {name: peer for name, (peer, _) in models.items()}, cold, test[:1], seed)
     write_csv(folder / "peers.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows))
-    print_table(rows)
+    print_table(COLUMNS, rows)
+    names = ["model", *quality["scans of the validation side"]]
+    rows = [{"model": name, **numbers} for name, numbers in quality.items()]
+    write_csv(folder / "samples.csv", names, ([row[name] for name in names] for row in rows))
+    print()
+    print_table({name: name for name in names}, rows)
     reference = compared["mmd_gaussian"]
     print(
         "\n"
@@ -298,9 +322,22 @@ def compare(
     )
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def draw_samples(peer: Peer, count: int, batch_size: int) -> Tensor:
+    """`[count, 1, *spatial]`."""
+    return torch.cat([peer.sample(min(batch_size, count - start)) for start in range(0, count, batch_size)])
+
+
+def quality_numbers(samples: Tensor, scans: Tensor, training: Tensor) -> dict[str, float]:
+    """What :py:mod:`benchmarks.sample_quality` says, for the second table."""
+    precision, recall = precision_recall(samples, scans)
+    variances = {f"variance, components {band}": v for band, v in spectrum(samples, scans, training).items()}
+    nearest = nearest_training(samples, scans, training)
+    return {**variances, "precision": precision, "recall": recall, "nearest training scan": nearest}
+
+
+def print_table(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
     """As Markdown."""
-    lines = [COLUMNS.values(), ["---"] * len(COLUMNS), *([cell(row.get(name)) for name in COLUMNS] for row in rows)]
+    lines = [columns.values(), ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
     for line in lines:
         print("| " + " | ".join(line) + " |")
 

@@ -168,7 +168,12 @@ def test_table_has_a_row_for_each_model(cohort, tmp_path, capsys):
     assert float(rows[0]["psnr"]) < float(rows[1]["psnr"])
     assert all(0 <= float(row["auroc"]) <= 1 for row in rows[:6])
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("| ") for line in lines) == 2 + len(names)
+    assert sum(line.startswith("| ") for line in lines) == 2 * (2 + len(names)) + 1
+    with (tmp_path / "out" / "samples.csv").open() as file:
+        quality = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(quality) == [*names, "scans of the validation side"]
+    assert all(0 <= float(row["precision"]) <= 1 for row in quality.values())
+    assert all(float(row["nearest training scan"]) > 0 for row in quality.values())
     assert {"reconstructions.png", "samples.png", "VarAutoEncoder.pt"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
