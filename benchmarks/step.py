@@ -9,7 +9,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from scripts.networks import VDVAE
-from scripts.training.losses import ELBOLoss, weight_penalty
+from scripts.training.losses import ELBOLoss, WeightPenalty
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = (8, 32, 64, 128, 256)
@@ -61,7 +61,8 @@ class TrainingStep:
         self.bfloat16 = precision == "bf16"
         self.loss_function = ELBOLoss()
         self.parameters = list(network.parameters())
-        self.optimizer = torch.optim.Adamax(self.parameters, lr=1e-3)
+        self.penalty = WeightPenalty(self.parameters, 1e-4)
+        self.optimizer = torch.optim.Adamax(self.parameters, lr=1e-3, foreach=True)
 
     def fill_optimizer_state(self) -> None:
         """Make the optimizer's state as an earlier step would; zero gradients leave the weights as they are."""
@@ -71,14 +72,15 @@ class TrainingStep:
         self.optimizer.zero_grad()
 
     def loss(self) -> Tensor:
-        """Negative ELBO in nats per scan, plus the weight penalty."""
+        """Negative ELBO in nats per scan, without the weight penalty."""
         with torch.autocast(self.scans.device.type, torch.bfloat16, enabled=self.bfloat16):
             output = self.network(self.scans)
         loss, _ = self.loss_function(output, self.scans, update=0)
-        return loss + 1e-4 * weight_penalty(self.parameters)
+        return loss
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
         self.loss().backward()
+        self.penalty.add_gradient()
         nn.utils.clip_grad_norm_(self.parameters, 100.0)
         self.optimizer.step()

@@ -28,7 +28,7 @@ from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_weights
 from scripts.training.growth import grow_network
-from scripts.training.losses import bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.population_training import RunningPopulationPrior
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.command_line import run
@@ -97,6 +97,7 @@ def trial(
     parser.update({"network": network, "last_checkpoint": None, "weights": weights, "updates": updates})
     optimizer, scheduler, loss_function = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler", "loss"))
     parameters = list(network.parameters())
+    penalty = WeightPenalty(parameters, parser["weight_penalty"])
     running = RunningPopulationPrior(network, population_factors)
     start = time.perf_counter()
     order = iter(())
@@ -113,7 +114,8 @@ def trial(
         gain = running.log_ratio(posteriors) if update > (population_prior_from or 0) else None
         if population_prior_from is not None and gain is not None:
             loss = loss - loss_function.beta(update - 1) * gain.mean()
-        (loss + parser["weight_penalty"] * weight_penalty(parameters)).backward()
+        loss.backward()
+        penalty.add_gradient()
         torch.nn.utils.clip_grad_norm_(parameters, parser["max_grad_norm"])
         optimizer.step()
         scheduler.step()

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Normal
 
 from scripts.networks import VDVAEOutput
-from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
 
 
 def prediction(*shape, latents=3):
@@ -49,13 +49,16 @@ def test_bits_per_dim(shape):
 def test_weight_penalty_is_the_mean_square_of_each_weight_and_of_no_bias():
     weight, matrix = torch.full((2, 3, 1, 1, 1), 2.0), torch.tensor([[1.0, 3.0]])
     bias, alpha = torch.full((7,), 100.0), torch.tensor(100.0)
-    assert weight_penalty([weight, bias, matrix, alpha]).item() == pytest.approx(4.0 + 5.0)
+    assert WeightPenalty([weight, bias, matrix, alpha], 0.5).value().item() == pytest.approx(0.5 * (4.0 + 5.0))
 
 
 def test_weight_penalty_has_a_gradient():
-    weight = torch.full((2, 2), 3.0, requires_grad=True)
-    weight_penalty([weight]).backward()
-    torch.testing.assert_close(weight.grad, torch.full((2, 2), 2 * 3.0 / 4))
+    weight, other, bias = (torch.full(shape, 3.0, requires_grad=True) for shape in ((2, 2), (1, 3), (2,)))
+    weight.sum().backward()
+    WeightPenalty([weight, other, bias], 0.5).add_gradient()
+    torch.testing.assert_close(weight.grad, torch.full((2, 2), 1 + 0.5 * 2 * 3.0 / 4))
+    torch.testing.assert_close(other.grad, torch.full((1, 3), 0.5 * 2 * 3.0 / 3))
+    assert bias.grad is None
 
 
 BETAS = [(0, 0, 1.0), (0, 100, 1.0), (10, 0, 0.0), (10, 5, 0.5), (10, 10, 1.0), (10, 1000, 1.0)]

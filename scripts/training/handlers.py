@@ -55,6 +55,15 @@ class MovingAverage(EMAHandler):
         update = Events.ITERATION_COMPLETED(event_filter=lambda engine, _: engine.between_updates)
         super().attach(engine, name, warn_if_exists, update)
 
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        # as Ignite's, for all tensors at once
+        momentum = getattr(engine.state, name)
+        average, network = ([p.data for p in model.parameters()] for model in (self.ema_model, self.model))
+        torch._foreach_mul_(average, 1.0 - momentum)
+        torch._foreach_add_(average, network, alpha=momentum)
+        for own, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            own.data = buffer.data
+
 
 class NoHandler:
     """Stands for a handler that is disabled."""

@@ -31,10 +31,38 @@ def bits_per_dim(nats: Tensor, scan: Tensor) -> Tensor:
     return nats / (scan[0].numel() * math.log(2))
 
 
-def weight_penalty(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Sum over weight tensors (two or more dimensions) of the mean square."""
-    norms = ((torch.linalg.vector_norm(p), p.numel()) for p in parameters if p.ndim >= 2)
-    return torch.stack([norm.square() / count for norm, count in norms]).sum()
+class WeightPenalty:
+    """The sum over weight tensors (two or more dimensions) of the mean square, times a factor.
+
+    Its gradient is known, and is added to those of a backward pass: for all tensors at once, where autograd would take
+    a dozen operations for each.
+
+    Args:
+        parameters: of the network; biases and scalars are left alone.
+        factor: what the sum is multiplied by.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
+        self.weights = [p for p in parameters if p.ndim >= 2]
+        self.factor = factor
+        self._counts: Tensor | None = None
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """The penalty, a scalar."""
+        norms = torch.stack(torch._foreach_norm(self.weights))
+        if self._counts is None or self._counts.device != norms.device:
+            self._counts = torch.tensor([p.numel() for p in self.weights], device=norms.device)
+        return self.factor * (norms.square() / self._counts).sum()
+
+    @torch.no_grad()
+    def add_gradient(self) -> None:
+        """Add the penalty's gradient to the weights' own."""
+        for p in self.weights:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        own = torch._foreach_mul(self.weights, [2 * self.factor / p.numel() for p in self.weights])
+        torch._foreach_add_([p.grad for p in self.weights], own)
 
 
 class ELBOLoss(nn.Module):

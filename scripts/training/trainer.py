@@ -22,7 +22,7 @@ from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys as Keys
 from scripts.layers.gaussian import Posterior, recording
 from scripts.networks import VDVAEOutput
-from scripts.training.losses import ELBOLoss, bits_per_dim, negative_log_likelihood, weight_penalty
+from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.population_training import RunningPopulationPrior
 from scripts.utils.signals import SignalWatch
 from torch import Tensor
@@ -165,7 +165,6 @@ class VDVAETrainer(SupervisedTrainer):
             accumulation_steps=accumulation_steps,
         )
         self.lr_scheduler = lr_scheduler
-        self.weight_penalty = weight_penalty
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
         self.skip_warmup = skip_warmup
@@ -173,6 +172,7 @@ class VDVAETrainer(SupervisedTrainer):
         self.amp_dtype = amp_dtype
         self.population_prior, self.population_prior_from = population_prior, population_prior_from
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.penalty = WeightPenalty(self.parameters, weight_penalty) if weight_penalty else None
         kind = self.state.device.type
         needs_scaling = amp and autocast(self.state.device, True, amp_dtype).fast_dtype == torch.float16
         # a loss in nats is large: starting low saves the first updates from overflow
@@ -219,14 +219,13 @@ class VDVAETrainer(SupervisedTrainer):
             loss, nll = engine.loss_function(output, scans, state.updates)
             if engine.population_prior is not None:
                 loss = loss - self._population_gain(posteriors)
-            if engine.weight_penalty:
-                loss = loss + engine.weight_penalty * weight_penalty(engine.parameters)
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
             engine.scaler.scale(loss / batches).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss.detach(), "learning_rate": learning_rate}
+        loss = loss.detach() if engine.penalty is None else loss.detach() + engine.penalty.value()
+        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss, "learning_rate": learning_rate}
         state.output |= step_quantities(output, nll, scans)
         finite = (state.output["nll"] + state.output["kl"]).isfinite().tolist()
         engine._scans += zip(_names(batchdata, len(scans)), finite, strict=True)
@@ -261,6 +260,8 @@ class VDVAETrainer(SupervisedTrainer):
         The gradients are the same on every process, and so is the decision.
         """
         self.scaler.unscale_(self.optimizer)
+        if self.penalty is not None:
+            self.penalty.add_gradient()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
         finite = norm < float("inf")  # false for NaN too
         huge = norm > self.skip_grad_norm and self.state.updates >= self.skip_warmup
