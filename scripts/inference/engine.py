@@ -351,7 +351,7 @@ class ScanEvaluator(Evaluator):
             return
         if "bits_per_dim" in results:
             found = float(results["bits_per_dim"])
-        elif {"recon", "scale"} <= results.keys() and self.settings.get("levels") in (None, "each"):
+        elif self.job == "reconstruct" and self.settings["levels"] in (None, "each"):
             # without the KL divergence, which would only add to it
             image = item["image"].as_tensor()
             nll = negative_log_likelihood(results["recon"][None], results["scale"][None], image[None])

@@ -125,7 +125,7 @@ def split_channels(image: torch.Tensor, names: Sequence[str]) -> dict[str, torch
             f"The {len(names)} files of the scan of '{names[0]}' hold {len(image)} channels, so that results cannot be "
             "written one per file: set --join_channels True for one file with all of them."
         )
-    parts = [image] if len(names) == 1 else SplitDim(channel_dim=0)(image)
+    parts = [image] if len(names) == 1 else SplitDim(dim=0)(image)
     return dict(zip(names, parts, strict=True))
 
 
@@ -229,7 +229,7 @@ def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[st
             continue
         arrays = [np.atleast_3d(nib.load(file).get_fdata(dtype=np.float32)) for file in files]
         images.append(np.concatenate([np.moveaxis(a, -1, 0) if a.ndim == 4 else a[None] for a in arrays]))
-        titles.append(", ".join(file.name.split(".")[0] for file in files))
+        titles.append(" above ".join(file.name.split(".")[0] for file in files))
     figures.batch(path, images, titles, value_range=(0, 1))
 
 
