@@ -89,10 +89,11 @@ class DatasetDescription:
         metadata = json.loads(self.metadata.read_text(encoding="utf-8"))
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         generated = before.get("GeneratedBy", [])
-        if before and metadata["name"] not in [entry.get("Name") for entry in generated]:
+        foreign = before and metadata["name"] not in [entry.get("Name") for entry in generated]
+        if foreign or self.output_dir.absolute() in self.sources:
             raise FileExistsError(
-                f"'{path}' describes another data set, not results of this bundle: set --output_dir to a folder for "
-                "them alone, such as derivatives/vdvae in that data set."
+                f"output_dir '{self.output_dir}' is another data set, not one of results of this bundle: set "
+                "--output_dir to a folder for them alone, such as derivatives/vdvae in that data set."
             )
         checksum = hashlib.sha256(self.ckpt.read_bytes()).hexdigest()
         entry = {

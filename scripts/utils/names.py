@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHANNEL_FILES", "image_caption", "image_files", "image_path", "item_files", "item_path", "printable"]
+__all__ = [
+    "CHANNEL_FILES",
+    "expanded",
+    "image_caption",
+    "image_files",
+    "image_path",
+    "item_files",
+    "item_path",
+    "printable",
+]
 
 # in a loaded image's metadata: all its files, of which MONAI keeps the first; in a datalist's item: the files that its
 # results are named by, where they are not its image's
@@ -39,6 +48,11 @@ def item_files(item: Mapping[str, Any]) -> list[str]:
     """The paths of a datalist item's channels; one path where they are one file."""
     files = item.get(CHANNEL_FILES) or item["image"]
     return list(files) if isinstance(files, list | tuple) else [files]
+
+
+def expanded(paths: Any) -> list[str]:
+    """One path or several as a list, with the user's home in place of ``~``."""
+    return [str(Path(path).expanduser()) for path in (paths if isinstance(paths, list | tuple) else [paths])]
 
 
 def printable(name: str) -> str:
