@@ -227,7 +227,7 @@ def test_channels_whose_results_would_have_one_name_are_refused(tmp_path):
 def test_files_of_several_channels_each_are_refused_with_what_to_do():
     names = ["a_T1w.nii.gz", "a_FLAIR.nii.gz"]
     assert [part.shape for part in split_channels(torch.zeros(2, 3, 3), names).values()] == [(1, 3, 3)] * 2
-    with pytest.raises(ScanError, match="hold 4 channels.*--join_channels True"):
+    with pytest.raises(ScanError, match=r"hold 4 channels.*--join_channels True"):
         split_channels(torch.zeros(4, 3, 3), names)
 
 

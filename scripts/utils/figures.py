@@ -260,8 +260,8 @@ def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles:
             one with the largest anomaly is shown, its intensities from the least to the 99.95th percentile.
         titles: of each scan, or of its channels.
     """
-    cells, shown_titles = [], []
-    for (image, score), title in zip(scans, titles, strict=True):
+    cells, channels = [], []
+    for image, score in scans:
         image, score = as_array(image), as_array(score)
         channel, *centre = _peak(image, score)
         box = foreground_box(list(image))
@@ -269,10 +269,11 @@ def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles:
         shown = (image[channel] - low) / max(high - low, 1e-6)
         place = [int(index) - (cut.start or 0) for index, cut in zip(centre, box, strict=True)]
         cells.append([_planes(volume[box], place) for volume in (shown, score[channel])])
-        shown_titles.append(_channel_titles(title, len(image))[channel])
-    _check_same_length(scans=cells)
+        channels.append((channel, len(image)))
+    _check_same_length(scans=cells, titles=titles)
+    names = [_channel_titles(title, count)[c] for title, (c, count) in zip(titles, channels, strict=True)]
     styles = [{"cmap": "gray", "vmin": 0.0, "vmax": 1.0}, ANOMALY_STYLE]
-    return save(path, _contact_sheet(cells, shown_titles, styles, bar=ANOMALY_LABEL))
+    return save(path, _contact_sheet(cells, names, styles, bar=ANOMALY_LABEL))
 
 
 def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
