@@ -28,7 +28,7 @@ from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, list_scans, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, Scoring, foreground, level_temperatures, quantile
-from scripts.inference.outputs import ScanLayout
+from scripts.inference.layouts import ScanLayout
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.layers.gaussian import drawing, noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_bundle, save
+from monai.data import MetaTensor
 
+from scripts.data.transforms import ScanError
+from scripts.inference.engine import ScanEvaluator
+from scripts.inference.layouts import SampleLayout, ScanLayout
+from scripts.inference.outputs import file_names, split_channels
+from scripts.utils import figures
+from scripts.utils.names import CHANNEL_FILES
+
+CHANNELS = ("T1w", "FLAIR")
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
 KINDS = {
     "slices": ("--network_def#spatial_dims", 2, "--spatial_shape", "[8,8]"),
@@ -69,10 +80,176 @@ def test_every_job_takes_them(trained, job, tmp_path):
         assert len(list(tmp_path.glob("*_latents.npz"))) == 6
         return
     results = sorted(tmp_path.glob(f"*_{key}.nii.gz"))
-    assert len(results) == {"sample": 2, "interpolate": 1}.get(job, 6)
+    channels = 2 if "channels" in kind else 1
+    assert len(results) == {"sample": 2, "interpolate": 1}.get(job, 6) * channels
     size = 12 if job in ("reconstruct", "score") else 8
     grid = (size, size) if "slices" in kind else (size,) * 3
-    # channels are a file's fourth axis, in samples as in reconstructions
-    expected = (*grid, *[1] * (3 - len(grid)), 2) if "channels" in kind else grid
-    assert all(nib.load(path).shape == expected for path in results)
+    assert all(nib.load(path).shape == grid for path in results)
     assert all(np.isfinite(nib.load(path).get_fdata()).all() for path in results)
+
+
+JOBS = {"join": ("--join_channels", True), "bids": ("--bids_derivatives", True)}
+
+
+@pytest.fixture(scope="module")
+def decoded(two_channels, tmp_path_factory):
+    """Folders of ``reconstruct``, ``encode`` and ``decode``, as is, with channels joined, and with names by BIDS."""
+    scans, run = two_channels
+    words = ("--ckpt", run / "checkpoints" / "model.pt", *KINDS["channels"], "--figures", False)
+    folder = tmp_path_factory.mktemp("decoded")
+    for name, more in {"plain": (), **JOBS}.items():
+        for job in ("reconstruct", "encode", "decode"):
+            source = folder / name / "encode" if job == "decode" else scans
+            output = folder / name / job
+            result = run_bundle(
+                *("--dataset_dir", source, "--output_dir", output, *words, *more), run_id=job, configs=INFERENCE
+            )
+            assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_channels(tmp_path_factory):
+    """Scans of two channels, and the folder of a run on them."""
+    folder = tmp_path_factory.mktemp("two_channels")
+    scans = make_scans(folder / "scans", "channels")
+    words = ("--dataset_dir", scans, "--output_dir", folder / "run", "--batch_size", 2, *KINDS["channels"])
+    result = run_bundle(*words, "--augment", False)
+    assert result.returncode == 0, result.stderr
+    return scans, folder / "run"
+
+
+def values(path: Path) -> np.ndarray:
+    return nib.load(path).get_fdata(dtype=np.float32)
+
+
+@pytest.mark.parametrize("job", ["reconstruct", "decode"])
+def test_each_channel_has_its_own_file(decoded, job):
+    names = [f"sub-{n:02d}_{channel}_{key}" for n in range(6) for channel in CHANNELS for key in ("recon", "scale")]
+    found = {path.name.removesuffix(".nii.gz") for path in (decoded / "plain" / job).glob("*.nii.gz")}
+    assert set(names) == {name for name in found if not name.endswith("zscore")}
+    for number in range(6):
+        both = [values(decoded / "plain" / job / f"sub-{number:02d}_{channel}_recon.nii.gz") for channel in CHANNELS]
+        joined = values(decoded / "join" / job / f"sub-{number:02d}_T1w_recon.nii.gz")
+        assert joined.shape == (12, 12, 12, 2)
+        assert np.array_equal(np.stack(both, -1), joined)
+        for name, channel in zip(CHANNELS, both, strict=True):
+            bids = decoded / "bids" / job / f"sub-{number:02d}" / "anat" / f"sub-{number:02d}_desc-recon_{name}.nii.gz"
+            assert np.array_equal(values(bids), channel)
+
+
+def test_decoded_channels_are_those_reconstructed(decoded):
+    for path in (decoded / "plain" / "decode").glob("*_recon.nii.gz"):
+        before = values(decoded / "plain" / "reconstruct" / path.name)
+        assert np.abs(values(path) - before).max() <= 1e-5 * np.ptp(before)
+
+
+def test_bids_results_are_described(decoded):
+    for job in ("reconstruct", "encode", "decode"):
+        content = json.loads((decoded / "bids" / job / "dataset_description.json").read_text())
+        assert [entry["Description"].split(",")[0] for entry in content["GeneratedBy"]] == [job]
+
+
+def run_in(folder: Path, scans: Path, run: Path, *words: object, job: str):
+    common = ("--ckpt", run / "checkpoints" / "model.pt", *KINDS["channels"])
+    return run_bundle(*("--dataset_dir", scans, "--output_dir", folder, *common, *words), run_id=job, configs=INFERENCE)
+
+
+def test_latents_without_names_give_one_file_and_renamed_ones_carry_their_name(decoded, two_channels, tmp_path):
+    with np.load(decoded / "plain" / "encode" / "sub-00_T1w_latents.npz") as file:
+        latents = dict(file)
+    assert latents["channel_names"].tolist() == ["sub-00_T1w", "sub-00_FLAIR"]
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    np.savez(folder / "sub-00_T1w_minus_latents.npz", **latents)
+    np.savez(folder / "plus_latents.npz", **latents)
+    np.savez(folder / "old_latents.npz", **{name: array for name, array in latents.items() if name != "channel_names"})
+    result = run_in(tmp_path / "out", folder, two_channels[1], job="decode")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("*_recon.nii.gz")) == [
+        "old_recon.nii.gz",
+        "plus_sub-00_FLAIR_recon.nii.gz",
+        "plus_sub-00_T1w_recon.nii.gz",
+        "sub-00_FLAIR_minus_recon.nii.gz",
+        "sub-00_T1w_minus_recon.nii.gz",
+    ]
+    assert nib.load(tmp_path / "out" / "old_recon.nii.gz").shape == (12, 12, 12, 2)
+
+
+def test_a_channel_that_is_missing_is_made_again_and_the_others_are_kept(decoded, two_channels, tmp_path):
+    scans, run = two_channels
+    words = ("--figures", False)
+    assert run_in(tmp_path, scans, run, *words, job="reconstruct").returncode == 0
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.nii.gz")}
+    missing = tmp_path / "sub-03_FLAIR_recon.nii.gz"
+    missing.unlink()
+    result = run_in(tmp_path, scans, run, *words, job="reconstruct")
+    assert result.returncode == 0 and missing.is_file(), result.stderr
+    again = {path.name[:6] for path, time in written.items() if path.stat().st_mtime_ns != time}
+    assert again == {"sub-03"}
+    refused = run_in(tmp_path, scans, run, *words, "--join_channels", True, job="reconstruct")
+    assert refused.returncode != 0 and "made with another join_channels" in refused.stderr
+
+
+def test_a_file_of_several_channels_gives_one_file(two_channels, tmp_path):
+    scans, run = two_channels
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    both = [nib.load(scans / f"sub-00_{channel}.nii.gz") for channel in CHANNELS]
+    save(folder / "sub-00_both.nii.gz", np.stack([image.get_fdata() for image in both], -1), both[0].affine)
+    words = ("--scan_pattern", "*.nii.gz")
+    result = run_in(tmp_path / "out", folder, run, *words, job="reconstruct")
+    assert result.returncode == 0, result.stderr
+    assert nib.load(tmp_path / "out" / "sub-00_both_recon.nii.gz").shape == (12, 12, 12, 2)
+
+
+def test_scans_without_bids_names_are_refused_before_anything_is_made(two_channels, tmp_path):
+    scans, run = two_channels
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for channel in CHANNELS:
+        (folder / f"brain7_{channel}.nii.gz").write_bytes((scans / f"sub-00_{channel}.nii.gz").read_bytes())
+    result = run_in(tmp_path / "out", folder, run, "--bids_derivatives", True, job="reconstruct")
+    assert result.returncode != 0 and "'brain7_T1w' has no BIDS name" in result.stderr
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_channels_whose_results_would_have_one_name_are_refused(tmp_path):
+    layout = ScanLayout(tmp_path, tmp_path / "out", "recon")
+    same = [str(tmp_path / "sub-01.nii.gz"), str(tmp_path / "sub-01.mha")]
+    evaluator = SimpleNamespace(layouts=[layout], dataset=SimpleNamespace(data=[{"image": same}]))
+    with pytest.raises(ValueError, match="would both be written to"):
+        ScanEvaluator._check_names(evaluator)
+    evaluator.layouts = [ScanLayout(tmp_path, tmp_path / "out", "recon", join_channels=True)]
+    ScanEvaluator._check_names(evaluator)
+
+
+def test_files_of_several_channels_each_are_refused_with_what_to_do():
+    names = ["a_T1w.nii.gz", "a_FLAIR.nii.gz"]
+    assert [part.shape for part in split_channels(torch.zeros(2, 3, 3), names).values()] == [(1, 3, 3)] * 2
+    with pytest.raises(ScanError, match=r"hold 4 channels.*--join_channels True"):
+        split_channels(torch.zeros(4, 3, 3), names)
+
+
+PATTERNS = [
+    (["*_T1w.nii.gz", "*_FLAIR.nii.gz"], ["T1w", "FLAIR"]),
+    (["sub-*/anat/*_T1w.nii*", "sub-*/anat/*_T2w.nii*"], ["T1w", "T2w"]),
+    (["T1/*.nii.gz", "FLAIR/*.nii.gz"], ["T1", "FLAIR"]),
+    (["*_T1w.nii.gz", "*_T1w_masked.nii.gz"], ["channel1", "channel2"]),
+]
+
+
+@pytest.mark.parametrize(("patterns", "labels"), PATTERNS)
+def test_samples_are_named_after_the_patterns_of_the_channels(tmp_path, patterns, labels):
+    layout = SampleLayout(tmp_path, "sample", patterns, channels=2)
+    names = [path.name for path in layout.paths({"image": str(tmp_path / "0001")})]
+    assert names == [f"0001_{label}_sample.nii.gz" for label in labels]
+    # without a pattern for each channel there are no names for them
+    assert len(SampleLayout(tmp_path, "sample", "*.nii*", channels=2).paths({"image": str(tmp_path / "0001")})) == 1
+
+
+def test_figures_say_which_channel_is_which():
+    image = MetaTensor(torch.zeros(2, 4, 4), meta={CHANNEL_FILES: ["scans/a_T1w.nii.gz", "scans/a_FLAIR.nii.gz"]})
+    assert file_names(image) == ["a_T1w.nii.gz", "a_FLAIR.nii.gz"]
+    assert figures._channel_titles(file_names(image), 2) == file_names(image)
+    assert figures._channel_titles("a.nii.gz", 2) == ["a.nii.gz, channel 1", "a.nii.gz, channel 2"]

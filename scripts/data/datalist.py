@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 # how the names of this bundle's own results, figures' samples and previews end
 RESULT = re.compile(
-    r"_(recon(_to\w+)?|scale|zscore|anomaly|imputed_\w+|sample|step\d+)\.nii(\.gz)?$"
+    r"_(recon(_to\w+)?|scale|zscore|anomaly|imputed_\w+|sample|decoded|step\d+)\.nii(\.gz)?$"
+    r"|_desc-(recon(to\d[0-9x]*)?|scale|zscore|anomaly|imputed(\d+|mean|std)|to[A-Za-z0-9]+step\d+)_[^_/]+\.nii(\.gz)?$"
     r"|(^|/)(sample_temperature=[^/]*|preview_\d+)\.nii\.gz$"
 )
 WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")

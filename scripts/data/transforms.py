@@ -31,7 +31,7 @@ from scripts.data.geometry import (
     world_axes,
 )
 from scripts.utils.formats import content_suffix
-from scripts.utils.names import image_path
+from scripts.utils.names import CHANNEL_FILES, expanded, image_path
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
@@ -64,16 +64,16 @@ class LoadScand(LoadImaged):
         super().__init__(keys, image_only=True, ensure_channel_first=ensure_channel_first, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        paths = {key: ensure_tuple(data[key]) for key in self.key_iterator(dict(data))}
+        paths = {key: expanded(data[key]) for key in self.key_iterator(dict(data))}
         try:
             d = super().__call__(data, reader)
             for key, files in paths.items():
-                d[key].meta["header_problems"] = header_problems(files)
+                d[key].meta |= {"header_problems": header_problems(files), CHANNEL_FILES: files}
             return d
         except MemoryError:
             raise
         except Exception as error:
-            raise ScanError(_why_unreadable([Path(p).expanduser() for p in sum(paths.values(), ())], error)) from error
+            raise ScanError(_why_unreadable([Path(p) for files in paths.values() for p in files], error)) from error
 
 
 def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:

@@ -25,14 +25,14 @@ from monai.utils import ensure_tuple
 from scripts.data.datalist import list_sides
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
-from scripts.inference.outputs import ScanLayout
+from scripts.inference.layouts import ScanLayout
 from scripts.inference.training_run import TrainingRun
 from scripts.layers.gaussian import noise_from
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.trainer import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
-from scripts.utils.names import image_path, item_path
+from scripts.utils.names import image_path, item_files, item_path
 from torch import Tensor
 
 __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
@@ -170,6 +170,7 @@ class ScanEvaluator(Evaluator):
         grid: how the training scans lay on the network's grid; a warning names scans that lie otherwise.
         unlikely_above: bits per dim above which a warning names a scan; None: not known.
         summary: is called at the end, on one process, with the names of all scans.
+        describe: is called at the start, on one process, with the name of the job.
         batch_size, num_workers: of the data loader.
         overwrite: make results again that are there.
         seed: of the noise; each scan has its own, whatever its batch or process.
@@ -194,6 +195,7 @@ class ScanEvaluator(Evaluator):
         grid: ScanGrid | None = None,
         unlikely_above: float | None = None,
         summary: Callable[[Sequence[str]], object] | None = None,
+        describe: Callable[[str], object] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
         overwrite: bool = False,
@@ -224,7 +226,7 @@ class ScanEvaluator(Evaluator):
         self.pending, self.remaining = len(pending), len(share)
         self.network, self.inferer = network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
-        self.failures, self.summary = failures, summary
+        self.failures, self.summary, self.describe = failures, summary, describe
         self.inputs, self.arguments = inputs, arguments
         self.grid, self.unlikely_above = grid, unlikely_above
         self.seed, self.amp_dtype = seed, amp_dtype
@@ -239,7 +241,7 @@ class ScanEvaluator(Evaluator):
         if self.overwrite:
             return False
         try:
-            results = [layout.path(item_path(item)) for layout in self.layouts]
+            results = [path for layout in self.layouts for path in layout.paths(item)]
         except ScanError:
             return False  # that it has no place will be said when it is its turn
         if not all(path.exists() for path in results):
@@ -252,10 +254,10 @@ class ScanEvaluator(Evaluator):
 
     def _check_names(self) -> None:
         """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``."""
-        seen: dict[Path, str] = {}
-        for name in map(item_path, self.dataset.data):
+        layout, seen = self.layouts[0], dict[Path, str]()
+        for name in (name for item in self.dataset.data for name in layout.names(item_files(item))):
             try:
-                path = self.layouts[0].path(name)
+                path = layout.path(name)
             except ScanError:
                 continue
             if path in seen:
@@ -273,6 +275,8 @@ class ScanEvaluator(Evaluator):
         """
         if idist.get_rank() == 0:
             self._note_settings()
+            if self.describe is not None:
+                self.describe(self.job)
         idist.barrier()
         total = len(self.dataset.data)
         if idist.get_rank() == 0 and self.pending < total:
@@ -347,7 +351,7 @@ class ScanEvaluator(Evaluator):
             return
         if "bits_per_dim" in results:
             found = float(results["bits_per_dim"])
-        elif {"recon", "scale"} <= results.keys() and self.settings.get("levels") in (None, "each"):
+        elif self.job == "reconstruct" and self.settings["levels"] in (None, "each"):
             # without the KL divergence, which would only add to it
             image = item["image"].as_tensor()
             nll = negative_log_likelihood(results["recon"][None], results["scale"][None], image[None])

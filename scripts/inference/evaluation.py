@@ -19,7 +19,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.data.datalist import make_datalist
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import image_quality
-from scripts.inference.outputs import common_root
+from scripts.inference.layouts import common_root
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path

@@ -7,7 +7,6 @@ neither through the smoothing of the fit to the network's grid, nor through the 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
 from scripts.data.transforms import ScanError
 from scripts.inference.masks import FitLike, read_mask, scaled_like
+from scripts.inference.outputs import file_names
 from scripts.utils import figures
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -130,9 +130,9 @@ class DrawImputation(Transform):
 
     def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
         draws = torch.stack([torch.as_tensor(data[key]).as_subclass(Tensor) for key in self.keys])
-        name = Path(image_path(data["image"])).name
+        titles = file_names(data["image"])
         figures.imputation(
-            path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], name, value_range
+            path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], titles, value_range
         )
 
 

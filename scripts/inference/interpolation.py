@@ -14,15 +14,16 @@ from monai.transforms import Transform
 from monai.utils import ensure_tuple
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import moving_levels
-from scripts.inference.outputs import ScanLayout, from_zero_to_one, scan_stem
+from scripts.inference.layouts import VOLUME, ScanLayout, scan_stem
+from scripts.inference.outputs import file_names, from_zero_to_one, split_channels
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
-from scripts.utils.names import image_path, item_path
+from scripts.utils.names import image_files, image_path, item_files
 from scripts.utils.nifti import save_nifti
 from torch import Tensor
 
-__all__ = ["BothScans", "SaveStepsd", "list_pair", "pair_layout", "report_levels", "stack_pairs"]
+__all__ = ["BothScans", "PairLayout", "SaveStepsd", "list_pair", "report_levels", "stack_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,37 @@ def list_pair(
     return [{"image": scans[0], "second": scans[1]}]
 
 
-def pair_layout(pair: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike) -> Callable[..., ScanLayout]:
-    """Makes the layout of a pair's results: ``output_dir/a_to_b_step00.nii.gz`` for ``a.nii.gz`` and ``b.nii.gz``."""
-    (item,) = pair
-    root = Path(item_path(item)).expanduser().absolute().parent
-    second = scan_stem(ensure_tuple(item["second"])[0])
-    return lambda postfix, extension=".nii.gz": ScanLayout(root, output_dir, f"to_{second}_{postfix}", extension)
+class PairLayout(ScanLayout):
+    """Names of a pair's results: ``output_dir/a_to_b_step00.nii.gz`` for ``a.nii.gz`` and ``b.nii.gz``.
+
+    A channel's results are named after that channel's two files.
+
+    Args:
+        pair: see :func:`list_pair`.
+        output_dir, postfix, extension, naming: see :class:`scripts.inference.layouts.ScanLayout`.
+    """
+
+    def __init__(
+        self,
+        pair: Sequence[Mapping[str, Any]],
+        output_dir: str | os.PathLike,
+        postfix: str,
+        extension: str = VOLUME,
+        **naming: bool,
+    ) -> None:
+        (item,) = pair
+        first, second = matched(item_files(item), ensure_tuple(item["second"]))
+        root = os.path.commonpath([Path(file).expanduser().absolute().parent for file in first])
+        super().__init__(root, output_dir, postfix, extension, **naming)
+        self.seconds = {self.relative(file): scan_stem(other) for file, other in zip(first, second, strict=True)}
+
+    def _postfix(self, scan: str | os.PathLike) -> str:
+        return f"to_{self.seconds[self.relative(scan)]}_{self.postfix}"
+
+
+def matched(first: Sequence[str], second: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The files of two scans, as many of each; where they are not, the second scan's first one stands for all."""
+    return first, second if len(second) == len(first) else list(second[:1]) * len(first)
 
 
 class BothScans(Transform):
@@ -110,15 +136,19 @@ class SaveStepsd(Transform):
         self.value_range = value_range
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        name = ensure_tuple(data["name"])[0]
+        files = image_files(data["image"])
         images = {key: torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", *self.keys, "second")}
         scans = {key: from_zero_to_one(image, self.value_range) for key, image in images.items()}
         for key in self.keys:
-            save_nifti(self.layout(key).filename(name), scans[key], data["image"].affine)
+            layout = self.layout(key)
+            for name, part in split_channels(scans[key], layout.names(files)).items():
+                save_nifti(layout.filename(name), part, data["image"].affine)
         if self.figure:
             labels = ["first scan", *(f"{i / (len(self.keys) - 1):.0%}" for i in range(len(self.keys))), "second scan"]
-            path = self.layout("steps", ".png").filename(name)
-            figures.strip(path, list(scans.values()), labels, (0.0, 1.0))
+            path = self.layout("steps", ".png").filename(files[0])
+            both = zip(*matched(file_names(data["image"]), file_names(data["second"])), strict=True)
+            titles = [f"{first} to {second}" for first, second in both]
+            figures.strip(path, list(scans.values()), labels, (0.0, 1.0), titles=titles)
         return data
 
 

@@ -15,8 +15,8 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, SpatialResample, Transform
+from scripts.inference.layouts import ScanLayout
 from scripts.inference.masks import FitLike, read_mask, scaled_like
-from scripts.inference.outputs import ScanLayout
 from scripts.utils.files import write_whole
 from scripts.utils.names import image_path
 from torch import Tensor

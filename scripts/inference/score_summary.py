@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
+from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts
-from scripts.inference.outputs import ScanLayout
 from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
-from scripts.utils.names import item_path
+from scripts.utils.names import item_files, item_path
 
 __all__ = ["ScoreSummary"]
 
@@ -33,7 +33,7 @@ class ScoreSummary:
 
     Args:
         output_dir: where they go.
-        layout: makes the layout of a result's files, see :py:class:`scripts.inference.outputs.ScanLayout`.
+        layout: makes the layout of a result's files, see :py:class:`scripts.inference.layouts.ScanLayout`.
         scans: items of the data set, with ``mask`` where there are masks.
         columns: what tables say of a scan.
         read: transforms that read a scan and turn it to RAS, for the picture.
@@ -80,7 +80,10 @@ class ScoreSummary:
 
     def _draw(self, scores: Mapping[str, float]) -> None:
         if scores:
-            titles = [f"{Path(scan).name}, score {score:.1f}" for scan, score in scores.items()]
+            titles = [
+                [f"{Path(file).name}, score {score:.1f}" for file in item_files(self.items[scan])]
+                for scan, score in scores.items()
+            ]
             figures.anomalies(self.output_dir / "most_unusual.png", self._pictures(scores), titles)
 
     def _pictures(self, scans: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,7 +91,7 @@ class ScoreSummary:
         load, turn = LoadImage(ensure_channel_first=True), Orientation("RAS", labels=None)
         for scan in scans:
             image = self.read({"image": self.items[scan]["image"]})["image"]
-            yield image.as_tensor(), turn(load(self.layout("anomaly").path(scan))).as_tensor()
+            yield image.as_tensor(), turn(load(self.layout("anomaly").paths(self.items[scan]))).as_tensor()
 
     def _find_lesions(self, scans: Sequence[str]) -> None:
         layout = self.layout("lesions", ".npz")

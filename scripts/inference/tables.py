@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scripts.inference.outputs import ScanLayout, read_row
+from scripts.inference.layouts import ScanLayout
+from scripts.inference.outputs import read_row
 from scripts.inference.training_run import TrainingRun
 from scripts.layers.population_prior import PopulationPrior
 from scripts.utils.files import write_csv

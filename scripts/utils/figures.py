@@ -39,7 +39,7 @@ def reconstructions(
     images: Sequence,
     locs: Sequence,
     scales: Sequence,
-    names: Sequence[str],
+    names: Sequence[str | Sequence[str]],
     value_range: tuple[float, float],
 ) -> Path:
     """Draw scans beside their reconstruction, the predicted standard deviation and the absolute difference.
@@ -48,7 +48,7 @@ def reconstructions(
         path: of the PNG.
         images, locs, scales: of each scan ``[channels, *spatial]``, in the network's units; every channel gets a group
             of rows, one row per plane.
-        names: of the scans.
+        names: of each scan, or of its channels.
         value_range: what black and white stand for.
     """
     _check_same_length(images=images, locs=locs, scales=scales, names=names)
@@ -66,7 +66,12 @@ def reconstructions(
 
 
 def progressive(
-    path: str | os.PathLike, image: Any, recons: Sequence, labels: Sequence[str], value_range: tuple[float, float]
+    path: str | os.PathLike,
+    image: Any,
+    recons: Sequence,
+    labels: Sequence[str],
+    value_range: tuple[float, float],
+    titles: Sequence[str] = (),
 ) -> Path:
     """Draw reconstructions of one scan from more and more of its latents, then the scan itself.
 
@@ -76,13 +81,19 @@ def progressive(
         recons: the reconstructions, shaped like ``image``, from the fewest latents (the coarsest level only) on.
         labels: what each was made from, say "to 4³".
         value_range: what black and white stand for.
+        titles: of the channels.
     """
     _check_same_length(recons=recons, labels=labels)
-    return strip(path, [*recons, image], [*labels, "scan"], value_range, guide=image)
+    return strip(path, [*recons, image], [*labels, "scan"], value_range, guide=image, titles=titles)
 
 
 def strip(
-    path: str | os.PathLike, scans: Sequence, labels: Sequence[str], value_range: tuple[float, float], guide: Any = None
+    path: str | os.PathLike,
+    scans: Sequence,
+    labels: Sequence[str],
+    value_range: tuple[float, float],
+    guide: Any = None,
+    titles: Sequence[str] = (),
 ) -> Path:
     """Draw scans side by side, cut at the same places.
 
@@ -92,18 +103,24 @@ def strip(
         labels: of the scans.
         value_range: what black and white stand for.
         guide: the scan whose foreground is shown; if not given, that of all is shown, cut where the first one says.
+        titles: of the channels; without, they are numbered where there are several.
     """
     _check_same_length(scans=scans, labels=labels)
     scans = [as_array(scan) for scan in scans]
     guides = scans if guide is None else [as_array(guide)]
     box = foreground_box([volume for scan in guides for volume in scan])
-    groups = _groups("", scans, guides[0][0], box)
+    groups = _groups(titles, scans, guides[0][0], box)
     gray = _gray(value_range, [volume for _, row, _ in groups for volume in row])
     return save(path, columns(groups, labels, [gray] * len(scans)))
 
 
 def anomaly(
-    path: str | os.PathLike, image: Any, restored: Any, score: Any, title: str, value_range: tuple[float, float]
+    path: str | os.PathLike,
+    image: Any,
+    restored: Any,
+    score: Any,
+    title: str | Sequence[str],
+    value_range: tuple[float, float],
 ) -> Path:
     """Draw a scan beside its restoration by the model and its anomaly map, cut where that is largest in the foreground.
 
@@ -111,7 +128,7 @@ def anomaly(
         path: of the PNG.
         image, restored: ``[channels, *spatial]``, in the network's units; every channel gets a group of rows.
         score: standard deviations by which each voxel is brighter (above 0) or darker, shaped like ``image``.
-        title: says what is shown.
+        title: says what is shown, for all channels or for each.
         value_range: what black and white stand for.
     """
     image, restored, score = as_array(image), as_array(restored), as_array(score)
@@ -135,7 +152,7 @@ def imputation(
     mean: Any,
     std: Any,
     draw: Any,
-    title: str,
+    title: str | Sequence[str],
     value_range: tuple[float, float],
 ) -> Path:
     """Draw a scan and what is missing of it, cut where most of the brain is missing, beside what a model puts there.
@@ -145,7 +162,7 @@ def imputation(
         image, mean, std, draw: ``[channels, *spatial]``: the scan, the mean and standard deviation of several draws,
             and one of them; every channel gets a group of rows.
         missing: ``[1, *spatial]``, true where the scan is missing.
-        title: says what is shown.
+        title: says what is shown, for all channels or for each.
         value_range: what black and white stand for.
     """
     image, missing, mean, std, draw = map(as_array, (image, missing, mean, std, draw))
@@ -234,16 +251,16 @@ def batch(
     return save(path, _contact_sheet(cells, names, [gray] * max(map(len, images))))
 
 
-def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles: Sequence[str]) -> Path:
+def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles: Sequence[str | Sequence[str]]) -> Path:
     """Draw a contact sheet of scans above their anomaly maps, cut where these are largest in the foreground.
 
     Args:
         path: of the PNG.
         scans: of each scan, one at a time, itself and its map, each ``[channels, *spatial]``. Of several channels the
             one with the largest anomaly is shown, its intensities from the least to the 99.95th percentile.
-        titles: of the scans.
+        titles: of each scan, or of its channels.
     """
-    cells = []
+    cells, channels = [], []
     for image, score in scans:
         image, score = as_array(image), as_array(score)
         channel, *centre = _peak(image, score)
@@ -252,9 +269,11 @@ def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles:
         shown = (image[channel] - low) / max(high - low, 1e-6)
         place = [int(index) - (cut.start or 0) for index, cut in zip(centre, box, strict=True)]
         cells.append([_planes(volume[box], place) for volume in (shown, score[channel])])
+        channels.append((channel, len(image)))
     _check_same_length(scans=cells, titles=titles)
+    names = [_channel_titles(title, count)[c] for title, (c, count) in zip(titles, channels, strict=True)]
     styles = [{"cmap": "gray", "vmin": 0.0, "vmax": 1.0}, ANOMALY_STYLE]
-    return save(path, _contact_sheet(cells, titles, styles, bar=ANOMALY_LABEL))
+    return save(path, _contact_sheet(cells, names, styles, bar=ANOMALY_LABEL))
 
 
 def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
@@ -302,19 +321,28 @@ def _contact_sheet(
     return sheet.figure
 
 
-def _groups(title: str, scans: Sequence[np.ndarray], guide: np.ndarray, box: tuple[slice, ...]) -> list[Group]:
+def _groups(
+    title: str | Sequence[str], scans: Sequence[np.ndarray], guide: np.ndarray, box: tuple[slice, ...]
+) -> list[Group]:
     """A group of rows for each channel of scans that stand side by side, cropped.
 
     Args:
-        title: of the group; the channel is added where there are several.
+        title: of each group, or one for all, see :func:`_channel_titles`.
         scans: one per column, ``[channels, *spatial]``.
         guide: ``[*spatial]``, whose foreground says where to cut.
         box: what is shown of the scans.
     """
-    titles = [title]
-    if len(scans[0]) > 1:
-        titles = [f"{title}, channel {c + 1}" if title else f"channel {c + 1}" for c in range(len(scans[0]))]
+    titles = _channel_titles(title, len(scans[0]))
     return [(name, [scan[c][box] for scan in scans], guide[box]) for c, name in enumerate(titles)]
+
+
+def _channel_titles(title: str | Sequence[str], channels: int) -> list[str]:
+    """A title for each channel: those given, or one for all, to which the channel's number is added."""
+    titles = [title] if isinstance(title, str) else list(title)
+    if len(titles) == channels:
+        return titles
+    start = f"{titles[0]}, " if titles and titles[0] else ""
+    return [f"{start}channel {c + 1}" for c in range(channels)] if channels > 1 else [start.removesuffix(", ")]
 
 
 def _gray(value_range: tuple[float, float], volumes: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -7,12 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["image_caption", "image_path", "item_path", "printable"]
+__all__ = [
+    "CHANNEL_FILES",
+    "expanded",
+    "image_caption",
+    "image_files",
+    "image_path",
+    "item_files",
+    "item_path",
+    "printable",
+]
+
+# in a loaded image's metadata: all its files, of which MONAI keeps the first; in a datalist's item: the files that its
+# results are named by, where they are not its image's
+CHANNEL_FILES = "channel_files"
 
 
 def image_path(image: Any, default: Any = "") -> str:
     """The path of a loaded image, which MONAI's readers keep in its metadata; ``default`` for an image without."""
     return str(getattr(image, "meta", {}).get("filename_or_obj", default))
+
+
+def image_files(image: Any) -> list[str]:
+    """The paths of a loaded image's channels; one path where they come from one file."""
+    return list(getattr(image, "meta", {}).get(CHANNEL_FILES) or [image_path(image)])
 
 
 def image_caption(image: Any) -> str:
@@ -24,6 +42,17 @@ def item_path(item: Mapping[str, Any]) -> str:
     """The path of a datalist item's first (usually only) file, by which the item's results are named."""
     image = item["image"]
     return image[0] if isinstance(image, list | tuple) else image
+
+
+def item_files(item: Mapping[str, Any]) -> list[str]:
+    """The paths of a datalist item's channels; one path where they are one file."""
+    files = item.get(CHANNEL_FILES) or item["image"]
+    return list(files) if isinstance(files, list | tuple) else [files]
+
+
+def expanded(paths: Any) -> list[str]:
+    """One path or several as a list, with the user's home in place of ``~``."""
+    return [str(Path(path).expanduser()) for path in (paths if isinstance(paths, list | tuple) else [paths])]
 
 
 def printable(name: str) -> str:
