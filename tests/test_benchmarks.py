@@ -1,12 +1,14 @@
 """The benchmarks run on the smallest network; numbers are checked where they do not depend on the machine."""
 
+import json
 import re
 
 import pytest
 import torch
-from conftest import run_command, run_command_process
+from conftest import ROOT, run_command, run_command_process
 from groups import start_processes
 
+from benchmarks import step_ops
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_step
 from benchmarks.memory import main as memory
@@ -157,3 +159,11 @@ def test_a_trial_trains_and_its_rows_are_printed(cohort, tmp_path, capsys):
     assert rows[2][3:8] == rows[4][3:8] and rows[3][3:8] != rows[5][3:8]
     with pytest.raises(SystemExit, match="no key 'learning_rat'"):
         trial(str(cohort), str(tmp_path), "own", config, learning_rat=1)
+
+
+def test_an_iteration_of_the_default_network_has_few_operations(capsys):
+    step_ops.count(str(ROOT / "configs/train.json"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ops"] == sum(found["parts"].values()) <= 3500
+    assert found["ops"] - found["parts"]["forward"] - found["parts"]["backward"] <= 1000
+    assert found["syncs"] <= 578
