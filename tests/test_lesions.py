@@ -326,7 +326,7 @@ def test_without_masks_there_is_a_sheet_of_the_most_unusual_scans_alone(cohort, 
     assert not list(tmp_path.glob("*lesions*"))
     scores = {row["image"]: float(row["anomaly_score"]) for row in rows_of(tmp_path / "scores.csv")}
     (titles, pictures), highest = shown[0], sorted(scores, key=scores.get, reverse=True)[:5]
-    assert titles == [f"{name}, score {scores[name]:.1f}" for name in highest]
+    assert titles == [[f"{name}, score {scores[name]:.1f}"] for name in highest]  # one for each channel
     for name, (scan, anomaly) in zip(highest, pictures, strict=True):
         np.testing.assert_array_equal(scan[0], image(cohort / name))
         np.testing.assert_allclose(anomaly[0], image(tmp_path / name.replace(".nii", "_anomaly.nii")))
