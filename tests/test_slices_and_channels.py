@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_bundle, save
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from scripts.data.transforms import ScanError
@@ -253,3 +254,14 @@ def test_figures_say_which_channel_is_which():
     assert file_names(image) == ["a_T1w.nii.gz", "a_FLAIR.nii.gz"]
     assert figures._channel_titles(file_names(image), 2) == file_names(image)
     assert figures._channel_titles("a.nii.gz", 2) == ["a.nii.gz, channel 1", "a.nii.gz, channel 2"]
+
+
+def test_training_figures_name_each_channel(trained, monkeypatch):
+    kind, _, run = trained
+    parser = ConfigParser(ConfigParser.load_config_files(str(run / "config.json")))
+    parser.update({"device": torch.device("cpu"), "cache_dir": str(run / "cache")})
+    drawn = {}
+    monkeypatch.setattr(figures, "reconstructions", lambda *args, **kwargs: drawn.update(names=args[4]))
+    parser.get_parsed_content("train#figures")._draw_reconstructions("x")
+    subject = parser.get_parsed_content("datalist")["validation"][0]["subject"]
+    assert drawn["names"][0] == [f"{subject}_{name}" for name in ("T1w", "FLAIR")[: 2 if "channels" in kind else 1]]

@@ -26,7 +26,7 @@ from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
 from scripts.utils.files import as_folder, check_archive, write_csv, write_whole
 from scripts.utils.formats import file_states
-from scripts.utils.names import image_path
+from scripts.utils.names import CHANNEL_FILES, image_path, item_files
 from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["ScanCache", "read_cohort"]
@@ -93,6 +93,8 @@ class ScanCache(PersistentDataset):
     def _transform(self, index: int) -> dict[str, MetaTensor]:
         entry = self._entry(index)
         meta = {"filename_or_obj": entry["name"]}
+        if len(item_files(self.data[index])) > 1:
+            meta[CHANNEL_FILES] = item_files(self.data[index])
         return {"image": MetaTensor(entry["image"].float(), affine=entry["affine"], meta=meta)}
 
     def _entry(self, index: int, mmap: bool = False) -> dict[str, Any]:

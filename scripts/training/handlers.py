@@ -22,7 +22,7 @@ from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
-from scripts.utils.names import image_caption
+from scripts.utils.names import image_captions
 from scripts.utils.nifti import save_nifti
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -306,7 +306,7 @@ class Figures:
 
     def _draw_reconstructions(self, suffix: str) -> None:
         items = [self.dataset[i]["image"] for i in range(min(self.figure_scans, len(self.dataset)))]
-        names = [image_caption(item) for item in items]
+        names = [image_captions(item) for item in items]
         scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
         # one scan at a time: a figure must not need more memory than a training step
         outputs = [self.network(scan[None].to(self.device), temperature=0.0) for scan in scans]

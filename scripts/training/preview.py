@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from monai.transforms import Compose, RandomizableTransform
 from scripts.utils import figures
-from scripts.utils.names import image_caption
+from scripts.utils.names import image_captions
 from scripts.utils.nifti import save_nifti
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -39,7 +39,7 @@ def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: S
         save_nifti(folder / f"preview_{index}.nii.gz", item, item.affine)
     scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
     figures.batch(
-        folder / "preview.png", scans, [image_caption(item) for item in items], value_range=tuple(value_range)
+        folder / "preview.png", scans, [image_captions(item)[0] for item in items], value_range=tuple(value_range)
     )
     logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")
 

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = [
     "CHANNEL_FILES",
     "expanded",
-    "image_caption",
+    "image_captions",
     "image_files",
     "image_path",
     "item_files",
@@ -33,9 +33,9 @@ def image_files(image: Any) -> list[str]:
     return list(getattr(image, "meta", {}).get(CHANNEL_FILES) or [image_path(image)])
 
 
-def image_caption(image: Any) -> str:
-    """The file name of a loaded image up to its first dot, for figures; a dash for an image without."""
-    return Path(image_path(image)).name.split(".")[0] or "-"
+def image_captions(image: Any) -> list[str]:
+    """The file names of a loaded image's channels up to their first dots, for figures; a dash for an image without."""
+    return [Path(path).name.split(".")[0] or "-" for path in image_files(image)]
 
 
 def item_path(item: Mapping[str, Any]) -> str:
