@@ -3,12 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command, run_command_process
+from conftest import ROOT, inference_config, run_command, run_command_process
 from groups import start_processes
 
-from benchmarks import step_ops
+from benchmarks import probes, step_ops
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_step
 from benchmarks.memory import main as memory
@@ -17,6 +18,7 @@ from benchmarks.step import TrainingStep, network_def
 from benchmarks.throughput import forward_costs, seconds
 from benchmarks.throughput import main as throughput
 from benchmarks.trials import trial
+from scripts.data.phantom_images import brain_phantom
 from scripts.networks import VDVAE
 
 
@@ -167,3 +169,29 @@ def test_an_iteration_of_the_default_network_has_few_operations(capsys):
     assert found["ops"] == sum(found["parts"].values()) <= 3500
     assert found["ops"] - found["parts"]["forward"] - found["parts"]["backward"] <= 1000
     assert found["syncs"] <= 578
+
+
+def test_a_probe_finds_what_is_in_the_numbers_and_nothing_else():
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((80, 5))
+    known = features @ [1, 2, 0, 0, 1] + 0.1 * generator.standard_normal(80)
+    assert probes.probe(features, known)[0] > 0.95
+    assert probes.probe(features, generator.standard_normal(80))[0] < 0.2
+
+
+def test_a_phantoms_facts_are_what_it_shows():
+    facts, phantom = probes.phantom_facts(3, 0, 4.0), brain_phantom(3, 0, 4.0)
+    assert facts["brain"] == pytest.approx((phantom.image > 0).sum() * 0.064)
+    assert 5 < facts["ventricles"] < facts["CSF"] < facts["brain"]
+    assert 1.15 <= facts["gray matter's contrast"] <= 1.4
+
+
+def test_probes_print_a_row_for_each_kind_of_number(cohort, tmp_path, capsys):
+    network = inference_config().get_parsed_content("network_def")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    configs = [str(ROOT / "configs/inference.json"), str(ROOT / "tests/tiny.json")]
+    arguments = {"ckpt": str(tmp_path / "model.pt"), "config_file": configs, "count": 12, "spacing": 8.0}
+    probes.main(str(cohort), str(tmp_path), **arguments)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| from", "| latents up to 4³", "| PCA"]
+    assert rows[0].count("|") == 9

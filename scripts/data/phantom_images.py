@@ -14,7 +14,14 @@ from scripts.data.phantom_lesions import check_kinds, grow_mass, lesion_kind, le
 from scripts.data.random_fields import ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
 
-__all__ = ["Phantom", "brain_phantom", "check_brain_phantom", "check_ellipsoid_phantom", "ellipsoid_phantom"]
+__all__ = [
+    "Phantom",
+    "brain_phantom",
+    "check_brain_phantom",
+    "check_ellipsoid_phantom",
+    "draw_contrast",
+    "ellipsoid_phantom",
+]
 
 
 class Phantom(NamedTuple):
@@ -75,9 +82,7 @@ def brain_phantom(
         elif kind == "atrophy":
             anatomy, outlined = shrink_tissue(lesion, anatomy, spacing)
 
-        white = contrast.uniform(0.50, 0.60)
-        gray = white * contrast.uniform(1.15, 1.4)
-        fluid = white * contrast.uniform(0.22, 0.42)
+        white, gray, fluid = draw_contrast(contrast)
         signal = np.array([fluid, gray, white], np.float32) @ anatomy.tissues
         # Iron, myelin and T2 differ from place to place within a tissue.
         local = smooth_fields(contrast, 1, ((20.0, 0.03), (6.0, 0.03)))
@@ -103,6 +108,12 @@ def brain_phantom(
         # At least 1, so that the brain mask is what is not 0.
         image[anatomy.brain] = np.clip(np.rint(gain * signal), 1, np.iinfo(np.int16).max)
     return Phantom(image, _affine(spacing, ORIGIN), mask)
+
+
+def draw_contrast(contrast: np.random.Generator) -> tuple[float, float, float]:
+    """The signal of a scan's white matter, gray matter and CSF, by the stream of its contrast."""
+    white = contrast.uniform(0.50, 0.60)
+    return white, white * contrast.uniform(1.15, 1.4), white * contrast.uniform(0.22, 0.42)
 
 
 def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32, spacing: float = 2.0) -> Phantom:
