@@ -210,6 +210,7 @@ def test_latents_are_all_there_with_a_table_of_the_coarsest(encoded, network, sc
     assert np.allclose(table, first, rtol=1e-4)
     numbers = sum(math.prod(grid) for grid in network.latent_grids())
     assert f"{numbers} numbers per scan, compression {512 / numbers:.3g} : 1 (of 512 voxels)" in log
+    assert f"{len(rows)} scan(s): 'latents.csv' has the means of the coarsest latent, one row per scan." in log
 
 
 def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, weights, tmp_path):
@@ -317,7 +318,8 @@ def rows_of(path):
 
 
 def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, network, tmp_path):
-    run("score", scans, tmp_path / "1", weights, "--batch_size", 1, start=run_bundle_process)
+    log = run("score", scans, tmp_path / "1", weights, "--batch_size", 1, start=run_bundle_process)
+    assert re.search(r"5 scan\(s\): -?\d\.\d+ bits per dim in the mean, .* Highest anomaly_score: \w+/", log)
     run("score", scans, tmp_path / "3", weights, "--batch_size", 3, "--figures", False)
     one, three = (rows_of(tmp_path / str(size) / "scores.csv") for size in (1, 3))
     assert sorted(one) == files(scans, "*.nii.gz")
