@@ -24,7 +24,8 @@ def run_dir(cohort, tmp_path_factory):
     """A run of one epoch on half of twelve phantoms, by settings of its own."""
     output = tmp_path_factory.mktemp("run")
     words = ("--dataset_dir", cohort, "--output_dir", output, "--epochs", 1, "--train_fraction", 0.5)
-    result = run_bundle(*words, "--scan_pattern", "*_FLAIR.nii.gz", "--percentiles", "[1.0, 99.0]")
+    words = (*words, "--scan_pattern", "*_FLAIR.nii.gz", "--percentiles", "[1.0, 99.0]")
+    result = run_bundle(*words, "--network_def#num_latents", "[1,1,2]")
     assert result.returncode == 0, result.stderr
     return output
 
@@ -69,6 +70,7 @@ def test_reconstruct_takes_all_from_the_run(run_dir):
     assert len(list((run_dir / "eval").glob("*_recon.nii.gz"))) == 6
     settings = json.loads((run_dir / "eval" / "reconstruct.json").read_text())
     assert settings["network_def"]["spatial_shape"] == [8, 8, 8]
+    assert settings["network_def"]["num_latents"] == [1, 1, 2]  # as the run's command line had it
 
 
 def test_preprocessing_is_the_runs(run_dir):

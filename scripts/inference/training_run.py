@@ -72,9 +72,12 @@ class TrainingRun:
         if both:
             raise ValueError(f"--{both[0]}: the run in run_dir '{self.folder}' says it; leave out one of the two.")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            config = {key.replace("::", "#"): value for key, value in content.items()}
             # its modules need not be those of today
-            self._parser = ConfigParser({name: value for name, value in config.items() if name != "imports"})
+            self._parser = ConfigParser({k: v for k, v in config.items() if k != "imports" and "#" not in k})
+            # what its command line gave of a section
+            self._parser.update({key: value for key, value in config.items() if "#" in key})
         except (ValueError, AttributeError) as error:
             raise ValueError(f"'{path}' is damaged ({error}): give the run's settings without --run_dir.") from error
         self._check_preprocessing()
