@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import fitted_scans, inference_config, run_bundle, run_bundle_process
+from conftest import ROOT, fitted_scans, inference_config, run_bundle, run_bundle_process
 from groups import free_port, run_bundle_group, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
@@ -475,6 +475,12 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("is unlike the scans that the network was trained on") == 1
         assert "odd.nii.gz' is unlike" in done.stderr
+
+
+def test_the_shipped_prior_knows_what_is_far_outside():
+    prior = PopulationPrior.load(torch.load(ROOT / "models" / "population_prior.pt", weights_only=True))
+    assert len(prior.bits_per_dim) == 64
+    assert -4.36 < prior.unlikely_above() < -3.9  # above the least likely held-out phantom
 
 
 def test_far_outside_is_measured_by_the_cohort():

@@ -71,6 +71,6 @@ def test_a_run_that_is_too_short_is_told_how_long_to_be(caplog):
     with caplog.at_level("INFO"):
         log_plan({"training": [{}] * 8, "validation": [{}]}, loader, 1, 10, 0.01, 0, 0.0, 150)
     assert caplog.messages[-1] == (
-        "40 updates are few, and end before the KL warm-up (150); a network of 32³ takes some 2000: --epochs 500 makes "
-        "as many."
+        "40 updates are few, and end before the KL warm-up (150); the default network of 32³ takes some 2000: --epochs "
+        "500 makes as many."
     )

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import run_bundle
 from monai.bundle import ConfigParser
 
 from scripts.inference.evaluation import scans_to_evaluate
+from scripts.inference.layouts import common_root
 from scripts.inference.training_run import TrainedScans, TrainingRun
 from scripts.networks import VDVAE, VDVAEReconstruction
 
@@ -68,6 +70,11 @@ def test_reconstruct_takes_all_from_the_run(run_dir):
     done = run_bundle("--run_dir", run_dir, "--figures", False, run_id="reconstruct", configs=INFERENCE)
     assert done.returncode == 0, done.stderr
     assert len(list((run_dir / "eval").glob("*_recon.nii.gz"))) == 6
+    one = json.loads((run_dir / "datalist.json").read_text())
+    one["validation"] = one["validation"][:1]  # results are named by what all scans share, not by those of one side
+    one["validation"][0]["image"] = one["validation"][0]["image"].replace("sub-", "deeper/sub-")
+    (run_dir / "one.json").write_text(json.dumps(one))
+    assert common_root(one["validation"], run_dir / "one.json") == str(Path(held_out(run_dir)[0]).parent)
     settings = json.loads((run_dir / "eval" / "reconstruct.json").read_text())
     assert settings["network_def"]["spatial_shape"] == [8, 8, 8]
     assert settings["network_def"]["num_latents"] == [1, 1, 2]  # as the run's command line had it

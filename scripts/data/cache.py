@@ -190,14 +190,15 @@ def _select(
     grid: ScanGrid | None,
 ) -> dict[str, list[dict]]:
     """The datalist without what is skipped."""
-    kept, skipped, geometries, noted, other_views = {}, [], [], [], []
+    kept, broken, skipped, geometries, noted, other_views = {}, [], [], [], [], []
     for side, items in datalist.items():
         kept[side] = []
         dataset = ScanCache(items, transform, cache_dir, half_precision)
         for item, notes in zip(items, _read_all(dataset, workers, side), strict=True):
             if isinstance(notes, ScanError):
                 if policy != "skip":
-                    raise notes
+                    broken.append(str(notes))
+                    continue
                 skipped.append((side, item["image"], str(notes)))
                 continue
             name = ", ".join(map(str, ensure_tuple(item["image"])))
@@ -212,6 +213,9 @@ def _select(
             other_views += [f"'{name}': {d}." for d in field_of_view_differences(grid, notes["geometry"])]
             geometries.append((name, notes["geometry"]))
             kept[side].append(item)
+    if broken:
+        more = f" {len(broken) - 1} more cannot be used either." if len(broken) > 1 else ""
+        raise ScanError(f"{broken[0]}{more} --scan_policy skip leaves out all such scans.")
     _warn_of("differ from what is expected, or have odd headers", noted)
     _warn_of_mixed_sizes(geometries)
     _warn_of("have another field of view", other_views)

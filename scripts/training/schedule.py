@@ -99,7 +99,7 @@ def log_plan(
     logger.info("%s.", "; ".join(sentences))
     if updates < ENOUGH_UPDATES:
         logger.info(
-            "%d updates are few%s; a network of 32³ takes some %d: --epochs %d makes as many.",
+            "%d updates are few%s; the default network of 32³ takes some %d: --epochs %d makes as many.",
             *(updates, f", and end before the KL warm-up ({kl_warmup})" if updates < kl_warmup else ""),
             *(ENOUGH_UPDATES, math.ceil(ENOUGH_UPDATES / per_epoch)),
         )
