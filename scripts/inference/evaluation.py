@@ -204,7 +204,8 @@ def _as_table(summary: Summary) -> str:
         lines.append(f"{name:<24}{_short(numbers['mean'])}{_short(numbers['std'])}{numbers['count']:>8}")
     samples = summary["samples"]
     if samples is not None:
-        lines.append(f"{'samples':<24}{'value':>12}{'error':>12}{'halves: mean':>14}{'95th perc.':>14}")
+        halves = f"{'halves: mean':>14}{'95th perc.':>14}" if samples["mmd_gaussian"] is not None else ""
+        lines.append(f"{'samples':<24}{'value':>12}{'error':>12}{halves}")
         for name in ("mmd_gaussian", "mmd_linear"):
             m = samples[name]
             if m is not None:

@@ -128,7 +128,7 @@ def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) 
     except RuntimeError as error:
         raise CheckpointError(
             f"'{path}' is of another architecture than network_def ({_first_difference(state, network.state_dict())}): "
-            "use the config that it was trained with, or another file."
+            "use the config that it was trained with (inference takes it from the run by --run_dir), or another file."
         ) from error
 
 
