@@ -93,9 +93,13 @@ def test_the_data_set_is_described(tmp_path):
         content = describe(output, scans, job)
     assert content["DatasetType"] == "derivative" and content["BIDSVersion"] and content["Name"]
     assert content["SourceDatasets"] == [{"URL": scans.as_uri()}]
+    items = [{"image": str(scans / name / f"{name}_T1w.nii.gz")} for name in ("sub-01", "sub-02")]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}))
+    content = describe(output, tmp_path / "datalist.json", "score")  # what its scans share is the source
+    assert content["SourceDatasets"] == [{"URL": scans.as_uri()}]
     metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
     found = [entry["Description"].split(",")[0] for entry in content["GeneratedBy"]]
-    assert found == ["score", "encode"]
+    assert found == ["encode", "score"]
     for entry in content["GeneratedBy"]:
         assert (entry["Name"], entry["Version"]) == (metadata["name"], metadata["version"])
         assert hashlib.sha256(b"weights").hexdigest() in entry["Description"]

@@ -13,8 +13,8 @@ import torch
 from conftest import run_bundle
 from monai.bundle import ConfigParser
 
+from scripts.data.datalist import common_root
 from scripts.inference.evaluation import scans_to_evaluate
-from scripts.inference.layouts import common_root
 from scripts.inference.training_run import TrainedScans, TrainingRun
 from scripts.networks import VDVAE, VDVAEReconstruction
 

@@ -8,14 +8,23 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.data.subjects import session_name, split_by_subject, subject_rule
 from scripts.utils.files import write_text
-from scripts.utils.names import item_path
+from scripts.utils.names import item_files, item_path
 
-__all__ = ["as_text", "check_batch_size", "find_by_wildcards", "find_scans", "make_datalist", "write_datalist"]
+__all__ = [
+    "as_text",
+    "check_batch_size",
+    "common_root",
+    "find_by_wildcards",
+    "find_scans",
+    "make_datalist",
+    "write_datalist",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +266,16 @@ def list_sides(
         return *_with_entities(_read_datalist(root), folder), folder
     items = [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]
     return *_with_entities({"training": items}, root), root
+
+
+def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike) -> str:
+    """The folder that names of results are relative to: ``dataset_dir``, or for a datalist what all its scans share."""
+    root = Path(dataset_dir).expanduser()
+    if root.is_dir():
+        return str(root.absolute())
+    if root.suffix == ".json" and root.is_file():
+        scans = [item for side in list_sides(root)[0].values() for item in side]
+    return os.path.commonpath([Path(file).absolute().parent for scan in scans for file in item_files(scan)])
 
 
 def _check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.utils import ensure_tuple
+from scripts.data.datalist import common_root
 from scripts.utils.files import write_text
 
 __all__ = ["DatasetDescription", "derivative_path"]
@@ -76,7 +77,8 @@ class DatasetDescription:
     ) -> None:
         self.output_dir, self.ckpt = Path(output_dir).expanduser(), Path(ckpt).expanduser().absolute()
         files = [file for scan in ensure_tuple(sources) for file in ensure_tuple(scan)]
-        self.sources = [Path(file).expanduser().absolute() for file in files]
+        paths = [Path(file).expanduser().absolute() for file in files]
+        self.sources = [Path(common_root([], path)) if path.suffix == ".json" else path for path in paths]
         self.metadata = Path(metadata).expanduser()
 
     def __call__(self, job: str) -> None:

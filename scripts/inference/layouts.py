@@ -10,25 +10,14 @@ from typing import Any
 
 from monai.data import FolderLayoutBase
 from monai.utils import ensure_tuple
-from scripts.data.datalist import list_sides
 from scripts.data.transforms import ScanError
 from scripts.inference.bids import derivative_path
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import item_files
 
-__all__ = ["SampleLayout", "ScanLayout", "common_root", "scan_stem"]
+__all__ = ["SampleLayout", "ScanLayout", "scan_stem"]
 
 VOLUME = ".nii.gz"
-
-
-def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike) -> str:
-    """The folder that names of results are relative to: ``dataset_dir``, or for a datalist what all its scans share."""
-    root = Path(dataset_dir).expanduser()
-    if root.is_dir():
-        return str(root.absolute())
-    if root.suffix == ".json" and root.is_file():
-        scans = [item for side in list_sides(root)[0].values() for item in side]
-    return os.path.commonpath([Path(file).absolute().parent for scan in scans for file in item_files(scan)])
 
 
 def scan_stem(scan: str | os.PathLike) -> str:
