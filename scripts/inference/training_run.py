@@ -72,12 +72,9 @@ class TrainingRun:
         if both:
             raise ValueError(f"--{both[0]}: the run in run_dir '{self.folder}' says it; leave out one of the two.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            config = {key.replace("::", "#"): value for key, value in content.items()}
-            # its modules need not be those of today
-            self._parser = ConfigParser({k: v for k, v in config.items() if k != "imports" and "#" not in k})
-            # what its command line gave of a section
-            self._parser.update({key: value for key, value in config.items() if "#" in key})
+            config = ConfigParser.load_config_files(str(path))  # with keys such as network_def#channels in their place
+            config.pop("imports", None)  # its modules need not be those of today
+            self._parser = ConfigParser(config)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"'{path}' is damaged ({error}): give the run's settings without --run_dir.") from error
         self._check_preprocessing()
