@@ -4,7 +4,7 @@
     python -m benchmarks.trials --dataset_dir OUT/brains --output_dir OUT --name informative \\
         --config_file "['configs/train.json']" --network_def#init informative --learning_rate 0.01
 
-trains by the keys of ``configs/train.json`` (network, optimizer, schedule, loss, clipping), on plain scans which lie in
+trains by the keys of ``configs/train.json`` (network, optimizer, schedule, loss, clipping, ``amp``), on plain scans which lie in
 memory, on one thread, and appends a row to ``trials.csv`` after each of some numbers of updates: bits per dim and mean
 squared error of the validation side, and the KL divergence of each grid's latents in nats. ``--table True`` prints what
 the file holds as Markdown.
@@ -30,6 +30,7 @@ from scripts.training.checkpoints import load_weights
 from scripts.training.growth import grow_network
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.population_training import RunningPopulationPrior
+from scripts.training.trainer import autocast
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.command_line import run
 
@@ -109,7 +110,8 @@ def trial(
         scans = training[indices]
         network.train()
         optimizer.zero_grad()
-        output, posteriors = network.infer(scans)
+        with autocast(torch.device("cpu"), parser["amp"], parser["amp_dtype"]):
+            output, posteriors = network.infer(scans)
         loss, _ = loss_function(output, scans, update - 1)
         gain = running.log_ratio(posteriors) if update > (population_prior_from or 0) else None
         if population_prior_from is not None and gain is not None:
