@@ -45,7 +45,7 @@ VENTRICLES = 0.6  # of scripts.data.phantom_anatomy.near_ventricles: inside, and
 def phantom_facts(index: int, seed: int, spacing: float) -> dict[str, float]:
     """What a phantom is made of: contrasts as ratios to white matter, volumes in ml."""
     anatomy = brain_anatomy(index, seed, spacing)
-    white, gray, fluid = draw_contrast(random_streams(index, seed)[1])
+    white, gray, fluid = draw_contrast(random_streams(index, seed).contrast)
     inside = near_ventricles(anatomy, spacing) > VENTRICLES
     voxel = spacing**3 / 1000
     return {

@@ -4,10 +4,10 @@
     python -m benchmarks.trials --dataset_dir OUT/brains --output_dir OUT --name informative \\
         --config_file "['configs/train.json']" --network_def#init informative --learning_rate 0.01
 
-trains by the keys of ``configs/train.json`` (network, optimizer, schedule, loss, clipping, ``amp``), on plain scans which lie in
-memory, on one thread, and appends a row to ``trials.csv`` after each of some numbers of updates: bits per dim and mean
-squared error of the validation side, and the KL divergence of each grid's latents in nats. ``--table True`` prints what
-the file holds as Markdown.
+trains by the keys of ``configs/train.json`` (network, optimizer, schedule, loss, clipping, ``amp``), on plain scans
+which lie in memory, on one thread, and appends a row to ``trials.csv`` after each of some numbers of updates: bits per
+dim and mean squared error of the validation side, and the KL divergence of each grid's latents in nats.
+``--table True`` prints what the file holds as Markdown.
 """
 
 from __future__ import annotations

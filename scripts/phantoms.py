@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from joblib import delayed
-from scripts.data.phantom_anatomy import brain_anatomy
+from scripts.data.phantom_anatomy import brain_anatomy, random_streams
 from scripts.data.phantom_images import (
     Phantom,
     brain_phantom,
@@ -36,6 +36,7 @@ from scripts.data.phantom_images import (
     ellipsoid_phantom,
 )
 from scripts.data.phantom_lesions import lesion_kind
+from scripts.data.phantom_people import Cohort
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
 from scripts.utils.files import as_folder, write_bytes, write_csv, write_text
@@ -46,7 +47,10 @@ __all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "ma
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"lesion_kinds": ["bright"]}  # what a phantoms.json that says nothing of a key stands for
+DEFAULTS = {
+    "lesion_kinds": ["bright"],
+    "covariates": None,
+}  # what a phantoms.json that says nothing of a key stands for
 
 
 def make_brains(
@@ -58,6 +62,10 @@ def make_brains(
     lesions: float = 0.0,
     lesion_kinds: str | Sequence[str] = ("bright",),
     mask_dir: str | os.PathLike | None = None,
+    covariates: bool = False,
+    age: float | None = None,
+    sex: str | None = None,
+    site: str | None = None,
     workers: int | None = None,
 ) -> str:
     """Write a cohort of FLAIR-like brains in ICBM152 space as ``sub-0001_FLAIR.nii.gz`` and so on.
@@ -77,6 +85,10 @@ def make_brains(
             :py:func:`scripts.data.phantom_images.brain_phantom`; each scan with lesions has one of them.
         mask_dir: folder for the lesion masks, ``sub-0001_lesions.nii.gz`` and so on; ``<output_dir>_masks`` if not
             given. It is not the scans' folder, so that no pattern for scans matches a mask.
+        covariates: give the phantoms ages from 45 to 85 years, a sex and one of three sites, with their effects, and
+            write ``participants.tsv``.
+        age, sex, site: fix one of these for the whole cohort (years; F or M; A, B or C), which stands for
+            ``covariates``: the same seed and number are then the same person at that age, of that sex or at that site.
         workers: processes to use; as many as there are cores, fewer for a small cohort, if not given.
 
     Returns:
@@ -88,18 +100,27 @@ def make_brains(
         FileExistsError: ``output_dir`` holds scans that are not of this cohort.
     """
     _check_cohort(count, start, workers)
-    kinds = check_brain_phantom(start, seed, spacing, lesions, lesion_kinds)
+    fixed = {"age": age, "sex": sex, "site": site}
+    cohort = Cohort(**fixed) if covariates or any(value is not None for value in fixed.values()) else None
+    kinds = check_brain_phantom(start, seed, spacing, lesions, lesion_kinds, cohort)
     if mask_dir is None and lesions > 0:
         mask_dir = _beside(output_dir)
     recipe = {"kind": "brains", "seed": seed, "spacing": float(spacing), "lesions": float(lesions)}
-    phantom = partial(brain_phantom, seed=seed, spacing=spacing, lesions=lesions, lesion_kinds=kinds)
+    phantom = partial(brain_phantom, seed=seed, spacing=spacing, lesions=lesions, lesion_kinds=kinds, cohort=cohort)
     indices = range(start, start + count)
-    if lesions == 0:
-        return _make_cohort(phantom, recipe, output_dir, "FLAIR", None, "mni", indices, workers)
-    recipe["lesion_kinds"] = list(kinds)
-    made = _make_cohort(phantom, recipe, output_dir, "FLAIR", ("lesions", mask_dir), "mni", indices, workers)
-    rows = ((f"sub-{index:04d}", lesion_kind(index, seed, lesions, kinds) or "none") for index in indices)
-    write_csv(as_folder("mask_dir", mask_dir) / "kinds.csv", ("scan", "kind"), rows)
+    masks = ("lesions", mask_dir) if lesions > 0 else None
+    if masks:
+        recipe["lesion_kinds"] = list(kinds)
+    recipe["covariates"] = fixed if cohort else None
+    made = _make_cohort(phantom, recipe, output_dir, "FLAIR", masks, "mni", indices, workers)
+    if masks:
+        kind_rows = ((f"sub-{index:04d}", lesion_kind(index, seed, lesions, kinds) or "none") for index in indices)
+        write_csv(as_folder("mask_dir", mask_dir) / "kinds.csv", ("scan", "kind"), kind_rows)
+    if cohort:
+        people = (cohort.person(random_streams(index, seed).person) for index in indices)
+        rows = ((f"sub-{i:04d}", f"{p.age:.2f}", p.sex, p.site) for i, p in zip(indices, people, strict=True))
+        columns = ("participant_id", "age", "sex", "site")
+        write_csv(as_folder("output_dir", output_dir) / "participants.tsv", columns, rows, delimiter="\t")
     return made
 
 

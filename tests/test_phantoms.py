@@ -11,7 +11,9 @@ import pytest
 from conftest import run_command, run_command_process
 from scipy import ndimage
 
+from scripts.data.phantom_anatomy import random_streams
 from scripts.data.phantom_lesions import KINDS
+from scripts.data.phantom_people import Cohort
 from scripts.phantoms import brain_anatomy, brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
 
 SPACING = 8.0
@@ -257,3 +259,41 @@ def test_command_line_makes_nothing_when_an_option_is_misspelt(tmp_path):
     failed = run_command("scripts.phantoms", "brains", "--output_dir", tmp_path / "b", "--count", 2, "--sede", 5)
     assert failed.returncode != 0 and "--sede" in failed.stderr
     assert not (tmp_path / "b").exists()
+
+
+def test_covariates_are_drawn_and_written(tmp_path):
+    make_brains(tmp_path / "people", count=3, seed=4, spacing=16.0, covariates=True, workers=1)
+    lines = (tmp_path / "people" / "participants.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == ["participant_id", "age", "sex", "site"]
+    assert [line.split("\t")[0] for line in lines[1:]] == ["sub-0001", "sub-0002", "sub-0003"]
+    assert all(45 <= float(line.split("\t")[1]) <= 85 for line in lines[1:])
+    with pytest.raises(FileExistsError, match="another cohort"):
+        make_brains(tmp_path / "people", count=3, seed=4, spacing=16.0, workers=1)
+
+
+def test_the_same_person_at_another_age_of_the_other_sex_and_at_another_site():
+    def phantom(**fixed):
+        return brain_phantom(3, seed=1, spacing=4.0, cohort=Cohort(**{"age": 50, "sex": "F", "site": "A", **fixed}))
+
+    young, old, man, elsewhere = phantom(), phantom(age=80), phantom(sex="M"), phantom(site="B")
+    stranger = brain_phantom(4, seed=1, spacing=4.0, cohort=Cohort(50, "F", "A"))
+    np.testing.assert_array_equal(elsewhere.image > 0, young.image > 0)  # one anatomy in two scanners
+
+    def fluid(index, age):
+        person = Cohort(age, "F", "A").person(random_streams(index, 1).person)
+        return brain_anatomy(index, 1, 4.0, person).tissues[0].sum()
+
+    assert fluid(3, 50) < fluid(3, 65) < fluid(3, 80)  # ventricles and sulci widen
+    assert (man.image > 0).sum() > 1.05 * (young.image > 0).sum()
+
+    def difference(other):
+        return np.abs(other.image.astype(float) - young.image).mean()
+
+    assert difference(old) < difference(stranger)
+
+
+@pytest.mark.parametrize(("name", "value"), [("age", 101), ("age", "old"), ("sex", "W"), ("site", "D")])
+def test_people_that_there_are_not_are_refused(tmp_path, name, value):
+    with pytest.raises((ValueError, TypeError), match=name):
+        make_brains(tmp_path / "people", count=1, spacing=16.0, **{name: value})
+    assert not (tmp_path / "people").exists()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from scripts.data.phantom_people import Person
 from scripts.data.random_fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
 
@@ -57,13 +58,30 @@ def check_brain(index: int, seed: int, spacing: float) -> None:
     check_number("spacing (mm)", spacing, 0.5, 16)
 
 
-def random_streams(index: int, seed: int) -> list[np.random.Generator]:
-    """Independent generators for anatomy, contrast, scanner, lesions and their kind: none affects the others."""
-    return [np.random.default_rng(s) for s in np.random.SeedSequence([seed, index]).spawn(5)]
+class Streams(NamedTuple):
+    """Where the random numbers of a phantom come from: independent generators, so that none affects the others."""
+
+    anatomy: np.random.Generator
+    contrast: np.random.Generator
+    scanner: np.random.Generator
+    lesions: np.random.Generator
+    kind: np.random.Generator
+    person: np.random.Generator
+    hyperintensities: np.random.Generator
+
+
+def random_streams(index: int, seed: int) -> Streams:
+    """The generators of a phantom, each at its start."""
+    sequences = np.random.SeedSequence([seed, index]).spawn(len(Streams._fields))
+    return Streams(*map(np.random.default_rng, sequences))
 
 
 def brain_anatomy(
-    index: int, seed: int = 0, spacing: float = 2.0, displace: Callable[[torch.Tensor], torch.Tensor] | None = None
+    index: int,
+    seed: int = 0,
+    spacing: float = 2.0,
+    person: Person | None = None,
+    displace: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Anatomy:
     """Brain mask and tissue fractions behind :py:func:`scripts.data.phantom_images.brain_phantom`.
 
@@ -71,6 +89,7 @@ def brain_anatomy(
         index: number of the scan, 0 or more.
         seed: seed of the cohort, 0 or more.
         spacing: edge of a voxel in mm, between 0.5 and 16.
+        person: whose brain it is; None: atrophy is drawn, and nothing depends on age or sex.
         displace: where in this brain the tissue of each voxel comes from, given where the voxel lies: both float32
             ``[N, 3]``, in ``grid_sample`` coordinates. The brain mask is not displaced.
 
@@ -79,12 +98,14 @@ def brain_anatomy(
     """
     check_brain(index, seed, spacing)
     with one_thread():
-        shape_stream = random_streams(index, seed)[0]
+        shape_stream = random_streams(index, seed).anatomy
         atlas = _atlas(_atlas_stride(spacing), spacing)
 
         # A stationary velocity, integrated by scaling and squaring: smooth, invertible, so no tissue folds or tears.
         velocity = smooth_fields(shape_stream, 3, WARP_SCALES)
         atrophy = shape_stream.normal()  # one number widens ventricles and sulci together, as age does
+        if person is not None:
+            atrophy = 0.35 * atrophy + person.atrophy
         velocity += (1.0 + 1.5 * atrophy + 0.7 * shape_stream.normal()) * atlas.ventricle_pull
         half = torch.from_numpy(EXTENT / 2).float()
         control = grid_points(np.indices(CONTROL_SHAPE).reshape(3, -1).T, CONTROL_SPACING)
@@ -95,6 +116,8 @@ def brain_anatomy(
 
         shape = _brain_shape(spacing)
         linear, shift = _residual_affine(shape_stream)
+        if person is not None:
+            linear = linear @ torch.diag(torch.from_numpy(1 / person.stretch).float())
 
         def to_atlas(points: torch.Tensor, moved_by: torch.Tensor) -> torch.Tensor:
             return ((points * half) @ linear.T + shift + moved_by) / half
@@ -120,6 +143,8 @@ def brain_anatomy(
         # Sulci and the cortex's thickness differ by more than a smooth warp can: shift the tissues' log odds as well.
         odds = smooth_fields(shape_stream, 3, ((5.0, 0.35), (20.0, 0.25)))
         odds[:, 0] += 0.7 + 0.35 * atrophy
+        if person is not None:
+            odds[:, 1] -= person.thinning
         tissues = sample_maps(atlas.tissues, moved) * np.exp(sample_maps(odds, moved))
         tissues /= tissues.sum(axis=0) + 1e-6
     return Anatomy(brain, tissues, moved)

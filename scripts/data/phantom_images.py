@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from scripts.data.phantom_anatomy import brain_anatomy, check_brain, one_thread, random_streams
+from scripts.data.phantom_anatomy import brain_anatomy, check_brain, near_ventricles, one_thread, random_streams
 from scripts.data.phantom_lesions import check_kinds, grow_mass, lesion_kind, lesion_opacity, shrink_tissue
+from scripts.data.phantom_people import SITES, Cohort, hyperintensities
 from scripts.data.random_fields import ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
 
@@ -44,6 +45,7 @@ def brain_phantom(
     spacing: float = 2.0,
     lesions: float = 0.0,
     lesion_kinds: str | Sequence[str] = ("bright",),
+    cohort: Cohort | None = None,
 ) -> Phantom:
     """One FLAIR-like, skull-stripped brain in ICBM152 space.
 
@@ -57,7 +59,7 @@ def brain_phantom(
       where CSF fills at least 0.4 of a voxel more.
 
     The person and the scanner are the same whatever ``spacing``, ``lesions`` and ``lesion_kinds`` are, so a pair with
-    and without lesions differs in the lesions alone.
+    and without lesions differs in the lesions alone. What age, sex and site change: :mod:`scripts.data.phantom_people`.
 
     Args:
         index: number of the scan, 0 or more.
@@ -66,27 +68,38 @@ def brain_phantom(
             ``[99, 117, 95]`` and 1 mm ``[197, 233, 189]``.
         lesions: probability that a scan has lesions, 0 to 1.
         lesion_kinds: of which one is drawn, all being as likely.
+        cohort: gives the phantom age, sex and site, with their effects; None: it has none.
 
     Raises:
         ValueError: an argument is outside the limits above.
     """
-    kinds = check_brain_phantom(index, seed, spacing, lesions, lesion_kinds)
+    kinds = check_brain_phantom(index, seed, spacing, lesions, lesion_kinds, cohort)
     kind = lesion_kind(index, seed, lesions, kinds)
+    streams = random_streams(index, seed)
+    person = cohort and cohort.person(streams.person)
     with one_thread():
-        anatomy = brain_anatomy(index, seed, spacing)
-        _, contrast, scanner, lesion, _ = random_streams(index, seed)
+        anatomy = brain_anatomy(index, seed, spacing, person)
+        lesion = streams.lesions
         lesion.random()  # said whether there are any
         outlined = np.zeros(anatomy.brain.sum(), bool)
         if kind == "mass":
-            anatomy, outlined = grow_mass(lesion, anatomy, partial(brain_anatomy, index, seed, spacing), spacing)
+            anatomy, outlined = grow_mass(
+                lesion, anatomy, partial(brain_anatomy, index, seed, spacing, person), spacing
+            )
         elif kind == "atrophy":
             anatomy, outlined = shrink_tissue(lesion, anatomy, spacing)
 
-        white, gray, fluid = draw_contrast(contrast)
+        site = SITES["A"] if person is None else person.scanner
+        white, gray, fluid = draw_contrast(streams.contrast)
+        gray, fluid = gray * site.gray, fluid * site.fluid
         signal = np.array([fluid, gray, white], np.float32) @ anatomy.tissues
         # Iron, myelin and T2 differ from place to place within a tissue.
-        local = smooth_fields(contrast, 1, ((20.0, 0.03), (6.0, 0.03)))
+        local = smooth_fields(streams.contrast, 1, ((20.0, 0.03), (6.0, 0.03)))
         signal *= 1 + sample_maps(local, anatomy.atlas_points)[0]
+        if person is not None:
+            near, where = near_ventricles(anatomy, spacing), anatomy.atlas_points
+            aged = hyperintensities(streams.hyperintensities, near, anatomy.tissues[2], where, person.aged)
+            signal += aged * (1.35 * gray - signal)
 
         if kind in ("bright", "dark"):
             opacity = lesion_opacity(lesion, anatomy, spacing)
@@ -97,9 +110,13 @@ def brain_phantom(
         mask[anatomy.brain] = outlined
 
         # The bias field belongs to the scanner: it is sampled where the voxel is, not where it came from in the atlas.
+        scanner = streams.scanner
+        points = grid_points(np.argwhere(anatomy.brain), spacing)
         bias = smooth_fields(scanner, 1, ((45.0, 0.08),))
-        signal *= np.exp(sample_maps(bias, grid_points(np.argwhere(anatomy.brain), spacing))[0])
-        noise = scanner.uniform(0.008, 0.025)
+        signal *= np.exp(sample_maps(bias, points)[0] + site.bias / 2 * points[:, 1].numpy())
+        if site.blur > 0:
+            signal = _blurred(signal, anatomy.brain, site.blur / spacing)
+        noise = site.noise * scanner.uniform(0.008, 0.025)
         real, imaginary = noise * scanner.standard_normal((2, signal.size), dtype=np.float32)
         signal = np.hypot(signal + real, imaginary)
         gain = 1000 * np.exp(scanner.uniform(-0.7, 0.7))
@@ -108,6 +125,14 @@ def brain_phantom(
         # At least 1, so that the brain mask is what is not 0.
         image[anatomy.brain] = np.clip(np.rint(gain * signal), 1, np.iinfo(np.int16).max)
     return Phantom(image, _affine(spacing, ORIGIN), mask)
+
+
+def _blurred(signal: np.ndarray, brain: np.ndarray, sigma: float) -> np.ndarray:
+    """The brain's voxels ``[N]`` after a Gaussian blur of so many voxels, of the brain alone."""
+    volume, inside = np.zeros(brain.shape, np.float32), brain.astype(np.float32)
+    volume[brain] = signal
+    blurred, share = (ndimage.gaussian_filter(v, sigma)[brain] for v in (volume, inside))
+    return blurred / share
 
 
 def draw_contrast(contrast: np.random.Generator) -> tuple[float, float, float]:
@@ -143,7 +168,12 @@ def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32,
 
 
 def check_brain_phantom(
-    index: int, seed: int, spacing: float, lesions: float, lesion_kinds: str | Sequence[str]
+    index: int,
+    seed: int,
+    spacing: float,
+    lesions: float,
+    lesion_kinds: str | Sequence[str],
+    cohort: Cohort | None = None,
 ) -> tuple[str, ...]:
     """Refuse invalid arguments of :py:func:`brain_phantom`.
 
@@ -155,6 +185,8 @@ def check_brain_phantom(
     """
     check_brain(index, seed, spacing)
     check_number("lesions (a probability)", lesions, 0, 1)
+    if cohort is not None:
+        cohort.check()
     return check_kinds(lesion_kinds)
 
 

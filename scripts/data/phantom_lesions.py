@@ -44,8 +44,8 @@ def lesion_kind(index: int, seed: int, lesions: float, kinds: Sequence[str]) -> 
         lesions: probability of lesions.
         kinds: one of these is drawn, all being as likely.
     """
-    *_, lesion, choice = random_streams(index, seed)
-    return str(choice.choice(kinds)) if lesion.random() < lesions else None
+    streams = random_streams(index, seed)
+    return str(streams.kind.choice(kinds)) if streams.lesions.random() < lesions else None
 
 
 def lesion_opacity(rng: np.random.Generator, anatomy: Anatomy, spacing: float) -> np.ndarray:

@@ -103,10 +103,12 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
-def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:
+def write_csv(
+    path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Iterable[Any]], delimiter: str = ","
+) -> Path:
     """Write a table, whole or not at all: the columns' names, then the rows, in their order."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     return write_text(path, text.getvalue())
