@@ -73,17 +73,18 @@ def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def fake_parameters(network: nn.Module) -> None:
+def fake_parameters(network: nn.Module, device: torch.device | str = "cpu") -> None:
     """Give a network that was made on the meta device parameters and buffers of the active fake mode.
 
     ``Module.to_empty`` cannot: it fails to swap fake tensors.
     """
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fake = torch.empty_strided(parameter.shape, parameter.stride())
+            fake = torch.empty_strided(parameter.shape, parameter.stride(), device=device)
             module.register_parameter(name, nn.Parameter(fake))
         for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.empty_strided(buffer.shape, buffer.stride()))
+            fake = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device)
+            module.register_buffer(name, fake)
 
 
 def estimate_step(

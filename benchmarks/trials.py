@@ -30,7 +30,7 @@ from scripts.training.checkpoints import load_weights
 from scripts.training.growth import grow_network
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.population_training import RunningPopulationPrior
-from scripts.training.trainer import autocast
+from scripts.training.precision import autocast
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.command_line import run
 

@@ -168,7 +168,7 @@ def test_an_iteration_of_the_default_network_has_few_operations(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["ops"] == sum(found["parts"].values()) <= 3500
     assert found["ops"] - found["parts"]["forward"] - found["parts"]["backward"] <= 1000
-    assert found["syncs"] <= 578
+    assert found["syncs"] <= 557  # counters on the host, which a GPU keeps itself: test_no_waiting.py
 
 
 def test_a_probe_finds_what_is_in_the_numbers_and_nothing_else():

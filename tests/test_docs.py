@@ -133,7 +133,9 @@ def test_tables_give_the_defaults(document, files):
 def test_numbers_of_keys_in_sentences_are_the_defaults():
     config = ConfigParser.load_config_file("configs/train.json")
     found = [pair for text in TEXT.values() for pair in re.findall(r"`(\w+)` = (\d+)", text)]
-    assert {"max_skips", "kl_warmup", "average_momentum", "max_grad_norm"} == {name for name, _ in found}
+    assert {"max_skips", "log_interval", "kl_warmup", "average_momentum", "max_grad_norm"} == {
+        name for name, _ in found
+    }
     for name, value in found:
         assert int(value) == (round(1 / config[name]) if name == "average_momentum" else config[name])
 

@@ -14,13 +14,9 @@ from scripts.networks import VDVAE
 from scripts.training.handlers import MovingAverage
 from scripts.training.losses import ELBOLoss, negative_log_likelihood
 from scripts.training.metrics import additional_metrics, elbo_metrics, key_metric
-from scripts.training.trainer import (
-    TrainingStalledError,
-    VDVAEEvaluator,
-    VDVAETrainer,
-    _warn_of_slow_bfloat16,
-    autocast,
-)
+from scripts.training.numbers import TrainingStalledError
+from scripts.training.precision import _warn_of_slow_bfloat16, autocast
+from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
 from scripts.training.voxel_statistics import start_from_scans, voxel_statistics
 
 
@@ -64,7 +60,7 @@ def test_a_step_is_the_clipped_gradient_of_the_objective():
     (nll.mean() + output.kl.sum(1).mean() + 0.1 * penalty).backward()
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 5.0)
     assert norm > 5
-    assert engine.state.output["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert engine.state.numbers["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     with torch.no_grad():
         for p in reference.parameters():
             p -= 1e-2 * p.grad
@@ -176,7 +172,7 @@ def test_amp_on_the_cpu_is_bfloat16_and_close_to_full_precision():
         torch.manual_seed(0)
         engine.run()
         assert not engine.scaler.is_enabled()
-        norms[amp] = engine.state.output["grad_norm"]
+        norms[amp] = engine.state.numbers["grad_norm"]
         assert engine.state.output["pred"].loc.dtype == torch.float32
         assert engine.state.output["pred"].kl.dtype == torch.float32
     assert norms[True] != norms[False]
@@ -185,7 +181,7 @@ def test_amp_on_the_cpu_is_bfloat16_and_close_to_full_precision():
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_amp_on_a_cpu_without_bfloat16_stays_in_single_precision_and_says_so(supported, monkeypatch, caplog):
-    monkeypatch.setattr("scripts.training.trainer.cpu_has_bfloat16", lambda: supported)
+    monkeypatch.setattr("scripts.training.precision.cpu_has_bfloat16", lambda: supported)
     _warn_of_slow_bfloat16.cache_clear()
     with caplog.at_level("WARNING"), autocast(torch.device("cpu"), True) as cast:
         product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -212,7 +208,7 @@ def test_float16_gradients_are_unscaled_before_clipping():
             engine.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         torch.manual_seed(0)
         engine.run()
-        norms[scale] = engine.state.output["grad_norm"]
+        norms[scale] = engine.state.numbers["grad_norm"]
     assert norms[256.0] == pytest.approx(norms[None], rel=0.1)
 
 
@@ -225,7 +221,7 @@ def test_beta_weighs_the_kl():
         output = engine.state.output
         expected = output["nll"].mean() + (output["kl"].mean() if kl_warmup == 0 else 0)
         assert_close(output["loss"], expected)
-        norms.append(output["grad_norm"])
+        norms.append(engine.state.numbers["grad_norm"])
     assert norms[0] != norms[1]
 
 

@@ -29,7 +29,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.training_run import TrainingRun
 from scripts.layers.gaussian import noise_from
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
-from scripts.training.trainer import autocast
+from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_path, item_files, item_path

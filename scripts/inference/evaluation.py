@@ -23,7 +23,8 @@ from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.training.metrics import PER_SCAN
-from scripts.training.trainer import VDVAEEvaluator, autocast
+from scripts.training.precision import autocast
+from scripts.training.trainer import VDVAEEvaluator
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
-from monai.networks.layers import GaussianFilter
+from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.utils import ensure_tuple
 from scripts.layers.gaussian import Posterior, drawing, gaussian_noise, kl_per_dimension
 from scripts.layers.levels import find_level, grid_key
@@ -247,7 +247,8 @@ class Interpolation(Inferer):
         first, second = (network.encode(inputs[:, end], temperature=0.0) for end in (0, 1))
         moves = [level in moving for level in network.latent_levels]
         results = {}
-        for name, share in zip(self.images(), torch.linspace(0, 1, self.steps).tolist(), strict=True):
+        for step, name in enumerate(self.images()):
+            share = step / (self.steps - 1)
             latents = [torch.lerp(a, b, share) if m else a for a, b, m in zip(first, second, moves, strict=True)]
             results[name] = network.decode(latents, temperature=0.0)[0]
         return results
@@ -345,7 +346,7 @@ class Scoring(Inferer):
         if importance_samples < 1:
             raise ValueError(f"importance_samples is {importance_samples}: it must be 1 or more.")
         self.importance_samples = importance_samples
-        self.smoothing = smoothing
+        self.smoothing = gaussian_1d(torch.tensor(smoothing))
         self.restore = restore
         self.prior = prior
 
@@ -374,8 +375,7 @@ class Scoring(Inferer):
             results |= {"bits_per_dim_population": bits_per_dim(-under_it, inputs)}
             results |= {"typicality": distance, "typicality_tail": tail}
         results |= image_quality(loc, inputs, network)
-        smooth = GaussianFilter(network.spatial_dims, self.smoothing).to(inputs.device)
-        anomaly = smooth((inputs - restored) / scale)
+        anomaly = separable_filtering((inputs - restored) / scale, self.smoothing)
         results["anomaly_score"] = foreground_percentile(anomaly, inputs, network)
         return results | {"recon": loc, "restored": restored, "anomaly": anomaly}
 
@@ -401,16 +401,17 @@ def foreground(scans: Tensor, network: VDVAE) -> Tensor:
 
 
 def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
-    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
-    pairs = zip(values, foreground(scans, network), strict=True)
-    return torch.stack([quantile(v[f] if f.any() else v.flatten(), percentile / 100) for v, f in pairs])
+    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none.
 
-
-def quantile(values: Tensor, q: float) -> Tensor:
-    """``torch.quantile`` of any number of values; that function refuses more than 16 million."""
-    place = q * (values.numel() - 1)
-    below, above = (values.kthvalue(1 + number).values for number in (math.floor(place), math.ceil(place)))
-    return torch.lerp(below, above, place - math.floor(place))
+    Linear between two values, as ``torch.quantile``, which refuses more than 16 million.
+    """
+    inside = foreground(scans, network).flatten(1)
+    inside = inside | ~inside.any(1, keepdim=True)
+    # sorted with those outside last: how many are inside stays on the device
+    ordered = torch.where(inside, values.flatten(1), torch.inf).sort(dim=1).values
+    place = percentile / 100 * (inside.sum(1, keepdim=True).double() - 1)
+    below, above = (ordered.gather(1, index.long()) for index in (place.floor(), place.ceil()))
+    return torch.lerp(below, above, (place - place.floor()).to(below.dtype)).squeeze(1)
 
 
 def log_ratio(q: Posterior) -> Tensor:

@@ -23,7 +23,7 @@ from scripts.inference.engine import list_samples, scan_generator
 from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
 from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
-from scripts.training.trainer import autocast
+from scripts.training.precision import autocast
 from scripts.utils.names import item_path
 from torch import Tensor
 from torch.utils.data import Dataset

@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from scripts.networks import VDVAE
+from scripts.training.update import place_counters
 from scripts.utils.files import check_archive, remove_leftovers, write_whole
 from torch import nn
 
@@ -261,6 +262,7 @@ class CheckpointHandler:
         if idist.get_rank() > 0 or self._saved_at[0] == state.updates > 0:
             return
         batches = state.iteration % state.epoch_length
+        skipped, skipped_in_a_row = engine.numbers.skips()
         checkpoint = {
             "network": self.network.state_dict(),
             "average": self.average.ema_model.state_dict(),
@@ -271,8 +273,8 @@ class CheckpointHandler:
             "batches": state.epoch_length,
             "scans_a_batch": _scans_per_batch(engine),
             "updates": state.updates,
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
+            "skipped": skipped,
+            "skipped_in_a_row": skipped_in_a_row,
             "best_metric": None if self.validator is None else self.validator.state.best_metric,
             "best_metric_epoch": None if self.validator is None else self.validator.state.best_metric_epoch,
             "datalist": self.datalist,
@@ -329,6 +331,7 @@ class CheckpointHandler:
         rates = [_base_rate(group) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            place_counters(self.optimizer)
         except ValueError as error:  # weights of an earlier version may lack a parameter, see FirstLatent
             raise CheckpointError(
                 f"The optimizer of '{path}' has other parameters than this network ({error}): start a new run from its "
@@ -388,7 +391,7 @@ def _base_rate(group: dict[str, Any]) -> float:
 
 
 def _is_stable(engine: Engine) -> bool:
-    return engine.state.skipped_in_a_row < STREAK
+    return engine.numbers.skips()[1] < STREAK
 
 
 def _scans_per_batch(engine: Engine) -> int:

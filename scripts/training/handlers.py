@@ -17,9 +17,11 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from ignite.handlers.tqdm_logger import ProgressBar
 from matplotlib.image import imread
+from monai.handlers import TensorBoardStatsHandler
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
+from scripts.training.numbers import NumberEvents
 from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
 from scripts.utils.names import image_captions
@@ -31,20 +33,30 @@ from torch.utils.tensorboard import SummaryWriter
 logger = logging.getLogger(__name__)
 
 
-def as_float(values: Any) -> float:
-    """A number from a number or from the mean of a tensor."""
-    return float(values.float().mean()) if isinstance(values, Tensor) else float(values)
-
-
-def step_scalars(output: dict[str, Any]) -> dict[str, float]:
-    """What is shown of one batch."""
-    names = ("loss", "bits_per_dim", "nll", "kl", "mse", "grad_norm", "skipped", "learning_rate", "scans_per_second")
-    return {name: as_float(output[name]) for name in names if name in output}
-
-
 def update_scalars(output: dict[str, Any]) -> dict[str, float]:
-    """The same under names of their own in TensorBoard, where the plain ones are the means over epochs."""
-    return {f"update/{name}": value for name, value in step_scalars(output).items()}
+    """What is known of the last batches, under names of their own: the plain ones are the means over epochs."""
+    return {f"update/{name}": value for name, value in output["numbers"].items() if name != "iteration"}
+
+
+class TrainingTensorBoard(TensorBoardStatsHandler):
+    """MONAI's handler for TensorBoard, which writes the numbers of each batch when the host knows them.
+
+    Args:
+        log_dir: of TensorBoard's files.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir=log_dir, iteration_log=False)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
+        super().attach(engine)
+        engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._write_numbers)
+
+    def _write_numbers(self, engine: Engine) -> None:
+        numbers = engine.state.numbers
+        for name, value in update_scalars({"numbers": numbers}).items():
+            self._write_scalar(engine, self._writer, name, value, numbers["iteration"])
 
 
 class MovingAverage(EMAHandler):
@@ -111,7 +123,7 @@ class Progress:
             file=sys.stderr,
         )
         shown = ("loss", "bits_per_dim", "scans_per_second")
-        bar.attach(engine, output_transform=lambda output: {k: step_scalars(output)[k] for k in shown})
+        bar.attach(engine, output_transform=lambda output: {k: v for k, v in output["numbers"].items() if k in shown})
 
 
 class History:
@@ -134,7 +146,7 @@ class History:
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer, and through :meth:`watch` to the evaluator."""
         self._trainer = engine
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._note_update)
+        engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._note_batch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._note_training)
 
     def watch(self, evaluator: Engine) -> None:
@@ -145,10 +157,11 @@ class History:
         """The trainer's epoch, for handlers of an evaluator, whose ``own`` count starts at 1."""
         return own if self._trainer is None else self._trainer.state.epoch
 
-    def _note_update(self, engine: Engine) -> None:
-        self._losses.append(as_float(engine.state.output["loss"]))
-        if "grad_norm" in engine.state.output:
-            self._grad_norms.append(engine.state.output["grad_norm"])
+    def _note_batch(self, engine: Engine) -> None:
+        numbers = engine.state.numbers
+        self._losses.append(numbers["loss"])
+        if "grad_norm" in numbers:
+            self._grad_norms.append(numbers["grad_norm"])
 
     def _note_training(self, engine: Engine) -> None:
         state = engine.state

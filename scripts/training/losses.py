@@ -52,7 +52,7 @@ class WeightPenalty:
         """The penalty, a scalar."""
         norms = torch.stack(torch._foreach_norm(self.weights))
         if self._counts is None or self._counts.device != norms.device:
-            self._counts = torch.tensor([p.numel() for p in self.weights], device=norms.device)
+            self._counts = torch.tensor([p.numel() for p in self.weights]).to(norms.device, non_blocking=True)
         return self.factor * (norms.square() / self._counts).sum()
 
     @torch.no_grad()

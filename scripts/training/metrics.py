@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
-from ignite.exceptions import NotComputableError
-from ignite.metrics import Average, Metric, MetricsLambda
+from ignite.metrics import Metric, MetricsLambda
+from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
 from scripts.networks import VDVAE
 from torch import Tensor
@@ -21,14 +20,41 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fin
 MS_SSIM_KERNEL = 7  # voxels; the usual 11 would leave 32 voxels two scales
 
 
-class FiniteAverage(Average):
-    """Ignite's ``Average``, NaN where there was nothing to average."""
+class Means(Metric):
+    """Means of several quantities over scans, ``[width]``, summed on the device; NaN where there is none.
 
+    Args:
+        values: gives them of an engine's output, ``[batch, width]``.
+        width: how many they are.
+        device: where the sums are kept.
+        finite_only: leave out what is not finite, of each quantity by itself.
+    """
+
+    def __init__(
+        self,
+        values: Callable[[dict[str, Any]], Tensor],
+        width: int,
+        device: torch.device | str = "cpu",
+        finite_only: bool = False,
+    ) -> None:
+        self.width, self.finite_only = width, finite_only
+        super().__init__(values, device)
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        self._sums = torch.zeros(self.width, dtype=torch.float64, device=self._device)
+        self._counts = torch.zeros_like(self._sums)
+
+    @reinit__is_reduced
+    def update(self, output: Tensor) -> None:
+        values = output.double()
+        counted = values.isfinite() if self.finite_only else torch.ones_like(values, dtype=torch.bool)
+        self._sums += torch.where(counted, values, 0.0).sum(0)
+        self._counts += counted.sum(0)
+
+    @sync_all_reduce("_sums", "_counts")
     def compute(self) -> Tensor:
-        try:
-            return super().compute()
-        except NotComputableError:
-            return torch.tensor(math.nan)
+        return self._sums / self._counts
 
 
 def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only: bool = False) -> dict[str, Metric]:
@@ -44,19 +70,18 @@ def elbo_metrics(network: VDVAE, device: torch.device | str = "cpu", finite_only
         finite_only: leave out scans whose number is not finite, which training skips; NaN if there is no other.
     """
 
-    def _mean(values: Callable[[dict[str, Any]], torch.Tensor]) -> Metric:
-        """The mean over scans, a float, of ``values(output)``, ``[batch]``."""
+    def columns(output: dict[str, Any]) -> Tensor:
+        return torch.column_stack([*(output[name] for name in PER_SCAN), output["kl_per_latent"]])
 
-        def column(output: dict[str, Any]) -> torch.Tensor:
-            found = values(output).double()
-            # ignite counts the rows of a matrix, and a vector as one
-            return (found[found.isfinite()] if finite_only else found).unsqueeze(1)
+    grids = network.latent_grids()
+    means = Means(columns, len(PER_SCAN) + len(grids), device, finite_only)
 
-        return MetricsLambda(torch.Tensor.item, FiniteAverage(column, device=device))
+    def mean(column: int) -> Metric:
+        return MetricsLambda(lambda found: found[column].item(), means)
 
-    metrics = {name: _mean(itemgetter(name)) for name in PER_SCAN}
-    for index, grid in enumerate(network.latent_grids()):
-        kl = _mean(lambda output, index=index: output["kl_per_latent"][:, index])
+    metrics = {name: mean(column) for column, name in enumerate(PER_SCAN)}
+    for index, grid in enumerate(grids):
+        kl = mean(len(PER_SCAN) + index)
         metrics[f"kl_z{index:02d}"] = kl
         metrics[f"kl_per_dim_z{index:02d}"] = kl / math.prod(grid)
     return metrics

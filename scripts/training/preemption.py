@@ -8,6 +8,7 @@ import signal
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from scripts.training.checkpoints import CheckpointHandler
+from scripts.utils.devices import runs_ahead
 
 __all__ = ["Preemption"]
 
@@ -34,14 +35,20 @@ class Preemption:
 
     def _after_batch(self, engine: Engine) -> None:
         # the end of an epoch comes with its validation, which belongs to it
-        if engine.between_updates and not engine.epoch_ends:
+        if engine.between_updates and not engine.epoch_ends and self._may_ask(engine):
             self._stop_if_told(engine)
+
+    def _may_ask(self, engine: Engine) -> bool:
+        """Processes on GPUs ask each other every ``log_interval`` updates: they would wait for the GPUs each time."""
+        alone = idist.get_world_size() == 1 or not runs_ahead(idist.device())
+        return alone or engine.state.updates % engine.numbers.log_interval == 0
 
     def _stop_if_told(self, engine: Engine) -> None:
         number = idist.all_reduce(engine.signals.received, op="MAX")
         all_done = engine.epoch_ends and engine.state.epoch == engine.state.max_epochs
         if not number or all_done:
             return
+        engine.numbers.end()
         self.checkpoint.save(engine)
         if idist.get_rank() == 0:
             logger.warning(

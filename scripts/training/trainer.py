@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from ignite.metrics import Metric
@@ -23,7 +19,10 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.layers.gaussian import Posterior, recording
 from scripts.networks import VDVAEOutput
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
+from scripts.training.numbers import BatchNote, BatchNumbers, NumberEvents
 from scripts.training.population_training import RunningPopulationPrior
+from scripts.training.precision import autocast
+from scripts.training.update import GuardedStep, place_counters
 from scripts.utils.signals import SignalWatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -33,48 +32,14 @@ from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
 
-NAMED = 8  # scans, in one sentence
-
-
-class TrainingStalledError(RuntimeError):
-    """So many updates in a row were skipped that training cannot recover by itself."""
-
 
 def scan_batch(batchdata: dict[str, Any], device=None, non_blocking: bool = False, **kwargs) -> tuple[Tensor, Tensor]:
     """MONAI's ``prepare_batch``: the scans are input and target at once."""
-    scans = batchdata[Keys.IMAGE].to(device=device, non_blocking=non_blocking, **kwargs)
+    scans = batchdata[Keys.IMAGE]
     # plain tensors: metadata slows every operation of the network down and is not needed in it
     scans = scans.as_tensor() if hasattr(scans, "as_tensor") else scans
+    scans = scans.to(device=device, non_blocking=non_blocking, **kwargs)
     return scans, scans
-
-
-def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = None) -> torch.autocast:
-    """Autocast for a device: bfloat16 where it has it, else float16 on GPUs and none on CPUs.
-
-    A CPU without instructions for bfloat16 takes 10 to 17 times as long for a training step in it as in single
-    precision (two networks of 32³, AVX2, one thread), so that it stays in that unless a ``dtype`` is asked for.
-    """
-    if enabled and dtype is None and device.type == "cpu" and not cpu_has_bfloat16():
-        _warn_of_slow_bfloat16()
-        enabled = False
-    if dtype is None:
-        # PyTorch emulates bfloat16 on older GPUs, slowly
-        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
-    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether oneDNN, which PyTorch computes convolutions with, has instructions for bfloat16 on this processor."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@functools.cache
-def _warn_of_slow_bfloat16() -> None:
-    logger.warning(
-        "amp is True, but this processor has no instructions for bfloat16, so that a step would take 10 to 17 times as "
-        "long: single precision is used. --amp_dtype '$torch.bfloat16' insists."
-    )
 
 
 def step_quantities(output: VDVAEOutput, nll: Tensor, scans: Tensor) -> dict[str, Tensor]:
@@ -108,12 +73,16 @@ class VDVAETrainer(SupervisedTrainer):
         max_skips: so many skipped updates in a row end the run.
         amp_dtype: ``torch.float16`` or ``torch.bfloat16``; default what the device can do, bfloat16 first.
         accumulation_steps: batches whose gradients make one update.
+        log_interval: updates from one look at the numbers to the next, where the host runs ahead of the device (a GPU).
+            It would have to wait for them otherwise.
         population_prior: the KL divergence is taken to this running prior instead of the network's own.
         population_prior_from: from so many updates on; before, it only follows.
 
     Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
     their gradients. Under float16 the loss scaler lowers its scale on each. ``engine.state`` gains ``updates`` (tried
-    so far, skipped ones included), ``skipped`` and ``skipped_in_a_row``.
+    so far, skipped ones included), and as far as they are known on the host ``skipped``, ``skipped_in_a_row`` and
+    ``numbers``, what is reported of a batch by name. On a GPU these are some updates late (``log_interval``), and so is
+    what follows from them: the sentence about a skipped update, and the end of a run that skips all.
 
     Raises:
         TrainingStalledError: ``max_skips`` updates in a row were skipped.
@@ -136,6 +105,7 @@ class VDVAETrainer(SupervisedTrainer):
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
+        log_interval: int = 10,
         population_prior: RunningPopulationPrior | None = None,
         population_prior_from: int = 0,
         non_blocking: bool = True,
@@ -163,12 +133,12 @@ class VDVAETrainer(SupervisedTrainer):
             amp=amp,
             optim_set_to_none=True,
             accumulation_steps=accumulation_steps,
+            event_names=[NumberEvents],
         )
         self.lr_scheduler = lr_scheduler
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
         self.skip_warmup = skip_warmup
-        self.max_skips = max_skips
         self.amp_dtype = amp_dtype
         self.population_prior, self.population_prior_from = population_prior, population_prior_from
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -178,12 +148,10 @@ class VDVAETrainer(SupervisedTrainer):
         # a loss in nats is large: starting low saves the first updates from overflow
         self.scaler = torch.amp.GradScaler(kind, init_scale=1.0, enabled=needs_scaling)
         self.signals = SignalWatch()
+        place_counters(optimizer)
+        self.step = GuardedStep(network, optimizer)
+        self.numbers = BatchNumbers(self, log_interval, max_skips)
         self.state.updates = 0
-        self.state.skipped = 0
-        self.state.skipped_in_a_row = 0
-        self._scans: list[tuple[str, bool]] = []  # of the next update: name, and whether its likelihood is finite
-        norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        self._running = [(b, b.clone()) for m in norms for b in m.buffers()]  # batch statistics, and when all was well
 
     @property
     def epoch_ends(self) -> bool:
@@ -197,8 +165,8 @@ class VDVAETrainer(SupervisedTrainer):
         return place == 0 or place % self.accumulation_steps == 0
 
     def _iteration(self, engine: VDVAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
-        start = time.perf_counter()
         state = engine.state
+        engine.numbers.start()
         scans, _ = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
         place = (state.iteration - 1) % state.epoch_length
         first = place % engine.accumulation_steps == 0
@@ -223,18 +191,17 @@ class VDVAETrainer(SupervisedTrainer):
             engine.scaler.scale(loss / batches).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
-        learning_rate = engine.optimizer.param_groups[0]["lr"]
         loss = loss.detach() if engine.penalty is None else loss.detach() + engine.penalty.value()
-        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss, "learning_rate": learning_rate}
-        state.output |= step_quantities(output, nll, scans)
-        finite = (state.output["nll"] + state.output["kl"]).isfinite().tolist()
-        engine._scans += zip(_names(batchdata, len(scans)), finite, strict=True)
+        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss} | step_quantities(output, nll, scans)
         if engine.population_prior is not None:
             engine.population_prior.observe(posteriors)
-        if last:
-            state.output["grad_norm"] = self._update()
-        state.output["skipped"] = state.skipped
-        state.output["scans_per_second"] = len(scans) / (time.perf_counter() - start)
+        learning_rate = engine.optimizer.param_groups[0]["lr"]
+        norm, take = engine._update() if last else (torch.zeros_like(loss), torch.ones_like(loss))
+        note = BatchNote(state.iteration, state.updates if last else None, _names(batchdata, len(scans)), learning_rate)
+        engine.numbers.add(state.output, norm, take, note)
+        if engine.epoch_ends:
+            engine.numbers.end()
+        state.output["numbers"] = state.numbers
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
@@ -254,58 +221,25 @@ class VDVAETrainer(SupervisedTrainer):
             # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
             Workflow.run(self)
 
-    def _update(self) -> float:
-        """Clip, then step or skip. Returns the norm of the gradients before clipping.
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Clip, then step or skip. Returns the norm of the gradients before clipping, and whether the step was taken.
 
         The gradients are the same on every process, and so is the decision.
         """
         self.scaler.unscale_(self.optimizer)
         if self.penalty is not None:
             self.penalty.add_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
-        finite = norm < float("inf")  # false for NaN too
-        huge = norm > self.skip_grad_norm and self.state.updates >= self.skip_warmup
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        largest = torch.finfo(norm.dtype).max
+        take = norm <= (min(largest, self.skip_grad_norm) if self.state.updates >= self.skip_warmup else largest)
         self.state.updates += 1
-        if finite and not huge:
-            self.scaler.step(self.optimizer)
-            self.state.skipped_in_a_row = 0
-        else:
-            self._skip(norm)
+        self.step(take)
         self.scaler.update()
         if self.population_prior is not None:
-            self.population_prior.update(take=self.state.skipped_in_a_row == 0)
+            self.population_prior.update(take=bool(take))
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        for buffer, kept in self._running:
-            kept.copy_(buffer)
-        self._scans = []
-        if self.state.skipped_in_a_row >= self.max_skips:
-            raise TrainingStalledError(
-                f"{self.max_skips} updates in a row (max_skips) were skipped because the gradients were not finite or "
-                f"their norm was above skip_grad_norm ({self.skip_grad_norm:g}; the last was {norm:g}). Look at the "
-                "scans that are named above; lower --learning_rate, raise --skip_grad_norm, or train without --amp, "
-                "and resume by --resume True from the last checkpoint, which was saved before."
-            )
-        return norm
-
-    def _skip(self, norm: float) -> None:
-        """Leave the weights as they are, and say whose fault it was."""
-        state = self.state
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        for buffer, kept in self._running:
-            buffer.copy_(kept)
-        scans = list(itertools.chain(*idist.all_gather(self._scans)))
-        broken = [name for name, finite in scans if not finite]
-        named = broken or [name for name, _ in scans]
-        if idist.get_rank() > 0:  # one tells for all
-            return
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        what = "The likelihood is not finite of" if broken else "Its scans were"
-        logger.warning(
-            "Update %d skipped: the gradients' norm is %g (%d skipped so far). %s %s%s.",
-            *(state.updates, norm, state.skipped, what, ", ".join(named[:NAMED]), more),
-        )
+        return norm, take
 
 
 def _names(batchdata: dict[str, Any], count: int) -> list[str]:

@@ -1,0 +1,158 @@
+"""Nothing of a training step, or of an inference job's network part, waits for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import ROOT, inference_config
+from fake_gpu import GPU, fake_gpu
+from groups import run_group
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from torch.utils.data import DataLoader
+
+from benchmarks.memory import fake_parameters
+from scripts.inference import inferers
+from scripts.layers.population_prior import PopulationPrior
+from scripts.networks import VDVAE
+
+TINY = [str(ROOT / "configs/train.json"), str(ROOT / "tests/tiny.json"), str(ROOT / "tests/quick_start.json")]
+
+
+class Loaded:
+    """The batches of a data loader, which are read beforehand."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.batches = list(loader)
+        self.batch_size, self.persistent_workers, self.dataset = loader.batch_size, False, loader.dataset
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def train(rank: int, folder: str, dataset_dir: str, changes: dict) -> dict[str, object]:
+    """Four iterations of a run; after the first nothing may wait."""
+    parser = ConfigParser(ConfigParser.load_config_files(TINY))
+    parser.update({"dataset_dir": dataset_dir, "output_dir": folder, "batch_size": 2, "log_interval": 3, **changes})
+    arguments = parser.get_parsed_content("network_def").arguments
+    with torch.device("meta"):
+        network = VDVAE(**arguments)
+    handler = next(h for h in parser["train#handlers"] if h["_target_"] == "ValidationHandler")
+    handler.update({"exec_at_start": False, "interval": 99})
+    parser.update({"device": GPU, "network": network})
+    for name in ("network_def", "train#dataloader", "validate#dataloader"):  # read scans, which are real
+        parser.get_parsed_content(name)
+    batches = Loaded(parser.get_parsed_content("train#dataloader"))
+    with fake_gpu() as watch:
+        fake_parameters(network, GPU)
+        trainer = parser.get_parsed_content("train#trainer")
+        trainer.data_loader = batches
+
+        def after(engine):
+            watch.strict = True  # the first iteration makes what lasts
+            if engine.state.iteration == 4:
+                engine.terminate()
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, after)
+        trainer.run()
+        steps = trainer.optimizer.state[next(iter(network.parameters()))]["step"]
+        return {"updates": trainer.state.updates, "counter": steps.device.type, "known": trainer.state.numbers}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"amp": True, "network_def#batch_norm": True},
+        {"amp": True, "amp_dtype": torch.float16, "accumulation_steps": 2},
+    ],
+    ids=["default", "bfloat16", "float16"],
+)
+def test_a_training_step_does_not_wait(cohort, tmp_path, changes):
+    found = run_group(train, str(tmp_path), str(cohort), changes, processes=1)[0]
+    assert found["updates"] == 4 // changes.get("accumulation_steps", 1)
+    assert found["counter"] == "gpu"
+    assert found["known"] == {}
+
+
+def prior_of(network: VDVAE) -> PopulationPrior:
+    """A population prior of the two coarsest latents, on the GPU."""
+    grids = network.latent_grids()[:2]
+
+    def tensors(*shape: int) -> dict[int, torch.Tensor]:
+        return {index: torch.rand(*shape, *grid, device=GPU) for index, grid in enumerate(grids)}
+
+    return PopulationPrior(tensors(), tensors(), tensors(4), torch.rand(9, device=GPU), torch.rand(9, device=GPU))
+
+
+JOBS = {
+    "reconstruct": lambda prior: inferers.Reconstruction(),
+    "reconstruct at each level": lambda prior: inferers.Reconstruction(temperature={2: 0.5}, levels="each"),
+    "encode": lambda prior: inferers.Encoding(prior=prior),
+    "decode": lambda prior: inferers.Decoding(),
+    "decode_coordinates": lambda prior: inferers.CoordinateDecoding(prior),
+    "sample": lambda prior: inferers.Sampling(voxel_noise=True),
+    "sample from a population": lambda prior: inferers.Sampling(prior=prior),
+    "interpolate": lambda prior: inferers.Interpolation(steps=3),
+    "impute": lambda prior: inferers.Imputation(iterations=2, draws=2),
+    "score": lambda prior: inferers.Scoring(),
+    "score under a population": lambda prior: inferers.Scoring(importance_samples=2, prior=prior),
+}
+
+
+def infer(rank: int, arguments: dict) -> dict[str, str]:
+    """What each job says, ``done`` if it did not have to wait."""
+    with torch.device("meta"):
+        network = VDVAE(**arguments).eval()
+    found = {}
+    with fake_gpu(), torch.no_grad():
+        fake_parameters(network, GPU)
+        prior = prior_of(network)
+        scans = torch.rand(2, 1, 8, 8, 8, device=GPU)
+        inputs = {"decode": [torch.rand(2, *grid, device=GPU) for grid in network.latent_grids()[:2]]}
+        inputs |= {"decode_coordinates": torch.rand(2, 4, device=GPU), "interpolate": torch.stack([scans, scans], 1)}
+        inputs |= {"sample": 2, "sample from a population": 2}
+        for job, make in JOBS.items():
+            try:
+                results = make(prior)(inputs.get(job, scans), network, mask=scans > 0.5)
+                found[job] = "done" if all(value.device == GPU for value in results.values()) else "on the host"
+            except Exception as error:
+                found[job] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def test_no_inference_job_waits():
+    arguments = inference_config().get_parsed_content("network_def").arguments
+    found = run_group(infer, arguments, processes=1)[0]
+    assert found == dict.fromkeys(JOBS, "done")
+
+
+def waits(rank: int) -> list[str]:
+    """What the fake GPU says to code that would wait."""
+    said = []
+    with fake_gpu() as watch:
+        values = torch.rand(3, device=GPU)
+        watch.strict = True
+        for wait in (
+            lambda: values.sum().item(),
+            lambda: values[values > 0.5],
+            lambda: values.cpu(),
+            lambda: torch.tensor([1.0, 2.0], device=GPU),
+            lambda: values + torch.ones(3),
+        ):
+            try:
+                said.append(f"nothing: {wait()}")
+            except (RuntimeError, AssertionError) as error:
+                said.append(type(error).__name__)
+    return said
+
+
+def test_the_fake_gpu_sees_what_would_wait():
+    said = run_group(waits, processes=1)[0]
+    assert said[:2] == ["DataDependentOutputException", "DynamicOutputShapeException"]
+    assert said[2:] == ["AssertionError", "NotImplementedError", "FakeTensorDeviceMismatchError"]
