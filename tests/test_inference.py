@@ -284,14 +284,19 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
 @pytest.mark.parametrize("q", [0.0, 0.3, 0.999, 1.0])
 def test_quantiles_are_those_of_pytorch(count, q):
     values = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    torch.testing.assert_close(quantile(values, q), torch.quantile(values, q), rtol=0, atol=1e-4)
+    inside = torch.ones(2, count, dtype=torch.bool)
+    inside[1, : count // 2] = False
+    found = quantile(torch.stack([values, values]), inside, q)
+    expected = torch.stack([torch.quantile(part, q) for part in (values, values[count // 2 :])])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_quantiles_of_more_values_than_pytorch_takes():
     values = torch.arange(17_000_001, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(values, 0.999)
-    assert quantile(values, 0.999).item() == pytest.approx(16_983_000, abs=1)
+    inside = torch.ones(1, len(values), dtype=torch.bool)
+    assert quantile(values[None], inside, 0.999).item() == pytest.approx(16_983_000, abs=1)
 
 
 def test_a_restored_scan_is_what_the_decoder_makes_of_restored_latents(scans, network):

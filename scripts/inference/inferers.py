@@ -401,15 +401,21 @@ def foreground(scans: Tensor, network: VDVAE) -> Tensor:
 
 
 def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
-    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none.
-
-    Linear between two values, as ``torch.quantile``, which refuses more than 16 million.
-    """
+    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
     inside = foreground(scans, network).flatten(1)
-    inside = inside | ~inside.any(1, keepdim=True)
-    # sorted with those outside last: how many are inside stays on the device
-    ordered = torch.where(inside, values.flatten(1), torch.inf).sort(dim=1).values
-    place = percentile / 100 * (inside.sum(1, keepdim=True).double() - 1)
+    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
+
+
+def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
+    """Of each row the quantile of the values inside, ``[rows]``.
+
+    As ``torch.quantile``, which refuses more than 16 million values. How many are inside stays on the device.
+
+    Args:
+        values, inside: ``[rows, values]``, the second bool.
+    """
+    ordered = torch.where(inside, values, torch.inf).sort(dim=1).values  # those outside last
+    place = q * (inside.sum(1, keepdim=True).double() - 1)
     below, above = (ordered.gather(1, index.long()) for index in (place.floor(), place.ceil()))
     return torch.lerp(below, above, (place - place.floor()).to(below.dtype)).squeeze(1)
 
