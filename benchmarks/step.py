@@ -75,7 +75,7 @@ class TrainingStep:
         """Negative ELBO in nats per scan, without the weight penalty."""
         with torch.autocast(self.scans.device.type, torch.bfloat16, enabled=self.bfloat16):
             output = self.network(self.scans)
-        loss, _ = self.loss_function(output, self.scans, update=0)
+        loss, _ = self.loss_function(output, self.scans)
         return loss
 
     def __call__(self) -> None:

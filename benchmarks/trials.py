@@ -112,7 +112,7 @@ def trial(
         optimizer.zero_grad()
         with autocast(torch.device("cpu"), parser["amp"], parser["amp_dtype"]):
             output, posteriors = network.infer(scans)
-        loss, _ = loss_function(output, scans, update - 1)
+        loss, _ = loss_function(output, scans, loss_function.beta(update - 1))
         gain = running.log_ratio(posteriors) if update > (population_prior_from or 0) else None
         if population_prior_from is not None and gain is not None:
             loss = loss - loss_function.beta(update - 1) * gain.mean()

@@ -42,7 +42,7 @@ NETWORK = {
 def gradients(network, scans, seeds):
     """Of the mean loss, each scan with noise of its own."""
     with noise_from([torch.Generator().manual_seed(seed) for seed in seeds]):
-        loss, _ = ELBOLoss()(network(scans), scans, update=0)
+        loss, _ = ELBOLoss()(network(scans), scans)
     loss.backward()
     return [parameter.grad.clone() for parameter in network.parameters()]
 

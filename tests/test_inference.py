@@ -61,11 +61,11 @@ def network(cohort):
     net = inference_config().get_parsed_content("network_def")
     net.set_voxel_gaussian(x.mean(0), x.std(0), affine)
     # a fiftieth of the KL, so that all latents have something to say so early
-    loss, optimizer = ELBOLoss(kl_warmup=10_000), torch.optim.Adamax(net.parameters(), lr=0.02)
+    loss, optimizer = ELBOLoss(), torch.optim.Adamax(net.parameters(), lr=0.02)
     for _ in range(100):
         output = VDVAEOutput(*super(VDVAEReconstruction, net).forward(x))
         optimizer.zero_grad()
-        loss(output, x, 200)[0].backward()
+        loss(output, x, beta=0.02)[0].backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 100.0)
         optimizer.step()
     return net.eval().requires_grad_(False)

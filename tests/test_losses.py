@@ -69,7 +69,7 @@ def test_elbo_weighs_the_kl_by_beta(kl_warmup, update, beta):
     output, target = prediction(2, 1, 4, 4, 4)
     loss = ELBOLoss(kl_warmup)
     assert loss.beta(update) == pytest.approx(beta)
-    found, nll = loss(output, target, update)
+    found, nll = loss(output, target, loss.beta(update))
     torch.testing.assert_close(nll, negative_log_likelihood(output.loc, output.scale, target))
     torch.testing.assert_close(found, (nll + beta * output.kl.sum(1)).mean())
     assert found.shape == ()

@@ -17,6 +17,7 @@ from benchmarks.memory import fake_parameters
 from scripts.inference import inferers
 from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
+from scripts.training import trainer as trainers
 
 TINY = [str(ROOT / "configs/train.json"), str(ROOT / "tests/tiny.json"), str(ROOT / "tests/quick_start.json")]
 
@@ -37,6 +38,7 @@ class Loaded:
 
 def train(rank: int, folder: str, dataset_dir: str, changes: dict) -> dict[str, object]:
     """Four iterations of a run; after the first nothing may wait."""
+    trainers.check_graph = lambda *args, **kwargs: changes.get("cuda_graph", False)  # as on a real one
     parser = ConfigParser(ConfigParser.load_config_files(TINY))
     parser.update({"dataset_dir": dataset_dir, "output_dir": folder, "batch_size": 2, "log_interval": 3, **changes})
     arguments = parser.get_parsed_content("network_def").arguments
@@ -70,8 +72,9 @@ def train(rank: int, folder: str, dataset_dir: str, changes: dict) -> dict[str, 
         {},
         {"amp": True, "network_def#batch_norm": True},
         {"amp": True, "amp_dtype": torch.float16, "accumulation_steps": 2},
+        {"cuda_graph": True},
     ],
-    ids=["default", "bfloat16", "float16"],
+    ids=["default", "bfloat16", "float16", "graph"],
 )
 def test_a_training_step_does_not_wait(cohort, tmp_path, changes):
     found = run_group(train, str(tmp_path), str(cohort), changes, processes=1)[0]

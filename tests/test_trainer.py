@@ -133,7 +133,10 @@ def test_a_nan_in_a_gradient_alone_is_skipped(caplog):
 def test_an_epoch_in_which_nothing_is_finite_goes_by():
     metrics = elbo_metrics(tiny(), finite_only=True)
     engine = trainer(tiny(), loader(count=2, batch_size=1), key_train_metric=key_metric(metrics))
-    engine.loss_function = lambda output, scans, update: (output.loc.mean() * math.nan, output.kl.sum(1) * math.nan)
+    engine.loss_function.forward = lambda output, scans, beta: (
+        output.loc.mean() * math.nan,
+        output.kl.sum(1) * math.nan,
+    )
     engine.run()
     assert engine.state.skipped == 2
     assert math.isnan(engine.state.metrics["bits_per_dim"])

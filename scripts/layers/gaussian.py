@@ -6,7 +6,7 @@ Without postponed annotations, since TorchScript reads those of a named tuple as
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ def memory_order(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1)
 
 
+def _current(variable: ContextVar) -> Any:
+    """What a context has set; nothing in code that ``torch.compile`` makes, which knows no context variables."""
+    return None if torch.compiler.is_compiling() else variable.get()
+
+
 _drawing_rule: ContextVar[Callable[[Posterior], Tensor] | None] = ContextVar("drawing_rule", default=None)
 
 
@@ -109,7 +114,7 @@ def recording() -> Iterator[list[Posterior]]:
 
 def choose(q: Posterior) -> Posterior:
     """The distribution with the z that the rule of :func:`drawing` chooses, if there is one."""
-    rule = _drawing_rule.get()
+    rule = _current(_drawing_rule)
     return q if rule is None else q._replace(z=rule(q))
 
 
@@ -136,7 +141,7 @@ def gaussian_noise(like: Tensor) -> Tensor:
     Drawn with the channels as the last axis in memory: on a CPU eight times faster than ``randn_like`` of such a one.
     """
     shape = (*like.shape[2:], like.shape[1])
-    generators = _scan_generators.get()
+    generators = _current(_scan_generators)
     if generators is None:
         return torch.randn((like.shape[0], *shape), device=like.device, dtype=torch.float32).movedim(-1, 1)
     if len(generators) != like.shape[0]:

@@ -85,14 +85,14 @@ class ELBOLoss(nn.Module):
         """Weight of the KL for update number ``update``, counted from 0."""
         return min(1.0, update / self.kl_warmup) if self.kl_warmup else 1.0
 
-    def forward(self, output: VDVAEOutput, target: Tensor, update: int) -> tuple[Tensor, Tensor]:
+    def forward(self, output: VDVAEOutput, target: Tensor, beta: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Args:
             output: of the network.
             target: the scans, ``[batch, channels, *spatial]``.
-            update: number of the update, from 0.
+            beta: weight of the KL, see :meth:`beta`.
 
         Returns:
             the loss, a scalar in nats per scan, and the negative log-likelihoods, ``[batch]``.
         """
         nll = negative_log_likelihood(output.loc, output.scale, target)
-        return (nll + self.beta(update) * output.kl.sum(1)).mean(), nll
+        return (nll + beta * output.kl.sum(1)).mean(), nll

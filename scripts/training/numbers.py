@@ -70,20 +70,19 @@ class BatchNumbers:
         """Count the time from here on; every batch may say so."""
         self._looked = self._looked or time.perf_counter()
 
-    def add(self, output: dict[str, Tensor], norm: Tensor, take: Tensor, note: BatchNote) -> None:
+    def add(self, output: dict[str, Tensor], note: BatchNote) -> None:
         """Send the numbers of a batch on their way, and take in what has arrived.
 
         Args:
-            output: of the step.
-            norm: of the gradients.
-            take: whether the update was made.
+            output: of the step, with ``grad_norm`` and whether the update was made, ``taken``.
 
         Raises:
             TrainingStalledError: ``max_skips`` updates in a row were skipped.
         """
         means = [output[name].float().mean() for name in SHOWN]
         finite = (output["nll"] + output["kl"]).isfinite()
-        values = torch.cat([torch.stack([*means, norm.float(), take.float()]), finite.float()])
+        update = [output["grad_norm"].float(), output["taken"].float()]
+        values = torch.cat([torch.stack([*means, *update]), finite.float()])
         self._take_in(self._on_the_way.add(values, note))
 
     def end(self) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from ignite.metrics import Metric
@@ -18,6 +19,8 @@ from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys as Keys
 from scripts.layers.gaussian import Posterior, recording
 from scripts.networks import VDVAEOutput
+from scripts.training.acceleration import GraphedUpdate, check_graph, compile_network
+from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.numbers import BatchNote, BatchNumbers, NumberEvents
 from scripts.training.population_training import RunningPopulationPrior
@@ -75,6 +78,8 @@ class VDVAETrainer(SupervisedTrainer):
         accumulation_steps: batches whose gradients make one update.
         log_interval: updates from one look at the numbers to the next, where the host runs ahead of the device (a GPU).
             It would have to wait for them otherwise.
+        compile: let ``torch.compile`` make the network's passes, on a GPU.
+        cuda_graph: let a GPU repeat whole updates as one CUDA graph.
         population_prior: the KL divergence is taken to this running prior instead of the network's own.
         population_prior_from: from so many updates on; before, it only follows.
 
@@ -106,6 +111,8 @@ class VDVAETrainer(SupervisedTrainer):
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         log_interval: int = 10,
+        compile: bool = False,
+        cuda_graph: bool = False,
         population_prior: RunningPopulationPrior | None = None,
         population_prior_from: int = 0,
         non_blocking: bool = True,
@@ -152,6 +159,17 @@ class VDVAETrainer(SupervisedTrainer):
         self.step = GuardedStep(network, optimizer)
         self.numbers = BatchNumbers(self, log_interval, max_skips)
         self.state.updates = 0
+        if compile:
+            compile_network(unwrap(network), self.state.device, population_prior is not None)
+        unfit = {
+            "accumulation_steps": accumulation_steps > 1 and accumulation_steps,
+            "population_prior_from": population_prior is not None and population_prior_from,
+            "amp_dtype": needs_scaling and torch.float16,
+            "network_def#checkpoint_levels": unwrap(network).arguments["checkpoint_levels"],
+            "the number of processes": isinstance(network, DistributedDataParallel) and idist.get_world_size(),
+        }
+        graphs = cuda_graph and check_graph(self.state.device, **unfit)
+        self.graphed = GraphedUpdate(self._batch, optimizer) if graphs else None
 
     @property
     def epoch_ends(self) -> bool:
@@ -168,49 +186,74 @@ class VDVAETrainer(SupervisedTrainer):
         state = engine.state
         engine.numbers.start()
         scans, _ = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
-        place = (state.iteration - 1) % state.epoch_length
-        first = place % engine.accumulation_steps == 0
-        last = engine.between_updates
-        # the last update of an epoch may have fewer batches
-        batches = min(engine.accumulation_steps, state.epoch_length - place + place % engine.accumulation_steps)
-
         engine.network.train()
-        if first:
-            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
-        # gradients travel between processes once per update, not once per batch
-        waits = isinstance(engine.network, DistributedDataParallel) and not last
-        with engine.network.no_sync() if waits else contextlib.nullcontext():
-            recorded = contextlib.nullcontext([]) if engine.population_prior is None else recording()
-            with autocast(state.device, engine.amp, engine.amp_dtype), recorded as posteriors:
-                output = engine.inferer(scans, engine.network)
-            engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-            loss, nll = engine.loss_function(output, scans, state.updates)
-            if engine.population_prior is not None:
-                loss = loss - self._population_gain(posteriors)
-            engine.fire_event(IterationEvents.LOSS_COMPLETED)
-            engine.scaler.scale(loss / batches).backward()
-        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-
-        loss = loss.detach() if engine.penalty is None else loss.detach() + engine.penalty.value()
-        state.output = {Keys.IMAGE: scans, Keys.PRED: output, Keys.LOSS: loss} | step_quantities(output, nll, scans)
-        if engine.population_prior is not None:
-            engine.population_prior.observe(posteriors)
+        last = engine.between_updates
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        norm, take = engine._update() if last else (torch.zeros_like(loss), torch.ones_like(loss))
+        settings = {"beta": engine.loss_function.beta(state.updates), "largest_norm": engine.largest_norm}
+        run = engine._batch if engine.graphed is None else engine.graphed
+        results = run(scans, **settings)
+        state.output = {Keys.IMAGE: scans, **results}
+        if last:
+            engine._end_update(results["taken"])
         note = BatchNote(state.iteration, state.updates if last else None, _names(batchdata, len(scans)), learning_rate)
-        engine.numbers.add(state.output, norm, take, note)
+        engine.numbers.add(state.output, note)
         if engine.epoch_ends:
             engine.numbers.end()
         state.output["numbers"] = state.numbers
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
+    def _batch(self, scans: Tensor, beta: float | Tensor, largest_norm: float | Tensor) -> dict[str, Any]:
+        """Gradients of a batch, and the update where it ends one. Asks no value of the device.
+
+        Args:
+            scans: ``[batch, channels, *spatial]``.
+            beta: weight of the KL.
+            largest_norm: of the gradients, up to which the update is made.
+
+        Returns:
+            the output, the loss, see :func:`step_quantities`, ``grad_norm`` before clipping and whether the update was
+            made, ``taken``: 0 and true where there is none yet.
+        """
+        place = (self.state.iteration - 1) % self.state.epoch_length
+        last = self.between_updates
+        # the last update of an epoch may have fewer batches
+        batches = min(self.accumulation_steps, self.state.epoch_length - place + place % self.accumulation_steps)
+        if place % self.accumulation_steps == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        # gradients travel between processes once per update, not once per batch
+        waits = isinstance(self.network, DistributedDataParallel) and not last
+        with self.network.no_sync() if waits else contextlib.nullcontext():
+            recorded = contextlib.nullcontext([]) if self.population_prior is None else recording()
+            with autocast(self.state.device, self.amp, self.amp_dtype), recorded as posteriors:
+                output = self.inferer(scans, self.network)
+            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+            loss, nll = self.loss_function(output, scans, beta)
+            if self.population_prior is not None:
+                loss = loss - beta * self._population_gain(posteriors)
+            self.fire_event(IterationEvents.LOSS_COMPLETED)
+            self.scaler.scale(loss / batches).backward()
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+
+        loss = loss.detach() if self.penalty is None else loss.detach() + self.penalty.value()
+        if self.population_prior is not None:
+            self.population_prior.observe(posteriors)
+        norm, taken = self._step(largest_norm) if last else (torch.zeros_like(loss), torch.ones_like(loss))
+        quantities = step_quantities(output, nll, scans)
+        return {Keys.PRED: output, Keys.LOSS: loss, **quantities, "grad_norm": norm, "taken": taken}
+
     def _population_gain(self, posteriors: Sequence[Posterior]) -> Tensor:
-        """What the KL to the population prior takes off the loss, a scalar in nats per scan."""
+        """What the KL to the population prior is less than that to the network's own, a scalar in nats per scan."""
         gain = self.population_prior.log_ratio(posteriors)
         if gain is None or self.state.updates < self.population_prior_from:
             return torch.zeros((), device=self.state.device)
-        return self.loss_function.beta(self.state.updates) * gain.mean()
+        return gain.mean()
+
+    @property
+    def largest_norm(self) -> float:
+        """Of the gradients, up to which the next update is made; in any case it must be finite."""
+        largest = torch.finfo(torch.float32).max
+        return min(largest, self.skip_grad_norm) if self.state.updates >= self.skip_warmup else largest
 
     def run(self) -> None:
         """Train from the current state until ``max_epochs``; signals to stop are noted in ``signals``."""
@@ -221,7 +264,7 @@ class VDVAETrainer(SupervisedTrainer):
             # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
             Workflow.run(self)
 
-    def _update(self) -> tuple[Tensor, Tensor]:
+    def _step(self, largest_norm: float | Tensor) -> tuple[Tensor, Tensor]:
         """Clip, then step or skip. Returns the norm of the gradients before clipping, and whether the step was taken.
 
         The gradients are the same on every process, and so is the decision.
@@ -230,16 +273,18 @@ class VDVAETrainer(SupervisedTrainer):
         if self.penalty is not None:
             self.penalty.add_gradient()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        largest = torch.finfo(norm.dtype).max
-        take = norm <= (min(largest, self.skip_grad_norm) if self.state.updates >= self.skip_warmup else largest)
-        self.state.updates += 1
-        self.step(take)
+        taken = norm <= largest_norm
+        self.step(taken)
         self.scaler.update()
+        return norm, taken
+
+    def _end_update(self, taken: Tensor) -> None:
+        """What the host has to do with an update."""
+        self.state.updates += 1
         if self.population_prior is not None:
-            self.population_prior.update(take=bool(take))
+            self.population_prior.update(take=bool(taken))
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        return norm, take
 
 
 def _names(batchdata: dict[str, Any], count: int) -> list[str]:

@@ -1,0 +1,157 @@
+"""Fewer launches from Python on a GPU: a compiled network, and a whole update as one CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+WARMUP = 3  # updates before the graph is captured, in which libraries choose their algorithms and states are made
+
+
+def compile_network(network: nn.Module, device: torch.device, recorded: bool = False) -> None:
+    """Let ``torch.compile`` make the network's forward and backward pass, or say why it cannot and leave it as it is.
+
+    Args:
+        network: the network itself, not wrapped for several processes. Its weights keep their names.
+        device: that it trains on.
+        recorded: whether the distributions of its latents are looked at as they are made, as a population prior that
+            follows the training does.
+    """
+    if recorded:
+        reason = "population_prior_from is set, and what a compiled network's latents are is not seen outside"
+    elif device.type != "cuda":
+        reason = f"the device is '{device}', and compiling pays on NVIDIA GPUs"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "the package triton is not installed, which writes the code for the GPU"
+    elif torch.cuda.get_device_capability(device) < (7, 0):
+        reason = f"{torch.cuda.get_device_name(device)} is too old: it needs compute capability 7.0"
+    else:
+        network.compile()
+        logger.info("The network is compiled at the first batch, which takes some minutes.")
+        return
+    logger.warning("compile is True, but %s: the network is run as it is.", reason)
+
+
+def check_graph(device: torch.device, **unfit: Any) -> bool:
+    """Whether updates are captured as a CUDA graph; on a device that has none they are not, with a sentence.
+
+    Args:
+        device: that is trained on.
+        unfit: settings that a graph cannot honour, by name; None or False where they are not asked for.
+
+    Raises:
+        ValueError: one of these is asked for.
+    """
+    if device.type != "cuda":
+        logger.warning("cuda_graph is True, but the device is '%s': updates are run as they are.", device)
+        return False
+    for name, value in unfit.items():
+        if value:
+            raise ValueError(
+                f"cuda_graph is True, and {name} is {value}: a graph is one fixed update of one process. Set one of "
+                "the two otherwise."
+            )
+    return True
+
+
+class GraphedUpdate:
+    """An update whose inputs and results always lie in the same memory, so that a CUDA graph can repeat it.
+
+    The first updates run as they are, on a stream of their own; then one is captured, and from there on repeated by a
+    single launch. What changes from update to update is copied to where the graph reads it. Noise is drawn by PyTorch's
+    own generator, which the graph reads its seed from. On a CPU each update runs as it is, from the same memory.
+
+    Args:
+        update: of scans ``[batch, channels, *spatial]`` and scalar tensors by name; returns tensors by name. It makes
+            its gradients anew, and asks no value of the device.
+        optimizer: whose learning rates are copied in too.
+    """
+
+    def __init__(self, update: Callable[..., dict[str, Any]], optimizer: Optimizer) -> None:
+        self.update, self.optimizer = update, optimizer
+        self.scans: Tensor | None = None
+        self.settings: dict[str, Tensor] = {}
+        self.learning_rates: list[Tensor] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.results: dict[str, Any] = {}
+        self.updates = 0
+
+    def __call__(self, scans: Tensor, **settings: float) -> dict[str, Any]:
+        """Update once. What is returned is overwritten by the next update.
+
+        Args:
+            scans: on the device, of one shape at all times.
+            settings: what ``update`` takes besides.
+
+        Raises:
+            ValueError: the scans have another shape than before.
+        """
+        self._copy_in(scans, settings)
+        self.updates += 1
+        if scans.device.type != "cuda":
+            self.results = self._run()
+        elif self.updates <= WARMUP:
+            self._run_aside()
+        else:
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        return self.results
+
+    def _copy_in(self, scans: Tensor, settings: dict[str, float]) -> None:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if self.scans is None:
+            self.scans = torch.empty_like(scans)
+            self.settings = {name: scans.new_empty(()) for name in settings}
+            self.learning_rates = [scans.new_empty(()) for _ in rates]
+        if self.scans.shape != scans.shape:
+            raise ValueError(
+                f"cuda_graph is True, and a batch is {list(scans.shape)} after batches of {list(self.scans.shape)}: "
+                "all must be alike."
+            )
+        self.scans.copy_(scans)
+        for name, tensor in self.settings.items():
+            tensor.fill_(settings[name])
+        for tensor, rate in zip(self.learning_rates, rates, strict=True):
+            tensor.fill_(rate)
+
+    def _run(self) -> dict[str, Any]:
+        with self._learning_rates_on_the_device():
+            return self.update(self.scans, **self.settings)
+
+    @contextmanager
+    def _learning_rates_on_the_device(self) -> Iterator[None]:
+        groups = self.optimizer.param_groups
+        before = [group["lr"] for group in groups]
+        for group, tensor in zip(groups, self.learning_rates, strict=True):
+            group["lr"] = tensor
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, before, strict=True):
+                group["lr"] = rate
+
+    def _run_aside(self) -> None:
+        """On another stream than PyTorch's default one, which cannot be captured."""
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            self.results = self._run()
+        current.wait_stream(aside)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # the loader's thread, which pins memory, goes on meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.results = self._run()
+        self.graph = graph
+        logger.info("The update is captured as a CUDA graph.")

@@ -1,0 +1,113 @@
+"""A compiled network and a graph of an update are the network and the update, or a sentence says why they are not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_trainer import loader, tiny, weights
+from torch.testing import assert_close
+
+from scripts.training import acceleration
+from scripts.training.acceleration import GraphedUpdate, check_graph, compile_network
+from scripts.training.losses import ELBOLoss
+from scripts.training.trainer import VDVAETrainer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def train(updates: int = 4, **arguments) -> VDVAETrainer:
+    network = tiny()
+    optimizer = torch.optim.Adamax(network.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update))
+    engine = VDVAETrainer(
+        "cpu", 1, loader(2 * updates), network, optimizer, ELBOLoss(kl_warmup=3), schedule, skip_warmup=2, **arguments
+    )
+    torch.manual_seed(0)
+    engine.run()
+    return engine
+
+
+@pytest.mark.parametrize("skip_grad_norm", [1e12, 1e-6])
+def test_an_update_from_fixed_memory_is_the_update(monkeypatch, skip_grad_norm):
+    """Learning rate, weight of the KL and the norm up to which updates are made change from one to the next."""
+    plain = train(skip_grad_norm=skip_grad_norm)
+    monkeypatch.setattr("scripts.training.trainer.check_graph", lambda *args, **kwargs: True)
+    fixed = train(skip_grad_norm=skip_grad_norm, cuda_graph=True)
+    assert fixed.graphed.updates == 4
+    assert plain.state.skipped == fixed.state.skipped == (0 if skip_grad_norm > 1 else 2)
+    assert_close(weights(plain.network), weights(fixed.network))
+    known = [{k: v for k, v in e.state.numbers.items() if k != "scans_per_second"} for e in (plain, fixed)]
+    assert known[0] == pytest.approx(known[1], rel=1e-5)
+    assert fixed.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"] == 0.01 / 5
+
+
+def test_all_batches_of_a_graph_are_alike():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    inputs = []
+
+    def update(scans, factor):
+        inputs.append((scans, factor, optimizer.param_groups[0]["lr"]))
+        return {"sum": factor * scans.sum() + optimizer.param_groups[0]["lr"]}
+
+    graphed = GraphedUpdate(update, optimizer)
+    assert graphed(torch.ones(2, 3), factor=2.0)["sum"] == 12.5
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert graphed(torch.zeros(2, 3), factor=1.0)["sum"] == 0.25
+    assert all(one is other for one, other in zip(*inputs, strict=True))
+    with pytest.raises(ValueError, match=r"a batch is \[1, 3\] after batches of \[2, 3\]"):
+        graphed(torch.ones(1, 3), factor=1.0)
+
+
+def test_on_a_cpu_both_say_that_they_do_nothing(caplog):
+    engine = train(1, compile=True, cuda_graph=True)
+    assert engine.graphed is None and engine.network._compiled_call_impl is None
+    assert "compile is True, but the device is 'cpu'" in caplog.text
+    assert "cuda_graph is True, but the device is 'cpu'" in caplog.text
+
+
+def test_a_graph_refuses_what_is_not_one_fixed_update():
+    assert check_graph(GPU, accumulation_steps=False, amp_dtype=None)
+    with pytest.raises(ValueError, match="cuda_graph is True, and accumulation_steps is 2"):
+        check_graph(GPU, accumulation_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "sentence"),
+    [(None, (9, 0), "the package triton"), (True, (6, 1), "P100 is too old"), (True, (9, 0), "takes some minutes")],
+)
+def test_compile_says_why_it_cannot(monkeypatch, caplog, triton, capability, sentence):
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: triton)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "P100")
+    network = tiny()
+    with caplog.at_level("INFO"):
+        compile_network(network, GPU)
+    assert sentence in caplog.text
+    assert (network._compiled_call_impl is None) == ("minutes" not in sentence)
+
+
+def test_a_network_that_is_recorded_is_not_compiled(caplog):
+    compile_network(tiny(), GPU, recorded=True)
+    assert "population_prior_from is set" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rezero": True, "batch_norm": True}])
+def test_the_network_is_one_graph_for_the_compiler(arguments):
+    """Nothing in it sends the compiler back to Python, and what it traces computes the same."""
+    network = tiny(template=True, **arguments)
+    scans = loader(2).dataset.data[0]["image"][None]
+    compiled = copy.deepcopy(network)
+    compiled.compile(backend="eager", fullgraph=True)
+    outputs, gradients = [], []
+    for module in (network, compiled):
+        torch.manual_seed(0)
+        output = module(scans)
+        outputs.append(output)
+        (output.loc.square().sum() + output.kl.sum()).backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert_close(*outputs)
+    assert_close(*gradients)
+    assert list(compiled.state_dict()) == list(network.state_dict())
