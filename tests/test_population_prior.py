@@ -250,7 +250,9 @@ def test_processes_fit_one_prior_together(network, fitted, tmp_path, monkeypatch
 
 def test_a_fifth_of_the_training_scans_helps_few_held_out_ones(network, fitted, tmp_path, monkeypatch):
     items, sizes, sketch = [{"image": scan} for scan in fitted[2]], [], PopulationFit._sketch
-    monkeypatch.setattr(PopulationFit, "_sketch", lambda fit, data: sizes.append(len(data)) or sketch(fit, data))
+    monkeypatch.setattr(
+        PopulationFit, "_sketch", lambda fit, data, effects: sizes.append(len(data)) or sketch(fit, data, effects)
+    )
     prior = PopulationFit(network, items[:12], items[12:], tmp_path / "p.pt", factors=4).run()
     assert len(prior.distances) == 3  # scans 0, 5 and 10
     assert sizes == [9, 12]  # without them, to choose; then with them

@@ -6,6 +6,11 @@ deviation given the latents above. In the same coordinates a scan's posterior is
 prior of the same network. Over a cohort the shifts t lie near a plane of few dimensions, which N(0, I) hardly ever
 draws from; here u is modelled by factor analysis (Rubin & Thayer 1982): ``u = mean + W c + e`` with ``c ~ N(0, I)`` and
 ``e ~ N(0, D)``, D diagonal.
+
+Where covariates of the scans are known, the mean depends on them: ``u = mean + E f + W c + e``, with f the numbers that
+age, sex or site become (:mod:`scripts.data.covariates`), zeros for what is not known. The prior is then that of a
+person of this age and sex, a scan's factors are what the covariates do not say, and the likelihood of covariates given
+a scan is a quadratic function of f.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Posterior, drawing, gaussian_noise
 from torch import Tensor, nn
 
@@ -45,9 +51,14 @@ class PopulationPrior(nn.Module):
             N(0, I).
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
         bits_per_dim: of the same scans, under the network's own prior.
+        effects: the columns of E, ``[numbers, channels, *grid]``, by the latent's index; None: no covariates.
+        coding: of the covariates.
+        sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
+            far off as it says; 1 if the model were true.
 
     Attributes:
         factors: their number.
+        features: the number of numbers that covariates become.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
     """
 
@@ -58,61 +69,101 @@ class PopulationPrior(nn.Module):
         directions: Mapping[int, Tensor],
         distances: Tensor | None = None,
         bits_per_dim: Tensor | None = None,
+        effects: Mapping[int, Tensor] | None = None,
+        coding: CovariateCoding | None = None,
+        sharpness: float = 1.0,
     ) -> None:
         super().__init__()
+        self.coding, self.sharpness = coding, sharpness
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
+        effects = effects or {index: mean[index].new_zeros(0, *mean[index].shape) for index in self.latents}
+        self.features = len(next(iter(effects.values())))
         for index in self.latents:
             self.register_buffer(f"mean_{index}", mean[index].float())
             self.register_buffer(f"variance_{index}", variance[index].float().clamp_min(LEAST_VARIANCE))
             self.register_buffer(f"directions_{index}", directions[index].float())
+            self.register_buffer(f"effects_{index}", effects[index].float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
         self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
         variances = gram.new_zeros(self.factors)
         log_variance = gram.new_zeros(())
-        for _, variance_, directions_ in self._parts():
-            columns = directions_.flatten(1).double()
-            gram += (columns / variance_.flatten().double()) @ columns.T
+        cross, squares = gram.new_zeros(self.factors, self.features), gram.new_zeros(self.features, self.features)
+        for _, variance_, directions_, effects_ in self._parts():
+            columns, rows = directions_.flatten(1).double(), effects_.flatten(1).double()
+            scaled = columns / variance_.flatten().double()
+            gram += scaled @ columns.T
+            cross += scaled @ rows.T
+            squares += (rows / variance_.flatten().double()) @ rows.T
             variances += columns.square().sum(1)
             log_variance += variance_.double().log().sum()
         self.explained = variances / variances.sum().clamp_min(1e-12)
-        self.register_buffer("inverse", torch.linalg.inv(gram).float())  # of C = I + W^T D^-1 W
+        inverse = torch.linalg.inv(gram)  # of C = I + W^T D^-1 W
+        self.register_buffer("inverse", inverse.float())
+        self.register_buffer("explained_effects", (inverse @ cross).float())  # C^-1 W^T D^-1 E
+        self.register_buffer("information", (squares - cross.T @ inverse @ cross).float())  # E^T (W W^T + D)^-1 E
         self.register_buffer("log_determinant", (log_variance + torch.logdet(gram)).float())
 
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Mean, variance and directions of each latent that is concerned."""
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Mean, variance, directions and effects of each latent that is concerned."""
         for index in self.latents:
-            yield tuple(getattr(self, f"{name}_{index}") for name in ("mean", "variance", "directions"))
+            yield tuple(getattr(self, f"{name}_{index}") for name in ("mean", "variance", "directions", "effects"))
 
-    def _projections(self, innovations: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """``W^T D^-1 v``, ``[batch, factors]``, ``v^T D^-1 v`` and ``u^T u``, ``[batch]``, where v is u - mean."""
-        projected = distance = squares = 0.0
-        for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
+    def _projections(
+        self, innovations: Sequence[Tensor], features: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of v = u - mean - E f: ``W^T D^-1 v``, ``[batch, factors]``; ``E^T D^-1 v``, ``[batch, features]``;
+        ``v^T D^-1 v`` and ``u^T u``, ``[batch]``.
+        """
+        projected = effect = distance = squares = 0.0
+        for index, (mean, variance, directions, effects) in zip(self.latents, self._parts(), strict=True):
             u = innovations[index].float()
-            scaled = (u - mean) / variance
+            rest = u - shifted(mean, effects, features)
+            scaled = rest / variance
             projected = projected + scaled.flatten(1) @ directions.flatten(1).T
-            distance = distance + (scaled * (u - mean)).flatten(1).sum(1)
+            effect = effect + scaled.flatten(1) @ effects.flatten(1).T
+            distance = distance + (scaled * rest).flatten(1).sum(1)
             squares = squares + u.square().flatten(1).sum(1)
-        return projected, distance, squares
+        return projected, effect, distance, squares
 
-    def log_ratio(self, innovations: Sequence[Tensor]) -> Tensor:
+    def log_ratio(self, innovations: Sequence[Tensor], features: Tensor | None = None) -> Tensor:
         """log p(u) under this prior less that under N(0, I), in nats: ``[batch]``.
 
         Added to the ELBO of latents that were drawn it gives an unbiased estimate of the ELBO under this prior.
 
         Args:
             innovations: of all latents, top first, see :func:`innovation`; ``[batch, channels, *grid]`` each.
+            features: what the scans' covariates become, ``[batch, features]``; None: they are not known.
         """
         with torch.autocast(innovations[0].device.type, enabled=False):
-            projected, distance, squares = self._projections(innovations)
+            projected, _, distance, squares = self._projections(innovations, features)
             explained = (projected @ self.inverse * projected).sum(1)
             return 0.5 * (squares - distance + explained - self.log_determinant)
 
-    def coordinates(self, innovations: Sequence[Tensor]) -> Tensor:
+    def coordinates(self, innovations: Sequence[Tensor], features: Tensor | None = None) -> Tensor:
         """The factors given a scan's latents, ``E[c | u]``: ``[batch, factors]``. N(0, I) at most, over the cohort."""
         with torch.autocast(innovations[0].device.type, enabled=False):
-            return self._projections(innovations)[0] @ self.inverse
+            return self._projections(innovations, features)[0] @ self.inverse
+
+    def effect_scores(self, innovations: Sequence[Tensor]) -> Tensor:
+        """All that a scan says of its covariates: ``E^T (W W^T + D)^-1 (u - mean)``, ``[batch, features]``.
+
+        log p(u | f) is this times f, less half of f times :attr:`information` times f, and a constant.
+        """
+        with torch.autocast(innovations[0].device.type, enabled=False):
+            projected, effect, _, _ = self._projections(innovations, None)
+            return effect - projected @ self.explained_effects
+
+    def covariate_likelihoods(self, scores: Tensor, features: Tensor) -> Tensor:
+        """log p(scan | covariates) of several values of the covariates, up to a constant: ``[batch, values]``.
+
+        Args:
+            scores: of scans, see :meth:`effect_scores`.
+            features: what each of the values becomes, ``[values, features]``.
+        """
+        features = features.to(scores)
+        return self.sharpness * (scores @ features.T - 0.5 * ((features @ self.information) * features).sum(1))
 
     def typicality(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """How far coordinates lie from the cohort's mean.
@@ -145,38 +196,49 @@ class PopulationPrior(nn.Module):
         spread = 1.4826 * (self.bits_per_dim - median).abs().median()
         return (median + 10 * spread.clamp_min(LEAST_SPREAD)).item()
 
-    def innovations(self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0) -> dict[int, Tensor]:
+    def innovations(
+        self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0, features: Tensor | None = None
+    ) -> dict[int, Tensor]:
         """A draw of u given the factors, by the latents' indices: ``[batch, channels, *grid]`` each.
 
         Args:
             coordinates: ``[batch, factors]``.
             temperature: multiplies the standard deviation of e; one number, or one per latent.
+            features: what the covariates become, ``[batch, features]``; None: they are not known.
         """
         drawn = {}
         with torch.autocast(coordinates.device.type, enabled=False):
-            for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
-                u = mean + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
+            for index, (mean, variance, directions, effects) in zip(self.latents, self._parts(), strict=True):
+                u = shifted(mean, effects, features) + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
                 factor = temperature if isinstance(temperature, int | float) else temperature[index]
                 drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
         return drawn
 
     @contextmanager
-    def drawing(self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0) -> Iterator[None]:
+    def drawing(
+        self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0, features: Tensor | None = None
+    ) -> Iterator[None]:
         """Let ``network.decode([], ...)`` draw its latents from this prior, given the factors.
 
         Args:
             coordinates: ``[batch, factors]``; N(0, I) for samples.
             temperature: of what the factors do not say, see :meth:`innovations`.
+            features: what the covariates become, ``[batch, features]``; None: they are not known.
         """
-        drawn = self.innovations(coordinates, temperature)
-        counter = iter(range(10**9))
-
-        def rule(p: Posterior) -> Tensor:
-            u = drawn.get(next(counter))
-            return p.z if u is None else p.mean + p.std * u.to(p.mean.device)
-
-        with drawing(rule):
+        with drawing_innovations(self.innovations(coordinates, temperature, features)):
             yield
+
+    def moved(self, innovations: Sequence[Tensor], change: Tensor) -> dict[int, Tensor]:
+        """Innovations of the same scans under other covariates: ``[batch, channels, *grid]`` each, by index.
+
+        Args:
+            innovations: of all latents.
+            change: of what the covariates become, ``[batch, features]``.
+        """
+        moved = dict(enumerate(innovations))
+        for index, (_, _, _, effects) in zip(self.latents, self._parts(), strict=True):
+            moved[index] = shifted(innovations[index].float(), effects, change)
+        return moved
 
     def save(self, file: Any, extras: Mapping[str, Any] | None = None) -> None:
         """Write tensors and plain values; directions as 8-bit numbers with a scale for each direction of a latent.
@@ -186,11 +248,11 @@ class PopulationPrior(nn.Module):
             extras: what else belongs to it, plain values by name.
         """
         latents = {}
-        for index, (mean, variance, directions) in zip(self.latents, self._parts(), strict=True):
-            flat = directions.flatten(1)
-            scale = flat.abs().amax(1).clamp_min(1e-12) / 127
-            small = (flat / scale[:, None]).round().to(torch.int8).unflatten(1, mean.shape)
+        for index, (mean, variance, directions, effects) in zip(self.latents, self._parts(), strict=True):
+            small, scale = as_bytes(directions)
             latents[index] = {"mean": mean.half(), "variance": variance.half(), "directions": small, "scale": scale}
+            if self.features:
+                latents[index]["effects"], latents[index]["effects_scale"] = as_bytes(effects)
         content = {
             "population_prior": FORMAT,
             "latents": latents,
@@ -198,17 +260,59 @@ class PopulationPrior(nn.Module):
             "bits_per_dim": self.bits_per_dim,
             **(extras or {}),
         }
+        if self.coding is not None:
+            content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness}
         torch.save(content, file)
 
     @classmethod
     def load(cls, content: Mapping[str, Any]) -> PopulationPrior:
         """From what :meth:`save` wrote, as ``torch.load`` reads it."""
-        parts: dict[str, dict[int, Tensor]] = {"mean": {}, "variance": {}, "directions": {}}
+        parts: dict[str, dict[int, Tensor]] = {"mean": {}, "variance": {}, "directions": {}, "effects": {}}
         for index, latent in content["latents"].items():
             parts["mean"][index], parts["variance"][index] = latent["mean"], latent["variance"]
-            scale = latent["scale"].reshape(-1, *[1] * latent["mean"].ndim)
-            parts["directions"][index] = latent["directions"].float() * scale
-        return cls(**parts, distances=content["distances"], bits_per_dim=content.get("bits_per_dim"))
+            parts["directions"][index] = from_bytes(latent["directions"], latent["scale"])
+            if "effects" in latent:
+                parts["effects"][index] = from_bytes(latent["effects"], latent["effects_scale"])
+        coding = CovariateCoding.from_plain(content["covariates"]) if "covariates" in content else None
+        return cls(
+            **parts,
+            distances=content["distances"],
+            bits_per_dim=content.get("bits_per_dim"),
+            coding=coding,
+            sharpness=content.get("sharpness", 1.0),
+        )
+
+
+@contextmanager
+def drawing_innovations(innovations: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let ``network.decode([], ...)`` take these u, by the latents' indices; other latents are drawn as usual."""
+    counter = iter(range(10**9))
+
+    def rule(p: Posterior) -> Tensor:
+        u = innovations.get(next(counter))
+        return p.z if u is None else p.mean + p.std * u.to(p.mean.device)
+
+    with drawing(rule):
+        yield
+
+
+def shifted(mean: Tensor, effects: Tensor, features: Tensor | None) -> Tensor:
+    """``mean + E f`` of a latent: ``[batch, channels, *grid]``, or the mean as it is where nothing is known."""
+    if features is None:
+        return mean
+    return mean + (features.to(effects) @ effects.flatten(1)).unflatten(1, effects.shape[1:])
+
+
+def as_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit numbers, with a scale for each row."""
+    flat = rows.flatten(1)
+    scale = flat.abs().amax(1).clamp_min(1e-12) / 127
+    return (flat / scale[:, None]).round().to(torch.int8).reshape(rows.shape), scale
+
+
+def from_bytes(small: Tensor, scale: Tensor) -> Tensor:
+    """What :func:`as_bytes` was given, but for rounding."""
+    return small.float() * scale.reshape(-1, *[1] * (small.ndim - 1))
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.networks.utils import eval_mode
+from scripts.data.covariate_tables import CohortCovariates
 from scripts.layers.gaussian import Posterior
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation, ratio
 from scripts.networks import VDVAE
@@ -33,6 +34,7 @@ LEAST_HELD_OUT = 16  # validation scans; with fewer some of the training scans c
 MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
 
@@ -58,16 +60,28 @@ def shifts_and_ratios(posteriors: Sequence[Posterior]) -> tuple[Tensor, Tensor]:
     return torch.cat(shifts, dim=1), torch.cat([ratio(q).flatten(1) for q in posteriors], dim=1)
 
 
-def prior_from_sketch(sketch: FactorSketch, rank: int, shrinkage: float, network: VDVAE) -> PopulationPrior:
-    """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out."""
+def prior_from_sketch(
+    sketch: FactorSketch, rank: int, shrinkage: float, network: VDVAE, effects: Tensor | None = None
+) -> PopulationPrior:
+    """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out.
+
+    Args:
+        sketch: of what the covariates' effects leave.
+        rank, shrinkage: see :meth:`FactorSketch.factors`.
+        network: whose latents they are.
+        effects: of the covariates, ``[numbers, dimensions]``.
+    """
     mean, variance, directions = sketch.factors(rank, shrinkage)
-    parts = [split_latents(part, network) for part in (mean[None], variance[None], directions)]
+    effects = mean.new_zeros(0, len(mean)) if effects is None else effects
+    parts = [split_latents(part, network) for part in (mean[None], variance[None], directions, effects)]
     explained = torch.stack([latent.square().sum() for latent in parts[2]])
     shares = (explained / explained.sum().clamp_min(1e-12)).tolist()
     # all latents where shrinkage leaves nothing to explain
     kept = [i for i, share in enumerate(shares) if share >= LEAST_SHARE] or list(range(len(shares)))
     return PopulationPrior(
-        {i: parts[0][i][0] for i in kept}, {i: parts[1][i][0] for i in kept}, {i: parts[2][i] for i in kept}
+        *({i: part[i][0] for i in kept} for part in parts[:2]),
+        {i: parts[2][i] for i in kept},
+        effects={i: parts[3][i] for i in kept},
     )
 
 
@@ -78,12 +92,28 @@ def _gathered(numbers: Sequence[Tensor]) -> list[float]:
 
 
 class ScanVectors(NamedTuple):
-    """Of some scans: innovations, shifts and ratios of all latents, ``[batch, dimensions]``, and bits per dim."""
+    """Of some scans: innovations, shifts and ratios, ``[batch, dimensions]``, bits per dim and covariates."""
 
     u: Tensor
     t: Tensor
     r: Tensor
     bits_per_dim: Tensor
+    features: Tensor
+
+
+class _Scans(Dataset):
+    """Scans with the numbers that their covariates become."""
+
+    def __init__(self, dataset: Dataset, features: Tensor | None) -> None:
+        self.dataset = dataset
+        self.features = torch.zeros(len(dataset), 0) if features is None else features
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = torch.as_tensor(self.dataset[index]["image"]).as_subclass(Tensor)
+        return {"image": image, "features": self.features[index]}
 
 
 class PopulationFit:
@@ -101,6 +131,7 @@ class PopulationFit:
         batch_size, num_workers: of the data loader.
         device: of the network.
         seed: of the latents' noise.
+        covariates: of the scans; None: there are none.
         extras: what else the file holds, plain values.
     """
 
@@ -115,12 +146,15 @@ class PopulationFit:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        covariates: CohortCovariates | None = None,
         extras: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(factors, bool) or not isinstance(factors, int) or factors < 0:
             raise ValueError(f"prior_factors is {factors!r}: set it to a whole number, 0 for no population prior.")
         self.network, self.path, self.factors = unwrap(network), Path(path), factors
-        self.training, self.validation = training, validation
+        self.coding = covariates and covariates.coding
+        self.training = _Scans(training, covariates and covariates.training)
+        self.validation = _Scans(validation, covariates and covariates.validation)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.device, self.seed, self.extras = torch.device(device), seed, extras or {}
 
@@ -146,14 +180,18 @@ class PopulationFit:
         if len(indices) < 4 or len(held_out) < 1:
             logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
             return None
-        sketch = self._sketch(Subset(self.training, indices))
+        known = Subset(self.training, indices)
+        effects = self._effects(known)
+        sketch = self._sketch(known, effects)
         chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
         drawn = list(self._vectors(chosen, "choosing the number of factors"))
-        innovations = torch.cat([vectors.u for vectors in drawn])
-        rank, shrinkage, gain = self._choose(sketch, innovations)
+        rank, shrinkage, gain = self._choose(sketch, effects, drawn)
+        sharpness = self._sharpness(prior_from_sketch(sketch, rank, shrinkage, self.network, effects), drawn)
         if late:
-            sketch = self._sketch(self.training)
-        prior = prior_from_sketch(sketch, rank, shrinkage, self.network)
+            effects = self._effects(self.training)
+            sketch = self._sketch(self.training, effects)
+        prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
+        prior.coding, prior.sharpness = self.coding, sharpness
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gathered([vectors.bits_per_dim for vectors in drawn]))
         self._save(prior, shrinkage, gain, len(self.training))
@@ -168,33 +206,47 @@ class PopulationFit:
         with eval_mode(self.network), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed + idist.get_rank())
             for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden):
-                scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(self.device)
+                scans = batch["image"].to(self.device)
                 output, posteriors = self.network.infer(scans, temperature)
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 u = torch.cat([innovation(q).flatten(1) for q in posteriors], dim=1)
-                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans))
+                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans), batch["features"])
                 yield ScanVectors(*(part.cpu() for part in parts))
 
-    def _sketch(self, dataset: Dataset) -> FactorSketch:
+    def _effects(self, dataset: Dataset) -> Tensor | None:
+        """The regression of the shifts on the covariates, ``[numbers, dimensions]``; None without covariates."""
+        if self.coding is None:
+            return None
+        size = self.coding.size + 1  # and a constant
+        gram, moments = torch.zeros(size, size), torch.zeros(0)
+        for vectors in self._vectors(dataset, "regression on the covariates"):
+            design = torch.cat([torch.ones(len(vectors.features), 1), vectors.features], dim=1)
+            gram += design.T @ design
+            moments = design.T @ vectors.t + (moments if len(moments) else 0)
+        gram, moments = idist.all_reduce(gram), idist.all_reduce(moments)
+        ridge = torch.ones(size)  # as strong as one scan: sums of numbers whose mean is 0
+        ridge[0] = 0
+        return torch.linalg.solve(gram + ridge.diag(), moments)[1:]
+
+    def _sketch(self, dataset: Dataset, effects: Tensor | None) -> FactorSketch:
         sketch = FactorSketch(2 * self.factors)
         for vectors in self._vectors(dataset, "reading the training scans"):
-            sketch.add(vectors.t, vectors.r)
+            sketch.add(vectors.t if effects is None else vectors.t - vectors.features @ effects, vectors.r)
         sketch.merge()
         return sketch
 
-    def _choose(self, sketch: FactorSketch, innovations: Tensor) -> tuple[int, float, float]:
+    def _choose(
+        self, sketch: FactorSketch, effects: Tensor | None, drawn: Sequence[ScanVectors]
+    ) -> tuple[int, float, float]:
         """The rank and the shrinkage with the highest likelihood of held-out scans, and its gain in nats per scan."""
-        latents = split_latents(innovations, self.network)
-        count = idist.all_reduce(len(innovations))
+        latents = split_latents(torch.cat([vectors.u for vectors in drawn]), self.network)
+        features = torch.cat([vectors.features for vectors in drawn])
+        count = idist.all_reduce(len(features))
         most = min(self.factors, len(sketch.basis))
 
         def gain(rank: int, shrinkage: float) -> float:
-            return (
-                idist.all_reduce(
-                    prior_from_sketch(sketch, rank, shrinkage, self.network).log_ratio(latents).sum().item()
-                )
-                / count
-            )
+            prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
+            return idist.all_reduce(prior.log_ratio(latents, features).sum().item()) / count
 
         gains = {rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})}
         rank = max(gains, key=gains.__getitem__)
@@ -202,10 +254,31 @@ class PopulationFit:
         shrinkage = max(gains, key=gains.__getitem__)
         return rank, shrinkage, gains[shrinkage]
 
+    def _sharpness(self, prior: PopulationPrior, drawn: Sequence[ScanVectors]) -> float:
+        """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors.
+
+        Each covariate in turn is asked for, as if all values of its grid were as likely and no other one were known.
+        """
+        if self.coding is None:
+            return 1.0
+        scores = torch.cat([prior.effect_scores(split_latents(vectors.t, self.network)) for vectors in drawn])
+        features = torch.cat([vectors.features for vectors in drawn])
+        total = torch.zeros(len(SHARPNESSES))
+        for name, variable in self.coding.variables.items():
+            values = torch.stack([self.coding.numbers({name: value}) for value in variable.grid()])
+            own = self.coding.slices()[name]
+            known = features[:, own].abs().sum(1) > 0
+            nearest = torch.cdist(features[:, own], values[:, own]).argmin(1)
+            likelihoods = prior.covariate_likelihoods(scores, values)
+            for place, sharpness in enumerate(SHARPNESSES):
+                posterior = (sharpness * likelihoods).log_softmax(1)
+                total[place] += posterior.gather(1, nearest[:, None])[known].sum()
+        return SHARPNESSES[int(idist.all_reduce(total).argmax())]
+
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
         found = [
-            prior.typicality(prior.coordinates(split_latents(vectors.u, self.network)))[0]
+            prior.typicality(prior.coordinates(split_latents(vectors.u, self.network), vectors.features))[0]
             for vectors in self._vectors(dataset, "measuring distances", temperature=0.0)
         ]
         return torch.tensor(sorted(_gathered(found)))

@@ -1,0 +1,262 @@
+"""Covariates of scans, such as age, sex and site: how they become numbers that a model takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Categorical", "Continuous", "CovariateCoding", "Value"]
+
+Value = float | str | None  # of a covariate; None: not known
+
+KINDS = ("continuous", "categorical")
+KNOTS = (0.05, 0.35, 0.65, 0.95)  # quantiles of the training side, after Harrell
+MOST_CATEGORIES = 64
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """A number, such as age, whose effect is a restricted cubic spline: a straight line beyond the outer knots.
+
+    Attributes:
+        name: of the covariate.
+        mean, std: of the training side, in the covariate's unit.
+        low, high: its range there.
+        knots: of the spline, in the covariate's unit; fewer than 3: the effect is a straight line.
+        centre: means of the numbers that it becomes, over the training side.
+    """
+
+    name: str
+    mean: float
+    std: float
+    low: float
+    high: float
+    knots: tuple[float, ...]
+    centre: tuple[float, ...]
+    kind: ClassVar[str] = "continuous"
+
+    @classmethod
+    def learn(cls, name: str, values: Sequence[float]) -> Continuous:
+        """From the values of the training side."""
+        mean, std = float(np.mean(values)), float(np.std(values)) or 1.0
+        knots = np.unique(np.quantile(values, KNOTS))
+        plain = cls(name, mean, std, min(values), max(values), tuple(knots.tolist()) if len(knots) > 2 else (), ())
+        centre = np.mean([plain._curve(value) for value in values], axis=0)
+        return cls(**{**asdict(plain), "centre": tuple(centre.tolist())})
+
+    def _curve(self, value: float) -> list[float]:
+        x, knots = (value - self.mean) / self.std, [(knot - self.mean) / self.std for knot in self.knots]
+        if not knots:
+            return [x]
+
+        def cube(distance: float) -> float:
+            return max(distance, 0.0) ** 3
+
+        *inner, before, last = knots
+        width = last - knots[0]
+        bends = [
+            cube(x - k)
+            - cube(x - before) * (last - k) / (last - before)
+            + cube(x - last) * (before - k) / (last - before)
+            for k in inner
+        ]
+        return [x, *(bend / width**2 for bend in bends)]
+
+    def numbers(self, value: Value) -> list[float]:
+        """What the covariate becomes: numbers with a mean of 0 over the training side; zeros where it is not known."""
+        if value is None:
+            return [0.0] * len(self.centre)
+        return [number - mean for number, mean in zip(self._curve(float(value)), self.centre, strict=True)]
+
+    def parse(self, value: Any) -> float | None:
+        """A value as it is written; None where it is missing.
+
+        Raises:
+            ValueError: it is no number.
+        """
+        if _missing(value):
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise ValueError(f"{self.name} is {value!r}: it must be a number, or n/a where it is not known.")
+        return number
+
+    def grid(self, steps: int = 81) -> list[float]:
+        """Values to ask about: evenly spaced over the range of the training side."""
+        return np.linspace(self.low, self.high, steps).tolist()
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of a few words, such as a sex or a site.
+
+    Attributes:
+        name: of the covariate.
+        categories: of the training side, sorted.
+        shares: how frequent each was.
+    """
+
+    name: str
+    categories: tuple[str, ...]
+    shares: tuple[float, ...]
+    kind: ClassVar[str] = "categorical"
+
+    @classmethod
+    def learn(cls, name: str, values: Sequence[str]) -> Categorical:
+        """From the values of the training side.
+
+        Raises:
+            ValueError: there are too many different ones.
+        """
+        categories = sorted(set(values))
+        if len(categories) > MOST_CATEGORIES:
+            raise ValueError(
+                f"covariates: {name} has {len(categories)} different values, such as {categories[0]!r}: a categorical "
+                f"one can have {MOST_CATEGORIES}. Is it continuous?"
+            )
+        return cls(name, tuple(categories), tuple(values.count(c) / len(values) for c in categories))
+
+    def numbers(self, value: Value) -> list[float]:
+        """What the covariate becomes, one number per category but the first, with a mean of 0; zeros where unknown."""
+        if value is None:
+            return [0.0] * (len(self.categories) - 1)
+        return [(value == c) - share for c, share in zip(self.categories[1:], self.shares[1:], strict=True)]
+
+    def parse(self, value: Any) -> str | None:
+        """A value as it is written; None where it is missing.
+
+        Raises:
+            ValueError: the training side had no such category.
+        """
+        if _missing(value):
+            return None
+        word = _word(value)
+        if word not in self.categories:
+            raise ValueError(
+                f"{self.name} is {word!r}: the cohort that the model was fitted to has {', '.join(self.categories)}; "
+                "write n/a for one that is not known."
+            )
+        return word
+
+    def grid(self) -> list[str]:
+        """Values to ask about: all categories."""
+        return list(self.categories)
+
+
+class CovariateCoding:
+    """The covariates of a cohort, and the numbers that they become for a model.
+
+    Args:
+        variables: the covariates, in their order.
+
+    Attributes:
+        size: how many numbers they become.
+    """
+
+    def __init__(self, variables: Sequence[Continuous | Categorical]) -> None:
+        self.variables = {variable.name: variable for variable in variables}
+        self.size = sum(len(variable.numbers(None)) for variable in variables)
+
+    @classmethod
+    def learn(cls, kinds: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> CovariateCoding:
+        """From the training side.
+
+        Args:
+            kinds: ``continuous`` or ``categorical`` for each covariate.
+            rows: of each scan, what is written of it, by the covariates' names.
+
+        Raises:
+            ValueError: there is no such kind, a continuous covariate is no number, or no scan has the covariate.
+        """
+        variables: list[Continuous | Categorical] = []
+        for name, kind in check_kinds(kinds).items():
+            written = [row.get(name) for row in rows if not _missing(row.get(name))]
+            if not written:
+                raise ValueError(f"covariates: no training scan has a value for '{name}'.")
+            if kind == "categorical":
+                variables.append(Categorical.learn(name, [_word(value) for value in written]))
+            else:
+                reader = Continuous(name, 0.0, 1.0, 0.0, 0.0, (), ())
+                variables.append(Continuous.learn(name, [reader.parse(value) for value in written]))
+        return cls(variables)
+
+    def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
+        """What is written of a scan, as values of all covariates; None for those that it lacks.
+
+        Raises:
+            ValueError: a value makes no sense.
+        """
+        return {name: variable.parse(row.get(name)) for name, variable in self.variables.items()}
+
+    def numbers(self, values: Mapping[str, Value]) -> Tensor:
+        """What the covariates become, ``[size]``; zeros for one that is not known or not named."""
+        parts = [variable.numbers(values.get(name)) for name, variable in self.variables.items()]
+        return torch.tensor([number for part in parts for number in part])
+
+    def slices(self) -> dict[str, slice]:
+        """Where each covariate's numbers are among all."""
+        found, start = {}, 0
+        for name, variable in self.variables.items():
+            size = len(variable.numbers(None))
+            found[name], start = slice(start, start + size), start + size
+        return found
+
+    def given(self, values: Any) -> dict[str, Value]:
+        """Values that a user asks for, such as ``{"age": 70}``, checked.
+
+        Raises:
+            ValueError: they are no such mapping, the model has no such covariate, or a value makes no sense.
+        """
+        if not isinstance(values, Mapping) or not values:
+            raise ValueError(f'covariates is {values!r}: give values by names, such as "{{\'{self.example()}}}".')
+        for name in values:
+            if name not in self.variables:
+                raise ValueError(f"covariates: the model knows no '{name}'; it knows {', '.join(self.variables)}.")
+        return {name: self.variables[name].parse(value) for name, value in values.items()}
+
+    def example(self) -> str:
+        """How a user writes a value of the first covariate."""
+        name, variable = next(iter(self.variables.items()))
+        return f"{name}': {variable.grid()[len(variable.grid()) // 2]!r}"
+
+    def plain(self) -> list[dict[str, Any]]:
+        """As plain values, for a file."""
+        return [{"kind": variable.kind, **asdict(variable)} for variable in self.variables.values()]
+
+    @classmethod
+    def from_plain(cls, content: Sequence[Mapping[str, Any]]) -> CovariateCoding:
+        """From what :meth:`plain` gave."""
+        classes = {"continuous": Continuous, "categorical": Categorical}
+        return cls([classes[item["kind"]](**{k: v for k, v in item.items() if k != "kind"}) for item in content])
+
+
+def check_kinds(kinds: Any) -> dict[str, str]:
+    """Refuse what does not say of what kind each covariate is.
+
+    Raises:
+        ValueError: it is no such mapping.
+    """
+    if not isinstance(kinds, Mapping) or not kinds or any(kind not in KINDS for kind in kinds.values()):
+        raise ValueError(
+            f"covariates is {kinds!r}: say of what kind each is, such as "
+            "\"{'age': 'continuous', 'sex': 'categorical'}\"."
+        )
+    return dict(kinds)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() in ("", "n/a")
+
+
+def _word(value: Any) -> str:
+    """A category as text: 1 and 1.0 are the same."""
+    return f"{value:g}" if isinstance(value, float) else str(value).strip()
