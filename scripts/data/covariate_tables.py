@@ -141,7 +141,7 @@ def read_participants(root: Path) -> dict[str, dict[str, str]]:
     found = [folder / PARTICIPANTS for folder in (root, *root.parents[:3]) if (folder / PARTICIPANTS).is_file()]
     if not found:
         return {}
-    columns, rows = _read(found[0])
+    columns, rows = read_table(found[0])
     if "participant_id" not in columns:
         logger.warning("'%s' has no column participant_id, and is not read.", found[0])
         return {}
@@ -154,7 +154,7 @@ def _read_sessions(root: Path, subject: str) -> dict[str, dict[str, str]]:
     path = next((p for p in (root / name, root) if (p / f"{name}_sessions.tsv").is_file()), None)
     if path is None:
         return {}
-    _, rows = _read(path / f"{name}_sessions.tsv")
+    _, rows = read_table(path / f"{name}_sessions.tsv")
     return {_plain(row.pop("session_id", "")): {k: v for k, v in row.items() if v} for row in rows}
 
 
@@ -181,7 +181,7 @@ class _Table:
         file = Path(path).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"covariates_file '{path}' does not exist: check the path.")
-        columns, rows = _read(file)
+        columns, rows = read_table(file)
         self.by_image = "image" in columns
         keys = ["image"] if self.by_image else [c for c in SUBJECT_COLUMNS if c in columns][:1]
         if not keys:
@@ -203,7 +203,7 @@ class _Table:
         return self.rows.get(key, {})
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of a CSV or TSV file; cells that say nothing are empty."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")

@@ -45,8 +45,9 @@ class Continuous:
     def learn(cls, name: str, values: Sequence[float]) -> Continuous:
         """From the values of the training side."""
         mean, std = float(np.mean(values)), float(np.std(values)) or 1.0
-        knots = np.unique(np.quantile(values, KNOTS))
-        plain = cls(name, mean, std, min(values), max(values), tuple(knots.tolist()) if len(knots) > 2 else (), ())
+        knots = np.unique(np.quantile(values, KNOTS)).tolist()
+        curved = len(knots) > 2 and len(set(values)) > len(KNOTS)
+        plain = cls(name, mean, std, min(values), max(values), tuple(knots) if curved else (), ())
         centre = np.mean([plain._curve(value) for value in values], axis=0)
         return cls(**{**asdict(plain), "centre": tuple(centre.tolist())})
 

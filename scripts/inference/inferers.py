@@ -180,14 +180,24 @@ class Sampling(Inferer):
             prior's factors too, where it is one number. None: 1 with a population prior, 0.7 without.
         voxel_noise: also draw each voxel from its own distribution, as the likelihood says.
         prior: the population prior to draw from; None draws from the network's own.
+        covariates: of the scans, such as ``{"age": 70}``, which the prior knows; None: those of the cohort.
     """
 
     def __init__(
-        self, temperature: Temperature | None = None, voxel_noise: bool = False, prior: PopulationPrior | None = None
+        self,
+        temperature: Temperature | None = None,
+        voxel_noise: bool = False,
+        prior: PopulationPrior | None = None,
+        covariates: Mapping[str, Any] | None = None,
     ) -> None:
         if temperature is None:
             temperature = 0.7 if prior is None else 1.0
         self.temperature, self.voxel_noise, self.prior = temperature, voxel_noise, prior
+        self.features = None
+        if covariates is not None:
+            if prior is None or prior.coding is None:
+                raise ValueError("covariates: the samples' population prior knows none; leave out --covariates.")
+            self.features = prior.coding.numbers(prior.coding.given(covariates))
 
     def __call__(self, inputs: int, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``inputs`` is the number of scans."""
@@ -198,18 +208,23 @@ class Sampling(Inferer):
             coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors))
             if not isinstance(temperature, list):
                 coordinates = temperature * coordinates
-            loc, scale = decode_coordinates(network, self.prior, coordinates, temperature)
+            features = None if self.features is None else self.features.to(coordinates).expand(inputs, -1)
+            loc, scale = decode_coordinates(network, self.prior, coordinates, temperature, features)
         return {"sample": draw_voxels(loc, scale, network) if self.voxel_noise else loc}
 
 
 def decode_coordinates(
-    network: VDVAE, prior: PopulationPrior, coordinates: Tensor, temperature: float | list[float]
+    network: VDVAE,
+    prior: PopulationPrior,
+    coordinates: Tensor,
+    temperature: float | list[float],
+    features: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each voxel given the factors of a population prior, ``[batch, factors]``."""
+    """Mean and standard deviation of each voxel given a population prior's factors, and what covariates become."""
     of_latents = temperature
     if isinstance(temperature, list):
         of_latents = [temperature[level] for level in network.latent_levels]
-    with prior.drawing(coordinates, of_latents):
+    with prior.drawing(coordinates, of_latents, features):
         return network.decode([], temperature, batch_size=len(coordinates))
 
 
@@ -350,7 +365,8 @@ class Scoring(Inferer):
         self.restore = restore
         self.prior = prior
 
-    def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+        """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
         weights, nlls, kls, gains = [], [], [], []
         for _ in range(self.importance_samples):
             output, latents = network.infer(inputs, temperature=1.0)
@@ -359,7 +375,7 @@ class Scoring(Inferer):
             kls.append(output.kl)
             weights.append(-nll - sum(log_ratio(q) for q in latents))
             if self.prior is not None:
-                gains.append(self.prior.log_ratio([innovation(q) for q in latents]))
+                gains.append(self.prior.log_ratio([innovation(q) for q in latents], features))
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
         bound = self._bound(-(nll + kl.sum(1)), weights)
         output, posteriors = network.infer(inputs, 0.0, keep_posteriors=self.prior is not None)
@@ -371,7 +387,8 @@ class Scoring(Inferer):
         if self.prior is not None:
             elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
             under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
-            distance, tail = self.prior.typicality(self.prior.coordinates([innovation(q) for q in posteriors]))
+            coordinates = self.prior.coordinates([innovation(q) for q in posteriors], features)
+            distance, tail = self.prior.typicality(coordinates)
             results |= {"bits_per_dim_population": bits_per_dim(-under_it, inputs)}
             results |= {"typicality": distance, "typicality_tail": tail}
         results |= image_quality(loc, inputs, network)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scripts.utils.sheet import DPI, save
 from scripts.utils.slices import as_array
 
-__all__ = ["curves", "kl_per_latent"]
+__all__ = ["curves", "kl_per_latent", "posteriors"]
 
 # label of a curve's y axis
 UNITS = {
@@ -177,3 +177,34 @@ def _edges(centres: np.ndarray) -> np.ndarray:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     between = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[1.5 * centres[0] - 0.5 * centres[1]], between, [1.5 * centres[-1] - 0.5 * centres[-2]]])
+
+
+def posteriors(path: str | os.PathLike, content: Mapping[str, Mapping[str, Any]], title: str) -> Path:
+    """Plot how likely each value of some covariates is, each in a panel: a curve, or bars for categories.
+
+    Args:
+        path: of the PNG.
+        content: of each covariate ``values``, their ``probability`` and, where it is known, the ``own`` value.
+        title: says what scan they are of.
+    """
+    figure = Figure((4.2 * len(content), 3.4), dpi=DPI, layout="constrained")
+    for axes, (name, part) in zip(figure.subplots(1, len(content), squeeze=False)[0], content.items(), strict=True):
+        values, probability, own = part["values"], np.asarray(part["probability"]), part["own"]
+        if isinstance(values[0], str):
+            axes.bar(values, probability, color=["tab:orange" if value == own else "tab:blue" for value in values])
+            axes.set_ylabel("probability")
+            axes.set_ylim(0, 1)
+        else:
+            density = probability / (values[1] - values[0])
+            axes.plot(values, density, color="tab:blue")
+            low, high = float(part["summary"][f"{name}_low"]), float(part["summary"][f"{name}_high"])
+            inside = [low <= value <= high for value in values]
+            axes.fill_between(values, density, where=inside, color="tab:blue", alpha=0.2, label="90 % interval")
+            if own is not None:
+                axes.axvline(own, color="tab:orange", label=f"known: {own:g}")
+            axes.set_ylabel(f"probability density per unit of {name}")
+            axes.set_ylim(0, None)
+            axes.legend(fontsize="small")
+        axes.set_xlabel(name)
+    figure.suptitle(title)
+    return save(path, figure)

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from scripts.utils.arguments import check_integer
 from scripts.utils.files import write_text
 
-__all__ = ["command_line_config", "given_keys", "save_config"]
+__all__ = ["command_line_config", "given_keys", "given_value", "save_config"]
 
 # of ``python -m monai.bundle run`` itself
 MONAI_ARGUMENTS = {
@@ -91,6 +91,15 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
 def given_keys() -> set[str]:
     """The keys of the config that this program's command line gives."""
     return {key.replace("::", "#") for key in _options(sys.argv[1:])}
+
+
+def given_value(key: str) -> Any:
+    """The value that this program's command line gives a key; None where it gives none.
+
+    For an option that has the name of a job, so that no reference to the key can tell it.
+    """
+    options = _options(sys.argv[1:])
+    return _literal(options[key]) if key in options else None
 
 
 def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[str, str]) -> None:

@@ -1,0 +1,259 @@
+"""What the jobs about covariates write beside volumes: tables, film strips and curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import Dataset
+from monai.transforms import Transform
+from nibabel.processing import resample_from_to
+from scripts.data.covariate_tables import read_table
+from scripts.data.covariates import CovariateCoding, Value
+from scripts.data.scan_grid import ScanGrid
+from scripts.inference.covariates import AddChanged, Counterfactual, summary, targets
+from scripts.inference.engine import ScanEvaluator
+from scripts.inference.layouts import ScanLayout
+from scripts.inference.outputs import IntensityUnitsd, SaveScansd, file_names
+from scripts.inference.tables import ScanColumns
+from scripts.layers.population_prior import PopulationPrior
+from scripts.utils import figures, plots
+from scripts.utils.files import write_text
+from scripts.utils.names import image_path
+from torch import Tensor
+
+__all__ = [
+    "DrawStrip",
+    "SavePosteriors",
+    "SaveRegions",
+    "change_evaluator",
+    "covariate_table",
+    "draw_deviation",
+    "fit_atlas",
+    "region_names",
+    "region_table",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def change_evaluator(
+    word: str,
+    only: str | None = None,
+    *,
+    evaluator: Callable[..., ScanEvaluator],
+    prior: PopulationPrior,
+    covariates: Any,
+    settings: Mapping[str, Any],
+    dataset: Dataset,
+    arguments: Callable,
+    figure: Callable,
+    layout: Callable[..., ScanLayout],
+    invert: Callable,
+) -> ScanEvaluator:
+    """The evaluator of a job that shows scans under other covariates.
+
+    Args:
+        word: what its results are called.
+        only: the kind of the covariates that it may change; None: any.
+        evaluator: makes one, with what all jobs have in common.
+        prior: with covariates.
+        covariates: to change to, see :func:`scripts.inference.covariates.targets`.
+        settings, dataset, arguments: of the evaluator.
+        figure: makes what draws a scan's result.
+        layout: makes the layout of a result's files.
+        invert: makes the inverse of the preprocessing.
+    """
+    changed_to = targets(prior.coding, covariates, only)
+    inferer = Counterfactual(prior, changed_to)
+    keys = inferer.images()
+    add = AddChanged(keys, word)
+    return evaluator(
+        job=word,
+        settings=settings,
+        dataset=dataset,
+        arguments=arguments,
+        inferer=inferer,
+        postprocessing=[
+            figure(layout(word, ".png"), DrawStrip(changed_to)),
+            IntensityUnitsd(keys, ["deviation"] * len(keys)),
+            invert(keys, transform=dataset.transform),
+            add,
+            SaveScansd(add.images(), layout),
+        ],
+        layouts=[layout(key) for key in add.images()],
+    )
+
+
+class DrawStrip(Transform):
+    """A scan beside itself under other covariates, as ``SaveFigured`` draws it.
+
+    Args:
+        targets: the covariates, by the ends of the results' names.
+        key: what the changes are called.
+    """
+
+    def __init__(self, targets: Mapping[str, Mapping[str, Value]], key: str = "change") -> None:
+        self.targets, self.key = targets, key
+
+    def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+        image = data["image"].as_tensor()
+        scans = [image, *(image + data[f"{self.key}{end}"].as_tensor() for end in self.targets)]
+        own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
+        labels = [f"scan ({own})" if own else "scan"]
+        labels += [", ".join(f"{name} {_text(v)}" for name, v in values.items()) for values in self.targets.values()]
+        figures.strip(path, scans, labels, value_range, guide=image, titles=file_names(data["image"]))
+
+
+def draw_deviation(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+    """A scan beside what is expected for its covariates, and how far it is from that."""
+    own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
+    titles = [f"{name} ({own})" if own else name for name in file_names(data["image"])]
+    figures.anomaly(path, data["image"], data["expected"], data["deviation"], titles, value_range, "expected")
+
+
+class SavePosteriors(Transform):
+    """Write what a scan says of its covariates as JSON, and draw it as curves.
+
+    Args:
+        layout: says where the JSON goes.
+        picture: says where the PNG goes; None draws nothing.
+        coding: of the covariates.
+    """
+
+    def __init__(self, layout: ScanLayout, picture: ScanLayout | None, coding: CovariateCoding) -> None:
+        self.layout, self.picture, self.coding = layout, picture, coding
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        name = image_path(data["image"])
+        content = {}
+        for covariate, variable in self.coding.variables.items():
+            likely = torch.as_tensor(data[f"posterior_{covariate}"]).as_subclass(Tensor)
+            content[covariate] = {
+                "values": variable.grid(),
+                "probability": [float(f"{share:.6g}") for share in likely.tolist()],
+                "own": data["covariates"][covariate],
+                "summary": summary(self.coding, covariate, likely),
+            }
+        write_text(self.layout.filename(name), json.dumps(content) + "\n")
+        if self.picture is not None:
+            plots.posteriors(self.picture.filename(name), content, ", ".join(file_names(data["image"])))
+        return data
+
+
+def covariate_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Sequence[str]) -> None:
+    """Put together what the scans say of their covariates, one row per scan: mean and 90 % interval, or probabilities.
+
+    Columns whose name ends in ``_own`` have what the data set's tables say.
+    """
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for scan in scans:
+            file = layout.path(scan)
+            if file.exists():
+                content = json.loads(file.read_text(encoding="utf-8"))
+                own = {f"{name}_own": "" if part["own"] is None else part["own"] for name, part in content.items()}
+                yield scan, {k: v for part in content.values() for k, v in part["summary"].items()} | own
+
+    columns.write(path, rows())
+    logger.info("'%s' says what each scan says of its covariates.", path)
+
+
+def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[int], affine: Any) -> Tensor | None:
+    """An atlas on the network's grid, a region's number in each voxel; None without one.
+
+    Args:
+        atlas: a NIfTI file of whole numbers, 0 for none, in the scans' world.
+        grid: how the training scans lay.
+        shape, affine: of the network's grid.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, has no region there, or scans do not lie in one box of the world.
+    """
+    if atlas is None:
+        return None
+    path = Path(atlas).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"atlas '{atlas}' does not exist: check the path.")
+    if grid.box is None:
+        raise ValueError("atlas: the training scans were not aligned with each other, so that no atlas fits them all.")
+    try:
+        image = nib.load(path)
+        fitted = resample_from_to(image, (tuple(shape), np.asarray(affine)), order=0)
+    except (nib.filebasedimages.ImageFileError, ValueError, OSError) as error:
+        raise ValueError(f"atlas '{atlas}' cannot be read: {error}") from error
+    labels = torch.from_numpy(np.rint(np.asarray(fitted.dataobj)).astype(np.int64))
+    if not labels.any():
+        raise ValueError(f"atlas '{atlas}' has no region where the scans lie: is it in another space?")
+    return labels
+
+
+def region_names(atlas: str | os.PathLike | None, labels: Tensor | None) -> list[str]:
+    """Names of an atlas's regions, those that are on the network's grid, in the order of their numbers.
+
+    They are those of a BIDS ``..._dseg.tsv`` (columns ``index`` and ``name``) beside the atlas, or the numbers.
+    """
+    if labels is None:
+        return []
+    numbers = [str(number) for number in labels.unique().tolist() if number]
+    path = Path(atlas).expanduser()
+    table = path.with_name(path.name.split(".")[0] + ".tsv")
+    if not table.is_file():
+        return numbers
+    names = {row.get("index", ""): row.get("name", "") for row in read_table(table)[1]}
+    return [names.get(number) or number for number in numbers]
+
+
+class SaveRegions(Transform):
+    """Write a scan's numbers in each region as JSON."""
+
+    def __init__(self, layout: ScanLayout, names: Sequence[str]) -> None:
+        self.layout, self.names = layout, names
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        if self.names:
+            values = torch.as_tensor(data["regions"]).as_subclass(Tensor).tolist()
+            content = dict(zip(self.names, values, strict=True))
+            write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
+        return data
+
+
+def region_table(output_dir: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Sequence[str]) -> None:
+    """Put the regions of all scans together.
+
+    ``deviation.csv`` has a row per scan and region: the region's mean intensity (in the range of the network's output),
+    what is expected for the scan's covariates, the standard deviation of that, the z score, and the centile.
+    ``deviation_z.csv`` has a row per scan and a column per region, its z score.
+    """
+    found = {
+        scan: json.loads(file.read_text(encoding="utf-8")) for scan in scans if (file := layout.path(scan)).exists()
+    }
+    if not found:
+        return
+    names = ("value", "expected", "std", "z")
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for scan, regions in found.items():
+            for region, values in regions.items():
+                numbers = {name: f"{value:.6g}" for name, value in zip(names, values, strict=True)}
+                centile = 50 * (1 + math.erf(values[3] / math.sqrt(2)))
+                yield scan, {"region": region, **numbers, "centile": f"{centile:.4g}"}
+
+    folder = Path(output_dir)
+    columns.write(folder / "deviation.csv", rows())
+    z = ((scan, {name: f"{values[3]:.6g}" for name, values in regions.items()}) for scan, regions in found.items())
+    columns.write(folder / "deviation_z.csv", z)
+    logger.info("'deviation.csv' has a row per scan and region, 'deviation_z.csv' one per scan.")
+
+
+def _text(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,337 @@
+"""What a population prior with covariates can say: scans under other covariates, what is usual, and how old a brain is.
+
+Abduction, action, prediction (Pearl 2009, chapter 7): a scan is encoded under its own covariates, which leaves what is
+this person's alone: the innovations of all latents, and the voxels' residuals in units of the predicted deviation.
+Decoded under other covariates these give the counterfactual.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from monai.transforms import MapTransform
+from scripts.data.covariate_tables import read_rows
+from scripts.data.covariates import CovariateCoding, Value
+from scripts.inference.inferers import decode_coordinates
+from scripts.layers.gaussian import gaussian_noise
+from scripts.layers.population_prior import PopulationPrior, drawing_innovations, innovation
+from scripts.networks import VDVAE
+from scripts.utils.names import item_path
+from torch import Tensor
+
+__all__ = [
+    "AddChanged",
+    "Counterfactual",
+    "CovariatePosterior",
+    "Deviation",
+    "KeepScand",
+    "need_covariates",
+    "stack_features",
+    "summary",
+    "targets",
+    "with_covariates",
+]
+
+OTHER_STEPS = 9  # values of another continuous covariate that is not known
+INTERVAL = 0.9
+
+
+def need_covariates(prior: PopulationPrior | None) -> PopulationPrior:
+    """The population prior, if it knows covariates.
+
+    Raises:
+        ValueError: it does not, or there is none.
+    """
+    if prior is None or prior.coding is None:
+        raise ValueError(
+            "This job needs a population prior that was fitted with covariates: train, or run fit_prior, with "
+            "--covariates \"{'age': 'continuous', 'sex': 'categorical'}\"; or set --ckpt to weights that have one."
+        )
+    return prior
+
+
+def with_covariates(
+    scans: Sequence[Mapping[str, Any]],
+    dataset_dir: str | os.PathLike,
+    covariates_file: str | os.PathLike | None,
+    prior: PopulationPrior | None,
+) -> list[dict[str, Any]]:
+    """The scans, each with ``covariates``: what is known of it, by name; as they are where the prior has none.
+
+    Raises:
+        ValueError: a value makes no sense, or the cohort had no such category.
+    """
+    if prior is None or prior.coding is None:
+        return [dict(item) for item in scans]
+    found = []
+    for item, row in zip(scans, read_rows(scans, dataset_dir, covariates_file), strict=True):
+        try:
+            found.append({**item, "covariates": prior.coding.parse(row)})
+        except ValueError as error:
+            raise ValueError(f"'{item_path(item)}': {error}") from error
+    return found
+
+
+def stack_features(coding: CovariateCoding | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``features`` and ``known`` for inferers: what the items' covariates become, and the covariates themselves."""
+    if coding is None:
+        return {}
+    known = [item["covariates"] for item in items]
+    return {"features": torch.stack([coding.numbers(values) for values in known]), "known": known}
+
+
+def targets(coding: CovariateCoding, covariates: Any, only: str | None = None) -> dict[str, dict[str, Value]]:
+    """The covariates to change to, by what results under them are called.
+
+    Args:
+        coding: of the covariates.
+        covariates: such as ``{"age": 80}``; one of them may be a list, for a result each.
+        only: the kind that they must be of.
+
+    Raises:
+        ValueError: they are not such, or a value makes no sense.
+    """
+    if not isinstance(covariates, Mapping) or not covariates:
+        coding.given(covariates)
+    lists = [name for name, value in covariates.items() if isinstance(value, list | tuple)]
+    if len(lists) > 1 or any(len(covariates[name]) == 0 for name in lists):
+        raise ValueError(f"covariates is {dict(covariates)!r}: one of them can be a list of values, not more.")
+    for name in covariates:
+        if only is not None and name in coding.variables and coding.variables[name].kind != only:
+            raise ValueError(f"covariates: this job changes what is {only} alone, such as the site; {name} is not.")
+    if not lists:
+        return {"": coding.given(covariates)}
+    name = lists[0]
+    found = {}
+    for value in covariates[name]:
+        given = coding.given({**covariates, name: value})
+        found[f"_{name}-{given[name]:g}" if isinstance(given[name], float) else f"_{name}-{given[name]}"] = given
+    return found
+
+
+class Counterfactual(Inferer):
+    """Scans under other covariates: ``change``, what each voxel gains, in the range of the network's output.
+
+    Args:
+        prior: with covariates.
+        targets: the covariates to change to, by the ends of the results' names; see :func:`targets`. A covariate of a
+            scan that is to be changed and is not known is taken for what the scan itself says of it.
+    """
+
+    def __init__(self, prior: PopulationPrior, targets: Mapping[str, Mapping[str, Value]]) -> None:
+        self.prior, self.targets = prior, targets
+
+    def images(self) -> list[str]:
+        """The names of its results."""
+        return [f"change{name}" for name in self.targets]
+
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, features: Tensor, known: Sequence[Mapping[str, Value]], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """``features`` are ``[batch, numbers]``, what the covariates in ``known`` become."""
+        coding = self.prior.coding
+        output, posteriors = network.infer(inputs, temperature=0.0)
+        innovations = [innovation(q) for q in posteriors]
+        residual = (inputs - output.loc) / output.scale
+        scores = self.prior.effect_scores(innovations)
+        results = {}
+        for name, target in self.targets.items():
+            changed = features.clone()
+            before = features.clone()
+            for covariate, value in target.items():
+                own = coding.slices()[covariate]
+                changed[:, own] = coding.numbers({covariate: value})[own].to(features)
+                for row, values in enumerate(known):
+                    if values[covariate] is None:
+                        grid, likely = posterior(self.prior, scores[row], values, covariate)
+                        numbers = torch.stack([coding.numbers({covariate: v})[own] for v in grid]).to(features)
+                        before[row, own] = likely.to(features) @ numbers
+            with drawing_innovations(self.prior.moved(innovations, changed - before)):
+                loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs))
+            results[f"change{name}"] = loc + scale * residual - inputs
+        return results
+
+
+class Deviation(Inferer):
+    """What is usual for a scan's covariates, and how far the scan is from it.
+
+    Shaped like the scans: ``expected``, the mean of draws; ``spread``, their standard deviation with that of the
+    likelihood; ``deviation``, the scan less the expected in units of the spread. With an atlas also ``regions``,
+    ``[batch, regions, 4]``: the scan's mean in each region, the expected, its standard deviation over draws, and the z
+    score.
+
+    Args:
+        prior: with covariates.
+        draws: how many, 2 or more.
+        labels: a region's number for each voxel of the network's grid, 0 for none, ``[*spatial]``; None: no atlas.
+    """
+
+    def __init__(self, prior: PopulationPrior, draws: int = 32, labels: Tensor | None = None) -> None:
+        if draws < 2:
+            raise ValueError(f"draws is {draws}: it must be 2 or more.")
+        self.prior, self.draws = prior, draws
+        self.masks = None
+        if labels is not None:
+            numbers = [number for number in labels.unique().tolist() if number]
+            masks = torch.stack([(labels == number).flatten() for number in numbers]).float()
+            self.masks = masks / masks.sum(1, keepdim=True)
+
+    def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        """``features`` are ``[batch, numbers]``, what the covariates become."""
+        total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
+        means = []
+        for _ in range(self.draws):
+            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors))
+            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features)
+            total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
+            if self.masks is not None:
+                means.append(self._means(loc))
+        expected = total / self.draws
+        between = (squares / self.draws - expected.square()).clamp_min(0) * (self.draws / (self.draws - 1))
+        spread = (between + noise / self.draws).sqrt()
+        results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
+        if self.masks is not None:
+            own, drawn = self._means(inputs), torch.stack(means)
+            usual, std = drawn.mean(0), drawn.std(0)
+            results["regions"] = torch.stack([own, usual, std, (own - usual) / std], dim=2)
+        return results
+
+    def _means(self, scans: Tensor) -> Tensor:
+        """The mean of the first channel in each region, ``[batch, regions]``."""
+        return scans[:, 0].flatten(1) @ self.masks.to(scans).T
+
+
+class CovariatePosterior(Inferer):
+    """What a scan says of each covariate: ``posterior_NAME``, ``[batch, values]``, over the values of its grid.
+
+    By Bayes, from the likelihood of the scan under each value and a flat prior over the grid. Other covariates are
+    those that are known of the scan; one that is not is averaged over.
+
+    Args:
+        prior: with covariates.
+    """
+
+    def __init__(self, prior: PopulationPrior) -> None:
+        self.prior = prior
+
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, known: Sequence[Mapping[str, Value]], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """``known`` are the covariates of each scan."""
+        _, posteriors = network.infer(inputs, temperature=0.0)
+        scores = self.prior.effect_scores([innovation(q) for q in posteriors])
+        return {
+            f"posterior_{name}": torch.stack(
+                [posterior(self.prior, row, values, name)[1] for row, values in zip(scores, known, strict=True)]
+            )
+            for name in self.prior.coding.variables
+        }
+
+
+def posterior(
+    prior: PopulationPrior, scores: Tensor, known: Mapping[str, Value], name: str
+) -> tuple[list[Value], Tensor]:
+    """The values of a covariate's grid and how likely each is given a scan, ``[values]``.
+
+    Args:
+        prior: with covariates.
+        scores: of the scan, ``[features]``, see :meth:`PopulationPrior.effect_scores`.
+        known: the covariates of the scan; what is known of the one that is asked for is not used.
+        name: of that.
+    """
+    coding = prior.coding
+    grid = coding.variables[name].grid()
+    others = {
+        other: [known[other]] if known.get(other) is not None else _few(variable)
+        for other, variable in coding.variables.items()
+        if other != name
+    }
+    own = coding.slices()[name]
+    base = torch.stack([coding.numbers(dict(zip(others, c, strict=True))) for c in itertools.product(*others.values())])
+    values = torch.stack([coding.numbers({name: value})[own] for value in grid])
+    combined = base.repeat(len(grid), 1)
+    combined[:, own] = values.repeat_interleave(len(base), 0)
+    logs = prior.covariate_likelihoods(scores[None], combined)[0].reshape(len(grid), len(base)).logsumexp(1)
+    return grid, logs.softmax(0)
+
+
+def _few(variable: Any) -> list[Value]:
+    """Some values of a covariate that is not known."""
+    return variable.grid(OTHER_STEPS) if variable.kind == "continuous" else variable.grid()
+
+
+def summary(coding: CovariateCoding, name: str, likely: Tensor) -> dict[str, Any]:
+    """A posterior in a few numbers: the mean and the 90 % interval, or the likeliest category and its probability."""
+    grid = coding.variables[name].grid()
+    if coding.variables[name].kind == "categorical":
+        best = int(likely.argmax())
+        shares = {f"{name}_{value}": f"{share:.4g}" for value, share in zip(grid, likely.tolist(), strict=True)}
+        return {f"{name}_likeliest": grid[best], **shares}
+    points, below = torch.tensor(grid, dtype=torch.float64), likely.double().cumsum(0)
+    mean = float((points * likely.double()).sum())
+    # between the points of the grid, each of which stands for what is half a step around it
+    steps = torch.cat([torch.zeros(1, dtype=torch.float64), below])
+    edges = torch.cat([points[:1], (points[1:] + points[:-1]) / 2, points[-1:]])
+    ends = [_interpolated(share, steps, edges) for share in ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)]
+    return {f"{name}_mean": f"{mean:.5g}", f"{name}_low": f"{ends[0]:.5g}", f"{name}_high": f"{ends[1]:.5g}"}
+
+
+def _interpolated(share: float, cumulative: Tensor, edges: Tensor) -> float:
+    place = int(torch.searchsorted(cumulative, torch.tensor(share, dtype=torch.float64)).clamp(1, len(edges) - 1))
+    low, high = cumulative[place - 1], cumulative[place]
+    within = (share - low) / (high - low).clamp_min(1e-12)
+    return float(edges[place - 1] + within * (edges[place] - edges[place - 1]))
+
+
+class KeepScand(MapTransform):
+    """Keep a copy of the scan as it was loaded, ``loaded``. It belongs right after loading."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d["loaded"] = d[key].clone()
+        return d
+
+
+class AddChanged(MapTransform):
+    """Add a change, which came back to the scan's own grid and units, to the scan: detail finer than the network's
+    grid stays.
+
+    Adds ``<result>...`` and ``difference...`` for each key ``change...``; only changes of the scan's foreground that
+    leave it in its range count.
+
+    Args:
+        keys: of the changes.
+        result: what the changed scan is called.
+    """
+
+    def __init__(self, keys: KeysCollection, result: str = "counterfactual") -> None:
+        super().__init__(keys)
+        self.result = result
+
+    def images(self) -> list[str]:
+        """The names of what is added."""
+        return [name for key in self.keys for name in self._names(str(key))]
+
+    def _names(self, key: str) -> tuple[str, str]:
+        return key.replace("change", self.result, 1), key.replace("change", "difference", 1)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        loaded = d["loaded"]
+        scan = loaded.as_tensor().float()
+        low = scan.flatten(1).amin(1).reshape(-1, *[1] * (scan.ndim - 1))
+        for key in self.key_iterator(d):
+            change = torch.as_tensor(d[key]).as_subclass(Tensor)
+            changed = torch.maximum(scan + change, low)
+            names = self._names(str(key))
+            d[names[0]] = MetaTensor(changed).copy_meta_from(loaded)
+            d[names[1]] = MetaTensor(changed - scan).copy_meta_from(loaded)
+        return d

@@ -1,0 +1,324 @@
+"""Covariates: reading and coding them, the population prior that knows them, and the jobs that use it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, inference_config, run_bundle, run_bundle_process
+
+from scripts.data.covariate_tables import read_cohort, read_rows
+from scripts.data.covariates import Categorical, Continuous, CovariateCoding
+from scripts.inference.covariates import (
+    Counterfactual,
+    Deviation,
+    need_covariates,
+    posterior,
+    stack_features,
+    summary,
+    targets,
+)
+from scripts.inference.inferers import Sampling
+from scripts.layers.population_prior import PopulationPrior
+from scripts.phantoms import make_brains
+
+KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
+INFERENCE = ["configs/inference.json", "tests/tiny.json"]
+
+
+@pytest.fixture(scope="module")
+def coding() -> CovariateCoding:
+    rows = [{"age": str(40 + k), "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
+    return CovariateCoding.learn(KINDS, rows)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return inference_config().get_parsed_content("network_def").eval()
+
+
+def prior_with_effects(network, coding, size=1.0) -> PopulationPrior:
+    grids = network.latent_grids()
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return PopulationPrior(
+        {i: 0.1 * randn(*grid) for i, grid in enumerate(grids)},
+        {i: 0.5 + 0.1 * randn(*grid).abs() for i, grid in enumerate(grids)},
+        {i: 0.3 * randn(2, *grid) for i, grid in enumerate(grids)},
+        effects={i: size * 0.3 * randn(coding.size, *grid) for i, grid in enumerate(grids)},
+        coding=coding,
+    )
+
+
+def test_numbers_have_a_mean_of_zero_and_are_zero_where_nothing_is_known(coding):
+    rows = [{"age": 40 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
+    numbers = torch.stack([coding.numbers(row) for row in rows])
+    assert numbers.shape == (42, coding.size) and coding.size == 3 + 1 + 2
+    torch.testing.assert_close(numbers.mean(0), torch.zeros(coding.size), atol=1e-6, rtol=0)
+    assert not coding.numbers({}).any()
+    assert not coding.numbers({"age": None, "sex": None}).any()
+    again = CovariateCoding.from_plain(json.loads(json.dumps(coding.plain())))
+    torch.testing.assert_close(again.numbers(rows[5]), numbers[5])
+
+
+def test_a_spline_is_straight_beyond_its_outer_knots_and_bends_between():
+    age = Continuous.learn("age", [float(a) for a in range(20, 90)])
+    curve = np.array([age.numbers(a) for a in (95.0, 100.0, 105.0, 5.0, 10.0, 15.0, 40.0, 50.0, 60.0)])
+    second = np.diff(curve.reshape(3, 3, -1), 2, axis=1)[:, 0]
+    assert np.abs(second[:2]).max() < 1e-9
+    assert np.abs(second[2]).max() > 1e-3
+    assert len(Continuous.learn("dose", [1.0, 2.0, 1.0, 2.0]).numbers(1.5)) == 1  # two values carry no curve
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"age": "old"}, "age is 'old': it must be a number"),
+        ({"site": "D"}, "site is 'D': the cohort that the model was fitted to has A, B, C"),
+        ({"weight": 80}, "knows no 'weight'; it knows age, sex, site"),
+        ({}, "give values by names"),
+        ("age", "give values by names"),
+        ({"age": [50, 60], "site": ["A", "B"]}, "one of them can be a list"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(coding, value, message):
+    with pytest.raises(ValueError, match=message):
+        targets(coding, value)
+
+
+def test_targets_name_results(coding):
+    assert targets(coding, {"age": 80, "sex": "M"}) == {"": {"age": 80.0, "sex": "M"}}
+    assert list(targets(coding, {"age": [50, 60.5]})) == ["_age-50", "_age-60.5"]
+    with pytest.raises(ValueError, match="categorical alone"):
+        targets(coding, {"age": 80}, only="categorical")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three scans of two subjects, by name alone."""
+    items = []
+    for subject, session in (("01", "a"), ("01", "b"), ("02", "a")):
+        path = tmp_path / f"sub-{subject}" / f"ses-{session}" / f"sub-{subject}_ses-{session}_T1w.nii.gz"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        items.append({"image": str(path), "subject": f"sub-{subject}", "session": f"ses-{session}"})
+    (tmp_path / "participants.tsv").write_text("participant_id\tsex\tage\nsub-01\tF\t60\nsub-02\tn/a\t70\n")
+    return tmp_path, items
+
+
+def test_tables_of_bids_and_a_table_of_ones_own(tree):
+    root, items = tree
+    assert read_rows(items, root)[0] == {"sex": "F", "age": "60"}
+    sessions = "session_id\tage\nses-a\t60.5\nses-b\t62.5\n"
+    (root / "sub-01" / "sub-01_sessions.tsv").write_text(sessions)
+    rows = read_rows(items, root)
+    assert [row["age"] for row in rows] == ["60.5", "62.5", "70"]
+    assert rows[2]["sex"] == ""
+    table = root / "mine.csv"
+    table.write_text("subject,session,age\n01,b,63\n02,a,\n")
+    assert [row["age"] for row in read_rows(items, root, table)] == ["60.5", "63", "70"]
+    table.write_text("image,age\nsub-02/ses-a/sub-02_ses-a_T1w.nii.gz,71\n")
+    assert [row["age"] for row in read_rows(items, root, table)] == ["60.5", "62.5", "71"]
+    datalist = root / "list.json"
+    entries = [{"image": item["image"], "age": 50 + k} for k, item in enumerate(items)]
+    datalist.write_text(json.dumps({"training": entries}))
+    assert [row["age"] for row in read_rows(items, datalist)] == [50, 51, 52]
+
+
+def test_what_a_table_lacks_is_said(tree):
+    root, items = tree
+    with pytest.raises(ValueError, match=r"'weight' is in no table.*found are age, sex"):
+        read_cohort(items, [], root, {"weight": "continuous"})
+    with pytest.raises(ValueError, match="say of what kind each is"):
+        read_cohort(items, [], root, {"age": "number"})
+    with pytest.raises(FileNotFoundError, match=r"covariates_file .* does not exist"):
+        read_cohort(items, [], root, KINDS, root / "none.csv")
+    (root / "mine.csv").write_text("name,age\n01,63\n")
+    with pytest.raises(ValueError, match="no column image or participant_id"):
+        read_rows(items, root, root / "mine.csv")
+    (root / "mine.csv").write_text("subject,age\n01,63\nsub-01,64\n")
+    with pytest.raises(ValueError, match="two rows for 01"):
+        read_rows(items, root, root / "mine.csv")
+    found = read_cohort(items[:2], items[2:], root, {"age": "continuous", "sex": "categorical"})
+    assert found.coding.variables["sex"] == Categorical("sex", ("F",), (1.0,))
+    assert found.training.shape == (2, 1) and found.validation.shape == (1, 1)
+
+
+def test_scores_say_all_of_the_likelihood(network, coding):
+    prior = prior_with_effects(network, coding)
+    u = [torch.randn(3, *grid) for grid in network.latent_grids()]
+    values = torch.stack([coding.numbers({"age": age, "sex": "M"}) for age in (45, 60, 75)])
+    whole = torch.stack([prior.log_ratio(u, value.expand(3, -1)) for value in values], dim=1)
+    short = prior.covariate_likelihoods(prior.effect_scores(u), values)
+    torch.testing.assert_close(short - short[:, :1], whole - whole[:, :1], rtol=1e-3, atol=1e-2)
+
+
+def test_the_file_keeps_effects_and_coding(network, coding, tmp_path):
+    prior = prior_with_effects(network, coding)
+    prior.sharpness = 0.5
+    prior.save(tmp_path / "p.pt")
+    again = PopulationPrior.load(torch.load(tmp_path / "p.pt", weights_only=True))
+    assert again.coding.plain() == coding.plain() and again.sharpness == 0.5
+    torch.testing.assert_close(again.effects_1, prior.effects_1, atol=0.01, rtol=0.05)
+    with pytest.raises(ValueError, match="fitted with covariates"):
+        need_covariates(None)
+
+
+@torch.no_grad()
+def test_a_scan_under_its_own_covariates_is_itself(network, coding):
+    prior = prior_with_effects(network, coding)
+    scans = torch.rand(2, 1, 8, 8, 8) * 2 - 1
+    items = [{"covariates": {"age": 50.0, "sex": "F", "site": "A"}}, {"covariates": dict.fromkeys(KINDS)}]
+    arguments = stack_features(coding, items)
+    same = Counterfactual(prior, {"": {"age": 50.0, "sex": "F"}})(scans, network, **arguments)["change"]
+    assert same[0].abs().max() < 1e-4
+    other = Counterfactual(prior, {"": {"age": 70.0}})(scans, network, **arguments)["change"]
+    assert other[0].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_samples_follow_their_covariates(network, coding):
+    prior = prior_with_effects(network, coding)
+    young, old = (Sampling(0.0, prior=prior, covariates={"age": age})(1, network)["sample"] for age in (45, 80))
+    assert not torch.allclose(young, old)
+    with pytest.raises(ValueError, match="knows none"):
+        Sampling(covariates={"age": 45})
+
+
+def test_the_posterior_of_a_covariate_is_bayes_rule(network, coding):
+    prior = prior_with_effects(network, coding, size=0.2)
+    truth = {"age": 66.0, "sex": "M", "site": "B"}
+    innovations = prior.innovations(torch.randn(1, 2), 1.0, coding.numbers(truth)[None])
+    scores = prior.effect_scores([innovations[i] for i in range(len(innovations))])[0]
+    known = {"age": None, "sex": "M", "site": None}
+    grid, likely = posterior(prior, scores, known, "age")
+    # by hand: the mean over the sites, each as likely
+    by_hand = torch.zeros(len(grid))
+    for site in "ABC":
+        values = torch.stack([coding.numbers({"age": age, "sex": "M", "site": site}) for age in grid])
+        by_hand += prior.covariate_likelihoods(scores[None], values)[0].double().exp().float()
+    torch.testing.assert_close(likely, by_hand / by_hand.sum(), rtol=1e-3, atol=1e-5)
+    numbers = summary(coding, "age", likely)
+    assert float(numbers["age_low"]) < float(numbers["age_mean"]) < float(numbers["age_high"])
+    flat = summary(coding, "age", torch.full((81,), 1 / 81))
+    span = coding.variables["age"].high - coding.variables["age"].low
+    assert float(flat["age_high"]) - float(flat["age_low"]) == pytest.approx(0.9 * span, rel=1e-3)
+
+
+@torch.no_grad()
+def test_deviation_is_in_units_of_the_draws(network, coding):
+    prior = prior_with_effects(network, coding)
+    labels = torch.zeros(8, 8, 8, dtype=torch.long)
+    labels[:4], labels[4:] = 3, 7
+    scans = torch.rand(1, 1, 8, 8, 8) * 2 - 1
+    found = Deviation(prior, draws=4, labels=labels)(scans, network, coding.numbers({"age": 60})[None])
+    torch.testing.assert_close(found["deviation"], (scans - found["expected"]) / found["spread"])
+    assert found["regions"].shape == (1, 2, 4)
+    torch.testing.assert_close(found["regions"][0, 0, 0], scans[0, 0, :4].mean())
+    with pytest.raises(ValueError, match="draws is 1"):
+        Deviation(prior, draws=1)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A tiny network trained on 24 phantoms with covariates for one epoch, and its population prior."""
+    folder = tmp_path_factory.mktemp("covariates")
+    make_brains(folder / "people", count=24, spacing=16.0, covariates=True, workers=1)
+    run_bundle(
+        *("--dataset_dir", folder / "people", "--output_dir", folder / "run", "--covariates", KINDS, "--epochs", 1),
+        *("--prior_factors", 4, "--augment", False),
+    )
+    return folder
+
+
+def test_training_fits_a_prior_that_knows_covariates(fitted):
+    content = torch.load(fitted / "run" / "checkpoints" / "population_prior.pt", weights_only=True)
+    assert [variable["name"] for variable in content["covariates"]] == list(KINDS)
+    assert all("effects" in latent for latent in content["latents"].values())
+
+
+def job(word, fitted, output_dir, *arguments, run=run_bundle):
+    words = ("--run_dir", fitted / "run", "--dataset_dir", fitted / "people", "--output_dir", output_dir, *arguments)
+    return run(*words, run_id=word, configs=["configs/inference.json"])
+
+
+def test_counterfactual_keeps_the_scans_own_grid(fitted, tmp_path):
+    job("counterfactual", fitted, tmp_path, "--covariates", {"age": [50, 80]}, run=run_bundle_process)
+    scan = nib.load(fitted / "people" / "sub-0001_FLAIR.nii.gz")
+    for end in ("age-50", "age-80"):
+        changed, difference = (
+            nib.load(tmp_path / f"sub-0001_FLAIR_{word}_{end}.nii.gz") for word in ("counterfactual", "difference")
+        )
+        assert changed.shape == scan.shape
+        np.testing.assert_allclose(changed.affine, scan.affine, atol=1e-4)
+        total = scan.get_fdata() + difference.get_fdata()
+        np.testing.assert_allclose(changed.get_fdata(), total, atol=0.1)
+    assert (tmp_path / "sub-0001_FLAIR_counterfactual.png").is_file()
+
+
+def test_harmonise_changes_the_site_alone(fitted, tmp_path):
+    job("harmonise", fitted, tmp_path, "--covariates", {"site": "A"})
+    assert (tmp_path / "sub-0001_FLAIR_harmonised.nii.gz").is_file()
+    with pytest.raises(Exception, match="categorical alone"):
+        job("harmonise", fitted, tmp_path / "age", "--covariates", {"age": 50})
+
+
+def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
+    scan = nib.load(fitted / "people" / "sub-0001_FLAIR.nii.gz")
+    halves = np.where(np.arange(scan.shape[0])[:, None, None] < scan.shape[0] // 2, 1, 2)
+    atlas = tmp_path / "halves.nii.gz"
+    nib.save(nib.Nifti1Image(np.broadcast_to(halves, scan.shape).astype(np.int16), scan.affine), atlas)
+    (tmp_path / "halves.tsv").write_text("index\tname\n1\tleft\n2\tright\n")
+    job("deviation", fitted, tmp_path / "out", "--atlas", atlas, "--draws", 4)
+    rows = list(csv.DictReader((tmp_path / "out" / "deviation.csv").open()))
+    assert len(rows) == 48 and {row["region"] for row in rows} == {"left", "right"}
+    assert {"image", "subject", "age", "value", "expected", "std", "z", "centile"} <= set(rows[0])
+    wide = list(csv.DictReader((tmp_path / "out" / "deviation_z.csv").open()))
+    assert len(wide) == 24 and wide[0]["left"] == rows[0]["z"]
+    assert nib.load(tmp_path / "out" / "sub-0001_FLAIR_deviation.nii.gz").shape == scan.shape
+    with pytest.raises(Exception, match=r"atlas .* does not exist"):
+        job("deviation", fitted, tmp_path / "none", "--atlas", tmp_path / "none.nii.gz")
+
+
+def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
+    job("covariates", fitted, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "covariates.csv").open()))
+    assert len(rows) == 24
+    assert float(rows[0]["age_low"]) <= float(rows[0]["age_mean"]) <= float(rows[0]["age_high"])
+    assert float(rows[0]["sex_F"]) + float(rows[0]["sex_M"]) == pytest.approx(1, abs=1e-3)
+    assert rows[0]["site_likeliest"] in "ABC"
+    assert (tmp_path / "sub-0001_FLAIR_covariates.png").is_file()
+
+
+def test_samples_and_scores_use_covariates(fitted, tmp_path):
+    job("sample", fitted, tmp_path / "s", "--samples", 2, "--covariates", {"age": 80})
+    assert (tmp_path / "s" / "0001_sample.nii.gz").is_file()
+    job("score", fitted, tmp_path / "known", "--figures", False)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for scan in (fitted / "people").glob("*.nii.gz"):
+        shutil.copy(scan, bare)
+    words = ("--run_dir", fitted / "run", "--dataset_dir", bare, "--output_dir", tmp_path / "unknown")
+    run_bundle(*words, "--figures", False, run_id="score", configs=["configs/inference.json"])
+    known, unknown = (
+        [float(row["bits_per_dim_population"]) for row in csv.DictReader((tmp_path / name / "scores.csv").open())]
+        for name in ("known", "unknown")
+    )
+    assert not np.allclose(known, unknown)
+
+
+def test_jobs_without_such_a_prior_say_what_they_need(cohort, tmp_path):
+    arguments = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--covariates", {"age": 50})
+    with pytest.raises(Exception, match="population prior that was fitted with covariates"):
+        run_bundle(
+            *arguments, "--ckpt", ROOT / "models/model.pt", run_id="counterfactual", configs=["configs/inference.json"]
+        )
