@@ -124,7 +124,9 @@ def make_brains(
     return made
 
 
-def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int) -> str:
+def ensure_cohort(
+    dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int, covariates: bool = False
+) -> str:
     """The data set of a run, after making the default one: ``count`` brains, if ``dataset_dir`` is ``phantom_dir``.
 
     Of several processes rank 0 makes them, and the others wait.
@@ -133,7 +135,7 @@ def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike
         return str(dataset_dir)
     from scripts.utils.distributed import from_rank_zero  # Ignite comes with it, 700 modules, and no command needs it
 
-    return from_rank_zero(make_brains, phantom_dir, count)
+    return from_rank_zero(make_brains, phantom_dir, count, covariates=covariates)
 
 
 def make_ellipsoids(

@@ -41,10 +41,11 @@ LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be 
 def prior_path(weights: str | os.PathLike) -> Path:
     """Where the population prior of weights is: ``population_prior.pt`` of ``model.pt``, in the same folder.
 
-    Of ``model_64.pt`` it is ``population_prior_64.pt``, and so on.
+    Of ``model_64.pt`` it is ``population_prior_64.pt``, of ``covariates.pt`` ``population_prior_covariates.pt``.
     """
     path = Path(weights)
-    return path.with_name(f"population_prior{path.stem.removeprefix('model') if path.stem[:6] == 'model_' else ''}.pt")
+    name = path.stem.removeprefix("model").removeprefix("_")
+    return path.with_name(f"population_prior_{name}.pt" if name else "population_prior.pt")
 
 
 def split_latents(vectors: Tensor, network: VDVAE) -> list[Tensor]:
