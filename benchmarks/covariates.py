@@ -33,7 +33,8 @@ from scripts.data.phantom_anatomy import random_streams
 from scripts.data.phantom_images import brain_phantom
 from scripts.data.phantom_people import AGES, SITES, Cohort, Person
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
-from scripts.inference.inferers import Sampling, Scoring
+from scripts.inference.inferers import Sampling
+from scripts.inference.scoring import Scoring
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
 from scripts.utils.nifti import nifti_bytes

@@ -101,7 +101,7 @@ def main(
         lesion_kinds: of these, see :py:func:`scripts.phantoms.make_brains`.
         spacing: of the phantoms, in mm.
         batch_size: of the network.
-        restore: see :py:class:`scripts.inference.inferers.Scoring`.
+        restore: see :py:class:`scripts.inference.scoring.Scoring`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

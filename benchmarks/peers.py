@@ -33,11 +33,12 @@ from tqdm import tqdm
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
 from scripts.inference.detection import detect
-from scripts.inference.inferers import Sampling, foreground, image_quality, restored_latent
+from scripts.inference.inferers import Sampling
 from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks
 from scripts.inference.population import find_population_prior
 from scripts.inference.sample_comparison import SampleComparison
+from scripts.inference.scoring import foreground, image_quality, restored_latent
 from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
@@ -84,7 +85,7 @@ class Ours(Peer):
 
     Args:
         network: the network.
-        restore: see :py:class:`scripts.inference.inferers.Scoring`.
+        restore: see :py:class:`scripts.inference.scoring.Scoring`.
         temperature: of samples.
         prior: the population prior that samples are drawn from; None: the network's own.
     """

@@ -27,9 +27,10 @@ from torch.distributions import Normal, kl_divergence
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, list_scans, scan_generator
-from scripts.inference.inferers import Reconstruction, Sampling, Scoring, foreground, level_temperatures, quantile
+from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.sample_comparison import SampleComparison
+from scripts.inference.scoring import Scoring, foreground, quantile
 from scripts.layers.gaussian import drawing, noise_from
 from scripts.networks import VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, negative_log_likelihood

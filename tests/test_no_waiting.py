@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader
 
 from benchmarks.memory import fake_parameters
-from scripts.inference import inferers
+from scripts.inference import inferers, scoring
 from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
 from scripts.training import trainer as trainers
@@ -103,8 +103,8 @@ JOBS = {
     "sample from a population": lambda prior: inferers.Sampling(prior=prior),
     "interpolate": lambda prior: inferers.Interpolation(steps=3),
     "impute": lambda prior: inferers.Imputation(iterations=2, draws=2),
-    "score": lambda prior: inferers.Scoring(),
-    "score under a population": lambda prior: inferers.Scoring(importance_samples=2, prior=prior),
+    "score": lambda prior: scoring.Scoring(),
+    "score under a population": lambda prior: scoring.Scoring(importance_samples=2, prior=prior),
 }
 
 

@@ -10,7 +10,8 @@ from torch.distributions import MultivariateNormal
 
 from benchmarks.peer_models import PCA, VAE, LatentDiffusionAutoencoder, VoxelGaussian, fit_pca, train, validation_loss
 from benchmarks.peers import COLUMNS, Ours, compare, lesion_numbers, name_checkpoints
-from scripts.inference.inferers import Reconstruction, Scoring
+from scripts.inference.inferers import Reconstruction
+from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
 
 

@@ -14,8 +14,9 @@ from conftest import ROOT, fitted_scans, inference_config, run_bundle, run_bundl
 from groups import free_port, run_bundle_group, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
-from scripts.inference.inferers import CoordinateDecoding, Sampling, Scoring
+from scripts.inference.inferers import CoordinateDecoding, Sampling
 from scripts.inference.population import find_population_prior, list_coordinates, scans_to_fit
+from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import drawing, noise_from, recording
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.training.checkpoints import CheckpointError

@@ -131,6 +131,6 @@ def hyperintensities(
         atlas_points: where it lies, see :class:`scripts.data.phantom_anatomy.Anatomy`.
         aged: of the person.
     """
-    field = sample_maps(smooth_fields(rng, 1, ((6.0, 0.35), (14.0, 0.25))), atlas_points)[0]
-    threshold = 1.75 - 0.85 * aged
+    field = sample_maps(smooth_fields(rng, 1, ((6.0, 0.15), (14.0, 0.1))), atlas_points)[0]
+    threshold = 1.3 - 0.7 * aged
     return np.clip((near + field - threshold) / 0.3, 0, 1) * np.clip(2 * white - 0.5, 0, 1)

@@ -18,8 +18,8 @@ from monai.metrics import MSEMetric
 from monai.utils.enums import CommonKeys as Keys
 from scripts.data.datalist import common_root, make_datalist
 from scripts.inference.engine import list_scans
-from scripts.inference.inferers import image_quality
 from scripts.inference.sample_comparison import SampleComparison
+from scripts.inference.scoring import image_quality
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.training.metrics import PER_SCAN

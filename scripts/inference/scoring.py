@@ -1,0 +1,147 @@
+"""How likely scans are and where they are not, as a MONAI inferer; and how good reconstructions are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from monai.metrics import PSNRMetric, SSIMMetric
+from monai.networks.layers import gaussian_1d, separable_filtering
+from scripts.layers.gaussian import Posterior, drawing, kl_per_dimension
+from scripts.layers.population_prior import PopulationPrior, innovation
+from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from torch import Tensor
+
+__all__ = ["Scoring", "foreground", "foreground_percentile", "image_quality", "restored_latent"]
+
+
+class Scoring(Inferer):
+    """Say how likely scans are, and where they are not.
+
+    ``[batch]`` each: ``bits_per_dim``, ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each
+    latent), ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in
+    the foreground).
+    With a population prior also ``bits_per_dim_population``, the bound under it; ``typicality``, the
+    Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
+    cohort's scans that lie at least so far.
+    Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
+    ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that.
+
+    Args:
+        importance_samples: with K = 1 the bound is the ELBO with its KL in closed form. With more it is the
+            importance-weighted bound of K draws (Burda et al. 2016, arXiv:1509.00519), in the mean tighter with each.
+        smoothing: standard deviation in voxels of the Gaussian that smooths the anomaly map.
+        restore: what is surprising enough to be restored: where the posterior of a latent costs more than so many nats
+            in one dimension, its mean gives way to the prior's. Latents are restored from the coarsest on, each judged
+            by a prior that is conditioned on what was restored above. None restores nothing. A network that
+            reconstructs well reconstructs lesions too: without this they do not show.
+        prior: the network's population prior.
+    """
+
+    def __init__(
+        self,
+        importance_samples: int = 1,
+        smoothing: float = 0.25,
+        restore: float | None = 0.3,
+        prior: PopulationPrior | None = None,
+    ) -> None:
+        if importance_samples < 1:
+            raise ValueError(f"importance_samples is {importance_samples}: it must be 1 or more.")
+        self.importance_samples = importance_samples
+        self.smoothing = gaussian_1d(torch.tensor(smoothing))
+        self.restore = restore
+        self.prior = prior
+
+    def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+        """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
+        weights, nlls, kls, gains = [], [], [], []
+        for _ in range(self.importance_samples):
+            output, latents = network.infer(inputs, temperature=1.0)
+            nll = negative_log_likelihood(output.loc, output.scale, inputs)
+            nlls.append(nll)
+            kls.append(output.kl)
+            weights.append(-nll - sum(log_ratio(q) for q in latents))
+            if self.prior is not None:
+                gains.append(self.prior.log_ratio([innovation(q) for q in latents], features))
+        nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
+        bound = self._bound(-(nll + kl.sum(1)), weights)
+        output, posteriors = network.infer(inputs, 0.0, keep_posteriors=self.prior is not None)
+        loc = output.loc
+        with drawing(lambda q: restored_latent(q, self.restore)):
+            restored, scale, _ = network.infer(inputs, 0.0, keep_posteriors=False)[0]
+        results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
+        results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
+        if self.prior is not None:
+            elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
+            under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
+            coordinates = self.prior.coordinates([innovation(q) for q in posteriors], features)
+            distance, tail = self.prior.typicality(coordinates)
+            results |= {"bits_per_dim_population": bits_per_dim(-under_it, inputs)}
+            results |= {"typicality": distance, "typicality_tail": tail}
+        results |= image_quality(loc, inputs, network)
+        anomaly = separable_filtering((inputs - restored) / scale, self.smoothing)
+        results["anomaly_score"] = foreground_percentile(anomaly, inputs, network)
+        return results | {"recon": loc, "restored": restored, "anomaly": anomaly}
+
+    def _bound(self, elbo: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """The bound of one draw, whose KL is known, or that of several, importance-weighted."""
+        if self.importance_samples == 1:
+            return elbo
+        return torch.logsumexp(torch.stack(list(weights)), dim=0) - math.log(self.importance_samples)
+
+
+def restored_latent(q: Posterior, threshold: float | None) -> Tensor:
+    """The posterior's mean, but where its KL divergence exceeds so many nats in a dimension: there the prior's mean."""
+    if threshold is None:
+        return q.mean
+    prior_mean = torch.zeros_like(q.mean) if q.prior_mean is None else q.prior_mean
+    return torch.where(kl_per_dimension(q) > threshold, prior_mean, q.mean)
+
+
+def foreground(scans: Tensor, network: VDVAE) -> Tensor:
+    """Where scans exceed 5 % of the range that they are scaled to, shaped like them."""
+    low, high = OUTPUT_RANGES[network.output_activation]
+    return scans > low + 0.05 * (high - low)
+
+
+def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
+    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
+    inside = foreground(scans, network).flatten(1)
+    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
+
+
+def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
+    """Of each row the quantile of the values inside, ``[rows]``.
+
+    As ``torch.quantile``, which refuses more than 16 million values. How many are inside stays on the device.
+
+    Args:
+        values, inside: ``[rows, values]``, the second bool.
+    """
+    ordered = torch.where(inside, values, torch.inf).sort(dim=1).values  # those outside last
+    place = q * (inside.sum(1, keepdim=True).double() - 1)
+    below, above = (ordered.gather(1, index.long()) for index in (place.floor(), place.ceil()))
+    return torch.lerp(below, above, (place - place.floor()).to(below.dtype)).squeeze(1)
+
+
+def log_ratio(q: Posterior) -> Tensor:
+    """log q(z) - log p(z) of a latent that was drawn, in nats: ``[batch]``, in double precision."""
+    z, mean, std = (t.double() for t in (q.z, q.mean, q.std))
+    prior_mean = torch.zeros_like(z) if q.prior_mean is None else q.prior_mean.double()
+    prior_std = torch.ones_like(z) if q.prior_std is None else q.prior_std.double()
+    difference = ((z - prior_mean) / prior_std).square() - ((z - mean) / std).square()
+    return (0.5 * difference + prior_std.log() - std.log()).flatten(1).sum(1)
+
+
+def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Tensor]:
+    """PSNR (dB) and SSIM of reconstructions, ``[batch]``, on the range that scans are scaled to."""
+    low, high = OUTPUT_RANGES[network.output_activation]
+    smallest = min(scans.shape[2:])
+    window = min(11, smallest if smallest % 2 else smallest - 1)
+    ssim = SSIMMetric(network.spatial_dims, data_range=high - low, win_size=window)
+    psnr = PSNRMetric(max_val=high - low)
+    return {"psnr": psnr(recon, scans).flatten(), "ssim": ssim(recon, scans).flatten()}
