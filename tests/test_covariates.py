@@ -320,6 +320,36 @@ def test_samples_and_scores_use_covariates(fitted, tmp_path):
     assert max(abs(a - b) for a, b in zip(known, unknown, strict=True)) > 1e-6
 
 
+def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
+    done = job("adapt", fitted, tmp_path, "--covariates", {"site": "D"})
+    assert done.returncode == 0, done.stderr
+    content = torch.load(tmp_path / "population_prior.pt", weights_only=True)
+    before = torch.load(fitted / "run" / "checkpoints" / "population_prior.pt", weights_only=True)
+    assert content["covariates"][2]["categories"] == ("A", "B", "C", "D")
+    prior, old = PopulationPrior.load(content), PopulationPrior.load(before)
+    assert prior.features == old.features + 1
+    index = old.latents[0]
+    # of sex and age as they were; the scans at hand are those of the fit, so that their mean is no one's
+    torch.testing.assert_close(
+        getattr(prior, f"effects_{index}")[:-1], getattr(old, f"effects_{index}"), atol=0.02, rtol=0.05
+    )
+    drawn = job(
+        "sample",
+        fitted,
+        tmp_path / "s",
+        "--samples",
+        1,
+        "--covariates",
+        {"site": "D"},
+        "--prior",
+        tmp_path / "population_prior.pt",
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    for covariates, message in (({"site": "A"}, "known already"), ({"age": 50}, "no categorical covariate")):
+        refused = job("adapt", fitted, tmp_path / "none", "--covariates", covariates)
+        assert message in refused.stderr
+
+
 def test_jobs_without_such_a_prior_say_what_they_need(cohort, tmp_path):
     arguments = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--covariates", {"age": 50})
     words = (*arguments, "--ckpt", ROOT / "models/model.pt")

@@ -214,6 +214,13 @@ class PopulationPrior(nn.Module):
                 drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
         return drawn
 
+    def expected(self, features: Tensor) -> dict[int, Tensor]:
+        """The mean of u under covariates, ``[batch, channels, *grid]`` each, by the latents' indices."""
+        return {
+            index: shifted(mean, effects, features)
+            for index, (mean, _, _, effects) in zip(self.latents, self._parts(), strict=True)
+        }
+
     @contextmanager
     def drawing(
         self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0, features: Tensor | None = None
