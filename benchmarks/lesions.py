@@ -8,7 +8,6 @@ grid and on the scans' own: see :py:mod:`scripts.inference.detection`.
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from scripts.data.phantom_lesions import KINDS
-from scripts.inference.detection import Detection, best, detect, sentences
+from scripts.inference.detection import Detection, best, by_kind, detect, sentences
 from scripts.inference.lesions import LesionCounts
+from scripts.inference.masks import read_kinds
 from scripts.phantoms import make_brains
 from scripts.utils.command_line import run
 from scripts.utils.names import item_path
@@ -40,19 +40,8 @@ def score(folder: Path, config_file: str | list[str], **settings: Any) -> list[L
     parser.get_parsed_content("scoring").run()
     layout = parser.get_parsed_content("scored#lesions")
     scans = [item_path(item) for item in parser.get_parsed_content("scored#scans")]
-    return [LesionCounts.load(layout.relative(scan), layout.path(scan)) for scan in scans]
-
-
-def by_kind(scans: Sequence[LesionCounts], kinds: dict[str, str]) -> dict[str, list[bool]]:
-    """Which scans have lesions of a kind, or are healthy, and all.
-
-    Args:
-        scans: what was counted.
-        kinds: of their lesions, by the beginning of their names.
-    """
-    own = [kinds[scan.name.split("_")[0]] for scan in scans]
-    groups = {kind: [other in (kind, "none") for other in own] for kind in KINDS if kind in own}
-    return groups if len(groups) == 1 else groups | {"all": [True] * len(own)}
+    kinds = read_kinds(folder / "masks", scans)
+    return [LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan]) for scan in scans]
 
 
 def side_by_side(found: Sequence[Detection]) -> str:
@@ -107,10 +96,8 @@ def main(
         folder = Path(name)
         cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
         make_brains(folder / "scans", mask_dir=folder / "masks", lesion_kinds=lesion_kinds, **cohort)
-        with (folder / "masks" / "kinds.csv").open(encoding="utf-8") as file:
-            kinds = {row["scan"]: row["kind"] for row in csv.DictReader(file)}
         scans = score(folder, config_file, ckpt=ckpt, batch_size=batch_size, restore=restore)
-    found = detect(scans, by_kind(scans, kinds))
+    found = detect(scans, by_kind(scans))
     print(side_by_side(found))
     print("\n".join(sentences(found)))
     return found

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
 from scripts.inference.detection import detect
+from scripts.inference.engine import list_scans
 from scripts.inference.inferers import Sampling
 from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks
@@ -161,7 +162,8 @@ def lesion_scans(folder: Path, preprocess: Compose, **cohort: Any) -> tuple[Tens
         cohort: what :py:func:`scripts.phantoms.make_brains` takes.
     """
     make_brains(folder / "scans", mask_dir=folder / "masks", **cohort)
-    pairs = pair_masks(folder / "scans", "*_FLAIR.nii.gz", folder / "masks", "*_lesions.nii.gz")
+    listed = list_scans(folder / "scans", "*_FLAIR.nii.gz")
+    pairs = pair_masks(listed, folder / "scans", "*_FLAIR.nii.gz", folder / "masks", "*_lesions.nii.gz")
     read, scans, lesions = with_masks(preprocess), [], []
     for pair in pairs:
         item = read(pair)

@@ -116,6 +116,11 @@ def make_brains(
     if masks:
         kind_rows = ((f"sub-{index:04d}", lesion_kind(index, seed, lesions, kinds) or "none") for index in indices)
         write_csv(as_folder("mask_dir", mask_dir) / "kinds.csv", ("scan", "kind"), kind_rows)
+        logger.info(
+            'score and impute take their masks by --scan_pattern "*_FLAIR.nii.gz" --mask_dir %s --mask_pattern '
+            '"*_lesions.nii.gz".',
+            mask_dir,
+        )
     if cohort:
         people = (cohort.person(random_streams(index, seed).person) for index in indices)
         rows = ((f"sub-{i:04d}", f"{p.age:.2f}", p.sex, p.site) for i, p in zip(indices, people, strict=True))

@@ -241,7 +241,7 @@ def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, we
     )
     assert "6 scan(s) failed" in log
     failed = (tmp_path / "out" / "failed.csv").read_text()
-    assert all(f"{name}_latents.npz' cannot be read as latents" in failed for name in ("torn", "empty", "text"))
+    assert all(f"\n{name}_latents.npz,it cannot be read as latents" in failed for name in ("torn", "empty", "text"))
     assert "z00 has shape [8, 1, 1, 1], but the network has [8, 2, 2, 2]: decode with the weights" in failed
     assert "lacks z00 but has later latents" in failed
     assert "lacks affine, b_min" in failed
@@ -257,9 +257,10 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
         ("other", ("--seed", 1)),
         ("cold", ("--sample_temperature", "{2: 0.0, 4: 0.7, '8': 0.7}")),
     ):
-        run("sample", tmp_path, tmp_path / name, weights, "--samples", 4, *arguments)
+        log = run("sample", tmp_path, tmp_path / name, weights, "--samples", 4, *arguments)
         assert files(tmp_path / name) == [*(f"000{i}_sample.nii.gz" for i in range(1, 5)), "sample.json", "samples.png"]
     one, three, other, cold = (load(tmp_path / n, "0002_sample.nii.gz") for n in ("one", "three", "other", "cold"))
+    assert "Samples are drawn from the network's own prior." in log
     assert np.allclose(one, three, atol=1e-5)
     assert not np.allclose(one, other, atol=1e-2)
     assert not np.allclose(one, cold, atol=1e-2)
@@ -401,8 +402,10 @@ def test_a_scan_that_cannot_be_read_is_reported_and_stops_nothing(scans, weights
     assert "1 scan(s) failed" in log
     with (output / "failed.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["name"].endswith("RAS/broken.nii.gz")
-    assert "cannot be read as an image" in row["reason"]
+    assert row["image"] == "RAS/broken.nii.gz"
+    assert row["reason"].startswith("it cannot be read as an image")
+    assert "The first, 'RAS/broken.nii.gz': it cannot be read as an image" in log
+    assert f"Results of 5 of 6 scan(s): '{output}'." in log
     assert len(files(output, "*_recon.nii.gz")) == 5
     (tmp_path / "scans" / "RAS" / "broken.nii.gz").unlink()
     run("reconstruct", tmp_path / "scans", output, weights, "--figures", False)

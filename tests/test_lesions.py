@@ -15,7 +15,18 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.lesions import main as benchmark
 from scripts.data.phantom_lesions import KINDS
-from scripts.inference.detection import average_precision, best, detect, dice, marked_bins, roc_area, sentences, table
+from scripts.inference.detection import (
+    average_precision,
+    best,
+    by_kind,
+    detect,
+    dice,
+    marked_bins,
+    roc_area,
+    sentences,
+    table,
+)
+from scripts.inference.engine import list_scans
 from scripts.inference.lesions import (
     BINS,
     DETECTORS,
@@ -27,7 +38,7 @@ from scripts.inference.lesions import (
     ordered,
     with_masks,
 )
-from scripts.inference.masks import pair_masks, scaled_like
+from scripts.inference.masks import pair_masks, read_kinds, scaled_like
 from scripts.phantoms import make_brains
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
@@ -199,6 +210,20 @@ def test_equal_numbers_are_not_told_apart():
     assert "Neither is of much use" not in said  # half of the voxels are in lesions
 
 
+def test_scans_with_lesions_are_grouped_by_kind_each_with_the_healthy():
+    scans = [counted("a", True)._replace(kind="dark"), counted("b", True), counted("c", False)._replace(kind="none")]
+    assert by_kind(scans) == {"dark": [True, False, True], "all": [True] * 3}
+    assert by_kind([scans[0], scans[2]]) == {"dark": [True, True]}
+    assert by_kind(scans[1:]) == {"all": [True, True]}
+
+
+def test_kinds_are_found_by_what_the_scans_names_begin_with(tmp_path):
+    scans = ["x/sub-1_ses-2_FLAIR.nii.gz", "x/sub-10_FLAIR.nii.gz", "x/sub-2.nii.gz"]
+    assert read_kinds(tmp_path, scans) == dict.fromkeys(scans, "")
+    (tmp_path / "kinds.csv").write_text("scan,kind\nsub-1,dark\nsub-1_ses-2,mass\nsub-2,none\n")
+    assert list(read_kinds(tmp_path, scans).values()) == ["mass", "", "none"]
+
+
 def test_where_neither_finds_anything_that_is_said():
     scans = [counted(str(number), False) for number in range(8)]
     for scan in scans[:4]:  # ordinary voxels are said to be lesions
@@ -215,7 +240,8 @@ def test_masks_that_no_voxel_is_in_are_said_to_show_nothing():
 
 
 def test_intensity_on_the_networks_grid_is_its_input_before_it_is_clipped(sick):
-    (item, *_) = pair_masks(sick / "scans", "*_FLAIR.nii.gz", sick / "masks", "*_lesions.nii.gz")
+    scans = list_scans(sick / "scans", "*_FLAIR.nii.gz")
+    (item, *_) = pair_masks(scans, sick / "scans", "*_FLAIR.nii.gz", sick / "masks", "*_lesions.nii.gz")
     read = with_masks(inference_config(spatial_shape=[12, 12, 12]).get_parsed_content("preprocessing"))(item)
     scaled = scaled_like(read["image"], read["measured_fitted"])
     torch.testing.assert_close(scaled.clamp(-1, 1), read["image"].as_tensor(), rtol=0, atol=1e-5)
@@ -234,7 +260,10 @@ def test_score_says_how_well_lesions_are_found_on_both_grids(sick, scored):
     kinds = {f"{row['scan']}_FLAIR.nii.gz": row["kind"] for row in rows_of(sick / "masks" / "kinds.csv")}
     assert {name: kind == "none" for name, kind in kinds.items()} == {n: m == "empty" for n, m in masks.items()}
     assert 0 < list(kinds.values()).count("none") < 8
+    assert {row["image"]: row["kind"] for row in rows} == kinds
     summary = (output / "lesions.md").read_text()
+    for kind in set(kinds.values()) - {"none"}:
+        assert summary.count(f"\n| {kind} (") == len(GRIDS) * len(DETECTORS)
     assert summary.count("\n| all (") == len(GRIDS) * len(DETECTORS)
     sentence = next(line for line in summary.splitlines() if line.startswith("all, on the scans' own grid: "))
     assert f"Lesions: {sentence}" in log
@@ -335,7 +364,7 @@ def test_without_masks_there_is_a_sheet_of_the_most_unusual_scans_alone(cohort, 
 def test_the_benchmark_reports_each_kind_on_both_grids(weights, capsys):
     settings = {"count": 16, "seed": 3, "prevalence": 0.8, "spacing": 16.0, "batch_size": 4}
     found = benchmark(config_file=CONFIGS, ckpt=str(weights), **settings)
-    assert list(dict.fromkeys(d.group for d in found)) == [*KINDS, "all"]
+    assert list(dict.fromkeys(d.group for d in found)) == [*sorted(KINDS), "all"]
     healthy = {d.healthy for d in found}
     assert len(healthy) == 1 and healthy != {0}
     assert sum({d.group: d.lesions for d in found if d.group != "all"}.values()) == 16 - healthy.pop()

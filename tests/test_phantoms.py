@@ -161,6 +161,12 @@ def test_a_cohort_from_before_there_were_kinds_has_bright_lesions(cohort, tmp_pa
     make_brains(tmp_path / "brains", **words)
 
 
+def test_the_log_says_how_masks_are_used(cohort, caplog):
+    with caplog.at_level("INFO"):
+        make_brains(cohort, count=4, seed=7, spacing=SPACING, lesions=1.0)
+    assert f'--mask_dir {cohort.with_name("brains_masks")} --mask_pattern "*_lesions.nii.gz"' in caplog.messages[-1]
+
+
 def test_lesions_is_a_probability():
     some = [brain_phantom(index, spacing=16.0, lesions=0.5).mask.any() for index in range(1, 13)]
     assert 2 < sum(some) < 10

@@ -6,8 +6,11 @@ import csv
 import json
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from conftest import run_bundle
@@ -78,6 +81,30 @@ def test_reconstruct_takes_all_from_the_run(run_dir):
     settings = json.loads((run_dir / "eval" / "reconstruct.json").read_text())
     assert settings["network_def"]["spatial_shape"] == [8, 8, 8]
     assert settings["network_def"]["num_latents"] == [1, 1, 2]  # as the run's command line had it
+
+
+def test_interpolate_and_impute_take_scans_that_were_held_out(run_dir, tmp_path):
+    words = ("--run_dir", run_dir, "--figures", False)
+    done = run_bundle(*words, "--output_dir", tmp_path / "a", "--steps", 2, run_id="interpolate", configs=INFERENCE)
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "a" / "interpolate.json").read_text())
+    assert len({settings["first"], settings["second"]} & {f"crc32 {crc(path)}" for path in held_out(run_dir)}) == 2
+    masked = Path(held_out(run_dir)[1])
+    scan = nib.load(masked)
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[8:12, 8:12, 8:12] = 1
+    (tmp_path / "masks").mkdir()
+    nib.save(nib.Nifti1Image(mask, scan.affine), tmp_path / "masks" / masked.name.replace("FLAIR", "hole"))
+    words = (*words, "--mask_dir", tmp_path / "masks", "--mask_pattern", "*_hole.nii.gz", "--draws", 2)
+    done = run_bundle(*words, "--output_dir", tmp_path / "b", run_id="impute", configs=INFERENCE)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 6 scan(s) have no mask" in done.stderr
+    stem = masked.name.removesuffix(".nii.gz")
+    assert len(list((tmp_path / "b").glob("*.nii.gz"))) == len(list((tmp_path / "b").glob(f"{stem}_imputed_*"))) == 4
+
+
+def crc(path: str) -> str:
+    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
 
 
 def test_preprocessing_is_the_runs(run_dir):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scripts.inference.lesions import DETECTORS, GRIDS, LesionCounts, edges, ordered
 
-__all__ = ["Detection", "average_precision", "best", "detect", "roc_area", "scan_rows", "sentences", "table"]
+__all__ = ["Detection", "average_precision", "best", "by_kind", "detect", "roc_area", "scan_rows", "sentences", "table"]
 
 FALSE_SHARE = 1e-3  # of the healthy scans' voxels that a threshold marks
 NUMBERS = {"average_precision": "average precision of voxels", "dice": "Dice of voxels", "auroc": "AUROC of scans"}
@@ -97,6 +97,14 @@ def resampled(sick: np.ndarray, repeats: int, seed: int) -> np.ndarray:
     return weights
 
 
+def by_kind(scans: Sequence[LesionCounts]) -> dict[str, list[bool]]:
+    """Groups for :func:`detect`: the scans of each kind together with the healthy ones, and all of them."""
+    kinds = sorted({scan.kind for scan in scans if scan.mask == "lesions"} - {""})
+    groups = {kind: [scan.kind == kind or scan.mask != "lesions" for scan in scans] for kind in kinds}
+    one_for_all = len(groups) == 1 and all(groups[kinds[0]])
+    return groups if one_for_all else groups | {"all": [True] * len(scans)}
+
+
 def detect(
     scans: Sequence[LesionCounts], groups: Mapping[str, Sequence[bool]], repeats: int = 1000, seed: int = 0
 ) -> list[Detection]:
@@ -169,9 +177,9 @@ def scan_rows(scans: Sequence[LesionCounts]) -> tuple[list[str], list[list[str |
                     values[:2] = [np.nan, np.nan]
                 sizes = [int(positive.sum()), int((positive + negative).sum())]
                 cells = ["" if np.isnan(value) else f"{float(value):.6g}" for value in values]
-                rows.append([scan.name, scan.mask, grid, what, order, *sizes, *cells])
-    columns = ["image", "mask", "grid", "map", "order", "lesion_voxels", "voxels", "average_precision", "dice", "score"]
-    return columns, rows
+                rows.append([scan.name, scan.mask, scan.kind, grid, what, order, *sizes, *cells])
+    sizes, measures = ["lesion_voxels", "voxels"], ["average_precision", "dice", "score"]
+    return ["image", "mask", "kind", "grid", "map", "order", *sizes, *measures], rows
 
 
 def best(found: Sequence[Detection]) -> list[Detection]:

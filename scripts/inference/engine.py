@@ -23,6 +23,7 @@ from monai.inferers import Inferer
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
 from scripts.data.datalist import list_sides
+from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.layouts import ScanLayout
@@ -32,7 +33,7 @@ from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.files import write_csv, write_text
-from scripts.utils.names import image_path, item_files, item_path
+from scripts.utils.names import image_files, image_path, item_files, item_path
 from torch import Tensor
 
 __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
@@ -41,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
-    """A scan that could not be read, and why."""
+    """A scan that could not be read, and why, as half a sentence; ``image`` is relative to the data set in the end."""
 
-    name: str
+    image: str
     reason: str
 
 
@@ -71,7 +72,7 @@ class Failures:
         if idist.get_rank() == 0:
             if found:
                 write_csv(self.path, Failure._fields, found)
-                logger.error("%d scan(s) failed, see '%s'. The first: %s", len(found), self.path, found[0].reason)
+                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(found), self.path, *found[0])
             else:
                 self.path.unlink(missing_ok=True)
         distributed.stop()
@@ -136,14 +137,14 @@ class _ReadOrFail(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any] | Failure:
         index = self.indices[position]
-        name = item_path(self.dataset.data[index])
+        item = self.dataset.data[index]
         try:
-            return {**self.dataset[index], "name": name}
+            return {**self.dataset[index], "name": item_path(item)}
         except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
             cause = error if isinstance(error, ScanError) else error.__cause__
             if not isinstance(cause, ScanError):
                 raise
-            return Failure(name, str(cause))
+            return Failure(item_path(item), as_reason(str(cause), item_files(item)))
 
 
 class ScanEvaluator(Evaluator):
@@ -283,11 +284,11 @@ class ScanEvaluator(Evaluator):
             logger.info("Of %d scans, %d are finished already.", total, total - self.pending)
         if self.remaining:
             super().run()
-        idist.barrier()
+        failed = idist.all_reduce(len(self.failures.found))  # a barrier, too
         if idist.get_rank() == 0:
             if self.summary is not None:
                 self.summary([item_path(item) for item in self.dataset.data])
-            logger.info("Results: '%s'.", self.output_dir)
+            logger.info("Results of %d of %d scan(s): '%s'.", total - failed, total, self.output_dir)
 
     def _relative(self, name: str) -> str:
         try:
@@ -313,7 +314,7 @@ class ScanEvaluator(Evaluator):
     def _iteration(self, engine: Engine, batchdata: Sequence[dict | Failure]) -> dict[str, Any]:
         for failure in batchdata:
             if isinstance(failure, Failure):
-                self.failures.add(failure)
+                self.failures.add(failure._replace(image=self._relative(failure.image)))
         items = [item for item in batchdata if not isinstance(item, Failure)]
         if not items:
             return {}
@@ -334,7 +335,8 @@ class ScanEvaluator(Evaluator):
             except RuntimeError as error:
                 if not isinstance(error.__cause__, ScanError):
                     raise
-                self.failures.add(Failure(item["name"], str(error.__cause__)))
+                reason = as_reason(str(error.__cause__), image_files(item.get("image")))
+                self.failures.add(Failure(self._relative(item["name"]), reason))
         return {}
 
     def _warn_of_place(self, image: Any) -> None:

@@ -22,6 +22,7 @@ from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import image_quality
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
+from scripts.training.checkpoints import DEFAULT_WEIGHTS
 from scripts.training.metrics import PER_SCAN
 from scripts.training.precision import autocast
 from scripts.training.trainer import VDVAEEvaluator
@@ -44,7 +45,8 @@ def prepare(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
     if not Path(ckpt).is_file():
         raise FileNotFoundError(
             f"ckpt '{ckpt}' does not exist: set --ckpt to the weights to evaluate, such as the checkpoints/model.pt of "
-            "a training run."
+            "a training run. "
+            f"{DEFAULT_WEIGHTS}"
         )
     Path(evaluation_dir).mkdir(parents=True, exist_ok=True)
 

@@ -38,7 +38,7 @@ class HideMissingd(MapTransform):
         mask: key of the mask's path.
 
     Raises:
-        ScanError: when the mask is missing, cannot be read, lies on another grid than its scan, or marks nothing or
+        ScanError: when the mask cannot be read, lies on another grid than its scan, or marks nothing or
             everything.
     """
 
@@ -57,13 +57,8 @@ class HideMissingd(MapTransform):
             d[key] = MetaTensor(torch.where(missing, background, scan.as_tensor())).copy_meta_from(scan)
         return d
 
-    def _read(self, path: str | None, scan: MetaTensor) -> Tensor:
+    def _read(self, path: str, scan: MetaTensor) -> Tensor:
         name = image_path(scan)
-        if path is None:
-            raise ScanError(
-                f"'{name}' has no mask: put one in mask_dir under the scan's name, as scan_pattern and mask_pattern "
-                "say, or leave the scan out with --scan_pattern."
-            )
         missing = read_mask(path, scan)
         if not missing.any():
             raise ScanError(f"The mask '{path}' is empty (no voxel is above 0): nothing is missing from '{name}'.")

@@ -16,6 +16,7 @@ from scripts.inference.engine import list_scans
 from scripts.inference.inferers import moving_levels
 from scripts.inference.layouts import VOLUME, ScanLayout, scan_stem
 from scripts.inference.outputs import file_names, from_zero_to_one, split_channels
+from scripts.inference.training_run import TrainingRun
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
@@ -29,23 +30,29 @@ logger = logging.getLogger(__name__)
 
 
 def list_pair(
-    scans_between: Sequence[Any] | None, dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]
+    scans_between: Sequence[Any] | None,
+    dataset_dir: str | os.PathLike,
+    scan_pattern: str | Sequence[str],
+    training_run: TrainingRun | None = None,
 ) -> list[dict[str, Any]]:
     """The two scans to interpolate between, as the one item of a data set: ``[{"image": first, "second": second}]``.
 
     Args:
         scans_between: paths of the two, each a list of paths where a scan has several channels. None: the first two of
             ``dataset_dir``.
-        dataset_dir, scan_pattern: see :func:`scripts.inference.engine.list_scans`.
+        dataset_dir, scan_pattern, training_run: see :func:`scripts.inference.engine.list_scans`.
 
     Raises:
         ValueError: when there are not two.
         FileNotFoundError: when one does not exist.
     """
     if scans_between is None:
-        scans = [scan["image"] for scan in list_scans(dataset_dir, scan_pattern)[:2]]
+        scans = [scan["image"] for scan in list_scans(dataset_dir, scan_pattern, training_run)[:2]]
         if len(scans) < 2:
-            raise ValueError(f"dataset_dir '{dataset_dir}' holds one scan alone: set --scans_between to two scans.")
+            held_out = " that was held out" if training_run and dataset_dir == training_run.datalist else ""
+            raise ValueError(
+                f"dataset_dir '{dataset_dir}' holds one scan alone{held_out}: set --scans_between to two scans."
+            )
     elif isinstance(scans_between, str) or len(scans_between) != 2:
         raise ValueError(
             f"scans_between is {scans_between!r}: give the paths of two scans, as in "

@@ -61,12 +61,14 @@ class LesionCounts(NamedTuple):
         voxels: by grid and by what was counted (``anomaly``, ``intensity``), int32 ``[2, BINS]``: other voxels of the
             foreground, and those of lesions.
         scores: by grid, the 99.9th percentile in the foreground as each of ``DETECTORS`` orders it.
+        kind: of its lesions, ``none`` for a healthy scan; empty where it is not known.
     """
 
     name: str
     mask: str
     voxels: dict[str, dict[str, np.ndarray]]
     scores: dict[str, np.ndarray]
+    kind: str = ""
 
     @classmethod
     def load(cls, name: str, path: Any) -> LesionCounts:

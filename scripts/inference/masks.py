@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +15,99 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple
-from scripts.data.datalist import as_text, find_by_wildcards, find_scans
+from scripts.data.datalist import find_by_wildcards
+from scripts.data.patterns import compile_pattern, fill_pattern
 from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
 from scripts.inference.outputs import scaling_of
+from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
 
-__all__ = ["FitLike", "pair_masks", "read_mask", "scaled_like"]
+__all__ = ["FitLike", "pair_masks", "read_kinds", "read_mask", "scaled_like"]
+
+logger = logging.getLogger(__name__)
+
+KINDS_FILE = "kinds.csv"  # in the folder of the masks
 
 
 def pair_masks(
-    dataset_dir: str | os.PathLike,
+    scans: Sequence[Mapping[str, Any]],
+    root: str | os.PathLike,
     scan_pattern: str | Sequence[str],
     mask_dir: str | os.PathLike | None,
     mask_pattern: str | None = None,
+    masked_only: bool = False,
 ) -> list[dict[str, Any]]:
-    """The scans of a folder, each with the mask for which the same text stands in place of the patterns' wildcards.
+    """Give each scan the mask for which the same text stands in place of the patterns' wildcards.
 
     Args:
-        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the
-            first names the scan.
+        scans: items of a data set.
+        root: the folder that their names are relative to.
+        scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the first names the
+            scan.
         mask_dir: the folder that holds the masks.
         mask_pattern: of the masks; None: that of the scans.
+        masked_only: leave out scans without a mask, and log how many.
 
     Returns:
-        ``[{"image": path, "mask": path}, ...]``; the mask is None where there is none.
+        The items with ``mask``, a path, or None where there is none.
 
     Raises:
         ValueError: when ``mask_dir`` is None.
-        FileNotFoundError, NotADirectoryError: when a folder does not exist, nothing matches, or no scan has a mask.
+        FileNotFoundError, NotADirectoryError: when the folder does not exist, nothing matches, or no scan has a mask.
     """
     if mask_dir is None:
         raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
-    root, masks_root = Path(dataset_dir).expanduser(), Path(mask_dir).expanduser()
-    if root.suffix == ".json":
-        raise NotADirectoryError(
-            f"dataset_dir '{root}' is a datalist, but masks are paired with the scans of a folder: set --dataset_dir "
-            "to the folder, and choose among its scans by --scan_pattern."
-        )
-    scans = find_scans(root, scan_pattern)
+    masks_root = Path(mask_dir).expanduser()
     if not masks_root.is_dir():
         raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
     scan_pattern = ensure_tuple(scan_pattern)[0]
     mask_pattern = mask_pattern or scan_pattern
-    wildcards = {name: key for key, name in find_by_wildcards(root, scan_pattern).items()}
     masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
-    items = []
+    texts_of, items, texts = compile_pattern(scan_pattern, "scan_pattern"), [], None
     for scan in scans:
-        paths = ensure_tuple(scan)
-        name = masks.get(wildcards[paths[0].relative_to(root).as_posix()])
-        items.append({"image": as_text(scan), "mask": None if name is None else str(masks_root / name)})
-    if all(item["mask"] is None for item in items):
+        found = texts_of(Path(os.path.relpath(Path(item_path(scan)).expanduser(), root)).as_posix())
+        texts = texts or found
+        items.append({**scan, "mask": str(masks_root / masks[found]) if found in masks else None})
+    unmasked = [item for item in items if item["mask"] is None]
+    if len(unmasked) == len(items):
+        sought = f", such as '{masks_root / fill_pattern(mask_pattern, texts)}'" if texts else ""
         raise FileNotFoundError(
-            f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match {len(items)} "
-            f"scan(s) and {len(masks)} mask(s), but never with the same text in place of their wildcards, as "
-            f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}' show."
+            f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match "
+            f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}', but a mask must have its scan's "
+            f"text in place of the wildcards{sought}: set both patterns so that they differ from each other as the "
+            "names do."
         )
+    if masked_only and unmasked:
+        logger.warning(
+            "%d of %d scan(s) have no mask, such as '%s': they are left out.",
+            *(len(unmasked), len(items), item_path(unmasked[0])),
+        )
+        return [item for item in items if item["mask"] is not None]
     return items
+
+
+def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, str]:
+    """Of what kind each scan's lesions are, by ``kinds.csv`` beside the masks, with columns ``scan`` and ``kind``.
+
+    Args:
+        mask_dir: the folder of the masks.
+        scans: paths, whose files' names are what the table has, or go on after it with ``_``.
+
+    Returns:
+        The kind of each of them; an empty text where nothing is said of it.
+    """
+    path = Path(mask_dir).expanduser() / KINDS_FILE
+    if not path.is_file():
+        return dict.fromkeys(scans, "")
+    with path.open(newline="", encoding="utf-8") as file:
+        known = {row.get("scan"): row.get("kind") or "" for row in csv.DictReader(file)}
+    kinds = {}
+    for scan in scans:
+        parts = without_image_suffix(Path(scan).name).split("_")
+        names = ("_".join(parts[:count]) for count in range(len(parts), 0, -1))
+        kinds[scan] = next((known[name] for name in names if name in known), "")
+    return kinds
 
 
 def read_mask(path: str, scan: MetaTensor) -> Tensor:

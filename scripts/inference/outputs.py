@@ -239,14 +239,12 @@ def read_row(path: Path) -> dict[str, float]:
 
 
 def report_latents(network: VDVAE) -> None:
-    """Log how many numbers the latents of a scan are, level by level, beside its voxels."""
-    voxels = network.in_channels * math.prod(network.spatial_shape)
+    """Log how many numbers the latents of a scan are, level by level, beside those of its voxels."""
+    voxels, channels = math.prod(network.spatial_shape), network.in_channels
+    numbers, of = channels * voxels, f"{voxels} voxels" + (f" in {channels} channels" if channels > 1 else "")
     for level in sorted(set(network.latent_levels), reverse=True):
         count = sum(map(math.prod, network.latent_grids()[: latents_up_to(network, level)]))
         logger.info(
-            "Latents of grids up to %s: %d numbers per scan, compression %.3g : 1 (of %d voxels).",
-            grid_name(network.grids()[level]),
-            count,
-            voxels / count,
-            voxels,
+            "Latents of grids up to %s: %d numbers per scan, compression %.3g : 1 (of %s).",
+            *(grid_name(network.grids()[level]), count, numbers / count, of),
         )

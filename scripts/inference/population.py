@@ -64,6 +64,14 @@ def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: V
     return PopulationPrior.load(content).to(next(network.parameters()).device)
 
 
+def report_prior(prior: PopulationPrior | None, file: str | os.PathLike | None) -> None:
+    """Log from which prior samples are drawn."""
+    if prior is None:
+        logger.info("Samples are drawn from the network's own prior.")
+    else:
+        logger.info("Samples are drawn from the population prior '%s', of %d factors.", file, prior.factors)
+
+
 def scans_to_fit(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str]) -> tuple[list[dict], list[dict]]:
     """The scans to fit a population prior to, and those to choose its size by, where a datalist has them.
 

@@ -15,6 +15,7 @@ from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts
+from scripts.inference.masks import read_kinds
 from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
@@ -38,6 +39,7 @@ class ScoreSummary:
         columns: what tables say of a scan.
         read: transforms that read a scan and turn it to RAS, for the picture.
         figures: False draws no picture.
+        mask_dir: the folder of the masks, see :func:`scripts.inference.masks.read_kinds`.
         unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
     """
 
@@ -49,12 +51,14 @@ class ScoreSummary:
         columns: ScanColumns,
         read: Sequence[Callable],
         figures: bool = True,
+        mask_dir: str | os.PathLike | None = None,
         unmasked_healthy: bool = False,
     ) -> None:
         self.output_dir, self.layout = Path(output_dir), layout
         self.columns = columns
         self.items = {item_path(item): item for item in scans}
         self.read, self.figures, self.unmasked_healthy = Compose(read), figures, unmasked_healthy
+        self.mask_dir = mask_dir
 
     def __call__(self, scans: Sequence[str]) -> None:
         """Write all, given the paths of the scans, in the order of the tables."""
@@ -95,8 +99,12 @@ class ScoreSummary:
 
     def _find_lesions(self, scans: Sequence[str]) -> None:
         layout = self.layout("lesions", ".npz")
-        found = ((layout.relative(scan), layout.path(scan)) for scan in scans)
-        counts = [LesionCounts.load(name, path) for name, path in found if path.exists()]
+        kinds = read_kinds(self.mask_dir, scans)
+        counts = [
+            LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan])
+            for scan in scans
+            if layout.path(scan).exists()
+        ]
         unmasked = [scan for scan in counts if scan.mask == "none"]
         if unmasked:
             logger.warning(
@@ -113,8 +121,8 @@ class ScoreSummary:
         if not counts:
             return
         write_csv(self.output_dir / "lesions.csv", *detection.scan_rows(counts))
-        detected = detection.detect(counts, {"all": [True] * len(counts)})
+        detected = detection.detect(counts, detection.by_kind(counts))
         said = detection.sentences(detected)
         write_text(self.output_dir / "lesions.md", "\n\n".join([detection.table(detected), *said]) + "\n")
-        for sentence in said:
+        for sentence in detection.sentences([d for d in detected if d.group == detected[-1].group]):
             logger.info("Lesions: %s", sentence)

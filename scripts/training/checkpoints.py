@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 LATEST = "checkpoint.pt"
 DAMAGED = "damaged_checkpoint.pt"
+DEFAULT_WEIGHTS = "The bundle's own are looked for in models/ under --bundle_root."
 STREAK = 5  # skipped updates in a row, which are no longer the fault of a scan or two
 
 
@@ -129,7 +130,8 @@ def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) 
     except RuntimeError as error:
         raise CheckpointError(
             f"'{path}' is of another architecture than network_def ({_first_difference(state, network.state_dict())}): "
-            "use the config that it was trained with (inference takes it from the run by --run_dir), or another file."
+            "use the config that it was trained with (inference takes it from the run by --run_dir), or another file. "
+            f"{DEFAULT_WEIGHTS}"
         ) from error
 
 
@@ -142,7 +144,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights '{path}' do not exist: set --weights (in training) or --ckpt to a model.pt.")
+        raise FileNotFoundError(
+            f"weights '{path}' do not exist: set --weights (in training) or --ckpt to a model.pt. {DEFAULT_WEIGHTS}"
+        )
     state = read_archive(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
