@@ -192,6 +192,11 @@ def test_kl_per_latent_is_brighter_where_a_latent_lives(tmp_path):
     assert column[height // 3] < 0.1 < 0.5 < column[2 * height // 3]
 
 
+def test_cells_around_updates_begin_at_0():
+    assert plots._edges(np.array([0.0])).tolist() == [0, 0.5]
+    assert plots._edges(np.array([2.0, 8.0, 12.0])).tolist() == [0, 5, 10, 14]
+
+
 REFUSED = [
     (lambda p: figures.reconstructions(p, [scan(8, 8)], [], [scan(8, 8)], ["a"], (-1, 1)), "as many of each.*0 locs"),
     (lambda p: figures.reconstructions(p, [], [], [], [], (-1, 1)), "images is empty"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from ignite.engine import Engine
 from torch.utils.data import DataLoader
 
-from scripts.training.schedule import learning_rate_factor, log_plan, updates_per_epoch
+from scripts.training.schedule import TimeEstimate, duration, learning_rate_factor, log_plan, updates_per_epoch
 
 
 def rates(warmup: int, decay: float, updates: int) -> list[float]:
@@ -54,10 +57,8 @@ def test_the_log_says_whom_a_run_trains_on_and_how_long(caplog):
     datalist = {"training": [*visits, {"image": "c.nii", "subject": "sub-3"}], "validation": [{"image": "d.nii"}]}
     loader = DataLoader(datalist["training"], batch_size=2, drop_last=True)
     with caplog.at_level("INFO"):
-        log_plan(datalist, loader, 2, 3000, 0.01, 20, 0.5, 150)
+        log_plan(5, loader, 2, 3000, 0.01, 20, 0.5, 150)
     assert caplog.messages == [
-        "Training: 5 scans of 3 subjects in 4 sessions.",
-        "Validation: 1 scan.",
         "1 update(s) per epoch of 4 scans each (1 scan(s) that fill no batch are left out, others in each epoch), "
         "3000 in 3000 epoch(s).",
         "Learning rate 0.01 from update 20 on, falling to 0 from update 1500 on; the KL divergence counts in full from "
@@ -66,10 +67,45 @@ def test_the_log_says_whom_a_run_trains_on_and_how_long(caplog):
     ]
 
 
+def own_messages(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("scripts.")]
+
+
+def test_a_run_says_how_long_it_will_take(caplog, monkeypatch):
+    clock = iter((0, 30, 60, 120))  # the start, the first batch, another hundred, the end of the epoch
+    monkeypatch.setattr("scripts.training.schedule.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    trainer = Engine(lambda engine, batch: None)
+    TimeEstimate().attach(trainer)
+    with caplog.at_level("INFO"):
+        trainer.run([0] * 300, max_epochs=5)
+    assert own_messages(caplog) == [
+        "100 batches took 30 s: about 7 min to go, without validation.",
+        "Epoch 1 took 2 min, with all that is done at its end: about 8 min to go.",
+    ]
+
+
+def test_a_resumed_run_says_it_after_what_is_left_of_an_epoch(caplog, monkeypatch):
+    clock = iter((0, 10, 3600))
+    monkeypatch.setattr("scripts.training.schedule.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    trainer = Engine(lambda engine, batch: None)
+    trainer.load_state_dict({"iteration": 6, "epoch_length": 4, "max_epochs": 4})
+    TimeEstimate().attach(trainer)
+    with caplog.at_level("INFO"):
+        trainer.run([0] * 4, max_epochs=4)
+    assert own_messages(caplog) == ["Epoch 2 took 60 min, with all that is done at its end: about 4.0 h to go."]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5400, "1.5 h"), (172800, "2.0 days")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
 def test_a_run_that_is_too_short_is_told_how_long_to_be(caplog):
     loader = DataLoader([0] * 8, batch_size=2)
     with caplog.at_level("INFO"):
-        log_plan({"training": [{}] * 8, "validation": [{}]}, loader, 1, 10, 0.01, 0, 0.0, 150)
+        log_plan(8, loader, 1, 10, 0.01, 0, 0.0, 150)
     assert caplog.messages[-1] == (
         "40 updates are few, and end before the KL warm-up (150); the default network of 32³ takes some 2000: --epochs "
         "500 makes as many."

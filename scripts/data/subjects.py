@@ -6,9 +6,10 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["session_name", "split_by_subject", "subject_names", "subject_rule"]
+__all__ = ["cohort_summary", "session_name", "split_by_subject", "subject_names", "subject_rule"]
 
 # BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
 # numbers participant_field_instance_array, where the instance is the visit.
@@ -111,3 +112,14 @@ def split_by_subject(
     count = min(max(round(train_fraction * len(all_subjects)), 1), len(all_subjects) - 1)
     training = set(all_subjects[:count])
     return [i for i in order if subjects[i] in training], [i for i in order if subjects[i] not in training]
+
+
+def cohort_summary(items: Sequence[Mapping[str, Any]]) -> str:
+    """Numbers of scans, subjects and sessions, such as ``96 scans of 40 subjects in 90 sessions``."""
+    text = f"{len(items)} scan{'s' * (len(items) != 1)}"
+    subjects = {item["subject"] for item in items if item.get("subject") not in (None, "")}
+    if not subjects:
+        return text
+    sessions = {(item["subject"], item["session"]) for item in items if item.get("session") not in (None, "")}
+    text += f" of {len(subjects)} subject{'s' * (len(subjects) != 1)}"
+    return text + (f" in {len(sessions)} session{'s' * (len(sessions) != 1)}" if sessions else "")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable
 
 import ignite.distributed as idist
+from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader
 
-__all__ = ["learning_rate_factor", "log_plan", "updates_per_epoch"]
+__all__ = ["TimeEstimate", "learning_rate_factor", "log_plan", "updates_per_epoch"]
 
 logger = logging.getLogger(__name__)
 
 ENOUGH_UPDATES = 2000  # below, networks of 32³ still get better fast: docs/training.md
+
+FIRST_BATCHES = 100  # of a long epoch, after which it is known how long the run takes
+UNITS = ((2 * 86400, 86400, "days"), (5400, 3600, "h"), (90, 60, "min"))  # from how many seconds on each is used
 
 
 def updates_per_epoch(batches: int, accumulation_steps: int = 1) -> int:
@@ -52,7 +56,7 @@ def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[i
 
 
 def log_plan(
-    datalist: Mapping[str, Sequence[Mapping[str, Any]]],
+    scans: int,
     dataloader: DataLoader,
     accumulation_steps: int,
     epochs: int,
@@ -61,10 +65,10 @@ def log_plan(
     learning_rate_decay: float,
     kl_warmup: int,
 ) -> None:
-    """Log, on rank 0, whom a run trains on and over how many updates its schedule goes.
+    """Log, on rank 0, over how many updates a run goes, and its schedule.
 
     Args:
-        datalist: both sides, of items that may name their ``subject`` and ``session``.
+        scans: to train on.
         dataloader: of this process's share of the training scans.
         accumulation_steps: batches that make an update.
         epochs: of the whole run.
@@ -73,9 +77,6 @@ def log_plan(
     """
     if idist.get_rank() > 0:
         return
-    for side in ("training", "validation"):
-        logger.info("%s: %s.", side.capitalize(), cohort_summary(datalist[side]))
-    scans = len(datalist["training"])
     batch_size = dataloader.batch_size * idist.get_world_size()
     per_epoch = updates_per_epoch(len(dataloader), accumulation_steps)
     updates = epochs * per_epoch
@@ -105,12 +106,54 @@ def log_plan(
         )
 
 
-def cohort_summary(items: Sequence[Mapping[str, Any]]) -> str:
-    """Numbers of scans, subjects and sessions, such as ``96 scans of 40 subjects in 90 sessions``."""
-    text = f"{len(items)} scan{'s' * (len(items) != 1)}"
-    subjects = {item["subject"] for item in items if item.get("subject") not in (None, "")}
-    if not subjects:
-        return text
-    sessions = {(item["subject"], item["session"]) for item in items if item.get("session") not in (None, "")}
-    text += f" of {len(subjects)} subject{'s' * (len(subjects) != 1)}"
-    return text + (f" in {len(sessions)} session{'s' * (len(sessions) != 1)}" if sessions else "")
+class TimeEstimate:
+    """Log, on rank 0, how long a run will take: after its first epoch, and in a long one after 100 batches too."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[float, int] | None = None  # seconds, batches
+
+    def attach(self, engine: Engine) -> None:
+        """Attach after all that takes time at the end of an epoch: validation, figures, checkpoints."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
+
+    def _start(self, engine: Engine) -> None:
+        if self._begun is None:
+            self._begun = self._first = (time.monotonic(), engine.state.iteration)
+            self._epoch = engine.state.epoch
+
+    def _after_batch(self, engine: Engine) -> None:
+        state, batches = engine.state, engine.state.iteration - self._begun[1]
+        if batches == 1:
+            self._first = (time.monotonic(), state.iteration)  # what starts once is over
+        elif batches == 1 + FIRST_BATCHES and state.epoch == self._epoch and state.epoch_length > 2 * FIRST_BATCHES:
+            seconds, left = self._left(engine, *self._first)
+            logger.info(
+                "%d batches took %s: about %s to go, without validation.",
+                *(FIRST_BATCHES, duration(seconds), duration(left)),
+            )
+
+    def _after_epoch(self, engine: Engine) -> None:
+        if engine.state.epoch == self._epoch < engine.state.max_epochs:
+            seconds, left = self._left(engine, *self._begun)
+            logger.info(
+                "Epoch %d took %s, with all that is done at its end: about %s to go.",
+                *(self._epoch, duration(seconds), duration(left)),
+            )
+
+    @staticmethod
+    def _left(engine: Engine, since: float, batches: int) -> tuple[float, float]:
+        """Seconds that have passed since so many batches were done, and those to the end of the run."""
+        state, seconds = engine.state, time.monotonic() - since
+        left = state.max_epochs * state.epoch_length - state.iteration
+        return seconds, seconds / (state.iteration - batches) * left
+
+
+def duration(seconds: float) -> str:
+    """Such as ``45 s``, ``12 min``, ``3.5 h`` or ``4.2 days``."""
+    for least, size, unit in UNITS:
+        if seconds >= least:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds:.0f} s"

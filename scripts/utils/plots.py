@@ -149,9 +149,9 @@ def kl_per_latent(
     shown = np.ma.masked_invalid(np.maximum(density, KL_FLOOR)).T
     mesh = axes.pcolormesh(_edges(updates), np.arange(latents + 1), shown, norm=norm, cmap="magma", rasterized=True)
     colour_bar = figure.colorbar(mesh, ax=axes, location="left", pad=0.02, aspect=30, extend="min")
-    colour_bar.set_label(f"KL, nats per dimension (black: {KL_FLOOR:g} or less)")
+    colour_bar.set_label("KL, nats per dimension")
     axes.set_xlabel("updates")
-    axes.set_title("KL divergence of each latent, coarsest on top", fontsize=11)
+    axes.set_title(f"KL divergence of each latent, coarsest on top (black: {KL_FLOOR:g} or less)", fontsize=11)
 
     last = np.nan_to_num(kl[-1], posinf=0.0)
     bars.barh(np.arange(latents) + 0.5, last, height=0.8, color="tab:purple")
@@ -172,11 +172,14 @@ def kl_per_latent(
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
-    """Edges of the cells around rising points."""
+    """Edges of the cells around rising points, none below 0."""
     if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    between = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[1.5 * centres[0] - 0.5 * centres[1]], between, [1.5 * centres[-1] - 0.5 * centres[-2]]])
+        edges = np.array([centres[0] - 0.5, centres[0] + 0.5])
+    else:
+        between = (centres[1:] + centres[:-1]) / 2
+        ends = 1.5 * centres[[0, -1]] - 0.5 * centres[[1, -2]]
+        edges = np.concatenate([ends[:1], between, ends[1:]])
+    return np.maximum(edges, 0)
 
 
 def posteriors(path: str | os.PathLike, content: Mapping[str, Mapping[str, Any]], title: str) -> Path:
