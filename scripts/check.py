@@ -44,7 +44,7 @@ def check(
     spacing: float | Sequence[float] | None = None,
     field_of_view: float | Sequence[float] | None = None,
     orientation: str | None = None,
-    channels: int = 1,
+    channels: int | None = None,
     spatial_dims: int = 3,
     strict: bool = False,
 ) -> Report:
@@ -60,7 +60,7 @@ def check(
             most of the cohort has if not given.
         field_of_view: the extent in mm that is expected, likewise.
         orientation: the stored axes that are expected, such as ``RAS``; what most of the cohort has if not given.
-        channels: how many channels a scan must have.
+        channels: how many channels a scan must have; as many as there are patterns if not given.
         spatial_dims: how many spatial axes a scan must have, 2 or 3.
         strict: whether something suspicious is a failure too.
 
@@ -70,7 +70,11 @@ def check(
         ValueError: when an argument makes no sense.
         OSError: when a worker process was killed.
     """
+    if channels is None:
+        channels = 1 if isinstance(scan_pattern, str) else len(scan_pattern)
     _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
+    if not isinstance(scan_pattern, str) and len(scan_pattern) != channels:
+        raise ValueError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
     root = Path(str(dataset_dir)).expanduser()
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)

@@ -198,14 +198,18 @@ def read(datalist, tmp_path, policy, **expected):
 
 
 def test_skip_leaves_out_what_cannot_be_used_and_says_why(cohort, tmp_path, caplog):
-    kept = read(cohort, tmp_path, "skip", spacing=1.0)
+    with caplog.at_level("INFO"):
+        kept = read(cohort, tmp_path, "skip", spacing=1.0)
     assert kept == {"training": cohort["training"][:2], "validation": cohort["validation"]}
     with (tmp_path / "skipped.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [item["image"] for item in cohort["training"][2:]]
     assert "has voxels of 1×1×4 mm where 1×1×1 mm are expected" in rows[0]["reason"]
-    assert "is an empty file (0 bytes)" in rows[1]["reason"]
+    assert rows[1]["reason"] == "it is an empty file (0 bytes)"
     assert "2 scan(s) are left out" in caplog.text
+    assert "void.nii': it is an empty file (0 bytes)." in caplog.text
+    assert "leave it out" not in caplog.text
+    assert caplog.messages[-2:] == ["Training: 2 scans.", f"Validation: {len(cohort['validation'])} scan."]
 
 
 @pytest.mark.parametrize("policy", ["warn", "fail"])
@@ -233,8 +237,9 @@ def test_fail_ends_the_run_for_odd_scans(cohort, tmp_path):
 
 def test_a_side_of_which_nothing_is_left(cohort, tmp_path):
     cohort["validation"] = cohort["training"][-1:]
-    with pytest.raises(ScanError, match=r"No scan of the validation side can be used: the first reason is '.*void"):
+    with pytest.raises(ScanError, match=r"No scan of the validation side can be used. The first, '.*void"):
         read(cohort, tmp_path, "skip")
+    assert not (tmp_path / "skipped.csv").exists()
 
 
 def test_unknown_policy(cohort, tmp_path):

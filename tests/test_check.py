@@ -18,6 +18,7 @@ import SimpleITK
 from conftest import PROCESS, run_command, run_command_process
 
 from scripts.check import check
+from scripts.data.check_report import summary, table
 from scripts.phantoms import brain_phantom, make_ellipsoids
 
 SPACING = 8.0
@@ -256,12 +257,21 @@ def test_channels_of_several_files(dataset, tmp_path):
     for subject in ("sub-0000", "sub-0001"):
         for channel in ("T1w", "FLAIR"):
             shutil.copy(dataset[0] / f"{subject}_FLAIR.nii.gz", tmp_path / f"{subject}_{channel}.nii.gz")
-    report = check(tmp_path, ["*_T1w.nii.gz", "*_FLAIR.nii.gz"], tmp_path / "report", workers=1, channels=2)
+    patterns = ["*_T1w.nii.gz", "*_FLAIR.nii.gz"]
+    report = check(tmp_path, patterns, tmp_path / "report", workers=1)
     assert [scan.path for scan in report.scans] == [
         "sub-0000_T1w.nii.gz;sub-0000_FLAIR.nii.gz",
         "sub-0001_T1w.nii.gz;sub-0001_FLAIR.nii.gz",
     ]
     assert report.passed and not report.suffixes
+    (tmp_path / "sub-0001_T1w.nii.gz").write_text("no scan")
+    report = check(tmp_path, patterns, tmp_path / "report", workers=1)
+    lines = table(report.scans).splitlines()
+    assert lines[:2] == ["unusable    sub-0001_T1w.nii.gz", "            sub-0001_FLAIR.nii.gz"]
+    assert lines[2].startswith("              'sub-0001_T1w.nii.gz' cannot be read as an image (")
+    assert "--scan_policy skip" in summary(report) and "scripts.prepare" in summary(report)
+    with pytest.raises(ValueError, match="scan_pattern gives 2 channels, but channels is 3"):
+        check(tmp_path, patterns, tmp_path / "report", channels=3)
 
 
 def test_two_dimensions(dataset, tmp_path):

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import PROCESS, ROOT, STARTUP, bundle_words, run_bundle, run_command, run_command_process
+from conftest import PROCESS, ROOT, STARTUP, brain, bundle_words, run_bundle, run_command, run_command_process, save
+from joblib import Parallel, delayed
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
@@ -125,8 +126,47 @@ def test_an_error_of_a_loaders_process_is_found_in_its_traceback():
 def test_a_shape_of_too_few_axes_is_named(cohort, tmp_path):
     result = run_bundle("--dataset_dir", cohort, "--output_dir", tmp_path, "--spatial_shape", "[8,8]")
     assert sentences(result) == [
-        "Error: spatial_shape is [8, 8], but scans have 3 axes: give one number per axis, or one for all."
+        "Error: spatial_shape [8, 8] has 2 axes, but network_def has spatial_dims 3: give one size for each axis."
     ]
+    assert "scan" not in result.stderr.split("Error: ")[0].splitlines()[-1]  # none was read
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["--network_def#output_activation", "relu"], "network_def: output_activation is 'relu': choose one of 'tanh'"),
+        (
+            ["--scan_pattern", "['*_T1w.nii','*_FLAIR.nii']"],
+            "gives scans of 2 channels, such as '{0}/a_T1w.nii', but network_def has in_channels 1: set "
+            "--network_def#in_channels 2",
+        ),
+        (
+            ["--scan_pattern", "*_T1w.nii", "--network_def#in_channels", "2"],
+            "_T1w.nii' has 1 channel(s) where network_def has in_channels 2: set --network_def#in_channels 1, or "
+            "give --scan_pattern one pattern for each channel.",
+        ),
+    ],
+)
+def test_a_training_that_is_refused_says_so_before_it_reads_scans_and_leaves_nothing(tmp_path, words, refusal):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("a", "b", "c", "d", "e"):
+        for channel in ("T1w", "FLAIR"):
+            save(scans / f"{name}_{channel}.nii", brain()[0].numpy())
+    output = tmp_path / "out"
+    words = ("--dataset_dir", scans, "--output_dir", output, "--cache_dir", tmp_path / "cache", *words)
+    result = run_bundle(*words, "--scan_policy", "skip")
+    (said,) = sentences(result)
+    assert refusal.format(scans) in said
+    assert "reading training scans" not in result.stderr
+    assert [path.name for path in output.glob("*")] == []
+
+
+def test_a_refusal_in_a_process_of_joblibs_is_one_too():
+    error = raised(Parallel(n_jobs=2), [delayed(CheckScand)("image", spacing=-1.0)] * 2)
+    assert is_refusal(error)
+    assert sentence(error) == "expected_spacing is -1.0: give one number of mm above 0, or one per axis."
+    assert not is_refusal(raised(Parallel(n_jobs=2), [delayed(int)("x")] * 2))
 
 
 def test_an_expected_size_of_too_few_axes_is_named(cohort, tmp_path):

@@ -18,7 +18,14 @@ from scripts.check import check
 from scripts.data.cache import read_cohort
 from scripts.data.check_report import summary
 from scripts.data.geometry import fill_outside, foreground_place
-from scripts.data.scan_grid import ScanGrid, choose_grid, field_of_view_differences, find_alignment, place_differences
+from scripts.data.scan_grid import (
+    ScanGrid,
+    _Scan,
+    choose_grid,
+    field_of_view_differences,
+    find_alignment,
+    place_differences,
+)
 from scripts.data.transforms import CheckScand, FitShape, FitShaped, LoadScand, ScanError
 from scripts.networks import VDVAE
 from scripts.training.start import stored_grid
@@ -299,7 +306,9 @@ def test_what_counts_as_aligned(millimetres, upright, answer):
 
 def test_64_scans_of_a_cohort_are_read_always_the_same(monkeypatch):
     read = []
-    monkeypatch.setattr("scripts.data.scan_grid._read", lambda image, transforms: read.append(image))
+    geometry = {"foreground": None, "oblique": 0.0, "spacing": [1.0] * 3, "field_of_view": [9.0] * 3}
+    known = _Scan([[0.0] * 3, [9.0] * 3], geometry, 0)
+    monkeypatch.setattr("scripts.data.scan_grid._read", lambda image, transforms: read.append(image) or known)
     items = [{"image": f"{number}.nii"} for number in range(100)]
     for count in (100, 100, 20):
         choose_grid("auto", items[:count], [])
@@ -334,7 +343,8 @@ def test_scans_that_cannot_be_read_do_not_count(cohort, tmp_path):
     assert choose(tmp_path / "scans") == choose(cohort)
     for path in (tmp_path / "scans").glob("*.nii.gz"):
         path.write_bytes(b"")
-    assert choose(tmp_path / "scans") == ScanGrid()
+    with pytest.raises(ScanError, match=r"None of 1\d scan\(s\) can be used. The first: '.*' is an empty file"):
+        choose(tmp_path / "scans")
 
 
 def test_the_choice_is_kept_on_resume_whatever_has_changed(trained, centred, tmp_path):
@@ -394,7 +404,7 @@ def test_a_scan_without_a_brain_in_the_box_is_a_failure_that_says_so(boxes, trai
     words = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--ckpt", weights(trained[0]))
     result = run_bundle(*words, run_id="score", configs=INFERENCE)
     assert result.returncode == 1
-    assert "lost.nii.gz' has no brain in the box of the world" in (tmp_path / "out" / "failed.csv").read_text()
+    assert "lost.nii.gz,it has no brain in the box of the world" in (tmp_path / "out" / "failed.csv").read_text()
 
 
 def test_a_brain_that_the_box_cuts_is_named():
@@ -448,12 +458,12 @@ def test_the_check_of_a_data_set_says_what_training_would_do(cohort, centred, tm
         (centred[0] / "scans", "training fits each to the box of its own file."),
     ):
         report = check(scans, output_dir=tmp_path, workers=1)
-        line = summary(report).splitlines()[-2]
+        line = summary(report).splitlines()[-3]
         assert line.startswith("The centres of their foregrounds spread by ")
         assert line.endswith(answer)
     with (tmp_path / "report.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert np.std([float(row["foreground"].split("x")[1]) for row in rows]) > 10
+    assert np.std([float(row["foreground"].split()[1]) for row in rows]) > 10
     assert {row["sform_code"] for row in rows} == {"2"}
 
 

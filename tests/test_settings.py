@@ -1,8 +1,11 @@
 """What the command line may say, and what is kept of it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from filelock import FileLock, Timeout
 
 from scripts.utils.locks import claim_output_dir, release_output_dir
@@ -93,6 +96,22 @@ def test_the_config_is_left_in_the_output_folder(tmp_path):
 def test_an_output_folder_is_made(tmp_path):
     claim_output_dir(tmp_path / "a" / "b", tmp_path / "c", resume=False)
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(("work", "left"), [("", []), ("(folder / 'history.csv').touch()", ["history.csv"])])
+def test_a_run_that_ends_early_leaves_no_lock_and_no_empty_folder(tmp_path, work, left):
+    program = f"""
+from pathlib import Path
+from scripts.utils.locks import claim_output_dir
+folder = Path({str(tmp_path / "out")!r})
+claim_output_dir(folder, folder / "checkpoints", resume=False)
+assert [path.name for path in folder.iterdir()] == [".checkpoints.lock"]
+{work}
+raise ValueError("refused")
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "ValueError: refused" in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == [*["out"][: len(left)], *left]
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from conftest import brain, save
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientationd
 
+from scripts.data.reasons import as_reason
 from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
 
 
@@ -101,6 +102,27 @@ def test_channels_on_different_grids(tmp_path):
     paths = [save(tmp_path / f"{s}.nii", np.random.rand(8, 8, 8), np.diag([s, s, s, 1.0])) for s in (1, 2)]
     with pytest.raises(ScanError, match="cannot be the channels of one scan, since their grids or affines differ"):
         LoadScand("image")({"image": paths})
+
+
+def test_of_two_channels_the_broken_one_is_named(tmp_path):
+    good = save(tmp_path / "good.nii", brain()[0].numpy())
+    (tmp_path / "bad.nii").touch()
+    truncated_nii(tmp_path / "torn.nii")
+    constant, hole = np.ones((16, 16, 16)), brain()[0].numpy()
+    hole[3, 4, 5] = np.nan
+    for name, array in (("constant.nii", constant), ("hole.nii", hole)):
+        save(tmp_path / name, array)
+    for name, reason in (
+        ("bad.nii", "is an empty file"),
+        ("torn.nii", "cannot be read as an image"),
+        ("constant.nii", "is constant"),
+        ("hole.nii", "has 1 NaN or infinite voxel"),
+    ):
+        with pytest.raises(ScanError) as error:
+            CheckScand("image", 2)(LoadScand("image")({"image": [good, str(tmp_path / name)]}))
+        assert str(error.value).startswith(f"'{tmp_path / name}' {reason}")
+        assert good not in str(error.value)
+        assert as_reason(str(error.value), [good, tmp_path / name]).startswith(f"'{name}' {reason}")
 
 
 def test_scan_that_is_gone(tmp_path):

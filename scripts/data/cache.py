@@ -21,12 +21,14 @@ from monai.data import ImageReader, MetaTensor, PersistentDataset
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 from scripts.data import geometry
+from scripts.data.datalist import log_sides
+from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
 from scripts.utils.files import as_folder, check_archive, write_csv, write_whole
 from scripts.utils.formats import file_states
-from scripts.utils.names import CHANNEL_FILES, image_path, item_files
+from scripts.utils.names import CHANNEL_FILES, image_path, item_files, item_path
 from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = ["ScanCache", "read_cohort"]
@@ -199,15 +201,16 @@ def _select(
                 if policy != "skip":
                     broken.append(str(notes))
                     continue
-                skipped.append((side, item["image"], str(notes)))
+                skipped.append((side, item, as_reason(str(notes), item_files(item))))
                 continue
-            name = ", ".join(map(str, ensure_tuple(item["image"])))
+            name = item_path(item)
             elsewhere = place_differences(grid, notes["geometry"], notes["affine"], notes["shape"])
-            sentences = [f"'{name}': {difference}." for difference in [*notes["differences"], *elsewhere]]
+            found = [*notes["differences"], *elsewhere]
+            sentences = [f"'{name}': {difference}." for difference in found]
             if sentences and policy == "fail":
                 raise ScanError(f"{sentences[0]} scan_policy is 'fail'.")
             if sentences and policy == "skip":
-                skipped.append((side, item["image"], " ".join(sentences)))
+                skipped.append((side, item, "; ".join(found)))
                 continue
             noted += sentences
             other_views += [f"'{name}': {d}." for d in field_of_view_differences(grid, notes["geometry"])]
@@ -219,11 +222,13 @@ def _select(
     _warn_of("differ from what is expected, or have odd headers", noted)
     _warn_of_mixed_sizes(geometries)
     _warn_of("have another field of view", other_views)
-    if skipped:
-        _report_skipped(skipped, skipped_file)
     for side, items in kept.items():
         if datalist[side] and not items:
-            raise ScanError(f"No scan of the {side} side can be used: the first reason is {skipped[0][2]}")
+            item, reason = next((item, reason) for other, item, reason in skipped if other == side)
+            raise ScanError(f"No scan of the {side} side can be used. The first, '{item_path(item)}': {reason}.")
+    if skipped:
+        _report_skipped(skipped, skipped_file)
+        log_sides(kept)
     return kept
 
 
@@ -265,9 +270,9 @@ def _warn_of_mixed_sizes(geometries: Sequence[tuple[str, dict[str, Any]]]) -> No
         _warn_of(f"of {len(names)} have other voxel sizes than most", sentences)
 
 
-def _report_skipped(skipped: Sequence[tuple[str, Any, str]], path: str | os.PathLike | None) -> None:
-    _warn_of("are left out", [reason for _, _, reason in skipped])
+def _report_skipped(skipped: Sequence[tuple[str, dict, str]], path: str | os.PathLike | None) -> None:
+    _warn_of("are left out", [f"'{item_path(item)}': {reason}." for _, item, reason in skipped])
     if path is not None:
-        rows = ((side, ";".join(map(str, ensure_tuple(image))), reason) for side, image, reason in skipped)
+        rows = ((side, ";".join(item_files(item)), reason) for side, item, reason in skipped)
         write_csv(path, ("side", "image", "reason"), rows)
         logger.warning("All of them, with the reason: '%s'.", path)

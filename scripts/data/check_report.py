@@ -54,6 +54,8 @@ def _cell(name: str, value: Any) -> str:
         return ""
     if name == "reasons":
         return "; ".join(value)
+    if name == "foreground":
+        return " ".join(f"{v:.1f}" for v in value)
     if isinstance(value, list):
         return "x".join(f"{v:.6g}" for v in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -98,19 +100,19 @@ def _caption(scan: Scan) -> str:
 
 
 def table(scans: Iterable[Scan]) -> str:
-    """What is unusable or suspicious, worst first, as wide as the terminal; empty if nothing is."""
+    """What is unusable or suspicious, worst first: each path whole, below it the reasons; empty if nothing is."""
     bad = sorted((s for s in scans if s.verdict in VERDICTS[:2]), key=lambda s: VERDICTS.index(s.verdict))
     if not bad:
         return ""
     width = max(80, shutil.get_terminal_size((120, 24)).columns)
     verdict_width = max(map(len, VERDICTS[:2])) + 2
-    path_width = min(max(len(scan.path) for scan in bad[:TABLE]), (width - verdict_width) // 2)
     lines = []
     for scan in bad[:TABLE]:
-        path = scan.path if len(scan.path) <= path_width else "…" + scan.path[1 - path_width :]
-        head = f"{scan.verdict:<{verdict_width}}{path:<{path_width}}  "
-        reasons = textwrap.wrap("; ".join(scan.reasons), width - len(head))
-        lines += [head + reasons[0], *(" " * len(head) + line for line in reasons[1:])]
+        first, *others = scan.path.split(";")
+        reasons = textwrap.wrap("; ".join(scan.reasons), width - verdict_width - 2)
+        lines.append(f"{scan.verdict:<{verdict_width}}{first}")
+        lines += [" " * verdict_width + path for path in others]
+        lines += [" " * (verdict_width + 2) + line for line in reasons]
     if len(bad) > TABLE:
         lines.append(f"and {len(bad) - TABLE} more, see report.csv")
     return "\n".join(lines) + "\n"
@@ -137,5 +139,14 @@ def summary(report: Report) -> str:
         lines.append(f"Fewer than {MIN_COHORT} scans: they were not compared with each other.")
     if counts["unusable"] < len(report.scans):
         lines.append(_alignment([scan for scan in report.scans if scan.verdict != "unusable"]))
+    if counts["unusable"]:
+        lines.append(
+            "Training stops at scans that are unusable; with --scan_policy skip it leaves them out, and those with odd "
+            "headers."
+        )
+    lines.append(
+        "A skull is not looked for. Heads that have one, or are not aligned, are made ready by: python -m "
+        "scripts.prepare DIR --output_dir READY"
+    )
     lines.append(f"Report: '{report.folder / 'report.csv'}'. Look at '{report.folder / 'contact_sheet.png'}'.")
     return "\n".join(lines)

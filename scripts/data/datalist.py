@@ -8,20 +8,23 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.data.subjects import session_name, split_by_subject, subject_rule
+from scripts.data.patterns import compile_pattern
+from scripts.data.subjects import cohort_summary, session_name, split_by_subject, subject_rule
 from scripts.utils.files import write_text
 from scripts.utils.names import item_files, item_path
 
 __all__ = [
     "as_text",
     "check_batch_size",
+    "check_channels",
     "common_root",
     "find_by_wildcards",
     "find_scans",
+    "log_sides",
     "make_datalist",
     "write_datalist",
 ]
@@ -34,7 +37,6 @@ RESULT = re.compile(
     r"|_desc-(recon(to\d[0-9x]*)?|scale|zscore|anomaly|imputed(\d+|mean|std)|to[A-Za-z0-9]+step\d+)_[^_/]+\.nii(\.gz)?$"
     r"|(^|/)(sample_temperature=[^/]*|preview_\d+)\.nii\.gz$"
 )
-WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")
 SIDES = ("training", "validation", "testing")
 
 
@@ -114,7 +116,7 @@ def find_by_wildcards(
         FileNotFoundError: when nothing matches.
         ValueError: when ``pattern`` names no file.
     """
-    match = _compile_pattern(pattern, pattern_setting)
+    match = compile_pattern(pattern, pattern_setting)
     names = sorted(_walk(root, folders=pattern.endswith("/")))
     found = {key: name for name in names if (key := match(name)) is not None}
     scans = {key: name for key, name in found.items() if not RESULT.search(name)}
@@ -155,45 +157,6 @@ def _walk(root: Path, folders: bool) -> Iterator[str]:
         prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         prefix = "" if prefix == "./" else prefix
         yield from (prefix + name for name in (subfolders if folders else files) if not name.startswith("."))
-
-
-def _compile_pattern(pattern: str, setting: str) -> Callable[[str], tuple[str, ...] | None]:
-    """Make a function that matches relative posix paths, part by part from the right as ``PurePath.match`` does.
-
-    Returns:
-        A function that gives None for a path that does not match; else the folders above the pattern's parts, then the
-        text in place of each wildcard.
-    """
-    parts = [part for part in pattern.split("/") if part not in ("", ".")]
-    while parts and parts[0] == "**":  # any depth is searched already
-        parts.pop(0)
-    if not parts:
-        raise ValueError(f"{setting} '{pattern}' names no file: set --{setting} to one such as '*.nii.gz'.")
-    expressions = [_expression(part) for part in parts]
-    depth = len(parts)
-
-    def match(name: str) -> tuple[str, ...] | None:
-        pieces = name.split("/")
-        if len(pieces) < depth:
-            return None
-        found = [e.fullmatch(piece) for e, piece in zip(expressions, pieces[-depth:], strict=True)]
-        texts = [text for m in found if m for text in m.groups()]
-        return ("/".join(pieces[:-depth]), *texts) if all(found) else None
-
-    return match
-
-
-def _expression(part: str) -> re.Pattern:
-    """A glob on one part of a path, as a regular expression whose groups are its wildcards."""
-
-    def translate(text: str) -> str:
-        if text[0] == "[":
-            return f"([{'^' if text[1] == '!' else ''}{text[1:-1].removeprefix('!')}])"
-        return {"*": "(.*)", "?": "(.)"}[text]
-
-    # every other piece is a wildcard
-    pieces = [translate(text) if i % 2 else re.escape(text) for i, text in enumerate(WILDCARD.split(part))]
-    return re.compile("".join(pieces), re.DOTALL)
 
 
 def make_datalist(
@@ -248,7 +211,21 @@ def make_datalist(
     if batch_size is not None:
         check_batch_size(training, batch_size, of=len(training) + len(validation))
     logger.info("%d scan(s); subjects are recognised %s.", len(training) + len(validation), rule)
-    return {**sides, "training": training, "validation": validation}
+    datalist = {**sides, "training": training, "validation": validation}
+    log_sides(datalist)
+    subjects = {item["subject"] for item in [*training, *validation]}
+    if "validation" not in sides and len({item["subject"] for item in validation}) == 1 < len(subjects) - 1:
+        logger.info(
+            "One subject alone is held out, of whom numbers say little: --train_fraction 0.8 holds out %d.",
+            max(1, len(subjects) - round(0.8 * len(subjects))),
+        )
+    return datalist
+
+
+def log_sides(datalist: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Log how many scans, subjects and sessions each side of a datalist has."""
+    for side, items in datalist.items():
+        logger.info("%s: %s.", side.capitalize(), cohort_summary(items))
 
 
 def list_sides(
@@ -309,6 +286,24 @@ def check_batch_size(training: list, batch_size: int, of: int | None = None) -> 
             "(or the number of processes, whose batches it adds up), add scans, or raise --train_fraction or "
             "--max_scans."
         )
+
+
+def check_channels(datalist: Mapping[str, Sequence[Mapping[str, Any]]], channels: int) -> None:
+    """Refuse, before any scan is read, scans of another number of files than the network has channels.
+
+    One file may hold several channels, which is seen when it is read.
+
+    Raises:
+        ValueError: when scans of several files have more or fewer of them than ``channels``.
+    """
+    for item in itertools.chain(*datalist.values()):
+        files = len(item_files(item))
+        if isinstance(item["image"], list) and files != channels:
+            raise ValueError(
+                f"scan_pattern (or the datalist) gives scans of {files} channels, such as '{item_path(item)}', but "
+                f"network_def has in_channels {channels}: set --network_def#in_channels {files}, or name one pattern "
+                "for each channel."
+            )
 
 
 def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> None:

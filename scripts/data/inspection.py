@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import logging
-import re
 import warnings
 import zlib
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ import SimpleITK
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from scripts.data.geometry import describe
-from scripts.data.transforms import ADVICE, CheckScand, FitShape, LoadScand, ScanError
+from scripts.data.reasons import as_reason
+from scripts.data.transforms import CheckScand, FitShape, LoadScand, ScanError
 from scripts.utils.formats import NIFTI_SUFFIXES
 
 __all__ = ["THUMBNAIL", "VERDICTS", "Inspection", "Scan", "inspect_scan", "scan_picture"]
@@ -119,8 +119,9 @@ def inspect_scan(paths: list[Path], checks: CheckScand) -> Inspection:
     scan = Scan("")
     try:
         # root can read such a file, and would find it good (measured); other users cannot train on it
-        if any(path.exists() and not path.stat().st_mode & 0o444 for path in paths):
-            raise ScanError("its permissions let nobody read it")
+        hidden = [path for path in paths if path.exists() and not path.stat().st_mode & 0o444]
+        if hidden:
+            raise ScanError(f"'{hidden[0]}' has permissions that let nobody read it")
         image = _load(paths)
         _describe(scan, paths, image)
         checks({"image": image})
@@ -135,7 +136,7 @@ def inspect_scan(paths: list[Path], checks: CheckScand) -> Inspection:
         upright = _upright(image)
         return Inspection(scan, _digest(upright), _scaled(FitShape(THUMBNAIL)(upright)).astype(np.float16))
     except ScanError as error:
-        scan.flag("unusable", _without_name(str(error), paths))
+        scan.flag("unusable", as_reason(str(error), paths))
     except MemoryError:
         scan.flag("unusable", "its header asks for more memory than there is, so it is damaged, or far too large")
     except Exception as error:  # one scan in 40,000 must not end the reading of the others
@@ -198,7 +199,9 @@ def _check_checksums(paths: list[Path]) -> None:
                     while file.read(1 << 20):
                         pass
             except (OSError, EOFError, zlib.error):
-                raise ScanError("it can be read, but its gzip checksum is wrong or missing: it was damaged") from None
+                raise ScanError(
+                    f"'{path}' can be read, but its gzip checksum is wrong or missing: it was damaged"
+                ) from None
 
 
 def _flag_series(scan: Scan, paths: list[Path]) -> None:
@@ -235,10 +238,3 @@ def _scaled(image: MetaTensor) -> np.ndarray:
     low, high = pixels.min(axes, keepdims=True), np.percentile(pixels, 99.5, axis=axes, keepdims=True)
     high = np.where(high > low, high, pixels.max(axes, keepdims=True))  # nearly all of it is background
     return np.clip((pixels - low) / np.maximum(high - low, np.finfo(np.float32).tiny), 0, 1)
-
-
-def _without_name(sentence: str, paths: list[Path]) -> str:
-    """A loader's sentence as a reason: the row names the file already."""
-    if len(paths) == 1:
-        sentence = sentence.replace(f"'{paths[0]}'", "it").replace(str(paths[0]), paths[0].name)
-    return re.sub(rf"(?:[:;]|, or) {re.escape(ADVICE)}\.$", "", sentence).rstrip(".")

@@ -128,7 +128,10 @@ def _choose(
     sample = random.Random(0).sample(list(items), min(SAMPLE, len(items)))
     jobs = [delayed(_read)(item["image"], transforms) for item in sample]
     read = run_parallel(jobs, choose_workers(len(jobs), workers), "looking where the scans lie")
-    scans = [scan for scan in read if scan is not None]
+    found = list(read)
+    scans = [scan for scan in found if isinstance(scan, _Scan)]
+    if found and not scans:  # before a whole cohort is read in vain
+        raise ScanError(f"None of {len(found)} scan(s) can be used. The first: {found[0]}")
     geometries = [scan.geometry for scan in scans]
     centres = [geometry["foreground"]["centre"] for geometry in geometries if geometry["foreground"]]
     oblique = [geometry["oblique"] for geometry in geometries]
@@ -147,13 +150,13 @@ def _sentence(box: Sequence[Sequence[float]] | None) -> str:
     return f"All scans are fitted to one box of the world, of ({size}) mm about ({centre})"
 
 
-def _read(image: str | Sequence[str], transforms: Sequence[Callable]) -> _Scan | None:
+def _read(image: str | Sequence[str], transforms: Sequence[Callable]) -> _Scan | str:
     data: Any = {"image": image}
     try:
         for transform in transforms:
             data = transform(data)
-    except ScanError:
-        return None  # it is named when the whole cohort is read
+    except ScanError as error:
+        return str(error)
     scan: MetaTensor = data["image"]
     rank = scan.ndim - 1
     affine = to_affine_nd(rank, scan.affine.numpy().astype(float))

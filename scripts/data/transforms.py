@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from monai.utils import TraceKeys, ensure_tuple
 from scipy import ndimage
 from scripts.data.geometry import (
     TOLERANCE,
-    HeaderError,
     box_margins,
     describe,
     differences,
@@ -30,12 +28,11 @@ from scripts.data.geometry import (
     per_axis,
     world_axes,
 )
-from scripts.utils.formats import content_suffix
-from scripts.utils.names import CHANNEL_FILES, expanded, image_path
+from scripts.data.reasons import ADVICE, why_unreadable
+from scripts.utils.names import CHANNEL_FILES, expanded, image_files, image_path
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
-ADVICE = "replace it or leave it out with --scan_pattern"
 # share of the range by which resampled tissue may dip below the background at an edge
 DIP = 0.05
 # in the trace of FitShape: what each channel of the inverse gets where the network's grid does not reach
@@ -57,7 +54,7 @@ class LoadScand(LoadImaged):
         kwargs: what else ``LoadImaged`` takes.
 
     Raises:
-        ScanError: when a file is missing or no reader can read it.
+        ScanError: when a file is missing or no reader can read it; of several channels the broken one is named.
     """
 
     def __init__(self, keys: KeysCollection, ensure_channel_first: bool = True, **kwargs: Any) -> None:
@@ -73,47 +70,19 @@ class LoadScand(LoadImaged):
         except MemoryError:
             raise
         except Exception as error:
-            raise ScanError(_why_unreadable([Path(p) for files in paths.values() for p in files], error)) from error
+            files = [file for files in paths.values() for file in files]
+            broken = self._broken(files) if len(files) > 1 else None
+            raise ScanError(why_unreadable(*(broken or (list(map(Path, files)), error)))) from error
 
-
-def _why_unreadable(paths: Sequence[Path], error: Exception) -> str:
-    """One sentence on files that no reader could read."""
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            return f"'{path}' is a link to '{path.readlink()}', which does not exist: repair the link, or {ADVICE}."
-        if not path.exists():
-            return f"'{path}' does not exist: it was moved or deleted after the scans were listed."
-        if not os.access(path, os.R_OK):
-            return f"'{path}' may not be read by this user: change its permissions, or {ADVICE}."
-        if path.is_dir():
-            return f"'{path}' holds no readable DICOM series itself ({_reason(error)}): {ADVICE}."
-        if path.stat().st_size == 0:
-            return f"'{path}' is an empty file (0 bytes): {ADVICE}."
-        found, suffix = content_suffix(path), "".join(path.suffixes[-2:])
-        if found is not None and not suffix.lower().endswith(found.lstrip(".")):  # .mgz is gzip too
-            ending = f"{path.suffix}.gz" if found == ".gz" else found
-            return f"'{path}' holds {found} data, which its name hides: rename it to end in {ending}, or {ADVICE}."
-    names = ", ".join(f"'{path}'" for path in paths)
-    if "channel-wise concatenation" in str(error):
-        return (
-            f"{names} cannot be the channels of one scan, since their grids or affines differ: "
-            "resample them to one grid first."
-        )
-    if isinstance(error, HeaderError):
-        return f"{names} {error}: {ADVICE}."
-    if "dtype([('R'" in str(error):
-        return (
-            f"{names} is a colour image (RGB), which has no intensity: convert it to one number per voxel, or {ADVICE}."
-        )
-    return f"{names} cannot be read as an image ({_reason(error)}): it is truncated or not an image; {ADVICE}."
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message, short enough for a sentence. Readers such as ITK write paragraphs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # ITK begins with the place in its own source and ends with what went wrong.
-    line = next((line for line in lines if not line.startswith(("/", "The file couldn't"))), type(error).__name__)
-    return (line if len(line) <= 120 else line[:117] + "...").rstrip(".")
+    def _broken(self, files: Sequence[str]) -> tuple[list[Path], Exception] | None:
+        """The first of several files that cannot be read by itself, and why; None where all can."""
+        for file in files:
+            try:
+                super().__call__({self.keys[0]: file})
+                header_problems(file)
+            except Exception as error:
+                return [Path(file)], error
+        return None
 
 
 # the axis of the body that a letter of an orientation names
@@ -186,8 +155,9 @@ class CheckScand(MapTransform):
         for key in self.key_iterator(d):
             image = d[key]
             name = image_path(image, key)
-            self._check_shape(image.shape, name)
-            self._check_voxels(image, name)
+            files = image_files(image) if isinstance(image, MetaTensor) else [name]
+            self._check_shape(image.shape, name, len(files))
+            self._check_voxels(image, files if len(files) == len(image) else [name] * len(image))
             if isinstance(image, MetaTensor):
                 self._check_affine(image, name)
                 geometry = describe(image)
@@ -198,11 +168,17 @@ class CheckScand(MapTransform):
                 ]
         return d
 
-    def _check_shape(self, shape: torch.Size, name: str) -> None:
+    def _check_shape(self, shape: torch.Size, name: str, files: int) -> None:
         found = tuple(shape)
         if math.prod(found) == 0:
             raise ScanError(f"'{name}' is empty (shape {found[1:]}): {ADVICE}.")
-        if found[0] != self.channels:
+        if found[0] < self.channels or (found[0] > self.channels and files > 1):
+            whose = f"'{name}'" if files == 1 else f"The scan of '{name}'"
+            raise ScanError(
+                f"{whose} has {found[0]} channel(s) where network_def has in_channels {self.channels}: set "
+                f"--network_def#in_channels {found[0]}, or give --scan_pattern one pattern for each channel."
+            )
+        if found[0] > self.channels:
             raise ScanError(
                 f"'{name}' has {found[0]} channels or time points of shape {found[1:]} where {self.channels} is "
                 f"expected, as a 4D file does: give one volume per scan, or {ADVICE}."
@@ -213,16 +189,15 @@ class CheckScand(MapTransform):
                 f"expected: {ADVICE}."
             )
 
-    def _check_voxels(self, image: torch.Tensor, name: str) -> None:
+    def _check_voxels(self, image: torch.Tensor, names: Sequence[str]) -> None:
         pixels = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
-        low, high = (pixels.flatten(1).amin(1), pixels.flatten(1).amax(1))  # NaN and infinity both show in these
-        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-            bad = int(pixels.numel() - torch.isfinite(pixels).sum())
-            raise ScanError(f"'{name}' has {bad} NaN or infinite voxel(s) of {pixels.numel()}: {ADVICE}.")
-        if (low == high).any():
-            value = float(low[low == high][0])
-            raise ScanError(f"'{name}' is constant (every voxel is {value:g}): {ADVICE}.")
-        for channel, lowest, highest in zip(pixels, low.tolist(), high.tolist(), strict=True):
+        extremes = pixels.flatten(1).amin(1).tolist(), pixels.flatten(1).amax(1).tolist()
+        for name, channel, lowest, highest in zip(names, pixels, *extremes, strict=True):
+            if not (math.isfinite(lowest) and math.isfinite(highest)):  # NaN and infinity both show in these
+                bad = int(channel.numel() - torch.isfinite(channel).sum())
+                raise ScanError(f"'{name}' has {bad} NaN or infinite voxel(s) of {channel.numel()}: {ADVICE}.")
+            if lowest == highest:
+                raise ScanError(f"'{name}' is constant (every voxel is {lowest:g}): {ADVICE}.")
             background = border_value(channel)
             if background is not None and background - lowest > DIP * (highest - lowest):
                 raise ScanError(

@@ -192,7 +192,10 @@ def check_shape(shape: list[int], spatial_dims: int, levels: int) -> list[int]:
     """Raise a ``ValueError`` unless a grid can be halved between so many levels; return it."""
     divisor = 1 << (levels - 1)
     if len(shape) != spatial_dims:
-        raise ValueError(f"spatial_shape {shape} has {len(shape)} axes, but spatial_dims is {spatial_dims}.")
+        raise ValueError(
+            f"spatial_shape {shape} has {len(shape)} axes, but network_def has spatial_dims {spatial_dims}: give one "
+            "size for each axis."
+        )
     for axis, size in enumerate(shape):
         if size < 1 or size % divisor != 0:
             raise ValueError(

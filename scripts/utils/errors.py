@@ -17,6 +17,8 @@ SCRIPTS = str(Path(__file__).parents[1])
 MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 # where MONAI calls what a config names: an error right there is about the config, and its traceback says no more
 CONFIG_MACHINERY = ("<string>", "monai/utils/module.py", "monai/bundle/")
+# a file and its line of code, as tracebacks are printed
+REMOTE_FRAME = re.compile(r'^  File "([^"]+)", line \d+, in .*\n +(.*)$', re.MULTILINE)
 REMEDIES = {
     errno.ENOENT: "does not exist: check the path",
     errno.EACCES: "must not be read or written by you (permission denied): name another, or change its permissions",
@@ -97,6 +99,9 @@ def _names(place: str, parts: tuple[str, ...]) -> bool:
 
 def _origin(error: BaseException) -> tuple[str, bool]:
     """The file in which an error came up, and whether a ``raise`` did it (and not a library's or Python's own code)."""
+    if type(error.__cause__).__name__ == "_RemoteTraceback":  # of a process of joblib's, where the error came up
+        place, line = REMOTE_FRAME.findall(str(error.__cause__))[-1]
+        return place, line.startswith("raise ")
     trace = error.__traceback__
     if trace is None:
         return "", False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import tempfile
@@ -24,7 +26,8 @@ def claim_output_dir(
 ) -> None:
     """Check, before anything is read, that a run can write, overwrites no other run, and is alone in ``ckpt_dir``.
 
-    ``ckpt_dir`` is locked until :py:func:`release_output_dir` or until this process ends, however that happens.
+    ``ckpt_dir`` is locked until :py:func:`release_output_dir` or until this process ends, however that happens. A run
+    that is refused after this leaves no file of its own, and no folder that is empty.
 
     Args:
         output_dir: created if needed.
@@ -38,7 +41,10 @@ def claim_output_dir(
         FileExistsError: ``ckpt_dir`` holds the checkpoint of a run, and this one does not resume it.
         BlockingIOError: another run is using ``ckpt_dir``.
     """
-    _make_writable("output_dir", Path(output_dir))
+    output_dir = Path(output_dir)
+    if not output_dir.exists():
+        atexit.register(_remove_if_empty, output_dir)
+    _make_writable("output_dir", output_dir)
     _make_writable("ckpt_dir", Path(ckpt_dir).absolute().parent)  # the first checkpoint makes ckpt_dir itself
     _lock(Path(ckpt_dir).absolute(), timeout)
     if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
@@ -79,10 +85,19 @@ def _lock(ckpt_dir: Path, timeout: float) -> None:
                 "end, or set --output_dir to another folder."
             ) from None
     _locks[ckpt_dir] = lock
+    atexit.register(release_output_dir, ckpt_dir)
 
 
 def release_output_dir(ckpt_dir: str | os.PathLike) -> None:
-    """Unlock ``ckpt_dir`` for other processes."""
+    """Unlock ``ckpt_dir`` for other processes, and remove the lock's file."""
     lock = _locks.pop(Path(ckpt_dir).absolute(), None)
     if lock is not None:
+        Path(lock.lock_file).unlink(
+            missing_ok=True
+        )  # before the release: who waits for it sees that, and makes another
         lock.release()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
