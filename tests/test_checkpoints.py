@@ -22,6 +22,7 @@ from scripts.training.checkpoints import (
     load_weights,
     newest_checkpoint,
     place_in_epoch,
+    read_weights,
 )
 from scripts.training.start import starts_untrained
 from scripts.utils.signals import SignalWatch
@@ -125,6 +126,11 @@ def test_when_all_are_damaged_nothing_starts_anew(earlier):
         path.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"All checkpoints .* are damaged"):
         newest_checkpoint(earlier / "checkpoints", resume="auto")
+
+
+def test_weights_that_are_not_there_are_named_and_where_the_bundles_own_would_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model.pt' do not exist: set --weights .*models/ under --bundle_root"):
+        read_weights(tmp_path / "model.pt")
 
 
 def test_what_resume_can_be(tmp_path):

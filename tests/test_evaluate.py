@@ -159,6 +159,7 @@ def test_without_weights_it_says_so(cohort, tmp_path):
     result = run_bundle(*words, run_id=None, configs=EVALUATE)
     assert result.returncode == 1
     assert "none.pt' does not exist: set --ckpt" in result.stderr.splitlines()[-1]
+    assert "under --bundle_root" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

@@ -29,6 +29,7 @@ from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator, list_scans, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
 from scripts.inference.layouts import ScanLayout
+from scripts.inference.outputs import report_latents
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import Scoring, foreground, quantile
 from scripts.layers.gaussian import drawing, noise_from
@@ -245,6 +246,15 @@ def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, we
     assert "z00 has shape [8, 1, 1, 1], but the network has [8, 2, 2, 2]: decode with the weights" in failed
     assert "lacks z00 but has later latents" in failed
     assert "lacks affine, b_min" in failed
+
+
+def test_of_several_channels_voxels_are_said_to_be_in_each(caplog):
+    content = inference_config()
+    content["network_def"]["in_channels"] = 2
+    with caplog.at_level("INFO"):
+        report_latents(content.get_parsed_content("network_def"))
+    assert all("(of 512 voxels in 2 channels)" in message for message in caplog.messages)
+    assert len(caplog.messages) == 3
 
 
 # Sampling

@@ -458,6 +458,7 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     for prior in ("population", "network"):
         done = infer(run_dir, "sample", tmp_path / prior, "--samples", 2, "--prior", prior)
         assert done.returncode == 0, done.stderr
+        assert ("population prior '" in done.stderr) == (prior == "population")
         drawn[prior] = nib.load(tmp_path / prior / "0001_sample.nii.gz").get_fdata()
     assert json.loads((tmp_path / "network" / "sample.json").read_text())["population_prior"] is None
     assert not np.allclose(drawn["population"], drawn["network"])
