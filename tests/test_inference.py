@@ -139,7 +139,7 @@ def test_everything_is_named_after_its_scan(reconstructed):
     levels = [f"recon_to{n}.nii.gz" for n in (2, 4, 8)]
     expected = [f"{codes}/{codes}_{name}" for codes in ORIENTATIONS for name in (*names, *levels)]
     assert files(output) == sorted([*expected, "reconstruct.json"])
-    assert f"Results: '{output}'" in log
+    assert f"Results of 5 of 5 scan(s): '{output}'" in log
 
 
 def test_the_last_level_is_the_whole_reconstruction_and_the_first_is_coarser(reconstructed):

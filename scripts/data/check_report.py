@@ -145,8 +145,8 @@ def summary(report: Report) -> str:
             "headers."
         )
     lines.append(
-        "A skull is not looked for. Heads that have one, or are not aligned, are made ready by: python -m "
-        "scripts.prepare DIR --output_dir READY"
+        "Whether heads have a skull is not checked: `python -m scripts.prepare DIR --output_dir READY` removes it, and "
+        "aligns them."
     )
     lines.append(f"Report: '{report.folder / 'report.csv'}'. Look at '{report.folder / 'contact_sheet.png'}'.")
     return "\n".join(lines)

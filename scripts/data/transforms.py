@@ -155,9 +155,9 @@ class CheckScand(MapTransform):
         for key in self.key_iterator(d):
             image = d[key]
             name = image_path(image, key)
-            files = image_files(image) if isinstance(image, MetaTensor) else [name]
+            files = image_files(image)
             self._check_shape(image.shape, name, len(files))
-            self._check_voxels(image, files if len(files) == len(image) else [name] * len(image))
+            self._check_voxels(image, files if len(files) == len(image) > 1 else [name] * len(image))
             if isinstance(image, MetaTensor):
                 self._check_affine(image, name)
                 geometry = describe(image)
