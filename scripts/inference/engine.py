@@ -27,6 +27,8 @@ from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.layouts import ScanLayout
+from scripts.inference.outputs import SaveFigured
+from scripts.inference.report import job_files, write_report
 from scripts.inference.training_run import TrainingRun
 from scripts.layers.gaussian import noise_from
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
@@ -62,13 +64,17 @@ class Failures:
     def add(self, failure: Failure) -> None:
         self.found.append(failure)
 
+    def everyone(self) -> list[Failure]:
+        """Those of all processes, which all have to ask."""
+        return sorted(set(itertools.chain(*idist.all_gather(self.found))))
+
     def finish(self) -> None:
         """Write the list and say what is in it, on rank 0 for all of them, and destroy the process group.
 
         Raises:
             SystemExit: with code 1, on every process, when there are any.
         """
-        found = sorted(set(itertools.chain(*idist.all_gather(self.found))))
+        found = self.everyone()
         if idist.get_rank() == 0:
             if found:
                 write_csv(self.path, Failure._fields, found)
@@ -113,10 +119,14 @@ def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, st
     return [{"image": str(Path(output_dir) / f"{number:04d}")} for number in range(1, count + 1)]
 
 
-def scan_generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers of a scan that depend on the run's seed and the scan's path in its data set alone."""
+def scan_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers of a scan that depend on the run's seed and the scan's path in its data set alone.
+
+    They are drawn on the device: by one CPU core they would take longer than the network does on a GPU. Devices of two
+    kinds draw other numbers.
+    """
     state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)
-    return torch.Generator().manual_seed(int(state[0]))
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 def _identity(value: Any) -> Any:
@@ -284,11 +294,21 @@ class ScanEvaluator(Evaluator):
             logger.info("Of %d scans, %d are finished already.", total, total - self.pending)
         if self.remaining:
             super().run()
-        failed = idist.all_reduce(len(self.failures.found))  # a barrier, too
+        failed = self.failures.everyone()  # a barrier, too
         if idist.get_rank() == 0:
+            scans = [item_path(item) for item in self.dataset.data]
             if self.summary is not None:
-                self.summary([item_path(item) for item in self.dataset.data])
-            logger.info("Results of %d of %d scan(s): '%s'.", total - failed, total, self.output_dir)
+                self.summary(scans)
+            self._report(scans, failed)
+            logger.info("Results of %d of %d scan(s): '%s'.", total - len(failed), total, self.output_dir)
+
+    def _report(self, scans: Sequence[str], failed: Sequence[Failure]) -> None:
+        """Write the page about the results."""
+        drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
+        pictures = [layout.path(scan) for scan in scans for layout in drawn if layout.has_place(scan)]
+        tables, pictures = job_files(self.job, self.output_dir, pictures)
+        lead = f"{len(scans) - len(failed)} of {len(scans)} scan(s) have results in this folder."
+        write_report(self.output_dir, self.job, lead, tables, pictures, self.settings, failed)
 
     def _relative(self, name: str) -> str:
         try:
@@ -324,7 +344,7 @@ class ScanEvaluator(Evaluator):
         device = self.state.device
         inputs = self.inputs(items) if self.inputs else torch.stack([item["image"].as_tensor() for item in items])
         arguments = self.arguments(items) if self.arguments else {}
-        generators = [scan_generator(self.seed, self._relative(item["name"])) for item in items]
+        generators = [scan_generator(self.seed, self._relative(item["name"]), device) for item in items]
         with self.mode(self.network), autocast(device, self.amp, self.amp_dtype), noise_from(generators):
             results = self.inferer(_to(inputs, device), self.network, **_to(arguments, device))
         for position, item in enumerate(items):

@@ -72,6 +72,14 @@ class ScanLayout(FolderLayoutBase):
             return self.output_dir / derivative_path(relative.parent, stem, self._postfix(scan), self.extension)
         return self.output_dir / relative.parent / f"{stem}_{self._postfix(scan)}{self.extension}"
 
+    def has_place(self, scan: str | os.PathLike) -> bool:
+        """Whether a scan's results have a place under ``output_dir``."""
+        try:
+            self.path(scan)
+        except ScanError:
+            return False
+        return True
+
     def names(self, files: Sequence[str]) -> list[str]:
         """The files of a scan by which its results are named: all of them, or the first where there is one result."""
         return list(files) if self.extension == VOLUME and not self.join_channels else list(files[:1])

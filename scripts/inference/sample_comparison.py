@@ -122,7 +122,7 @@ class SampleComparison:
         numbers = range(1 + idist.get_rank(), self.samples + 1, idist.get_world_size())
         for start in _progress(range(0, len(numbers), self.batch_size), "drawing samples"):
             batch = numbers[start : start + self.batch_size]
-            generators = [scan_generator(self.seed, names[number - 1]) for number in batch]
+            generators = [scan_generator(self.seed, names[number - 1], self.device) for number in batch]
             cast = autocast(self.device, self.amp, self.amp_dtype)
             with eval_mode(self.network), cast, noise_from(generators):
                 drawn = self.inferer(len(batch), self.network)["sample"]

@@ -123,7 +123,7 @@ _scan_generators: ContextVar[Sequence[torch.Generator] | None] = ContextVar("sca
 
 @contextmanager
 def noise_from(generators: Sequence[torch.Generator] | None) -> Iterator[None]:
-    """Draw the noise of each scan of a batch from a generator (on the CPU) of its own.
+    """Draw the noise of each scan of a batch from a generator of its own, on the generator's device.
 
     What a scan draws then does not depend on which others are in its batch. None leaves it to PyTorch's own generator.
     """
@@ -146,5 +146,5 @@ def gaussian_noise(like: Tensor) -> Tensor:
         return torch.randn((like.shape[0], *shape), device=like.device, dtype=torch.float32).movedim(-1, 1)
     if len(generators) != like.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {like.shape[0]}: give one for each scan.")
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
     return noise.to(like.device, non_blocking=True).movedim(-1, 1)

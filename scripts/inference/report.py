@@ -1,0 +1,137 @@
+"""A page about results: tables, pictures, settings and versions in one HTML file that needs nothing beside it.
+
+It can be sent by mail. Every job of inference writes one, of the tables and pictures that it has made.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+from scripts.utils.files import write_text
+
+__all__ = ["job_files", "write_report"]
+
+MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
+MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
+PACKAGES = ("torch", "monai", "nibabel", "numpy")
+# what jobs put together of all scans, in the folder of the results
+TABLES = {
+    "score": ("scores.csv", "lesions.csv"),
+    "encode": ("coordinates.csv", "factors.csv", "latents.csv"),
+    "deviation": ("deviation_z.csv", "deviation.csv"),
+    "covariates": ("covariates.csv",),
+}
+SHEETS = {"score": "most_unusual.png", "sample": "samples.png", "decode_coordinates": "decoded.png"}
+
+
+class Table(NamedTuple):
+    """A table as the page shows it.
+
+    Attributes:
+        name: of its file.
+        columns, rows: those that are shown.
+        left_out: how many are not, rows and columns together.
+    """
+
+    name: str
+    columns: list[str]
+    rows: list[list[str]]
+    left_out: int
+
+
+class Picture(NamedTuple):
+    """A PNG as the page holds it: the name of its file, and its bytes in base 64."""
+
+    name: str
+    data: str
+
+
+def job_files(
+    job: str, output_dir: str | os.PathLike, pictures: Iterable[str | os.PathLike]
+) -> tuple[list[Path], list[Path]]:
+    """The tables and the pictures of a job: those of all scans, then those of each.
+
+    Args:
+        job: its name.
+        output_dir: of its results.
+        pictures: of the scans.
+    """
+    folder = Path(output_dir)
+    sheets = [folder / SHEETS[job]] if job in SHEETS else []
+    return [folder / name for name in TABLES.get(job, ())], [*sheets, *map(Path, pictures)]
+
+
+def write_report(
+    output_dir: str | os.PathLike,
+    title: str,
+    lead: str,
+    tables: Iterable[str | os.PathLike] = (),
+    pictures: Iterable[str | os.PathLike] = (),
+    settings: Mapping[str, Any] | None = None,
+    failed: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Write ``report.html``, whole or not at all.
+
+    Args:
+        output_dir: the folder of the results.
+        title, lead: of the page; the lead is a sentence.
+        tables: CSV files; those that do not exist are left out, and of long ones the first 500 rows are shown.
+        pictures: PNG files, likewise; the first 40 or 15 MB.
+        settings: with what the results were made.
+        failed: scans of which there are no results, and why.
+    """
+    folder = Path(output_dir)
+    shown, left_out = _pictures([path for path in map(Path, pictures) if path.is_file()], folder)
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value, default=str))
+        for name, value in (settings or {}).items()
+    ]
+    rows += [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html")
+    text = page.render(
+        title=title,
+        lead=lead,
+        failed=Table("failed.csv", ["image", "reason"], [list(row) for row in failed], 0),
+        tables=[_table(path) for path in map(Path, tables) if path.is_file()],
+        pictures=shown,
+        pictures_left_out=left_out,
+        settings=rows,
+    )
+    return write_text(folder / "report.html", text)
+
+
+def _table(path: Path) -> Table:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        columns = next(reader, [])
+        rows, more = [], 0
+        for row in reader:
+            if len(rows) < MOST_ROWS:
+                rows.append(row[:MOST_COLUMNS])
+            else:
+                more += 1
+    return Table(path.name, columns[:MOST_COLUMNS], rows, more + max(0, len(columns) - MOST_COLUMNS))
+
+
+def _pictures(paths: Sequence[Path], folder: Path) -> tuple[list[Picture], int]:
+    """The first pictures, and how many are left out."""
+    shown: list[Picture] = []
+    size = 0
+    for path in paths[:MOST_PICTURES]:
+        size += path.stat().st_size
+        if size > MOST_BYTES:
+            break
+        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+        shown.append(Picture(name, base64.b64encode(path.read_bytes()).decode("ascii")))
+    return shown, len(paths) - len(shown)
