@@ -84,6 +84,7 @@ def check(
     from scripts.data.inspection import THUMBNAIL, inspect_scan
     from scripts.data.transforms import CheckScand
     from scripts.data.unmatched import find_unmatched
+    from scripts.utils.report import write_report
 
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
     suffixes, passed_over = find_unmatched(root, {name for scan in names for name in scan})
@@ -112,6 +113,9 @@ def check(
     rows = [*scans, *passed_over]
     write_rows(output / "report.csv", rows)
     contact_sheet(output / "contact_sheet.png", scans, files, spatial_dims, workers)
+    lead = f"{len(scans)} scan(s), {len(usable)} of them usable."
+    tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
+    write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
     return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows))
 

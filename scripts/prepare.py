@@ -24,6 +24,7 @@ from scripts.utils.command_line import run
 from scripts.utils.files import write_csv, write_text, write_whole
 from scripts.utils.formats import IMAGE_SUFFIXES, without_image_suffix
 from scripts.utils.parallel import run_parallel
+from scripts.utils.report import write_report
 
 # What reads scans takes 7 s to import, MONAI most of it: prepare imports it when its arguments have been understood.
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
     listed = {"training": [{"image": path.relative_to(folder).as_posix()} for path in good]}
     write_text(folder / "datalist.json", json.dumps(listed, indent=1) + "\n")
     _contact_sheet(folder / "contact_sheet.png", rows[:SHOWN], jobs)
+    lead = f"{len(rows)} scan(s) are prepared, {len(suspects)} of them to check."
+    write_report(folder, "prepare", lead, [folder / "alignment.csv"], [folder / "contact_sheet.png"])
     logger.info(
         "%d scan(s) are in %s, %d of them to check, see alignment.csv and contact_sheet.png.",
         len(rows),

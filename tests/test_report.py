@@ -9,7 +9,7 @@ import torch
 from conftest import inference_config, run_bundle
 from matplotlib.figure import Figure
 
-from scripts.inference.report import MOST_COLUMNS, MOST_ROWS, write_report
+from scripts.utils.report import MOST_COLUMNS, MOST_ROWS, write_report
 
 
 def test_a_page_holds_all_that_it_shows(tmp_path):

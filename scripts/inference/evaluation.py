@@ -28,6 +28,7 @@ from scripts.training.precision import autocast
 from scripts.training.trainer import VDVAEEvaluator
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
+from scripts.utils.report import write_report
 
 __all__ = ["ScanTable", "evaluate", "held_out", "prepare", "scans_to_evaluate"]
 
@@ -187,6 +188,11 @@ def evaluate(
     summary = {"settings": dict(settings), "held_out": table.summary(), "samples": samples}
     table.write(folder / "evaluation.csv")
     write_text(folder / "summary.json", json.dumps(_plain(summary), indent=2) + "\n")
+    lead = f"{len(table.items)} held-out scan(s)."
+    pictures = sorted(folder.glob("*.png"))
+    write_report(
+        folder, "evaluate", lead, [folder / "evaluation.csv"], pictures, {**settings, "summary": _as_table(summary)}
+    )
     logger.info("%s", _as_table(summary))
     logger.info("Results: '%s' and '%s'.", folder / "summary.json", folder / "evaluation.csv")
 

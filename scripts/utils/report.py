@@ -1,6 +1,6 @@
 """A page about results: tables, pictures, settings and versions in one HTML file that needs nothing beside it.
 
-It can be sent by mail. Every job of inference writes one, of the tables and pictures that it has made.
+It can be sent by mail. Every job of inference writes one, and so do check, prepare and evaluate.
 """
 
 from __future__ import annotations
@@ -18,19 +18,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 from scripts.utils.files import write_text
 
-__all__ = ["job_files", "write_report"]
+__all__ = ["write_report"]
 
 MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
 MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
 PACKAGES = ("torch", "monai", "nibabel", "numpy")
-# what jobs put together of all scans, in the folder of the results
-TABLES = {
-    "score": ("scores.csv", "lesions.csv"),
-    "encode": ("coordinates.csv", "factors.csv", "latents.csv"),
-    "deviation": ("deviation_z.csv", "deviation.csv"),
-    "covariates": ("covariates.csv",),
-}
-SHEETS = {"score": "most_unusual.png", "sample": "samples.png", "decode_coordinates": "decoded.png"}
 
 
 class Table(NamedTuple):
@@ -53,21 +45,6 @@ class Picture(NamedTuple):
 
     name: str
     data: str
-
-
-def job_files(
-    job: str, output_dir: str | os.PathLike, pictures: Iterable[str | os.PathLike]
-) -> tuple[list[Path], list[Path]]:
-    """The tables and the pictures of a job: those of all scans, then those of each.
-
-    Args:
-        job: its name.
-        output_dir: of its results.
-        pictures: of the scans.
-    """
-    folder = Path(output_dir)
-    sheets = [folder / SHEETS[job]] if job in SHEETS else []
-    return [folder / name for name in TABLES.get(job, ())], [*sheets, *map(Path, pictures)]
 
 
 def write_report(
