@@ -81,6 +81,7 @@ def check(
 
     from scripts.data.check_report import Report, contact_sheet, write_rows
     from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
+    from scripts.data.covariate_tables import describe_participants
     from scripts.data.inspection import THUMBNAIL, inspect_scan
     from scripts.data.transforms import CheckScand
     from scripts.data.unmatched import find_unmatched
@@ -117,7 +118,8 @@ def check(
     tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
     write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
-    return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows))
+    covariates = describe_participants(Path(dataset_dir).expanduser(), subjects)
+    return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
 
 
 def _flag_duplicate(scan: Scan, first: Scan) -> None:

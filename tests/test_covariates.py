@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, fitted_scans, inference_config, run_bundle, run_bundle_process
 
+from scripts.check import check
+from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariate_tables import read_cohort, read_rows
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.inference.covariates import (
@@ -155,6 +157,19 @@ def test_what_a_table_lacks_is_said(tree):
     found = read_cohort(items[:2], items[2:], root, {"age": "continuous", "sex": "categorical"})
     assert found.coding.variables["sex"] == Categorical("sex", ("F",), (1.0,))
     assert found.training.shape == (2, 1) and found.validation.shape == (1, 1)
+
+
+def test_check_says_what_participants_are_like(tmp_path):
+    make_brains(tmp_path / "people", count=4, spacing=16.0, covariates=True, workers=1)
+    table = tmp_path / "people" / "participants.tsv"
+    lines = table.read_text().splitlines()
+    lines[2] = lines[2].split("\t")[0] + "\tn/a\tF\tA"
+    table.write_text("\n".join(lines) + "\n")
+    report = check(tmp_path / "people", output_dir=tmp_path / "out", workers=1)
+    age, sex, _ = report.covariates
+    assert age.startswith("age: ") and "mean" in age and age.endswith("1 of 4 missing")
+    assert sex.startswith("sex: ") and "F" in sex
+    assert age in summary_of_check(report)
 
 
 def test_scores_say_all_of_the_likelihood(network, coding):

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from scripts.inference.tables import ScanColumns, read_participants
+from scripts.data.covariate_tables import read_participants
+from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun
 
 ITEMS = ("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz")

@@ -34,6 +34,7 @@ class Report(NamedTuple):
         suffixes: how many files of each suffix it does not match, images and others.
         folder: where ``report.csv`` and ``contact_sheet.png`` are.
         passed: whether nothing is unusable and, if ``strict``, nothing suspicious.
+        covariates: a line about each column of ``participants.tsv``.
     """
 
     scans: list[Scan]
@@ -41,6 +42,7 @@ class Report(NamedTuple):
     suffixes: Counter
     folder: Path
     passed: bool
+    covariates: list[str]
 
 
 def write_rows(path: Path, scans: Iterable[Scan]) -> None:
@@ -139,6 +141,9 @@ def summary(report: Report) -> str:
         lines.append(f"Fewer than {MIN_COHORT} scans: they were not compared with each other.")
     if counts["unusable"] < len(report.scans):
         lines.append(_alignment([scan for scan in report.scans if scan.verdict != "unusable"]))
+    if report.covariates:
+        lines.append("Covariates of the subjects (participants.tsv):")
+        lines += [f"  {line}" for line in report.covariates]
     if counts["unusable"]:
         lines.append(
             "Training stops at scans that are unusable; with --scan_policy skip it leaves them out, and those with odd "

@@ -6,8 +6,10 @@ import csv
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +18,13 @@ from scripts.data.datalist import common_root
 from scripts.utils.names import item_path
 from torch import Tensor
 
-__all__ = ["CohortCovariates", "read_cohort", "read_participants", "read_rows"]
+__all__ = ["CohortCovariates", "describe_participants", "read_cohort", "read_participants", "read_rows", "read_table"]
 
 logger = logging.getLogger(__name__)
 
 PARTICIPANTS = "participants.tsv"
 MISSING = ("n/a", "")
+MOST_NAMED = 8  # categories of a covariate, in a message
 SUBJECT_COLUMNS = ("participant_id", "subject", "subject_id")
 SESSION_COLUMNS = ("session_id", "session")
 
@@ -72,19 +75,48 @@ def read_cohort(
                 + (f"; found are {', '.join(sorted(known))}." if known else ": there is no participants.tsv.")
             )
     coding = CovariateCoding.learn(kinds, sides[0])
-    numbers = []
-    for items, rows in zip((training, validation), sides, strict=True):
-        parsed = [_parsed(coding, item, row) for item, row in zip(items, rows, strict=True)]
-        numbers.append(torch.stack([coding.numbers(values) for values in parsed]) if parsed else torch.zeros(0, 0))
-        if parsed and items is training:
-            for name in kinds:
-                missing = sum(values[name] is None for values in parsed)
-                logger.info(
-                    "Covariate %s (%s): %d of %d training scans have it.",
-                    *(name, kinds[name]),
-                    *(len(parsed) - missing, len(parsed)),
-                )
+    parsed = [
+        [_parsed(coding, item, row) for item, row in zip(items, rows, strict=True)]
+        for items, rows in zip((training, validation), sides, strict=True)
+    ]
+    for name in kinds:
+        both = "; ".join(
+            f"{side} {describe([values[name] for values in found])}"
+            for side, found in zip(("training", "validation"), parsed, strict=True)
+            if found
+        )
+        logger.info("Covariate %s: %s.", name, both)
+    numbers = [torch.stack([coding.numbers(v) for v in found]) if found else torch.zeros(0, 0) for found in parsed]
     return CohortCovariates(coding, *numbers)
+
+
+def describe(values: Sequence[Any]) -> str:
+    """A covariate of some scans in a few words: its range, mean and standard deviation, or how many are of each
+    category; and how many lack it.
+    """
+    known = [value for value in values if value not in (None, *MISSING)]
+    missing = len(values) - len(known)
+    try:
+        numbers = [float(value) for value in known]
+    except ValueError:
+        numbers = []
+    if not known:
+        text = "none"
+    elif numbers:
+        text = f"{min(numbers):g} to {max(numbers):g}, mean {mean(numbers):.4g}, sd {pstdev(numbers):.3g}"
+    else:
+        counts = Counter(map(str, known)).most_common(MOST_NAMED + 1)
+        named = ", ".join(f"{category} {count}" for category, count in counts[:MOST_NAMED])
+        text = named + (" and others" if len(counts) > MOST_NAMED else "")
+    return text + (f", {missing} of {len(values)} missing" if missing else "")
+
+
+def describe_participants(root: str | os.PathLike, subjects: Sequence[str]) -> list[str]:
+    """A line about each column of a data set's ``participants.tsv``, as far as it is about these subjects."""
+    rows = read_participants(Path(root))
+    own = [rows.get(_plain(subject), {}) for subject in sorted(set(subjects))]
+    columns = next(iter(rows.values()), {})
+    return [f"{name}: {describe([row.get(name, '') for row in own])}" for name in columns]
 
 
 def _parsed(coding: CovariateCoding, item: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

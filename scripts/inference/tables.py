@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import logging
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scripts.data.covariate_tables import read_participants
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import read_row
 from scripts.inference.training_run import TrainingRun
@@ -21,9 +21,6 @@ from scripts.utils.names import item_path
 __all__ = ["ScanColumns", "latent_tables", "row_table"]
 
 logger = logging.getLogger(__name__)
-
-PARTICIPANTS = "participants.tsv"
-MISSING = ("n/a", "")
 
 
 class ScanColumns:
@@ -89,31 +86,6 @@ class ScanColumns:
         details = {f"participant_{name}" if name in {*own, *numbers} else name: v for name, v in details.items()}
         image = {"image": own.pop("image")}
         return image | dict(numbers) | own | details if last else image | own | details | dict(numbers)
-
-
-def read_participants(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of a BIDS ``participants.tsv`` by the subject's name without ``sub-``; empty where there is no file.
-
-    Args:
-        root: the folder of a data set, or that of a few scans in it.
-    """
-    found = [folder / PARTICIPANTS for folder in (root, *root.parents[:3]) if (folder / PARTICIPANTS).is_file()]
-    if not found:
-        return {}
-    path = found[0]
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        if "participant_id" not in (reader.fieldnames or ()):
-            logger.warning("'%s' has no column participant_id, and is not joined to the tables.", path)
-            return {}
-        return {
-            row["participant_id"].removeprefix("sub-"): {
-                name: "" if value is None or value.strip() in MISSING else value.strip()
-                for name, value in row.items()
-                if name not in (None, "participant_id")
-            }
-            for row in reader
-        }
 
 
 def row_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Iterable[str]) -> None:
