@@ -263,6 +263,11 @@ def test_training_fits_a_prior_that_knows_covariates(fitted):
     content = torch.load(fitted / "run" / "checkpoints" / "population_prior.pt", weights_only=True)
     assert [variable["name"] for variable in content["covariates"]] == list(KINDS)
     assert all("effects" in latent for latent in content["latents"].values())
+    prior = PopulationPrior.load(content)
+    assert prior.offset.shape == (prior.features, 1, 8, 8, 8)
+    numbers = torch.zeros(2, prior.features)
+    numbers[1, 0] = 2.0
+    torch.testing.assert_close(prior.added(numbers)[1], 2 * prior.offset[0])
 
 
 def job(word, fitted, output_dir, *arguments, run=run_bundle):

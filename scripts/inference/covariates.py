@@ -155,7 +155,7 @@ class Counterfactual(Inferer):
                         before[row, own] = likely.to(features) @ numbers
             with drawing_innovations(self.prior.moved(innovations, changed - before)):
                 loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs))
-            results[f"change{name}"] = loc + scale * residual - inputs
+            results[f"change{name}"] = loc + self.prior.added(changed - before) + scale * residual - inputs
         return results
 
 

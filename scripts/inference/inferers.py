@@ -212,7 +212,8 @@ def decode_coordinates(
     if isinstance(temperature, list):
         of_latents = [temperature[level] for level in network.latent_levels]
     with prior.drawing(coordinates, of_latents, features):
-        return network.decode([], temperature, batch_size=len(coordinates))
+        loc, scale = network.decode([], temperature, batch_size=len(coordinates))
+    return loc + prior.added(features), scale
 
 
 def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:

@@ -52,6 +52,8 @@ class PopulationPrior(nn.Module):
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
         bits_per_dim: of the same scans, under the network's own prior.
         effects: the columns of E, ``[numbers, channels, *grid]``, by the latent's index; None: no covariates.
+        offset: what each of the numbers adds to the mean of each voxel beside its effect on the latents, ``[numbers,
+            channels, *spatial]``, in the range of the network's output; None: nothing.
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
             far off as it says; 1 if the model were true.
@@ -70,6 +72,7 @@ class PopulationPrior(nn.Module):
         distances: Tensor | None = None,
         bits_per_dim: Tensor | None = None,
         effects: Mapping[int, Tensor] | None = None,
+        offset: Tensor | None = None,
         coding: CovariateCoding | None = None,
         sharpness: float = 1.0,
     ) -> None:
@@ -84,6 +87,7 @@ class PopulationPrior(nn.Module):
             self.register_buffer(f"variance_{index}", variance[index].float().clamp_min(LEAST_VARIANCE))
             self.register_buffer(f"directions_{index}", directions[index].float())
             self.register_buffer(f"effects_{index}", effects[index].float())
+        self.register_buffer("offset", None if offset is None else offset.float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
         self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
@@ -214,6 +218,14 @@ class PopulationPrior(nn.Module):
                 drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
         return drawn
 
+    def added(self, features: Tensor | None) -> Tensor | float:
+        """What covariates add to the mean of each voxel beside their effect on the latents, ``[batch, channels,
+        *spatial]``.
+        """
+        if features is None or self.offset is None:
+            return 0.0
+        return (features.to(self.offset) @ self.offset.flatten(1)).unflatten(1, self.offset.shape[1:])
+
     def expected(self, features: Tensor) -> dict[int, Tensor]:
         """The mean of u under covariates, ``[batch, channels, *grid]`` each, by the latents' indices."""
         return {
@@ -269,6 +281,7 @@ class PopulationPrior(nn.Module):
         }
         if self.coding is not None:
             content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness}
+            content |= {} if self.offset is None else {"offset": self.offset.half()}
         torch.save(content, file)
 
     @classmethod
@@ -285,6 +298,7 @@ class PopulationPrior(nn.Module):
             **parts,
             distances=content["distances"],
             bits_per_dim=content.get("bits_per_dim"),
+            offset=content.get("offset"),
             coding=coding,
             sharpness=content.get("sharpness", 1.0),
         )

@@ -117,6 +117,7 @@ class Adaptation:
             self.prior.distances,
             self.prior.bits_per_dim,
             effects=effects,
+            offset=self._offset(place),
             coding=self.coding,
             sharpness=self.prior.sharpness,
         )
@@ -138,6 +139,11 @@ class Adaptation:
                 for i, usual in self.prior.expected(own).items():
                     total[i] += (innovation(posteriors[i]) - usual).sum(0)
         return {i: idist.all_reduce(rest) for i, rest in total.items()}
+
+    def _offset(self, place: int) -> Tensor | None:
+        """The known offsets, and none for the new category."""
+        known = self.prior.offset
+        return None if known is None else torch.cat([known[:place], torch.zeros_like(known[:1]), known[place:]])
 
     def _save(self, prior: PopulationPrior, scans: int) -> None:
         def write(path: str) -> None:

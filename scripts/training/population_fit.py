@@ -18,7 +18,7 @@ from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.layers.gaussian import Posterior
-from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation, ratio
+from scripts.layers.population_prior import PopulationPrior, drawing_innovations, fingerprint, innovation, ratio
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.training.factor_sketch import FactorSketch
@@ -34,6 +34,7 @@ LEAST_HELD_OUT = 16  # validation scans; with fewer some of the training scans c
 MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
@@ -93,13 +94,14 @@ def _gathered(numbers: Sequence[Tensor]) -> list[float]:
 
 
 class ScanVectors(NamedTuple):
-    """Of some scans: innovations, shifts and ratios, ``[batch, dimensions]``, bits per dim and covariates."""
+    """Of some scans: innovations, shifts and ratios, ``[batch, dimensions]``, bits per dim, covariates, scans."""
 
     u: Tensor
     t: Tensor
     r: Tensor
     bits_per_dim: Tensor
     features: Tensor
+    scans: Tensor
 
 
 class _Scans(Dataset):
@@ -182,17 +184,18 @@ class PopulationFit:
             logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
             return None
         known = Subset(self.training, indices)
-        effects = self._effects(known)
+        effects, means = self._effects(known)
         sketch = self._sketch(known, effects)
         chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
         drawn = list(self._vectors(chosen, "choosing the number of factors"))
         rank, shrinkage, gain = self._choose(sketch, effects, drawn)
         sharpness = self._sharpness(prior_from_sketch(sketch, rank, shrinkage, self.network, effects), drawn)
         if late:
-            effects = self._effects(self.training)
+            effects, means = self._effects(self.training)
             sketch = self._sketch(self.training, effects)
         prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
         prior.coding, prior.sharpness = self.coding, sharpness
+        prior.offset = self._offset(prior, means, known)
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gathered([vectors.bits_per_dim for vectors in drawn]))
         self._save(prior, shrinkage, gain, len(self.training))
@@ -211,23 +214,57 @@ class PopulationFit:
                 output, posteriors = self.network.infer(scans, temperature)
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 u = torch.cat([innovation(q).flatten(1) for q in posteriors], dim=1)
-                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans), batch["features"])
+                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans), batch["features"], scans)
                 yield ScanVectors(*(part.cpu() for part in parts))
 
-    def _effects(self, dataset: Dataset) -> Tensor | None:
-        """The regression of the shifts on the covariates, ``[numbers, dimensions]``; None without covariates."""
+    def _effects(self, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
+        """The regressions of the shifts, and of the scans themselves, on the covariates.
+
+        Returns:
+            ``[numbers, dimensions]`` and ``[numbers, channels, *spatial]``; None without covariates.
+        """
         if self.coding is None:
-            return None
+            return None, None
         size = self.coding.size + 1  # and a constant
-        gram, moments = torch.zeros(size, size), torch.zeros(0)
+        gram, moments, images = torch.zeros(size, size), torch.zeros(0), torch.zeros(0)
         for vectors in self._vectors(dataset, "regression on the covariates"):
             design = torch.cat([torch.ones(len(vectors.features), 1), vectors.features], dim=1)
             gram += design.T @ design
             moments = design.T @ vectors.t + (moments if len(moments) else 0)
-        gram, moments = idist.all_reduce(gram), idist.all_reduce(moments)
+            images = torch.einsum("sn,s...->n...", design, vectors.scans) + (images if len(images) else 0)
+        gram, moments, images = (idist.all_reduce(total) for total in (gram, moments, images))
         ridge = torch.ones(size)  # as strong as one scan: sums of numbers whose mean is 0
         ridge[0] = 0
-        return torch.linalg.solve(gram + ridge.diag(), moments)[1:]
+        solve = torch.linalg.inv(gram + ridge.diag())
+        return (solve @ moments)[1:], torch.einsum("nm,m...->n...", solve, images)[1:]
+
+    def _offset(self, prior: PopulationPrior, means: Tensor | None, dataset: Dataset) -> Tensor | None:
+        """What the effects on the latents lack of the scans' own mean differences, ``[numbers, channels, *spatial]``.
+
+        The network is not linear, so that effects on its latents are not quite what they are in scans. So that the mean
+        of counterfactuals is right, what some scans gain when they are decoded under half a unit more of each number is
+        compared with the regression of the scans themselves.
+        """
+        if means is None:
+            return None
+        found = [torch.zeros_like(mean) for mean in means]
+        scans = 0
+        some = Subset(dataset, range(min(len(dataset), OFFSET_SCANS)))
+        for vectors in self._vectors(some, "mean differences", temperature=0.0):
+            innovations = [u.to(self.device) for u in split_latents(vectors.u, self.network)]
+            scans += len(vectors.u)
+            decoded = []
+            for sign in (-0.25, 0.25):
+                for number in range(self.coding.size):
+                    change = torch.zeros(len(vectors.u), self.coding.size, device=self.device)
+                    change[:, number] = sign
+                    with drawing_innovations(prior.to(self.device).moved(innovations, change)):
+                        decoded.append(self.network.decode([], 0.0, batch_size=len(change))[0].cpu())
+            below, above = decoded[: self.coding.size], decoded[self.coding.size :]
+            for number, (less, more) in enumerate(zip(below, above, strict=True)):
+                found[number] += 2 * (more - less).sum(0)
+        total = idist.all_reduce(torch.stack(found)) / idist.all_reduce(scans)
+        return means - total
 
     def _sketch(self, dataset: Dataset, effects: Tensor | None) -> FactorSketch:
         sketch = FactorSketch(2 * self.factors)
