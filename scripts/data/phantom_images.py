@@ -117,7 +117,11 @@ def brain_phantom(
         if site.blur > 0:
             signal = _blurred(signal, anatomy.brain, site.blur / spacing)
         noise = site.noise * scanner.uniform(0.008, 0.025)
-        real, imaginary = noise * scanner.standard_normal((2, signal.size), dtype=np.float32)
+        if person is None:
+            real, imaginary = noise * scanner.standard_normal((2, signal.size), dtype=np.float32)
+        else:  # a voxel's own, whatever the brain's size: the same at another age
+            drawn = scanner.standard_normal((2, *anatomy.brain.shape), dtype=np.float32)
+            real, imaginary = noise * drawn[:, anatomy.brain]
         signal = np.hypot(signal + real, imaginary)
         gain = 1000 * np.exp(scanner.uniform(-0.7, 0.7))
 

@@ -20,6 +20,7 @@ from monai.transforms import MapTransform
 from scripts.data.covariate_tables import read_rows
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
+from scripts.inference.scoring import foreground
 from scripts.layers.gaussian import gaussian_noise
 from scripts.layers.population_prior import PopulationPrior, drawing_innovations, innovation
 from scripts.networks import VDVAE
@@ -122,7 +123,8 @@ class Counterfactual(Inferer):
     Args:
         prior: with covariates.
         targets: the covariates to change to, by the ends of the results' names; see :func:`targets`. A covariate of a
-            scan that is to be changed and is not known is taken for what the scan itself says of it.
+            scan that is to be changed and is not known is taken for what the scan itself says of it. Background that
+            stays background is left as it is.
     """
 
     def __init__(self, prior: PopulationPrior, targets: Mapping[str, Mapping[str, Value]]) -> None:
@@ -155,7 +157,9 @@ class Counterfactual(Inferer):
                         before[row, own] = likely.to(features) @ numbers
             with drawing_innovations(self.prior.moved(innovations, changed - before)):
                 loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs))
-            results[f"change{name}"] = loc + self.prior.added(changed - before) + scale * residual - inputs
+            loc = loc + self.prior.added(changed - before)
+            outside = ~foreground(inputs, network) & ~foreground(loc, network)
+            results[f"change{name}"] = (loc + scale * residual - inputs).masked_fill(outside, 0.0)
         return results
 
 
@@ -304,8 +308,8 @@ class AddChanged(MapTransform):
     """Add a change, which came back to the scan's own grid and units, to the scan: detail finer than the network's
     grid stays.
 
-    Adds ``<result>...`` and ``difference...`` for each key ``change...``; only changes of the scan's foreground that
-    leave it in its range count.
+    Adds ``<result>...`` and ``difference...`` for each key ``change...``. Nothing becomes darker than the scan's
+    background.
 
     Args:
         keys: of the changes.
