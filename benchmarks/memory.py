@@ -1,9 +1,10 @@
-"""Memory of a training step, measured in a process of its own or estimated without allocating.
+"""Memory of a training step, measured in a process of its own or estimated without allocating, and of inference.
 
 python -m benchmarks.memory --size 128
 python -m benchmarks.memory --size 256 --estimate
 python -m benchmarks.memory --size 64 --compare
 python -m benchmarks.memory --table
+python -m benchmarks.memory --size 256 --jobs
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.step import TrainingStep, network_def
+from scripts.inference.inferers import Imputation, Reconstruction, Sampling
+from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 
@@ -32,6 +35,13 @@ TABLE_SIZES = (32, 64, 128, 256)
 CARDS = (8, 12, 16, 24, 40, 80)
 # CUDA context, cuDNN workspace and fragmentation; a card of n GB offers about n GiB
 GPU_OVERHEAD = 1.5 * GIB
+# inferers as inference.json has them; what is done again and again needs the memory of one time
+JOBS = {
+    "reconstruct": Reconstruction,
+    "score": Scoring,
+    "impute": lambda: Imputation(iterations=2, draws=2),
+    "sample": Sampling,
+}
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
@@ -127,6 +137,29 @@ def estimate_step(
     }
 
 
+def estimate_job(job: str, size: int, precision: str) -> int:
+    """Bytes at the peak of an inference job's inferer, of one scan, from fake tensors; weights and results included."""
+    with torch.device("meta"):
+        network = VDVAE(**network_def(size)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake_parameters(network)
+        scan = torch.empty(1, 1, *[size] * 3)
+        memory = PeakMemory()
+        for tensor in (*network.parameters(), *network.buffers(), scan):
+            memory.track(tensor)
+        with memory, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            JOBS[job]()(1 if job == "sample" else scan, network, mask=scan > 0)
+    return memory.peak
+
+
+def print_jobs(size: int) -> None:
+    """Print as Markdown what each job needs for one scan."""
+    print("| job | fp32 | bf16 |\n|---|---|---|")
+    for job in JOBS:
+        peaks = [f"{estimate_job(job, size, precision) / GIB:.1f}" for precision in ("fp32", "bf16")]
+        print(f"| `{job}` | {' | '.join(peaks)} |", flush=True)
+
+
 def _resident() -> int:
     """The most memory this process has held so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -211,6 +244,7 @@ def main(
     estimate: bool = False,
     compare: bool = False,
     table: bool = False,
+    jobs: bool = False,
 ) -> None:
     """Print the peak memory of a training step, the optimizer's state of an earlier step included.
 
@@ -225,12 +259,15 @@ def main(
         estimate: from fake tensors, without allocating, instead of measured.
         compare: time steps without and with checkpointing (all levels unless given) instead.
         table: print as Markdown which size fits which GPU instead.
+        jobs: print as Markdown what inference needs instead.
     """
     if table:
         print_table(TABLE_SIZES if size is None else (size,), ema)
         return
     size = size or 32
-    if compare:
+    if jobs:
+        print_jobs(size)
+    elif compare:
         levels = checkpoint_levels or len(network_def(size)["channels"])
         compare_steps(size, batch_size, precision, levels, threads, updates)
     elif estimate:

@@ -99,6 +99,7 @@ class Decoder(nn.Module):
                     kls.append(kl)
                 if q is not None and keep_posteriors:
                     posteriors.append(q)
+                q = None  # frees its memory for the next block
         return x, kls, posteriors
 
 

@@ -11,7 +11,7 @@ from groups import start_processes
 
 from benchmarks import probes, step_ops
 from benchmarks.loader import main as loader
-from benchmarks.memory import PeakMemory, estimate_step
+from benchmarks.memory import PeakMemory, estimate_job, estimate_step
 from benchmarks.memory import main as memory
 from benchmarks.scaling import main as scaling
 from benchmarks.step import TrainingStep, network_def
@@ -104,6 +104,14 @@ def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
         "| 8³ | bf16 | off | 11.0 | - | - | yes | yes | yes | yes |",
         "| 8³ | bf16 | on | 4.0 | yes | yes | yes | yes | yes | yes |",
     ]
+
+
+def test_jobs_say_what_inference_needs(capsys):
+    memory(size=8, jobs=True)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| `reconstruct`", "| `score`", "| `impute`", "| `sample`"]
+    weights = sum(parameter.numel() for parameter in VDVAE(**network_def(8)).parameters()) * 4
+    assert weights < estimate_job("score", 8, "bf16") < estimate_job("score", 8, "fp32")
 
 
 def test_unknown_precision():

@@ -88,7 +88,7 @@ class Reconstruction(Inferer):
     def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         temperature = level_temperatures(network, "temperature", self.temperature)
         if self.levels is None:
-            loc, scale, _ = network.infer(inputs, temperature)[0]
+            loc, scale, _ = network.infer(inputs, temperature, keep_posteriors=False)[0]
             return _with_zscore(inputs, loc, scale)
         latents = network.encode(inputs, temperature)
         recons = {
@@ -310,7 +310,8 @@ class Imputation(Inferer):
         start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
         filled = torch.where(mask, start, inputs)
         while True:
-            loc, scale, _ = network.infer(filled, level_temperatures(network, "temperature", self.temperature))[0]
+            temperature = level_temperatures(network, "temperature", self.temperature)
+            loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False)[0]
             drawn = draw_voxels(loc, scale, network)
             filled = torch.where(mask, drawn, inputs)
             yield filled if self.voxel_noise else torch.where(mask, loc, inputs)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import gaussian_1d, separable_filtering
-from scripts.layers.gaussian import Posterior, drawing, kl_per_dimension
+from scripts.layers.gaussian import SLICE, Posterior, drawing, kl_per_dimension
 from scripts.layers.population_prior import PopulationPrior, innovation
-from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from torch import Tensor
 
@@ -60,17 +60,18 @@ class Scoring(Inferer):
         """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
         weights, nlls, kls, gains = [], [], [], []
         for _ in range(self.importance_samples):
-            output, latents = network.infer(inputs, temperature=1.0)
+            record = LatentRecord(self.prior, with_ratios=self.importance_samples > 1)
+            output = record.infer(network, inputs, temperature=1.0)
             nll = negative_log_likelihood(output.loc, output.scale, inputs)
             nlls.append(nll)
             kls.append(output.kl)
-            weights.append(-nll - sum(log_ratio(q) for q in latents))
+            weights.append(-nll - record.log_ratio)
             if self.prior is not None:
-                gains.append(self.prior.log_ratio([innovation(q) for q in latents], features))
+                gains.append(self.prior.log_ratio(record.innovations, features))
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
         bound = self._bound(-(nll + kl.sum(1)), weights)
-        output, posteriors = network.infer(inputs, 0.0, keep_posteriors=self.prior is not None)
-        loc = output.loc
+        record = LatentRecord(self.prior)
+        loc = record.infer(network, inputs, temperature=0.0).loc
         with drawing(lambda q: restored_latent(q, self.restore)):
             restored, scale, _ = network.infer(inputs, 0.0, keep_posteriors=False)[0]
         results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
@@ -78,7 +79,7 @@ class Scoring(Inferer):
         if self.prior is not None:
             elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
             under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
-            coordinates = self.prior.coordinates([innovation(q) for q in posteriors], features)
+            coordinates = self.prior.coordinates(record.innovations, features)
             distance, tail = self.prior.typicality(coordinates)
             results |= {"bits_per_dim_population": bits_per_dim(-under_it, inputs)}
             results |= {"typicality": distance, "typicality_tail": tail}
@@ -94,12 +95,51 @@ class Scoring(Inferer):
         return torch.logsumexp(torch.stack(list(weights)), dim=0) - math.log(self.importance_samples)
 
 
+class LatentRecord:
+    """What scores need of the latents of one pass: not these, which would take most of the memory.
+
+    Args:
+        prior: the population prior; innovations are kept of the latents that it concerns, others are left empty.
+        with_ratios: whether ``log_ratio`` is summed over the latents, see :func:`log_ratio`; else it is 0.
+    """
+
+    def __init__(self, prior: PopulationPrior | None, with_ratios: bool = False) -> None:
+        self.concerned = () if prior is None else prior.latents
+        self.with_ratios = with_ratios
+        self.innovations: list[Tensor] = []
+        self.log_ratio: Tensor | float = 0.0
+
+    def infer(self, network: VDVAE, scans: Tensor, temperature: float) -> VDVAEOutput:
+        """The network's output for scans, recorded."""
+        with drawing(self._record):
+            return network.infer(scans, temperature, keep_posteriors=False)[0]
+
+    def _record(self, q: Posterior) -> Tensor:
+        concerned = len(self.innovations) in self.concerned
+        self.innovations.append(innovation(q) if concerned else q.mean.new_zeros(0))
+        if self.with_ratios:
+            self.log_ratio = self.log_ratio + log_ratio(q)
+        return q.z
+
+
+def parts(q: Posterior) -> Iterator[tuple[slice, Posterior]]:
+    """A latent in slices along its first spatial axis, so that what is computed of them takes little memory."""
+    size = q.mean.shape[2]
+    step = max(1, SLICE * size // q.mean.numel())
+    for start in range(0, size, step):
+        here = slice(start, start + step)
+        yield here, Posterior(*(None if values is None else values[:, :, here] for values in q))
+
+
 def restored_latent(q: Posterior, threshold: float | None) -> Tensor:
     """The posterior's mean, but where its KL divergence exceeds so many nats in a dimension: there the prior's mean."""
     if threshold is None:
         return q.mean
-    prior_mean = torch.zeros_like(q.mean) if q.prior_mean is None else q.prior_mean
-    return torch.where(kl_per_dimension(q) > threshold, prior_mean, q.mean)
+    restored = torch.empty_like(q.mean)
+    for here, part in parts(q):
+        prior_mean = torch.zeros_like(part.mean) if part.prior_mean is None else part.prior_mean
+        restored[:, :, here] = torch.where(kl_per_dimension(part) > threshold, prior_mean, part.mean)
+    return restored
 
 
 def foreground(scans: Tensor, network: VDVAE) -> Tensor:
@@ -130,11 +170,14 @@ def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
 
 def log_ratio(q: Posterior) -> Tensor:
     """log q(z) - log p(z) of a latent that was drawn, in nats: ``[batch]``, in double precision."""
-    z, mean, std = (t.double() for t in (q.z, q.mean, q.std))
-    prior_mean = torch.zeros_like(z) if q.prior_mean is None else q.prior_mean.double()
-    prior_std = torch.ones_like(z) if q.prior_std is None else q.prior_std.double()
-    difference = ((z - prior_mean) / prior_std).square() - ((z - mean) / std).square()
-    return (0.5 * difference + prior_std.log() - std.log()).flatten(1).sum(1)
+    total = q.mean.new_zeros(len(q.mean), dtype=torch.float64)
+    for _, part in parts(q):
+        z, mean, std = (values.double() for values in (part.z, part.mean, part.std))
+        prior_mean = torch.zeros_like(z) if part.prior_mean is None else part.prior_mean.double()
+        prior_std = torch.ones_like(z) if part.prior_std is None else part.prior_std.double()
+        difference = ((z - prior_mean) / prior_std).square() - ((z - mean) / std).square()
+        total += (0.5 * difference + prior_std.log() - std.log()).flatten(1).sum(1)
+    return total
 
 
 def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Tensor]:

@@ -227,11 +227,9 @@ class DecoderBlock(Block):
         """``x`` on this level's grid."""
         return upsample(x) if self.enters_level else x
 
-    def gaussian(self, mean: Tensor, s: Tensor, temperature: float) -> Posterior:
-        """What a parameter net predicts, of a posterior or of a prior, with a draw from it."""
-        std = standard_deviation(s, self.std_range, self.std_form)
-        mean = mean.float()
-        return Posterior(draw(mean, std, temperature), mean, std, None, None)
+    def moments(self, mean: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, in fp32, of what a parameter net predicts, of a posterior or of a prior."""
+        return mean.float(), standard_deviation(s, self.std_range, self.std_form)
 
 
 class RefiningBlock(ResidualBlock):
@@ -285,7 +283,8 @@ class FirstLatent(DecoderBlock):
         kl: Tensor | None = None
         if z is None and features is not None:
             mean, s, _ = self.posterior(features)
-            q = self.gaussian(mean, s, temperature)
+            mean, std = self.moments(mean, s)
+            q = Posterior(draw(mean, std, temperature), mean, std, None, None)
             if not torch.jit.is_scripting():
                 q = choose(q)
             kl, z = kl_divergence(q), q.z
@@ -345,19 +344,21 @@ class StochasticBlock(DecoderBlock):
         self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, Posterior | None]:
         x = self.enter(x)
-        p_mean, p_s, residual = self.prior(x, None, (self.residual.weight, self.residual.bias))
+        # one name for what is unbounded and what is bounded: the first is free before the next is made
+        p_mean, p_std, residual = self.prior(x, None, (self.residual.weight, self.residual.bias))
         assert residual is not None
         q: Posterior | None = None
         kl: Tensor | None = None
         if z is None:
-            p = self.gaussian(p_mean, p_s, 0.0 if features is not None else temperature)
+            p_mean, p_std = self.moments(p_mean, p_std)
+            p = Posterior(draw(p_mean, p_std, 0.0 if features is not None else temperature), p_mean, p_std, None, None)
             if features is None and not torch.jit.is_scripting():
                 p = choose(p)
             z = p.z
             if features is not None:
-                q_mean, q_s, _ = self.posterior(features, x)
-                q = self.gaussian(q_mean, q_s, temperature)
-                q = Posterior(q.z, q.mean, q.std, p.mean, p.std)
+                q_mean, q_std, _ = self.posterior(features, x)
+                q_mean, q_std = self.moments(q_mean, q_std)
+                q = Posterior(draw(q_mean, q_std, temperature), q_mean, q_std, p.mean, p.std)
                 if not torch.jit.is_scripting():
                     q = choose(q)
                 kl, z = kl_divergence(q, self.kl_floor if self.training else 0.0), q.z

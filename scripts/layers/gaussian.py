@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 LATENT_STD_RANGE = (1e-3, 1.0)
+# values of a scan's latent that are worked on at a time where no gradients are wanted: a latent of 256³ has 336 million
+SLICE = 1 << 24
 
 
 class Posterior(NamedTuple):
@@ -37,12 +39,20 @@ def standard_deviation(s: Tensor, bounds: tuple[float, float], form: str) -> Ten
     """
     lo, hi = bounds
     s = s.float()
-    return lo + (hi - lo) * torch.sigmoid(s) if form == "sigmoid" else torch.exp(0.5 * s.clamp(lo, hi))
+    if form != "sigmoid":
+        return torch.exp(0.5 * s.clamp(lo, hi))
+    # in place where no gradient needs what is overwritten: less memory
+    share = torch.sigmoid(s)
+    return lo + (hi - lo) * share if torch.is_grad_enabled() else share.mul_(hi - lo).add_(lo)
 
 
 def draw(mean: Tensor, std: Tensor, temperature: float) -> Tensor:
     """A draw from ``N(mean, (temperature * std)^2)``; temperature 0 gives the mean without drawing."""
-    return mean if temperature == 0 else mean + temperature * std * gaussian_noise(mean)
+    if temperature == 0:
+        return mean
+    noise = gaussian_noise(mean)
+    scaled = temperature * std
+    return mean + scaled * noise if torch.is_grad_enabled() else scaled.mul_(noise).add_(mean)
 
 
 def kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
@@ -61,15 +71,32 @@ def kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
     return 0.5 * (distance / p_std.square().clamp_min(floor) - 1) + p_std.log() - q.std.log()
 
 
-def kl_divergence(q: Posterior, floor: float = 0.0) -> Tensor:
-    """KL(q || p) in nats, summed over the latent: ``[batch]``; ``floor`` as in :func:`kl_per_dimension`."""
+def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor:
+    """KL(q || p) in nats, summed over the latent: ``[batch]``; ``floor`` as in :func:`kl_per_dimension`.
+
+    Without gradients it is computed of so many values of each scan at a time, ``most``.
+    """
     # on views in the order of their memory: else the gradients, which begin as one value expanded, are not
     # channels-last, and every operation on them and the convolutions behind copy
     p_mean, p_std = q.prior_mean, q.prior_std
     if p_mean is not None and p_std is not None:
         p_mean, p_std = memory_order(p_mean), memory_order(p_std)
     in_order = Posterior(q.z, memory_order(q.mean), memory_order(q.std), p_mean, p_std)
-    return kl_per_dimension(in_order, floor).sum(1)
+    values = in_order.mean.shape[1]
+    if values <= most or torch.is_grad_enabled():
+        return kl_per_dimension(in_order, floor).sum(1)
+    kl = torch.zeros(q.mean.shape[0], dtype=q.mean.dtype, device=q.mean.device)
+    for start in range(0, values, most):
+        kl = kl + kl_per_dimension(part(in_order, start, start + most), floor).sum(1)
+    return kl
+
+
+def part(q: Posterior, start: int, end: int) -> Posterior:
+    """Some of the values of a latent whose mean and standard deviation are ``[batch, values]``; z is left as it is."""
+    p_mean, p_std = q.prior_mean, q.prior_std
+    if p_mean is not None and p_std is not None:
+        p_mean, p_std = p_mean[:, start:end], p_std[:, start:end]
+    return Posterior(q.z, q.mean[:, start:end], q.std[:, start:end], p_mean, p_std)
 
 
 def memory_order(x: Tensor) -> Tensor:
