@@ -1,0 +1,100 @@
+"""Look at a trained network and at scans through it, on a page in the browser.
+
+    python -m scripts.explore
+    python -m scripts.explore --run_dir OUT --dataset_dir DIR
+    python -m scripts.explore --ckpt D/model.pt --config_file "['configs/inference.json','configs/size_128.json']"
+
+The page is served from this machine and for this machine; the address that is printed holds the token that opens it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import webbrowser
+from collections.abc import Sequence
+
+from scripts.utils.command_line import run
+
+__all__ = ["explore"]
+
+logger = logging.getLogger(__name__)
+
+
+def explore(
+    ckpt: str | os.PathLike | None = None,
+    run_dir: str | os.PathLike | None = None,
+    dataset_dir: str | os.PathLike | None = None,
+    scan_pattern: str | Sequence[str] | None = None,
+    prior: str | None = None,
+    covariates_file: str | os.PathLike | None = None,
+    config_file: str | Sequence[str] = "configs/inference.json",
+    bundle_root: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    browser: bool = True,
+) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        ckpt, run_dir, dataset_dir, scan_pattern, prior, covariates_file, bundle_root: keys of configs/inference.json;
+            those that are not given stay as they are there.
+        config_file: configs/inference.json, or that and overlays.
+        host: the address to listen at. One that other machines reach is used with a warning.
+        port: to listen at; 0 takes one that is free.
+        browser: open the page in the browser.
+
+    Raises:
+        OSError: the address cannot be used.
+        ValueError: an argument makes no sense, or the network, its weights or the scans cannot be used.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+        raise ValueError(f"port is {port!r}: it must be a whole number from 0 to 65535.")
+    if not isinstance(browser, bool):
+        raise ValueError(f"browser is {browser!r}: it must be True or False.")
+
+    import uvicorn
+    from monai.bundle import ConfigParser
+    from scripts.webpage.app import create_app
+    from scripts.webpage.guard import LOOPBACK
+    from scripts.webpage.jobs import Jobs
+
+    settings = {
+        "ckpt": ckpt,
+        "run_dir": run_dir,
+        "dataset_dir": dataset_dir,
+        "scan_pattern": scan_pattern,
+        "prior": prior,
+        "covariates_file": covariates_file,
+        "bundle_root": bundle_root,
+    }
+    config = ConfigParser(ConfigParser.load_config_files(config_file))
+    config.update({key: value for key, value in settings.items() if value is not None})
+    jobs = Jobs(config)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(
+            f"The page cannot be served at {host}, port {port} ({error.strerror}): set another --port."
+        ) from None
+    token = secrets.token_urlsafe(24)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}/?token={token}"
+    if host not in LOOPBACK:
+        logger.warning(
+            "--host %s: other machines can reach this page, and whoever sees its address can see the scans; what is "
+            "sent is not encrypted. An SSH tunnel to 127.0.0.1 is safer.",
+            host,
+        )
+    logger.info("%d scan(s), weights '%s'. Open %s (Ctrl-C ends it)", len(jobs.cohort), jobs.name, address)
+    app = create_app(jobs, token, LOOPBACK if host in LOOPBACK else ())
+    if browser:
+        webbrowser.open(address)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run("python -m scripts.explore", explore)

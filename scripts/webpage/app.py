@@ -1,0 +1,135 @@
+"""The routes of the page: its files, and a small JSON interface to the jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from scripts.webpage.guard import LOOPBACK, Guard, refusal
+from scripts.webpage.jobs import Jobs
+from scripts.webpage.work import BusyError, Job, Results, Worker
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+__all__ = ["create_app"]
+
+STATIC = Path(__file__).parent / "static"
+TYPES = {".png": "image/png", ".gz": "application/gzip"}
+PATIENCE = 120  # seconds that a thumbnail may take
+
+
+def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, results: Results | None = None) -> Starlette:
+    """The page as an ASGI application.
+
+    Args:
+        jobs: what can be asked for.
+        token: see :class:`scripts.webpage.guard.Guard`.
+        hosts: likewise.
+        results: where they are kept.
+    """
+    kept = Results() if results is None else results
+    worker = Worker(kept)
+
+    async def index(request: Request) -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    async def about(request: Request) -> Response:
+        return JSONResponse(jobs.about())
+
+    async def scans(request: Request) -> Response:
+        query = request.query_params
+        try:
+            offset, limit = int(query.get("offset", 0)), int(query.get("limit", 50))
+        except ValueError:
+            return refusal(422, "offset and limit must be whole numbers.")
+        descending = query.get("descending") == "true"
+        return JSONResponse(jobs.cohort.page(offset, limit, query.get("sort", ""), descending, query.get("search", "")))
+
+    async def thumbnail(request: Request) -> Response:
+        channel = request.query_params.get("channel", "0")
+        try:
+            job = _submit("thumbnail", {"index": request.path_params["index"], "channel": int(channel)})
+        except ValueError:
+            return refusal(422, f"channel is {channel!r}: it must be a whole number.")
+        except BusyError as error:
+            return refusal(429, str(error))
+        for _ in range(PATIENCE * 50):
+            if job.ended:
+                break
+            await asyncio.sleep(0.02)
+        result = kept.get(job.key)
+        if job.state != "done" or result is None:
+            worker.cancel(job)
+            return refusal(422, job.error or "The picture took too long.")
+        return Response(result.files["thumbnail.png"], media_type="image/png")
+
+    def _submit(kind: Any, arguments: Any) -> Job:
+        key, steps = jobs.prepare(kind, arguments)
+        return worker.submit(kind, key, steps)
+
+    async def submit(request: Request) -> Response:
+        try:
+            asked = json.loads(await request.body())
+            job = _submit(asked["kind"], asked.get("arguments", {}))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            return refusal(422, 'A job is asked for as {"kind": ..., "arguments": {...}}.')
+        except ValueError as error:
+            return refusal(422, str(error))
+        except BusyError as error:
+            return refusal(429, str(error))
+        return JSONResponse(_state(job), status_code=202)
+
+    def _state(job: Job) -> dict[str, Any]:
+        state = job.plain()
+        if job.state == "done":
+            result = kept.get(job.key)
+            if result is None:
+                return state | {"state": "failed", "error": "The result is no longer kept: ask for it again."}
+            state["result"] = result.content
+            state["files"] = {name: f"/api/results/{job.key}/{name}" for name in result.files}
+        return state
+
+    async def active(request: Request) -> Response:
+        return JSONResponse([job.plain() for job in worker.active() if job.kind != "thumbnail"])
+
+    async def one(request: Request) -> Response:
+        job = worker.find(request.path_params["id"])
+        if job is None:
+            return refusal(404, "There is no such job, or it was long ago: ask for it again.")
+        if request.method == "DELETE":
+            worker.cancel(job)
+        return JSONResponse(_state(job))
+
+    async def file(request: Request) -> Response:
+        name = request.path_params["name"]
+        result = kept.get(request.path_params["key"])
+        if result is None or name not in result.files:
+            return refusal(404, "This file is no longer kept: ask for it again.")
+        headers = {"content-disposition": f'attachment; filename="{name}"'}
+        return Response(result.files[name], media_type=TYPES[Path(name).suffix], headers=headers)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        worker.stop()
+
+    routes = [
+        Route("/", index),
+        Route("/api/about", about),
+        Route("/api/scans", scans),
+        Route("/api/scans/{index:int}/thumbnail.png", thumbnail),
+        Route("/api/jobs", active),
+        Route("/api/jobs", submit, methods=["POST"]),
+        Route("/api/jobs/{id}", one, methods=["GET", "DELETE"]),
+        Route("/api/results/{key}/{name}", file),
+        Mount("/static", StaticFiles(directory=STATIC)),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(Guard, token=token, hosts=hosts)], lifespan=lifespan)

@@ -1,0 +1,357 @@
+"""What the page can ask of a trained network: each job a generator of steps, see :mod:`scripts.webpage.work`.
+
+They use the inferers, the preprocessing and the seeds of configs/inference.json, so that a scan's numbers are those of
+its jobs. Volumes lie on the network's grid: scans and what the network makes of them from 0 (background) to 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.image import imsave
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from scripts.data.transforms import ScanError
+from scripts.inference.covariates import Counterfactual, need_covariates, targets, with_covariates
+from scripts.inference.engine import scan_generator
+from scripts.inference.inferers import (
+    CoordinateDecoding,
+    Encoding,
+    Interpolation,
+    Reconstruction,
+    Sampling,
+    latents_up_to,
+)
+from scripts.inference.outputs import from_zero_to_one
+from scripts.layers.gaussian import noise_from
+from scripts.layers.levels import find_level, grid_key, grid_name
+from scripts.layers.population_prior import PopulationPrior
+from scripts.utils.nifti import nifti_bytes
+from scripts.utils.slices import PLANES, as_array, middle, plane
+from scripts.webpage.cohort import SCORES, Cohort
+from scripts.webpage.work import Result, Steps, request_key
+from torch import Tensor
+
+__all__ = ["Jobs"]
+
+MOST_SAMPLES = 36
+MOST_STEPS = 11  # of a film strip
+HOTTEST = 5  # temperature
+LARGEST = 100.0  # coordinate, in standard deviations of the cohort
+
+
+class Jobs:
+    """The jobs of one network and one cohort.
+
+    Args:
+        config: configs/inference.json, with its overlays and what the command line changes.
+
+    Attributes:
+        cohort: the table of the scans.
+        name: of the weights.
+    """
+
+    def __init__(self, config: ConfigParser) -> None:
+        self._config = config
+        self.network = config.get_parsed_content("network").eval()
+        self.prior: PopulationPrior | None = config.get_parsed_content("population_prior")
+        self.cohort = Cohort(config.get_parsed_content("scans"), config.get_parsed_content("columns"))
+        self.name = str(config.get_parsed_content("ckpt"))
+        self.device = next(self.network.parameters()).device
+        self._preprocessing = config.get_parsed_content("preprocessing")
+        self._scoring = config.get_parsed_content("scoring_inferer")
+        self._features_of = config.get_parsed_content("features_of")
+        self._range = config.get_parsed_content("output_range")
+        self._folder = config.get_parsed_content("scan_folder")
+        self._covariates_file = config.get_parsed_content("covariates_file")
+        self._seed = config.get_parsed_content("seed")
+        self._decoded = lru_cache(maxsize=8)(self._decode)
+        self.kinds: dict[str, Callable[..., Steps]] = {
+            "thumbnail": self.thumbnail,
+            "score": self.score,
+            "view": self.view,
+            "coordinates": self.coordinates,
+            "decode": self.decode,
+            "sample": self.sample,
+            "change": self.change,
+            "mix": self.mix,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What the page must know of the network."""
+        network, grids = self.network, self.network.grids()
+        with_latents = sorted(set(network.latent_levels), reverse=True)
+        coding = None if self.prior is None else self.prior.coding
+        return {
+            "ckpt": self.name,
+            "device": str(self.device),
+            "shape": list(network.spatial_shape),
+            "channels": network.in_channels,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "levels": [{"key": grid_key(grids[level]), "name": grid_name(grids[level])} for level in with_latents],
+            "factors": 0 if self.prior is None else self.prior.factors,
+            "explained": [] if self.prior is None else self.prior.explained.tolist(),
+            "covariates": []
+            if coding is None
+            else [
+                {"name": name, "kind": variable.kind, "values": variable.grid(9)}
+                if variable.kind == "continuous"
+                else {"name": name, "kind": variable.kind, "values": variable.grid()}
+                for name, variable in coding.variables.items()
+            ],
+            "scans": len(self.cohort),
+        }
+
+    def prepare(self, kind: Any, arguments: Any) -> tuple[str, Steps]:
+        """A job as it was asked for: the key of the request and the steps, of which none is done yet.
+
+        Raises:
+            ValueError: there is no such job, or its arguments are not understood.
+        """
+        if kind not in self.kinds or not isinstance(arguments, dict):
+            raise ValueError(f"There is no job {kind!r}: there are {', '.join(self.kinds)}.")
+        job = self.kinds[kind]
+        try:
+            inspect.signature(job).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"The job '{kind}' was asked for wrongly: {error}.") from error
+        return request_key(kind, arguments), job(**arguments)
+
+    # each scan is read again when it is asked for: a cohort need not fit into memory
+    def _read(self, index: Any) -> dict[str, Any]:
+        """A scan after preprocessing, with the covariates that are known of it.
+
+        Raises:
+            ScanError: it cannot be used; its row says so then.
+            ValueError: there is no such scan, or one of its covariates makes no sense.
+        """
+        item = self.cohort.items[self.cohort.check(index)]
+        try:
+            found = self._preprocessing(item)
+        except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
+            cause = error if isinstance(error, ScanError) else error.__cause__
+            if not isinstance(cause, ScanError):
+                raise
+            self.cohort.note(index, error=str(cause))
+            raise cause from None
+        (known,) = with_covariates([item], self._folder, self._covariates_file, self.prior)
+        return known | found
+
+    def _inputs(self, item: Mapping[str, Any]) -> Tensor:
+        return item["image"].as_tensor()[None].to(self.device)
+
+    def _features(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        found = self._features_of([item])
+        return {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in found.items()}
+
+    def _unit(self, images: Tensor) -> Tensor:
+        """The first scan of a batch, from 0 to 1, ``[channels, *spatial]``."""
+        return from_zero_to_one(images[0].float(), self._range)
+
+    def _channel(self, channel: Any) -> int:
+        if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < self.network.in_channels:
+            raise ValueError(f"There is no channel {channel!r}: the network has {self.network.in_channels}.")
+        return channel
+
+    def thumbnail(self, index: int, channel: int = 0) -> Steps:
+        """A small picture of a scan."""
+        channel = self._channel(channel)
+        yield 0, 1
+        image = self._unit(self._inputs(self._read(index)))[channel]
+        return Result(files={"thumbnail.png": picture(image)})
+
+    def score(self, indices: Sequence[int] | None = None) -> Steps:
+        """Scores of scans, into their rows; of all that have none yet, where none are named."""
+        if indices is None:
+            rows = self.cohort.page(limit=1)["scans"]
+            indices = [i for i in range(rows) if not {"bits_per_dim"} & set(self.cohort.row(i))]
+        indices = [self.cohort.check(index) for index in indices]
+        yield 0, max(1, len(indices))
+        for done, index in enumerate(indices):
+            try:
+                self._score(index, self._read(index))
+            except ValueError as error:  # a ScanError among them: its row says it, and the others follow
+                self.cohort.note(index, error=str(error))
+            yield done + 1, len(indices)
+        return Result({"scored": len(indices)})
+
+    def _score(self, index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
+        with noise_from([scan_generator(self._seed, self.cohort.row(index)["image"])]):
+            found = self._scoring(self._inputs(item), self.network, **self._features(item))
+        scores = {name: float(found[name]) for name in SCORES if name in found}
+        self.cohort.note(index, error="", **{name: value for name, value in scores.items() if math.isfinite(value)})
+        return found
+
+    def view(self, index: int, channel: int = 0) -> Steps:
+        """A scan, its reconstructions up to each level, and maps of what is unusual in it."""
+        channel = self._channel(channel)
+        yield 0, 3
+        item = self._read(index)
+        inputs, affine = self._inputs(item), item["image"].affine
+        yield 1, 3
+        found = Reconstruction(levels="each")(inputs, self.network)
+        yield 2, 3
+        scored = self._score(index, item)
+        files = {"scan": self._unit(inputs), "restored": self._unit(scored["restored"])}
+        low, high = self._range
+        for name, image in found.items():
+            if name.startswith("recon"):
+                files[name] = self._unit(image)
+        files |= {"zscore": found["zscore"][0], "anomaly": scored["anomaly"][0]}
+        files["scale"] = found["scale"][0] / (high - low)
+        content = {
+            "row": self.cohort.row(index),
+            "latents": [latents_up_to(self.network, level) for level in sorted(set(self.network.latent_levels))[::-1]],
+            "largest_scale": float(files["scale"][channel].quantile(0.999)),
+        }
+        return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in files.items()})
+
+    def coordinates(self, index: int) -> Steps:
+        """A scan's coordinates in the population prior."""
+        prior = self._need_prior()
+        yield 0, 2
+        item = self._read(index)
+        yield 1, 2
+        found = Encoding(prior=prior)(self._inputs(item), self.network)["coordinates"][0]
+        return Result({"coordinates": found.tolist()})
+
+    def _need_prior(self) -> PopulationPrior:
+        if self.prior is None:
+            raise ValueError("These weights have no population prior: train or run fit_prior, which leave one.")
+        return self.prior
+
+    def decode(self, coordinates: Sequence[float], start: Sequence[float] | None = None, channel: int = 0) -> Steps:
+        """The brain at coordinates of the population prior, and what differs from the one at ``start``."""
+        channel = self._channel(channel)
+        prior = self._need_prior()
+        places = [self._place(place, prior.factors) for place in (coordinates, start) if place is not None]
+        yield 0, 1
+        images = [self._decoded(place)[channel] for place in places]
+        affine = self.network.scan_affine
+        files = {"decoded.nii.gz": volume(images[0], affine)}
+        if start is not None:
+            files["difference.nii.gz"] = volume(images[0] - images[1], affine)
+        return Result(files=files)
+
+    def _place(self, coordinates: Any, factors: int) -> tuple[float, ...]:
+        try:
+            numbers = tuple(round(float(value), 4) for value in coordinates)
+        except (TypeError, ValueError):
+            numbers = ()
+        if len(numbers) > factors or not numbers or not all(abs(value) <= LARGEST for value in numbers):
+            raise ValueError(f"coordinates must be 1 to {factors} numbers, such as [0.5, -1]; others are 0.")
+        return numbers + (0.0,) * (factors - len(numbers))
+
+    def _decode(self, place: tuple[float, ...]) -> Tensor:
+        inferer = CoordinateDecoding(self._need_prior())
+        found = inferer(torch.tensor([place], device=self.device), self.network)["sample"]
+        return self._unit(found).cpu()
+
+    def sample(
+        self,
+        count: int = 8,
+        temperature: float | Mapping[str, float] | None = None,
+        seed: int = 0,
+        prior: str = "population",
+        covariates: Mapping[str, Any] | None = None,
+        channel: int = 0,
+    ) -> Steps:
+        """New scans; those of the job ``sample`` with this seed."""
+        channel = self._channel(channel)
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_SAMPLES:
+            raise ValueError(f"count is {count!r}: it must be a whole number from 1 to {MOST_SAMPLES}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ValueError(f"seed is {seed!r}: it must be a whole number, 0 or more.")
+        chosen = {"population": self.prior, "network": None}[prior] if prior in ("population", "network") else None
+        if prior != "network" and chosen is None:
+            raise ValueError(f"prior is {prior!r}: these weights have 'network' alone, or 'population' and 'network'.")
+        for value in temperature.values() if isinstance(temperature, Mapping) else [temperature]:
+            if isinstance(value, float | int) and not 0 <= value <= HOTTEST:
+                raise ValueError(f"temperature is {value!r}: it must be from 0 to {HOTTEST}.")
+        inferer = Sampling(temperature, prior=chosen, covariates=covariates or None)
+        yield 0, count
+        files, images = {}, []
+        for number in range(1, count + 1):
+            with noise_from([scan_generator(seed, f"{number:04d}")]):
+                image = self._unit(inferer(1, self.network)["sample"])[channel].cpu()
+            images.append(image)
+            files[f"sample_{number:04d}.nii.gz"] = volume(image, self.network.scan_affine)
+            files[f"sample_{number:04d}.png"] = picture(image)
+            yield number, count
+        return Result({"count": count}, files)
+
+    def change(self, index: int, covariates: Mapping[str, Any], channel: int = 0) -> Steps:
+        """A scan under other covariates, of which one may be a list: a film strip."""
+        channel = self._channel(channel)
+        prior = need_covariates(self.prior)
+        wanted = targets(prior.coding, covariates)
+        if len(wanted) > MOST_STEPS:
+            raise ValueError(f"{len(wanted)} values were asked for: {MOST_STEPS} are the most.")
+        yield 0, len(wanted) + 1
+        item = self._read(index)
+        inputs, features = self._inputs(item), self._features(item)
+        frames = [("as it is", inputs)]
+        for name, values in wanted.items():
+            yield len(frames), len(wanted) + 1
+            found = Counterfactual(prior, {name: values})(inputs, self.network, **features)
+            label = ", ".join(
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+            )
+            frames.append((label, inputs + found[f"change{name}"]))
+        known = {name: value for name, value in item["covariates"].items() if value is not None}
+        return self._strip(frames, item["image"], channel, {"known": known})
+
+    def mix(
+        self, first: int, second: int, levels: Sequence[str] | None = None, steps: int = 5, channel: int = 0
+    ) -> Steps:
+        """From one scan to another in latent space, on some levels or all: a film strip."""
+        channel = self._channel(channel)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps is {steps!r}: it must be a whole number from 2 to {MOST_STEPS}.")
+        if levels is not None:
+            for level in levels:
+                find_level("levels", level, self.network.grids())
+        yield 0, 2
+        items = [self._read(index) for index in (first, second)]
+        yield 1, 2
+        inferer = Interpolation(steps, levels)
+        pair = torch.stack([self._inputs(item) for item in items], dim=1)
+        found = inferer(pair, self.network)
+        shares = [f"{step / (steps - 1):.0%}" for step in range(steps)]
+        frames = [(share, found[name]) for share, name in zip(shares, inferer.images(), strict=True)]
+        return self._strip(frames, items[0]["image"], channel, {})
+
+    def _strip(
+        self, frames: Sequence[tuple[str, Tensor]], image: MetaTensor, channel: int, content: dict[str, Any]
+    ) -> Result:
+        """Frames with their labels, each with its difference from the first."""
+        files = {}
+        images = [self._unit(frame)[channel] for _, frame in frames]
+        for number, shown in enumerate(images):
+            files[f"frame_{number:02d}.nii.gz"] = volume(shown, image.affine)
+            files[f"difference_{number:02d}.nii.gz"] = volume(shown - images[0], image.affine)
+            files[f"frame_{number:02d}.png"] = picture(shown)
+        return Result(content | {"labels": [label for label, _ in frames]}, files)
+
+
+def volume(image: Tensor, affine: Any) -> bytes:
+    """A volume ``[*spatial]`` as the bytes of a ``.nii.gz``; one of 2D becomes a single slice."""
+    array = as_array(image)
+    return nifti_bytes(array if array.ndim == 3 else array[..., None], np.asarray(affine, np.float64), "aligned", 1)
+
+
+def picture(image: Tensor) -> bytes:
+    """The axial slice through the middle of a scan ``[*spatial]``, from 0 to 1, as the bytes of a PNG."""
+    array = as_array(image)
+    _, axis = PLANES[array.ndim][0]
+    shown = plane(array, axis, 0 if axis is None else middle(array)[axis])
+    buffer = io.BytesIO()
+    imsave(buffer, shown, cmap="gray", vmin=0.0, vmax=1.0, format="png")
+    return buffer.getvalue()

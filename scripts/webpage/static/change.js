@@ -1,0 +1,91 @@
+// Change: a scan under other covariates, and from one scan to another; each a film strip.
+
+import { h, run } from "./api.js";
+import { covariateInputs } from "./covariates.js";
+import { Picker } from "./picker.js";
+import { Viewer } from "./viewer.js";
+
+export function makeChange(section, about) {
+  const message = h("p", { className: "message", role: "alert" });
+  const first = new Picker("Scan");
+  const second = new Picker("Second scan");
+  const strip = h("div", { className: "sheet" });
+  const stage = h("div", { className: "stage" }, message, strip);
+  const boxes = about.levels.map(({ key, name }) => {
+    const box = h("input", { type: "checkbox", checked: true, value: key });
+    return [box, h("label", {}, box, name)];
+  });
+  const mixing = h("div", { className: "box" }, h("h2", { textContent: "Mix two scans" }),
+    h("p", { className: "quiet", textContent: "Latents of the grids that are ticked go over to the second scan; the others stay those of the first." }),
+    second.element, h("fieldset", {}, h("legend", { textContent: "Grids" }), ...boxes.map(([, label]) => label)),
+    h("div", { className: "row", style: "margin-top:.5rem" }, h("button", { className: "main", textContent: "Mix", onclick: mix })));
+  section.append(h("div", { className: "side" }, h("div", { className: "box" }, first.element), changing(), mixing), stage);
+  const viewer = new Viewer(stage);
+
+  function changing() {
+    const box = h("div", { className: "box" }, h("h2", { textContent: "Change age, sex or site" }));
+    if (!about.covariates.length) {
+      box.append(h("p", { className: "quiet", textContent: "The population prior of these weights knows no covariates. Weights that were trained with --covariates, or a prior that fit_prior fits with them, bring this to life." }));
+      return box;
+    }
+    const inputs = covariateInputs(about, "as it is");
+    const films = about.covariates.map(({ name, kind, values }) => h("button", {
+      textContent: kind === "continuous" ? `Film over ${name}` : `Each ${name}`,
+      onclick: () => change({ ...inputs.values(), [name]: values.length > 10 ? values.slice(0, 10) : values }),
+    }));
+    box.append(h("div", { className: "row" }, ...inputs.elements),
+      h("div", { className: "row", style: "margin-top:.5rem" }, h("button", { className: "main", textContent: "Change", onclick: () => change(inputs.values()) }), ...films));
+    return box;
+  }
+
+  function change(covariates) {
+    if (first.index === undefined) return say("Choose a scan first.");
+    if (!Object.keys(covariates).length) return say("Fill in what is to change.");
+    return ask("change", { index: first.index, covariates }, first.input.value);
+  }
+
+  function mix() {
+    if (first.index === undefined || second.index === undefined) return say("Choose two scans first.");
+    const levels = boxes.filter(([box]) => box.checked).map(([box]) => box.value);
+    if (!levels.length) return say("Tick a grid at least.");
+    return ask("mix", { first: first.index, second: second.index, levels }, `${first.input.value} to ${second.input.value}`);
+  }
+
+  function say(text) {
+    message.textContent = text;
+  }
+
+  async function ask(kind, args, title) {
+    say("");
+    strip.replaceChildren(h("span", { className: "quiet", textContent: "Working …" }));
+    try {
+      const job = await run(kind, args);
+      strip.replaceChildren();
+      if (job) fill(job, title);
+    } catch (error) {
+      strip.replaceChildren();
+      say(error.message);
+    }
+  }
+
+  function fill({ result, files }, title) {
+    strip.replaceChildren(...result.labels.map((label, place) => {
+      const number = String(place).padStart(2, "0");
+      const button = h("button", { "aria-pressed": "false", onclick: () => choose() }, h("img", { src: files[`frame_${number}.png`], alt: label }), label);
+      const choose = () => {
+        for (const other of strip.children) other.setAttribute("aria-pressed", other === button);
+        return viewer.show({
+          caption: `${title}: ${label}`,
+          bases: [{ name: `frame_${number}`, label: "frame", file: files[`frame_${number}.nii.gz`] }],
+          overlays: [{ name: "difference", label: "difference from the first", file: files[`difference_${number}.nii.gz`], signed: true, most: 0.3, from: 0.03, unit: "intensity, blue darker, orange brighter" }],
+        }).catch((error) => say(error.message));
+      };
+      return button;
+    }));
+    strip.lastChild?.click();
+  }
+
+  const open = () => {};
+  open.select = (row) => first.set(row);
+  return open;
+}

@@ -1,0 +1,150 @@
+// Volumes in three planes and in 3D, by NiiVue; with an overlay, its opacity and threshold, and bars that say the units.
+
+import { h } from "./api.js";
+
+// Orange and blue on grey are told apart by colour-blind people too. R, G, B and A at the places I, 0 to 255.
+const MAPS = {
+  warm: { R: [200, 255, 255], G: [40, 110, 255], B: [0, 20, 60], A: [160, 220, 255], I: [0, 128, 255] },
+  cold: { R: [0, 0, 235], G: [70, 170, 250], B: [200, 255, 255], A: [160, 220, 255], I: [0, 128, 255] },
+};
+const SIGNED = "linear-gradient(90deg, #ebfaff, #00aaff, #0046c8, #222 50%, #c82800, #ff6e14, #ffff3c)";
+const VIRIDIS = "linear-gradient(90deg, #440154, #3b528b, #21918c, #5ec962, #fde725)";
+const GREY = "linear-gradient(90deg, #000, #fff)";
+const FROM_ZERO = 1; // NiiVue's colour map type: from 0 to the maximum, transparent below the minimum
+
+const bar = (gradient, low, high, label) =>
+  h("span", { className: "bar" }, low, h("i", { style: `background: ${gradient}` }), high, ` ${label}`);
+
+export class Viewer {
+  // bases and overlays: [{name, label, file, most, unit, signed}]; those of one volume alone show no choices
+  constructor(parent, { small = false } = {}) {
+    this.caption = h("p", { className: "caption" });
+    this.base = h("select", { ariaLabel: "Image", onchange: () => this.redraw() });
+    this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => { this.#limits(); this.redraw(); } });
+    this.opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.8, ariaLabel: "Opacity", oninput: () => this.#restyle() });
+    this.threshold = h("input", { type: "range", min: 0, max: 6, step: 0.1, value: 2, ariaLabel: "Threshold", oninput: () => this.#restyle() });
+    this.number = h("output");
+    this.shown = h("select", { ariaLabel: "Planes or 3D", onchange: () => this.#slices() },
+      ...["Three planes", "Axial", "Coronal", "Sagittal", "3D"].map((name) => h("option", { textContent: name })));
+    this.download = h("a", { textContent: "Download NIfTI", href: "#" });
+    this.bars = h("div", { className: "bars" });
+    this.overlayControls = h("span", { className: "row" },
+      h("label", {}, "Overlay", this.overlay), h("label", {}, "Opacity", this.opacity),
+      h("label", {}, "Threshold", this.threshold, this.number));
+    this.baseControl = h("label", {}, "Image", this.base);
+    this.canvas = h("canvas");
+    const controls = h("div", { className: "row" }, this.baseControl, this.overlayControls, this.shown, this.download);
+    this.element = h("div", { className: "viewer" }, this.caption, h("div", { className: "canvas" }, this.canvas), this.bars, controls);
+    this.element.viewer = this;
+    this.overlays = [];
+    this.bases = [];
+    this.small = small;
+    this.element.hidden = true;
+    parent.append(this.element);
+  }
+
+  async #start() {
+    if (this.nv) return;
+    const { Niivue } = window.niivue;
+    this.nv = new Niivue({
+      backColor: [0, 0, 0, 1], crosshairColor: [0.09, 0.75, 0.81, 0.6], crosshairWidth: 0.5, loadingText: "",
+      isColorbar: false, isRadiologicalConvention: false, multiplanarShowRender: 1, multiplanarLayout: this.small ? 2 : 0,
+      dragAndDropEnabled: false, show3Dcrosshair: true, logLevel: "error",
+    });
+    await this.nv.attachToCanvas(this.canvas);
+    if (!this.nv.gl) throw new Error("This browser shows no WebGL2: turn on hardware acceleration, or use another one.");
+    for (const [name, map] of Object.entries(MAPS)) this.nv.addColormap(name, map);
+    this.#slices();
+  }
+
+  #slices() {
+    const type = this.nv && [3, 0, 1, 2, 4][this.shown.selectedIndex];
+    if (this.nv) this.nv.setSliceType(type);
+  }
+
+  // Two viewers whose crosshairs move together.
+  async link(other) {
+    await this.#start();
+    await other.#start();
+    this.nv.broadcastTo([other.nv], { "2d": true, "3d": true });
+    other.nv.broadcastTo([this.nv], { "2d": true, "3d": true });
+  }
+
+  async show({ caption = "", bases, overlays = [], base, overlay }) {
+    this.element.hidden = false;
+    await this.#start();
+    const chosen = [base ?? this.base.value, overlay ?? this.overlay.value];
+    this.bases = bases;
+    this.overlays = overlays;
+    this.caption.textContent = caption;
+    const options = (items) => items.map((item) => h("option", { value: item.name, textContent: item.label }));
+    this.base.replaceChildren(...options(bases));
+    this.overlay.replaceChildren(h("option", { value: "", textContent: "none" }), ...options(overlays));
+    if (bases.some((item) => item.name === chosen[0])) this.base.value = chosen[0];
+    if (overlays.some((item) => item.name === chosen[1])) this.overlay.value = chosen[1];
+    this.baseControl.hidden = bases.length < 2;
+    this.overlayControls.hidden = !overlays.length;
+    this.#limits();
+    await this.redraw();
+  }
+
+  #current() {
+    return [this.bases.find((item) => item.name === this.base.value), this.overlays.find((item) => item.name === this.overlay.value)];
+  }
+
+  #limits() {
+    const [, over] = this.#current();
+    if (!over || this.limited === over.name) return;
+    this.limited = over.name;
+    Object.assign(this.threshold, { max: over.most, step: over.most / 60 });
+    this.threshold.value = over.from;
+  }
+
+  // One redraw at a time; the last that was asked for is always made.
+  async redraw() {
+    this.again = true;
+    if (this.drawing) return this.drawing;
+    this.drawing = (async () => {
+      while (this.again) {
+        this.again = false;
+        await this.#draw();
+      }
+    })();
+    try {
+      await this.drawing;
+    } finally {
+      this.drawing = null;
+    }
+  }
+
+  async #draw() {
+    const [base, over] = this.#current();
+    if (!base) return;
+    const volumes = [{ url: base.file, name: `${base.name}.nii.gz`, colormap: "gray", cal_min: 0, cal_max: 1 }];
+    if (over) {
+      const maps = over.signed ? { colormap: "warm", colormapNegative: "cold" } : { colormap: "viridis" };
+      volumes.push({ url: over.file, name: `${over.name}.nii.gz`, cal_min: Number(this.threshold.value), cal_max: over.most, ...maps });
+    }
+    const place = this.nv.volumes.length ? [...this.nv.scene.crosshairPos] : null;
+    await this.nv.loadVolumes(volumes);
+    if (place) this.nv.scene.crosshairPos = place;
+    this.download.href = base.file;
+    this.download.download = `${base.name}.nii.gz`;
+    this.#restyle();
+    this.element.dataset.drawn = Number(this.element.dataset.drawn ?? 0) + 1;
+  }
+
+  #restyle() {
+    const [base, over] = this.#current();
+    this.bars.replaceChildren(bar(GREY, "0", "1", `${base.label}: intensity, 0 background, 1 brightest`));
+    const volume = this.nv.volumes[1];
+    if (!over || !volume) return this.nv.drawScene();
+    const from = Number(this.threshold.value);
+    this.number.textContent = from.toPrecision(2);
+    this.bars.append(bar(over.signed ? SIGNED : VIRIDIS, over.signed ? `−${over.text ?? over.most}` : "0", over.text ?? over.most, `${over.label}: ${over.unit}`));
+    Object.assign(volume, { cal_min: Math.max(from, 1e-6), cal_max: over.most, colormapType: FROM_ZERO });
+    if (over.signed) Object.assign(volume, { cal_minNeg: -over.most, cal_maxNeg: -Math.max(from, 1e-6) });
+    this.nv.setOpacity(1, Number(this.opacity.value));
+    this.nv.updateGLVolume();
+  }
+}
