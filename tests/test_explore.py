@@ -1,0 +1,507 @@
+"""The page of ``python -m scripts.explore``: who may use it, its table, its jobs, and the page in a browser."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import shutil
+import socket
+import threading
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from conftest import ROOT, fitted_scans, inference_config, run_command
+from starlette.testclient import TestClient
+from test_covariates import KINDS, prior_with_effects
+
+from scripts import explore as command
+from scripts.data.covariates import CovariateCoding
+from scripts.inference.engine import scan_generator
+from scripts.inference.inferers import CoordinateDecoding, Reconstruction, Sampling
+from scripts.inference.outputs import from_zero_to_one
+from scripts.layers.gaussian import noise_from
+from scripts.webpage.app import create_app
+from scripts.webpage.cohort import Cohort
+from scripts.webpage.jobs import Jobs
+from scripts.webpage.work import MOST_WAITING, BusyError, Result, Results, Worker
+
+TOKEN = "a-token"
+BROKEN = 12  # the number of the scan that cannot be read
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def folder(cohort, tmp_path_factory):
+    """Twelve scans, a truncated one, and their covariates."""
+    folder = tmp_path_factory.mktemp("explored")
+    names = []
+    for path in sorted(cohort.glob("*.nii.gz")):
+        shutil.copy(path, folder)
+        names.append(path.name.split("_")[0])
+    (folder / "sub-9999_FLAIR.nii.gz").write_bytes(path.read_bytes()[:600])
+    rows = [f"{name}\t{40 + 3 * place}\t{'FM'[place % 2]}\t{'ABC'[place % 3]}" for place, name in enumerate(names)]
+    (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex\tsite", *rows, ""]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(cohort):
+    scans, affine = fitted_scans(cohort)
+    torch.manual_seed(0)
+    net = inference_config(**{"network_def#init": "informative"}).get_parsed_content("network_def")
+    net.set_voxel_gaussian(scans.mean(0), scans.std(0), affine)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def prior(network):
+    rows = [{"age": str(40 + k), "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
+    return prior_with_effects(network, CovariateCoding.learn(KINDS, rows))
+
+
+@pytest.fixture(scope="module")
+def jobs(folder, network, prior):
+    return Jobs(inference_config(network=network, population_prior=prior, dataset_dir=str(folder)))
+
+
+@pytest.fixture
+def client(jobs):
+    with TestClient(create_app(jobs, TOKEN), base_url="http://127.0.0.1") as client:
+        client.headers["authorization"] = f"Bearer {TOKEN}"
+        yield client
+
+
+def ask(client, kind, **arguments):
+    """A job's last state."""
+    answer = client.post("/api/jobs", json={"kind": kind, "arguments": arguments})
+    assert answer.status_code == 202, answer.text
+    return wait(client, answer.json())
+
+
+def wait(client, job):
+    for _ in range(3000):
+        if job["state"] not in ("waiting", "running"):
+            return job
+        time.sleep(0.01)
+        job = client.get(f"/api/jobs/{job['id']}").json()
+    raise AssertionError(job)
+
+
+def volume(client, job, name):
+    content = client.get(job["files"][f"{name}.nii.gz"]).content
+    return nib.Nifti1Image.from_bytes(gzip.decompress(content))
+
+
+def test_the_token_opens_the_page(jobs):
+    client = TestClient(create_app(jobs, TOKEN), base_url="http://127.0.0.1", follow_redirects=False)
+    for path in ("/", "/?token=wrong", "/api/about", "/api/scans", "/static/app.js", "/api/about?token=a-token"):
+        answer = client.get(path)
+        assert answer.status_code == 401 and "token is missing or wrong" in answer.json()["error"], path
+    first = client.get(f"/?token={TOKEN}")
+    assert first.status_code == 303 and first.headers["location"] == "/"
+    assert {"HttpOnly", "SameSite=strict"} <= set(first.headers["set-cookie"].split("; "))
+    page = client.get("/")
+    assert page.status_code == 200 and "niivue" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert client.get("/static/niivue/LICENSE").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/api/about", {"host": "evil.example"}, 403),
+        ("/api/about", {"host": "127.0.0.1.evil.example:80"}, 403),
+        ("/api/about", {"origin": "http://evil.example"}, 403),
+        ("/api/about", {"origin": "http://127.0.0.1:1"}, 403),
+        ("/api/about", {"origin": "null"}, 403),
+        ("/api/about", {"origin": "http://127.0.0.1"}, 200),
+        ("/api/about", {"host": "localhost:8000"}, 200),
+        ("/api/about", {"host": "[::1]:8000"}, 200),
+        ("/api/about", {"authorization": "Bearer other"}, 401),
+        ("/static/%2e%2e/app.py", {}, 400),
+        ("/static/..%2fapp.py", {}, 400),
+        ("/static/..%5capp.py", {}, 400),
+        ("/api/results/%2e%2e/%2e%2e", {}, 400),
+        ("/api/results/none/scan.nii.gz", {}, 404),
+        ("/api/jobs/none", {}, 404),
+    ],
+)
+def test_odd_requests_are_refused(client, path, headers, status):
+    assert client.get(path, headers=headers).status_code == status
+
+
+def test_long_requests_are_refused(client):
+    assert client.post("/api/jobs", content=b" " * 70_000).status_code == 413
+    assert client.post("/api/jobs", content=iter([b"{}"])).status_code == 413  # of a length that it does not say
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "A job is asked for as"),
+        (b"[1]", "A job is asked for as"),
+        (b'{"kind": "eval", "arguments": {}}', "There is no job 'eval'"),
+        (b'{"kind": "view", "arguments": {}}', "missing a required argument: 'index'"),
+        (b'{"kind": "view", "arguments": {"index": 0, "path": "x"}}', "unexpected keyword argument 'path'"),
+    ],
+)
+def test_what_is_no_job_is_refused(client, body, said):
+    answer = client.post("/api/jobs", content=body)
+    assert answer.status_code == 422 and said in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("view", {"index": 99}, "There is no scan 99"),
+        ("view", {"index": True}, "There is no scan True"),
+        ("view", {"index": 0, "channel": 1}, "There is no channel 1"),
+        ("view", {"index": BROKEN}, "cannot be read as an image"),
+        ("decode", {"coordinates": [0, 0, 0]}, "coordinates must be 1 to 2 numbers"),
+        ("decode", {"coordinates": ["a"]}, "coordinates must be 1 to 2 numbers"),
+        ("sample", {"count": 0}, "count is 0"),
+        ("sample", {"seed": -1}, "seed is -1"),
+        ("sample", {"prior": "other"}, "prior is 'other'"),
+        ("sample", {"temperature": 99}, "temperature is 99"),
+        ("sample", {"temperature": {"3": 1}}, "names the grid '3'"),
+        ("sample", {"covariates": {"height": 2}}, "knows no 'height'"),
+        ("change", {"index": 0, "covariates": {"age": list(range(40, 60))}}, "11 are the most"),
+        ("change", {"index": 0, "covariates": {"sex": "X"}}, "sex is 'X'"),
+        ("mix", {"first": 0, "second": 1, "levels": ["3"]}, "names the grid '3'"),
+        ("mix", {"first": 0, "second": 1, "steps": 1}, "steps is 1"),
+    ],
+)
+def test_errors_are_sentences(client, kind, arguments, said):
+    job = ask(client, kind, **arguments)
+    assert job["state"] == "failed" and said in job["error"] and "Traceback" not in job["error"]
+
+
+def test_the_table_is_scored_sorted_and_searched(client):
+    assert ask(client, "score")["state"] == "done"
+    page = client.get("/api/scans?sort=bits_per_dim&descending=true&limit=5").json()
+    assert (page["total"], page["scored"], page["broken"], len(page["rows"])) == (13, 12, 1, 5)
+    assert {"image", "age", "site", "bits_per_dim", "anomaly_score", "typicality"} <= set(page["columns"])
+    scores = [row["bits_per_dim"] for row in page["rows"]]
+    assert scores == sorted(scores, reverse=True)
+    last = client.get("/api/scans?sort=bits_per_dim&offset=12").json()["rows"]
+    assert [row["index"] for row in last] == [BROKEN] and "cannot be read as an image" in last[0]["error"]
+    assert [row["age"] for row in client.get("/api/scans?sort=age&limit=2").json()["rows"]] == [40, 43]
+    assert client.get("/api/scans?search=9999").json()["total"] == 1
+    assert client.get("/api/scans?limit=many").status_code == 422
+
+
+def test_a_large_cohort_is_no_problem():
+    class Columns:
+        def __call__(self, scan):
+            return {"image": scan}
+
+        def details(self, scan):
+            return {"age": str(len(scan) + int(scan[1:-4]) % 70)}
+
+    cohort = Cohort([{"image": f"s{number}.nii"} for number in range(5000)], Columns())
+    for number in range(0, 5000, 2):
+        cohort.note(number, bits_per_dim=float(number % 997))
+    start = time.process_time()
+    page = cohort.page(offset=2000, limit=10_000, sort="bits_per_dim", search="S")
+    assert time.process_time() - start < 1
+    assert page["total"] == 5000 and page["scored"] == 2500 and len(page["rows"]) == 200
+
+
+def test_pictures_of_scans(client):
+    answer = client.get("/api/scans/0/thumbnail.png")
+    assert answer.headers["content-type"] == "image/png" and answer.content[1:4] == b"PNG"
+    broken = client.get(f"/api/scans/{BROKEN}/thumbnail.png")
+    assert broken.status_code == 422 and "cannot be read as an image" in broken.json()["error"]
+    assert client.get("/api/scans/0/thumbnail.png?channel=x").status_code == 422
+
+
+@torch.no_grad()
+def test_a_scan_is_shown_as_the_jobs_see_it(client, cohort, network):
+    job = ask(client, "view", index=3)
+    scans, affine = fitted_scans(cohort)
+    found = Reconstruction(levels="each")(scans[3:4], network)
+    for name in ("recon", "recon_to2", "recon_to4"):
+        image = volume(client, job, name)
+        np.testing.assert_allclose(image.get_fdata(), from_zero_to_one(found[name][0, 0], (-1, 1)), atol=1e-5)
+        np.testing.assert_allclose(image.affine, affine, atol=1e-4)
+    np.testing.assert_allclose(volume(client, job, "zscore").get_fdata(), found["zscore"][0, 0], rtol=1e-3, atol=1e-3)
+    assert {"scan", "restored", "anomaly", "scale"} <= {name.removesuffix(".nii.gz") for name in job["files"]}
+    # the numbers are those of `score`
+    with noise_from([scan_generator(0, job["result"]["row"]["image"])]):
+        expected = inference_config(population_prior=None).get_parsed_content("scoring_inferer")(scans[3:4], network)
+    assert job["result"]["row"]["bits_per_dim"] == pytest.approx(float(expected["bits_per_dim"]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_sliders_decode_coordinates(client, network, prior):
+    places = ask(client, "coordinates", index=1)["result"]["coordinates"]
+    assert len(places) == prior.factors
+    job = ask(client, "decode", coordinates=[1.5], start=[0, 0])
+    moved = CoordinateDecoding(prior)(torch.tensor([[1.5, 0.0], [0.0, 0.0]]), network)["sample"]
+    moved = from_zero_to_one(moved[:, 0], (-1, 1))
+    np.testing.assert_allclose(volume(client, job, "decoded").get_fdata(), moved[0], atol=1e-5)
+    difference = volume(client, job, "difference").get_fdata()
+    np.testing.assert_allclose(difference, moved[0] - moved[1], atol=1e-5)
+    assert np.abs(difference).max() > 1e-3
+
+
+@torch.no_grad()
+def test_samples_are_those_of_the_seed(client, network, prior):
+    job = ask(client, "sample", count=2, seed=5, covariates={"age": 70})
+    with noise_from([scan_generator(5, "0002")]):
+        expected = Sampling(prior=prior, covariates={"age": 70})(1, network)["sample"][0, 0]
+    shown = volume(client, job, "sample_0002").get_fdata()
+    np.testing.assert_allclose(shown, from_zero_to_one(expected, (-1, 1)), atol=1e-5)
+    assert client.get(job["files"]["sample_0001.png"]).headers["content-type"] == "image/png"
+    other = ask(client, "sample", count=2, seed=5, prior="network", temperature={"4": 0.5})
+    assert not np.allclose(volume(client, other, "sample_0002").get_fdata(), shown)
+
+
+def test_changes_and_mixtures_are_film_strips(client):
+    job = ask(client, "change", index=0, covariates={"age": [45, 80], "sex": "M"})
+    assert job["result"]["labels"] == ["as it is", "age 45, sex M", "age 80, sex M"]
+    assert job["result"]["known"] == {"age": 40.0, "sex": "F", "site": "A"}
+    assert np.abs(volume(client, job, "difference_02").get_fdata()).max() > 1e-3
+    assert not volume(client, job, "difference_00").get_fdata().any()
+    mixed = ask(client, "mix", first=0, second=1, levels=["4"], steps=3)
+    whole = ask(client, "mix", first=0, second=1, steps=3)
+    ends = [volume(client, job, "frame_02").get_fdata() for job in (mixed, whole)]
+    assert mixed["result"]["labels"] == ["0%", "50%", "100%"] and not np.allclose(*ends)
+
+
+def endless(log, name, gate=None):
+    for number in range(10**6):
+        log.append(name)
+        if gate is not None:
+            gate.wait(10)
+        yield number, 10**6
+    return Result()
+
+
+def steps(count, **files):
+    for number in range(count):
+        yield number, count
+    return Result({"count": count}, files)
+
+
+def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came about")
+
+
+def test_a_long_job_holds_nobody_up_and_can_be_cancelled():
+    worker, log = Worker(Results()), []
+    long = worker.submit("score", "long", endless(log, "long"))
+    until(lambda: len(log) > 3)
+    short = worker.submit("view", "short", steps(5))
+    until(lambda: short.ended)
+    assert short.state == "done" and long.state == "running" and worker.active() == [long]
+    worker.cancel(long)
+    assert long.state == "cancelled" and worker.active() == []
+    time.sleep(0.05)
+    done = len(log)
+    time.sleep(0.05)
+    assert len(log) == done and worker.results.get("long") is None
+    assert worker.submit("view", "short", steps(5)).state == "done"  # its result is kept
+    worker.stop()
+
+
+def test_memory_does_not_grow_with_requests():
+    results = Results(room=10_000)
+    worker = Worker(results)
+    jobs = [worker.submit("view", str(number), steps(1, a=bytes(3000))) for number in range(50)]
+    until(lambda: all(job.ended for job in jobs))
+    assert results.size <= 10_000 and len(results._kept) == 2
+    assert results.get("0") is None and results.get("49") is not None
+    for number in range(700):
+        worker.cancel(worker.submit("view", f"more {number}", steps(1)))
+    until(lambda: not worker.active())
+    assert len(worker._jobs) <= 600
+    worker.stop()
+
+
+def test_too_many_jobs_are_refused():
+    worker, gate = Worker(Results()), threading.Event()
+    for number in range(MOST_WAITING):
+        worker.submit("view", str(number), endless([], "", gate))
+    with pytest.raises(BusyError, match="jobs are waiting already"):
+        worker.submit("view", "last", steps(1))
+    for job in worker.active():
+        worker.cancel(job)
+    gate.set()
+    worker.stop()
+
+
+def test_an_error_of_the_program_ends_the_job_alone(caplog):
+    def broken():
+        yield 0, 1
+        raise KeyError("oops")
+
+    worker = Worker(Results())
+    job = worker.submit("view", "broken", broken())
+    until(lambda: job.ended)
+    assert job.state == "failed" and "oops" in job.error and "The job 'view' of the page failed" in caplog.text
+    after = worker.submit("view", "good", steps(1))
+    until(lambda: after.ended)
+    assert after.state == "done"
+    worker.stop()
+
+
+def test_without_a_prior_the_page_says_what_is_missing(folder, network):
+    with TestClient(
+        create_app(Jobs(inference_config(network=network, population_prior=None, dataset_dir=str(folder))), TOKEN),
+        base_url="http://127.0.0.1",
+        headers={"authorization": f"Bearer {TOKEN}"},
+    ) as client:
+        about = client.get("/api/about").json()
+        assert about["factors"] == 0 and about["covariates"] == [] and about["levels"][0] == {"key": "2", "name": "2³"}
+        assert "no population prior" in ask(client, "decode", coordinates=[1])["error"]
+        assert "'network' alone" in ask(client, "sample")["error"]
+        assert "fitted with covariates" in ask(client, "change", index=0, covariates={"age": 50})["error"]
+        assert ask(client, "sample", prior="network", count=1)["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("--port", 99999), "port is 99999"), (("--browser", "maybe"), "browser is 'maybe'")]
+)
+def test_the_command_refuses(words, said):
+    result = run_command("scripts.explore", *words)
+    assert result.returncode != 0 and said in result.stderr
+
+
+def test_the_command_prints_its_address(folder, network, tmp_path, monkeypatch, caplog):
+    served, opened = [], []
+
+    def serve(server, sockets):
+        served.append((server.config.app, sockets[0].getsockname()))
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", serve)
+    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    monkeypatch.chdir(ROOT)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    given = {"ckpt": tmp_path / "model.pt", "dataset_dir": folder, "prior": "network"}
+    given["config_file"] = ["configs/inference.json", "tests/tiny.json"]
+    with caplog.at_level(logging.INFO):
+        command.explore(**given, browser=True)
+    (app, (host, port)), (address,) = served[0], opened
+    assert host == "127.0.0.1" and address.startswith(f"http://127.0.0.1:{port}/?token=") and address in caplog.text
+    assert "other machines" not in caplog.text
+    token = address.partition("token=")[2]
+    client = TestClient(app, base_url="http://127.0.0.1", headers={"authorization": f"Bearer {token}"})
+    assert client.get("/api/scans").json()["total"] == 13
+    command.explore(**given, host="0.0.0.0", browser=False)
+    assert "other machines can reach this page" in caplog.text and len(opened) == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="set another --port"):
+        command.explore(**given, port=taken.getsockname()[1], browser=False)
+
+
+@pytest.fixture
+def address(jobs):
+    """The page, served."""
+    app = create_app(jobs, TOKEN)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
+]
+SUM = "name => document.querySelector(name).viewer.nv.volumes[0].img.reduce((a, b) => a + Math.abs(b), 0)"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed (apt-get install chromium)")
+def test_the_page_in_a_browser(address, tmp_path):
+    api = pytest.importorskip("playwright.sync_api", reason="Python's playwright is not installed")
+    elsewhere, failures = [], []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(90_000)
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on(
+            "request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "blob:", "data:")) else None
+        )
+
+        def holds(expression):
+            for _ in range(900):
+                if page.evaluate(expression):
+                    return
+                page.wait_for_timeout(100)
+            raise AssertionError(expression)
+
+        def drawn(view, times=1, place=0):
+            holds(f"Number(document.querySelectorAll('{view} .viewer')[{place}].dataset.drawn ?? 0) >= {times}")
+
+        # scans: choose one, overlay, threshold, levels; the broken one is a row that says why
+        page.goto(f"{address}/?token={TOKEN}")
+        page.wait_for_selector("td.error", state="attached")
+        assert "cannot be read as an image" in page.text_content("td.error")
+        page.locator("#scans tbody tr").first.press("Enter")
+        drawn("#scans")
+        assert page.locator("#scans .bar").count() == 2
+        assert page.locator("#scans .bar").last.text_content().endswith("orange brighter")
+        viewer = "document.querySelector('#scans .viewer').viewer.nv"
+        page.get_by_label("Threshold").first.fill("3")
+        assert page.evaluate(f"{viewer}.volumes[1].cal_min") == pytest.approx(3)
+        page.get_by_label("Opacity").first.fill("0.4")
+        assert page.evaluate(f"{viewer}.volumes[1].opacity") == pytest.approx(0.4)
+        before = page.evaluate(SUM, "#scans .viewer")
+        page.get_by_label("Levels", exact=True).fill("0")
+        drawn("#scans", 2)
+        assert page.evaluate(SUM, "#scans .viewer") != before
+        page.get_by_text("Score all").click()
+        holds("document.querySelector('#scans').textContent.includes('12 scored')")
+
+        # latents: a slider changes voxels, reset undoes it, the result can be downloaded
+        page.get_by_role("tab", name="Latents").click()
+        drawn("#latents")
+        before = page.evaluate(SUM, "#latents .viewer")
+        page.get_by_label("Factor 1", exact=True).fill("3")
+        drawn("#latents", 2)
+        assert page.evaluate(SUM, "#latents .viewer") != pytest.approx(before, rel=1e-4)
+        with page.expect_download() as download:
+            page.locator("#latents .viewer a").click()
+        download.value.save_as(tmp_path / "decoded.nii.gz")
+        image = nib.load(tmp_path / "decoded.nii.gz")
+        assert image.shape == (8, 8, 8) and image.get_fdata().sum() == pytest.approx(
+            page.evaluate(SUM, "#latents .viewer"), rel=1e-3
+        )
+        page.get_by_text("Reset").click()
+        drawn("#latents", 3)
+        assert page.evaluate(SUM, "#latents .viewer") == pytest.approx(before, rel=1e-4)
+
+        # samples: a sheet, keep one and compare
+        page.get_by_role("tab", name="Sample").click()
+        page.wait_for_selector("#sample .sheet img")
+        assert page.locator("#sample .sheet img").count() == 8
+        page.get_by_text("Keep on the left").click()
+        page.locator("#sample .sheet button").nth(2).click()
+        drawn("#sample", 2, place=1)
+        captions = page.locator("#sample .caption").all_text_contents()
+        assert captions == ["Sample 1 of seed 0", "Sample 3 of seed 0"]
+
+        # change: the scan that was opened, over age; errors are sentences; a reload keeps the view
+        page.get_by_role("tab", name="Change").click()
+        page.get_by_role("button", name="Mix", exact=True).click()
+        assert page.text_content("#change .message") == "Choose two scans first."
+        page.get_by_text("Film over age").click()
+        page.wait_for_selector("#change .sheet img")
+        assert page.locator("#change .sheet img").count() == 10
+        page.reload()
+        page.wait_for_selector("#change:not([hidden])")
+        browser.close()
+    assert elsewhere == [] and failures == []
