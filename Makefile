@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 # some minutes on two cores: enough to see every output
 EPOCHS ?= 6
 
-.PHONY: install train test lint clean
+.PHONY: install train explore test lint clean
 
 install: $(VENV)/installed
 
@@ -15,6 +15,9 @@ $(VENV)/installed: requirements.txt
 
 train: install
 	$(RUN) -m monai.bundle run training --config_file configs/train.json --epochs $(EPOCHS)
+
+explore: install
+	$(RUN) -m scripts.explore
 
 test: install
 	$(RUN) -m pytest

@@ -41,7 +41,16 @@ TOGETHER = {
     "joblib": ("check", "cache", "phantoms", "parallel"),
 }
 # other files of more than ten seconds, the longest first: both workers then end at about the same time
-SLOW = ("prepare", "export", "training", "checkpoints", "slices_and_channels", "impute_interpolate", "clients")
+SLOW = (
+    "prepare",
+    "export",
+    "training",
+    "checkpoints",
+    "slices_and_channels",
+    "impute_interpolate",
+    "clients",
+    "explore",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

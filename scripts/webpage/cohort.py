@@ -65,7 +65,7 @@ class Cohort:
         with self._lock:
             scored = {name for row in self._rows for name in SCORES if name in row}
         known = [name for name in self._rows[0] if name not in ("index", "error", *SCORES)] if self._rows else []
-        return ["image", *(name for name in known if name != "image"), *(name for name in SCORES if name in scored)]
+        return ["image", *(name for name in SCORES if name in scored), *(name for name in known if name != "image")]
 
     def page(
         self, offset: int = 0, limit: int = 50, sort: str = "", descending: bool = False, search: str = ""

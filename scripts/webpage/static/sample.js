@@ -31,8 +31,8 @@ export function makeSample(section, about) {
       ...(about.covariates.length ? [h("fieldset", {}, h("legend", { textContent: "Covariates" }), ...covariates.elements)] : []),
       h("div", { className: "row" }, draw, cancel, progress), message, sheet),
     h("div", { className: "stage" }, h("div", { className: "row" }, keep, h("span", { className: "quiet", textContent: "A click on a sample shows it on the right." })), pair));
-  const left = new Viewer(pair, { small: true });
-  const right = new Viewer(pair, { small: true });
+  const left = new Viewer(pair);
+  const right = new Viewer(pair);
   let stop = null, current = null, kept = null, linked = false;
   say();
 

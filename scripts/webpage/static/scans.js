@@ -84,7 +84,7 @@ export function makeScans(section, about, select) {
   function line(row, columns) {
     const picture = row.error ? "" : h("img", { loading: "lazy", alt: "", src: `/api/scans/${row.index}/thumbnail.png`, onerror: soon });
     const cells = row.error
-      ? [h("td", { textContent: row.image }), h("td", { className: "error", colSpan: Math.max(1, columns.length - 1), textContent: row.error })]
+      ? [h("td", { textContent: row.image }), h("td", { className: "error", colSpan: Math.max(1, columns.length - 1) }, h("div", { textContent: row.error }))]
       : columns.map((name) => cell(row[name]));
     const element = h("tr", {
       tabIndex: 0, "data-index": row.index, "aria-selected": row.index === state.chosen, onclick: () => choose(row),
@@ -136,7 +136,7 @@ export function makeScans(section, about, select) {
     const file = (name) => files[`${name}.nii.gz`];
     const recons = about.levels.map(({ key, name }, place) => ({
       name: `recon_to${key}`, file: file(`recon_to${key}`),
-      label: place === about.levels.length - 1 ? "reconstruction" : `reconstruction to ${name}`,
+      label: place === about.levels.length - 1 ? "reconstruction" : `to ${name}`,
     }));
     const sd = { signed: true, most: 6, from: 2, unit: "standard deviations, blue darker, orange brighter" };
     const most = Math.max(result.largest_scale, 1e-4);
@@ -145,7 +145,7 @@ export function makeScans(section, about, select) {
       bases: [{ name: "scan", label: "scan", file: file("scan") }, ...recons.reverse(), { name: "restored", label: "restored", file: file("restored") }],
       overlays: [
         { name: "anomaly", label: "anomaly", file: file("anomaly"), ...sd },
-        { name: "zscore", label: "z score of the reconstruction", file: file("zscore"), ...sd },
+        { name: "zscore", label: "z score", file: file("zscore"), ...sd },
         { name: "scale", label: "predicted deviation", file: file("scale"), signed: false, most, text: most.toFixed(3), from: 0, unit: "standard deviation, in intensity" },
       ],
       overlay: viewer.overlays.length ? undefined : "anomaly",

@@ -2,10 +2,11 @@
 
 import { h } from "./api.js";
 
-// Orange and blue on grey are told apart by colour-blind people too. R, G, B and A at the places I, 0 to 255.
+// Orange and blue on grey are told apart by colour-blind people too. R, G, B and A at the places I, 0 to 255; what is
+// exactly 0 has the first colour, which is transparent.
 const MAPS = {
-  warm: { R: [200, 255, 255], G: [40, 110, 255], B: [0, 20, 60], A: [160, 220, 255], I: [0, 128, 255] },
-  cold: { R: [0, 0, 235], G: [70, 170, 250], B: [200, 255, 255], A: [160, 220, 255], I: [0, 128, 255] },
+  warm: { R: [200, 200, 255, 255], G: [40, 40, 110, 255], B: [0, 0, 20, 60], A: [0, 160, 220, 255], I: [0, 1, 128, 255] },
+  cold: { R: [0, 0, 0, 235], G: [70, 70, 170, 250], B: [200, 200, 255, 255], A: [0, 160, 220, 255], I: [0, 1, 128, 255] },
 };
 const SIGNED = "linear-gradient(90deg, #ebfaff, #00aaff, #0046c8, #222 50%, #c82800, #ff6e14, #ffff3c)";
 const VIRIDIS = "linear-gradient(90deg, #440154, #3b528b, #21918c, #5ec962, #fde725)";
@@ -17,7 +18,7 @@ const bar = (gradient, low, high, label) =>
 
 export class Viewer {
   // bases and overlays: [{name, label, file, most, unit, signed}]; those of one volume alone show no choices
-  constructor(parent, { small = false } = {}) {
+  constructor(parent) {
     this.caption = h("p", { className: "caption" });
     this.base = h("select", { ariaLabel: "Image", onchange: () => this.redraw() });
     this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => { this.#limits(); this.redraw(); } });
@@ -33,12 +34,11 @@ export class Viewer {
       h("label", {}, "Threshold", this.threshold, this.number));
     this.baseControl = h("label", {}, "Image", this.base);
     this.canvas = h("canvas");
-    const controls = h("div", { className: "row" }, this.baseControl, this.overlayControls, this.shown, this.download);
+    const controls = h("div", { className: "row controls" }, this.baseControl, this.overlayControls, this.shown, this.download);
     this.element = h("div", { className: "viewer" }, this.caption, h("div", { className: "canvas" }, this.canvas), this.bars, controls);
     this.element.viewer = this;
     this.overlays = [];
     this.bases = [];
-    this.small = small;
     this.element.hidden = true;
     parent.append(this.element);
   }
@@ -47,8 +47,8 @@ export class Viewer {
     if (this.nv) return;
     const { Niivue } = window.niivue;
     this.nv = new Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.09, 0.75, 0.81, 0.6], crosshairWidth: 0.5, loadingText: "",
-      isColorbar: false, isRadiologicalConvention: false, multiplanarShowRender: 1, multiplanarLayout: this.small ? 2 : 0,
+      backColor: [0, 0, 0, 1], crosshairColor: [0.09, 0.75, 0.81, 0.6], crosshairWidth: 0.15, loadingText: "",
+      isColorbar: false, isRadiologicalConvention: false, multiplanarShowRender: 1, multiplanarLayout: 2,
       dragAndDropEnabled: false, show3Dcrosshair: true, logLevel: "error",
     });
     await this.nv.attachToCanvas(this.canvas);
