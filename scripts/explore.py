@@ -9,6 +9,7 @@ The page is served from this machine and for this machine; the address that is p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -92,8 +93,11 @@ def explore(
     app = create_app(jobs, token, LOOPBACK if host in LOOPBACK else ())
     if browser:
         webbrowser.open(address)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
-    server.run(sockets=[listener])
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3)
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

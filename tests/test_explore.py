@@ -455,8 +455,8 @@ def test_the_page_in_a_browser(address, tmp_path):
         assert page.locator("#scans .bar").count() == 2
         assert page.locator("#scans .bar").last.text_content().endswith("orange brighter")
         viewer = "document.querySelector('#scans .viewer').viewer.nv"
-        page.get_by_label("Threshold").first.fill("3")
-        assert page.evaluate(f"{viewer}.volumes[1].cal_min") == pytest.approx(3)
+        page.get_by_label("Threshold").first.fill("4")
+        assert page.evaluate(f"{viewer}.volumes[1].cal_min") == pytest.approx(4)
         page.get_by_label("Opacity").first.fill("0.4")
         assert page.evaluate(f"{viewer}.volumes[1].opacity") == pytest.approx(0.4)
         before = page.evaluate(SUM, "#scans .viewer")

@@ -66,7 +66,9 @@ export function makeLatents(section, about) {
   async function begin(index) {
     message.textContent = "";
     try {
-      start = index === undefined ? Array(about.factors).fill(0) : (await run("coordinates", { index })).result.coordinates;
+      const job = index === undefined ? null : await run("coordinates", { index });
+      start = job?.result.coordinates ?? Array(about.factors).fill(0);
+      if (!job) picker.input.value = "";
       coordinates = [...start];
       fill();
       await draw();

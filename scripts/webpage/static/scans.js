@@ -5,8 +5,13 @@ import { Viewer } from "./viewer.js";
 
 const PAGE = 50;
 const COLUMNS = {
-  image: "scan", bits_per_dim: "bits per dim", bits_per_dim_population: "bits per dim (population)", anomaly_score: "anomaly (sd)",
+  image: "scan", bits_per_dim: "bits per dim", bits_per_dim_population: "population", anomaly_score: "anomaly (sd)",
   typicality: "typicality distance", typicality_tail: "share as far", psnr: "PSNR (dB)", ssim: "SSIM", trained_on: "trained on",
+};
+
+const TITLES = {
+  bits_per_dim_population: "Bits per dim under the population prior", anomaly_score: "99.9th percentile of the anomaly map, in standard deviations",
+  typicality: "Mahalanobis distance from the cohort's mean", typicality_tail: "Share of the cohort's scans that lie at least as far from its mean",
 };
 
 export function makeScans(section, about, select) {
@@ -29,7 +34,7 @@ export function makeScans(section, about, select) {
   const viewer = new Viewer(stage);
   stage.append(levels);
 
-  let waiting = null;
+  let waiting = null, stop = null;
   search.oninput = () => { state.search = search.value; state.offset = 0; refresh(); };
   level.oninput = () => {
     const { key, name } = about.levels[level.value];
@@ -69,7 +74,7 @@ export function makeScans(section, about, select) {
     const focus = document.activeElement?.dataset?.index;
     const heads = page.columns.map((name) => {
       const mark = state.sort === name ? (state.descending ? " ↓" : " ↑") : "";
-      const button = h("button", { textContent: (COLUMNS[name] ?? name) + mark, onclick: () => sort(name) });
+      const button = h("button", { textContent: (COLUMNS[name] ?? name) + mark, title: TITLES[name] ?? "", onclick: () => sort(name) });
       return h("th", { scope: "col" }, button);
     });
     table.replaceChildren(h("thead", {}, h("tr", {}, h("th"), ...heads)), h("tbody", {}, ...page.rows.map((row) => line(row, page.columns))));
@@ -114,13 +119,19 @@ export function makeScans(section, about, select) {
     for (const other of table.querySelectorAll("tbody tr")) other.setAttribute("aria-selected", other.dataset.index === String(row.index));
     message.textContent = "";
     facts.textContent = `Opening ${row.image} …`;
+    stop?.abort();
+    const mine = (stop = new AbortController());
     try {
-      const job = await run("view", { index: row.index });
-      if (!job || state.chosen !== row.index) return;
+      const job = await run("view", { index: row.index }, { signal: mine.signal });
+      if (mine.signal.aborted) return;
+      if (!job) {
+        facts.textContent = "Cancelled.";
+        return;
+      }
       await open(job);
       select(job.result.row);
     } catch (error) {
-      if (state.chosen !== row.index) return;
+      if (mine.signal.aborted) return;
       message.textContent = error.message;
       viewer.element.hidden = levels.hidden = true;
       facts.textContent = "";
@@ -138,7 +149,7 @@ export function makeScans(section, about, select) {
       name: `recon_to${key}`, file: file(`recon_to${key}`),
       label: place === about.levels.length - 1 ? "reconstruction" : `to ${name}`,
     }));
-    const sd = { signed: true, most: 6, from: 2, unit: "standard deviations, blue darker, orange brighter" };
+    const sd = { signed: true, most: 6, from: 3, unit: "standard deviations, blue darker, orange brighter" };
     const most = Math.max(result.largest_scale, 1e-4);
     await viewer.show({
       caption: row.image,
