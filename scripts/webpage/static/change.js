@@ -77,7 +77,7 @@ export function makeChange(section, about) {
         return viewer.show({
           caption: `${title}: ${label}`,
           bases: [{ name: `frame_${number}`, label: "frame", file: files[`frame_${number}.nii.gz`] }],
-          overlays: [{ name: "difference", label: "difference from the first", file: files[`difference_${number}.nii.gz`], signed: true, most: 0.3, from: 0.03, unit: "intensity, blue darker, orange brighter" }],
+          overlays: [{ name: "difference", label: "difference", file: files[`difference_${number}.nii.gz`], signed: true, most: 0.3, from: 0.03, unit: "from the first, in intensity; blue darker, orange brighter" }],
         }).catch((error) => say(error.message));
       };
       return button;

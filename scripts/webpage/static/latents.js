@@ -54,7 +54,7 @@ export function makeLatents(section, about) {
         await viewer.show({
           caption: picker.index === undefined ? "The mean brain, as the factors change it" : `What ${about.factors} factors say of ${picker.input.value}`,
           bases: [{ name: "decoded", label: "decoded", file: job.files["decoded.nii.gz"] }],
-          overlays: [{ name: "difference", label: "difference from the start", file: job.files["difference.nii.gz"], signed: true, most: 0.3, from: 0.03, unit: "intensity, blue darker, orange brighter" }],
+          overlays: [{ name: "difference", label: "difference", file: job.files["difference.nii.gz"], signed: true, most: 0.3, from: 0.03, unit: "from the start, in intensity; blue darker, orange brighter" }],
         });
         time.textContent = `Redrawn in ${((performance.now() - began) / 1000).toFixed(2)} s.`;
       } catch (error) {
