@@ -424,13 +424,13 @@ SUM = "name => document.querySelector(name).viewer.nv.volumes[0].img.reduce((a, 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed (apt-get install chromium)")
-def test_the_page_in_a_browser(address, tmp_path):
+def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
     api = pytest.importorskip("playwright.sync_api", reason="Python's playwright is not installed")
     elsewhere, failures = [], []
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.on(
             "request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "blob:", "data:")) else None
@@ -494,14 +494,36 @@ def test_the_page_in_a_browser(address, tmp_path):
         captions = page.locator("#sample .caption").all_text_contents()
         assert captions == ["Sample 1 of seed 0", "Sample 3 of seed 0"]
 
-        # change: the scan that was opened, over age; errors are sentences; a reload keeps the view
+        # work that takes long is cancelled, where it was asked for and in the bar at the bottom after a reload
+        def slow(**arguments):
+            for done in range(300):
+                time.sleep(0.1)
+                yield done, 300
+            return Result()
+
+        monkeypatch.setitem(jobs.kinds, "sample", slow)
+        page.get_by_label("Seed").fill("7")  # those of seed 0 are kept
+        page.get_by_role("button", name="Draw").click()
+        page.locator("#sample").get_by_role("button", name="Cancel").click()
+        page.get_by_text("Cancelled.").wait_for()
+        page.get_by_role("button", name="Draw").click()
+        page.get_by_text("Drawing samples").wait_for()
+        monkeypatch.undo()
+        page.reload()
+        page.get_by_text("Drawing samples").wait_for()
+        page.locator("#jobs").get_by_role("button", name="Cancel").first.click()
+        page.get_by_text("Not for clinical use.").wait_for()
+        page.get_by_role("tab", name="Scans").click()
+        page.locator("#scans tbody tr").first.press("Enter")
+        drawn("#scans")
+
+        # change: the scan that was opened, over age; errors are sentences
         page.get_by_role("tab", name="Change").click()
         page.get_by_role("button", name="Mix", exact=True).click()
         assert page.text_content("#change .message") == "Choose two scans first."
         page.get_by_text("Film over age").click()
         page.wait_for_selector("#change .sheet img")
         assert page.locator("#change .sheet img").count() == 10
-        page.reload()
-        page.wait_for_selector("#change:not([hidden])")
+        assert "(age 40, sex F, site A)" in page.text_content("#change .caption")
         browser.close()
     assert elsewhere == [] and failures == []

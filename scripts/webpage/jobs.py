@@ -21,14 +21,7 @@ from monai.data import MetaTensor
 from scripts.data.transforms import ScanError
 from scripts.inference.covariates import Counterfactual, need_covariates, targets, with_covariates
 from scripts.inference.engine import scan_generator
-from scripts.inference.inferers import (
-    CoordinateDecoding,
-    Encoding,
-    Interpolation,
-    Reconstruction,
-    Sampling,
-    latents_up_to,
-)
+from scripts.inference.inferers import CoordinateDecoding, Encoding, Interpolation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
 from scripts.layers.gaussian import noise_from
 from scripts.layers.levels import find_level, grid_key, grid_name
@@ -206,11 +199,7 @@ class Jobs:
                 files[name] = self._unit(image)
         files |= {"zscore": found["zscore"][0], "anomaly": scored["anomaly"][0]}
         files["scale"] = found["scale"][0] / (high - low)
-        content = {
-            "row": self.cohort.row(index),
-            "latents": [latents_up_to(self.network, level) for level in sorted(set(self.network.latent_levels))[::-1]],
-            "largest_scale": float(files["scale"][channel].quantile(0.999)),
-        }
+        content = {"row": self.cohort.row(index), "largest_scale": float(files["scale"][channel].quantile(0.999))}
         return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in files.items()})
 
     def coordinates(self, index: int) -> Steps:

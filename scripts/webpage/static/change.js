@@ -68,7 +68,9 @@ export function makeChange(section, about) {
     }
   }
 
-  function fill({ result, files }, title) {
+  function fill({ result, files }, scans) {
+    const known = Object.entries(result.known ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
+    const title = known ? `${scans} (${known})` : scans;
     strip.replaceChildren(...result.labels.map((label, place) => {
       const number = String(place).padStart(2, "0");
       const button = h("button", { "aria-pressed": "false", onclick: () => choose() }, h("img", { src: files[`frame_${number}.png`], alt: label }), label);
