@@ -14,7 +14,8 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 train: install
-	$(RUN) -m monai.bundle run training --config_file configs/train.json --epochs $(EPOCHS)
+	$(RUN) -m monai.bundle run training --config_file configs/train.json --epochs $(EPOCHS) \
+		--augment False --learning_rate_decay 0.3
 
 explore: install
 	$(RUN) -m scripts.explore

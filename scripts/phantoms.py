@@ -130,17 +130,21 @@ def make_brains(
 
 
 def ensure_cohort(
-    dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int, covariates: bool = False
+    dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int, **cohort: Any
 ) -> str:
     """The data set of a run, after making the default one: ``count`` brains, if ``dataset_dir`` is ``phantom_dir``.
 
     Of several processes rank 0 makes them, and the others wait.
+
+    Args:
+        dataset_dir, phantom_dir, count: as said.
+        cohort: what else :py:func:`make_brains` takes.
     """
     if dataset_dir != phantom_dir:
         return str(dataset_dir)
     from scripts.utils.distributed import from_rank_zero  # Ignite comes with it, 700 modules, and no command needs it
 
-    return from_rank_zero(make_brains, phantom_dir, count, covariates=covariates)
+    return from_rank_zero(make_brains, phantom_dir, count, **cohort)
 
 
 def make_ellipsoids(

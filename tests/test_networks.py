@@ -906,6 +906,6 @@ def test_the_default_network_is_lean():
         network, x = parser.get_parsed_content("network_def"), torch.zeros(1, 1, 32, 32, 32)
     with FlopCounterMode(display=False) as counter:
         network(x)
-    assert counter.get_total_flops() / 1e9 == pytest.approx(11.5, abs=0.05)
-    assert (network.levels, network.num_latents) == (6, 14)
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(9.3, abs=0.05)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(2.5, abs=0.05)
+    assert (network.levels, network.num_latents) == (6, 10)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(2.55, abs=0.05)
