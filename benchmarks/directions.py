@@ -18,7 +18,7 @@ from scripts.networks import OUTPUT_RANGES
 from scripts.utils import figures
 from scripts.utils.command_line import run
 
-STEPS = (-3.0, -1.0, 1.0, 3.0)  # standard deviations of a factor
+STEPS = (-3.0, 0.0, 3.0)  # standard deviations of a factor
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def main(
     for row, (factor, step) in enumerate(rows):
         coordinates[row, factor] = step
     scans = CoordinateDecoding(prior)(coordinates, network)["sample"]
-    titles = [f"c{factor:03d} at {step:+.0f}" for factor, step in rows]
+    titles = [f"c{factor:03d} at {step:+g}" for factor, step in rows]
     print(figures.batch(output, list(scans), titles, value_range=OUTPUT_RANGES[network.output_activation]))
 
 
