@@ -1,6 +1,9 @@
 """Do samples vary as scans do, look like scans, cover them, and differ from those that were trained on?
 
-All of it on voxels, as they are: `[images, *any]`, of any one shape.
+    python -m benchmarks.sample_quality --dataset_dir brains --test_dir TEST
+
+says it of the weights that come with the bundle (`--ckpt` names others), by as many samples as `--test_dir` has scans;
+`--dataset_dir` is what they were trained on. All of it on voxels, as they are: `[images, *any]`, of any one shape.
 """
 
 from __future__ import annotations
@@ -8,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
 from torch import Tensor
+from tqdm import tqdm
+
+from scripts.data.datalist import find_scans
+from scripts.inference.inferers import Sampling
+from scripts.utils.command_line import run
 
 BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
 
@@ -66,3 +76,52 @@ def nearest_training(samples: Tensor, scans: Tensor, training: Tensor) -> float:
         torch.cdist(x.flatten(1).double(), training.flatten(1).double()).amin(1).median() for x in (samples, scans)
     ]
     return (distances[0] / distances[1]).item()
+
+
+@torch.no_grad()
+def main(
+    dataset_dir: str,
+    test_dir: str,
+    ckpt: str = "models/model.pt",
+    config_file: str | Sequence[str] = "configs/inference.json",
+    most: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Measure, and print.
+
+    Args:
+        dataset_dir: training scans.
+        test_dir: scans that were not trained on.
+        ckpt: weights, with the population prior beside them if they have one.
+        config_file: of the network, one or a list.
+        most: how many of the training scans to take.
+        batch_size: of sampling.
+        seed: of the samples.
+    """
+    parser = ConfigParser()
+    parser.read_config(list(ensure_tuple(config_file)))
+    parser.update({"ckpt": ckpt})
+    network, preprocess = parser.get_parsed_content("network").eval(), parser.get_parsed_content("preprocessing")
+
+    def read(folder: str, count: int | None = None) -> Tensor:
+        paths = find_scans(folder, "*.nii*")[:count]
+        scans = [preprocess({"image": str(path)})["image"] for path in tqdm(paths, folder, unit="scan")]
+        return torch.stack([scan.as_tensor() for scan in scans])
+
+    training, scans = read(dataset_dir, most), read(test_dir)
+    torch.manual_seed(seed)
+    sampling = Sampling(prior=parser.get_parsed_content("population_prior"))
+    counts = [len(part) for part in scans.split(batch_size)]
+    samples = torch.cat([sampling(count, network)["sample"] for count in counts])
+    half = len(scans) // 2
+    for name, drawn, others in (("samples", samples, scans), ("one half of the scans", scans[:half], scans[half:])):
+        bands = ", ".join(f"{band} {ratio:.2f}" for band, ratio in spectrum(drawn, others, training).items())
+        precision, recall = precision_recall(drawn, others)
+        nearest = nearest_training(drawn, others, training)
+        quality = f"precision {precision:.2f}, recall {recall:.2f}, nearest training scan {nearest:.2f}"
+        print(f"{name}: variance {bands}; {quality}")
+
+
+if __name__ == "__main__":
+    run("python -m benchmarks.sample_quality", main)

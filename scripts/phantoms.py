@@ -129,9 +129,7 @@ def make_brains(
     return made
 
 
-def ensure_cohort(
-    dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int, **cohort: Any
-) -> str:
+def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int, **cohort: Any) -> str:
     """The data set of a run, after making the default one: ``count`` brains, if ``dataset_dir`` is ``phantom_dir``.
 
     Of several processes rank 0 makes them, and the others wait.

@@ -46,7 +46,7 @@ class Scoring(Inferer):
         self,
         importance_samples: int = 1,
         smoothing: float = 0.25,
-        restore: float | None = 0.3,
+        restore: float | None = 8.0,
         prior: PopulationPrior | None = None,
     ) -> None:
         if importance_samples < 1:
