@@ -117,7 +117,9 @@ def draw_deviation(path: str, data: Mapping[Hashable, Any], value_range: tuple[f
     """A scan beside what is expected for its covariates, and how far it is from that."""
     own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
     titles = [f"{name} ({own})" if own else name for name in file_names(data["image"])]
-    figures.anomaly(path, data["image"], data["expected"], data["deviation"], titles, value_range, "expected")
+    figures.anomaly(
+        path, data["image"], data["expected"], data["deviation"], titles, value_range, ("expected", "deviation")
+    )
 
 
 class SavePosteriors(Transform):

@@ -121,7 +121,7 @@ def anomaly(
     score: Any,
     title: str | Sequence[str],
     value_range: tuple[float, float],
-    heading: str = "restored",
+    headings: tuple[str, str] = ("restored", "anomaly"),
 ) -> Path:
     """Draw a scan beside its restoration by the model and its anomaly map, cut where that is largest in the foreground.
 
@@ -131,14 +131,13 @@ def anomaly(
         score: standard deviations by which each voxel is brighter (above 0) or darker, shaped like ``image``.
         title: says what is shown, for all channels or for each.
         value_range: what black and white stand for.
-        heading: what ``restored`` is called.
+        headings: what ``restored`` and ``score`` are called.
     """
     image, restored, score = as_array(image), as_array(restored), as_array(score)
     peak = np.ravel_multi_index(_peak(image, score)[1:], image[0].shape)
     groups = _groups(title, [image, restored, score], _mark(peak, image[0].shape), foreground_box(list(image)))
     gray = _gray(value_range, [volume for _, row, _ in groups for volume in row[:2]])
-    headings = ["scan", heading, "anomaly"]
-    return save(path, columns(groups, headings, [gray, gray, ANOMALY_STYLE], bars={2: ANOMALY_LABEL}))
+    return save(path, columns(groups, ["scan", *headings], [gray, gray, ANOMALY_STYLE], bars={2: ANOMALY_LABEL}))
 
 
 def _peak(image: np.ndarray, score: np.ndarray) -> tuple[int, ...]:
