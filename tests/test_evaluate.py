@@ -94,7 +94,11 @@ def test_nothing_of_the_training_run_is_touched(run, evaluated):
     assert before.items() <= contents(run).items()
     added = contents(run).keys() - before.keys()
     assert {Path(path).parent for path in added} <= {run / "cache"}
-    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["evaluation.csv", "summary.json"]
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == [
+        "evaluation.csv",
+        "report.html",
+        "summary.json",
+    ]
     assert "bits_per_dim" in log
     assert "mmd_gaussian" in log
     assert "held-out scans: 100%" in log
