@@ -23,6 +23,13 @@ class _Module(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
+    def get_rng_state(self, device: object = None) -> torch.Tensor:
+        """For ``torch.random.fork_rng``, which asks a device that is registered, in whatever test."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
+        """Its counterpart."""
+
 
 class NoWaiting(TorchDispatchMode):
     """Copies between host and GPU, which must not be waited for once ``strict`` is true."""

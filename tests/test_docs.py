@@ -178,11 +178,17 @@ def test_files_that_the_readme_names_exist():
 
 def test_the_numbers_of_the_weights_are_the_same_everywhere():
     metadata = json.loads(Path("configs/metadata.json").read_text())
-    (row,) = re.findall(r"^\| \*\*this network, as shipped\*\*.*", TEXT["docs/README.md"], re.MULTILINE)
-    numbers = [float(cell) for cell in row.split("|")[2:-1]]
-    named = dict(zip(("bits_per_dim", "psnr", "ssim"), numbers, strict=False))
-    (samples,) = re.findall(r"^\| \*\*the same, samples of its.*", TEXT["docs/README.md"], re.MULTILINE)
-    named |= dict(zip(("mmd_gaussian", "ms_ssim"), map(float, samples.split("|")[5:7]), strict=True))
-    assert metadata["eval_metrics"] == named | {"lesion_average_precision": numbers[5], "lesion_auroc": numbers[6]}
-    assert f"| `_anomaly` | {numbers[5]} | {numbers[6]} |" in TEXT["docs/inference.md"]
+    table = TEXT["docs/README.md"].split("## Performance")[1]
+
+    def numbers(measure: str) -> list[float]:
+        (row,) = re.findall(rf"^\| {measure}.*? \| (.*?) \|", table, re.MULTILINE)
+        return [float(number) for number in re.findall(r"-?\d+\.\d+", row)]
+
+    named = {"bits_per_dim": numbers("bits per dim")[0], "mmd_gaussian": numbers("MMD")[0]}
+    named |= {"ms_ssim": numbers("MS-SSIM")[0]}
+    named |= dict(zip(("psnr", "ssim"), numbers("PSNR"), strict=True))
+    named |= dict(zip(("lesion_average_precision", "lesion_auroc"), numbers("lesions"), strict=True))
+    assert metadata["eval_metrics"] == named
+    found = numbers("lesions")
+    assert f"| `_anomaly` | {found[0]} | {found[1]} |" in TEXT["docs/inference.md"]
     assert metadata["network_data_format"]["inputs"]["image"]["spatial_shape"] == [32, 32, 32]

@@ -138,7 +138,7 @@ def test_everything_is_named_after_its_scan(reconstructed):
     names = ("levels.png", "recon.nii.gz", "recon.png", "scale.nii.gz", "zscore.nii.gz")
     levels = [f"recon_to{n}.nii.gz" for n in (2, 4, 8)]
     expected = [f"{codes}/{codes}_{name}" for codes in ORIENTATIONS for name in (*names, *levels)]
-    assert files(output) == sorted([*expected, "reconstruct.json"])
+    assert files(output) == sorted([*expected, "reconstruct.json", "report.html"])
     assert f"Results of 5 of 5 scan(s): '{output}'" in log
 
 
@@ -165,7 +165,7 @@ class Perfect(torch.nn.Module):
 
     arguments: ClassVar[dict] = {}
 
-    def infer(self, x, temperature):
+    def infer(self, x, temperature, keep_posteriors=True):
         return VDVAEOutput(x, torch.full_like(x, 0.1), torch.zeros(len(x), 1)), []
 
 
@@ -268,7 +268,8 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
         ("cold", ("--sample_temperature", "{2: 0.0, 4: 0.7, '8': 0.7}")),
     ):
         log = run("sample", tmp_path, tmp_path / name, weights, "--samples", 4, *arguments)
-        assert files(tmp_path / name) == [*(f"000{i}_sample.nii.gz" for i in range(1, 5)), "sample.json", "samples.png"]
+        drawn = [f"000{i}_sample.nii.gz" for i in range(1, 5)]
+        assert files(tmp_path / name) == [*drawn, "report.html", "sample.json", "samples.png"]
     one, three, other, cold = (load(tmp_path / n, "0002_sample.nii.gz") for n in ("one", "three", "other", "cold"))
     assert "Samples are drawn from the network's own prior." in log
     assert np.allclose(one, three, atol=1e-5)

@@ -147,7 +147,8 @@ def test_table_has_a_row_for_each_model(cohort, tmp_path, capsys):
     overlay = tmp_path / "size_16.json"
     overlay.write_text(json.dumps({"spatial_shape": [16, 16, 16]}))
     configs = [str(ROOT / "configs/inference.json"), str(ROOT / "tests/tiny.json"), str(overlay)]
-    network = inference_config(spatial_shape=[16, 16, 16]).get_parsed_content("network_def")
+    changes = {"spatial_shape": [16, 16, 16], "network_def#init": "variance_preserving"}
+    network = inference_config(**changes).get_parsed_content("network_def")
     torch.save(network.state_dict(), tmp_path / "short.pt")
     torch.nn.init.normal_(network.output.weight)  # zero at the start: all samples would be the mean scan
     torch.save(network.state_dict(), tmp_path / "long.pt")

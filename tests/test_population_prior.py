@@ -483,7 +483,7 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
 
 def test_the_shipped_prior_knows_what_is_far_outside():
     prior = PopulationPrior.load(torch.load(ROOT / "models" / "population_prior.pt", weights_only=True))
-    assert len(prior.bits_per_dim) == 64
+    assert len(prior.bits_per_dim) == 123
     assert -4.36 < prior.unlikely_above() < -3.9  # above the least likely held-out phantom
 
 

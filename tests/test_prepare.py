@@ -321,7 +321,7 @@ def test_the_same_scan_gives_the_same_bytes(tmp_path, quick):
     contents = [{p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("first", "second")]
     assert sorted(contents[0]) == [
         *("a.json", "a.nii.gz", "a.png", "a.tfm"),
-        *("alignment.csv", "contact_sheet.png", "datalist.json"),
+        *("alignment.csv", "contact_sheet.png", "datalist.json", "report.html"),
     ]
     assert contents[0] == contents[1]
 

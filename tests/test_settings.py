@@ -47,7 +47,7 @@ def test_another_program_has_no_command_line():
         (["--train#handlers#40#seed", "1"], ["'train#handlers' is a list of"]),
         (["--epochs#last", "1"], ["'epochs' is no section, it is 100"]),
         (["--batch_size", "many"], ["--batch_size many: write a number, such as 8"]),
-        (["--learning_rate=fast"], ["--learning_rate fast: write a number, such as 0.002"]),
+        (["--learning_rate=fast"], ["--learning_rate fast: write a number, such as 0.01"]),
         (["--spatial_shape", "32x32x32"], ['--spatial_shape 32x32x32: write a list, such as "[32, 32, 32]"']),
         (["--spatial_shape", "32"], ["spatial_shape is 32: give the voxels along each axis"]),
         (["--spatial_shape", "[32,32,0]"], ["spatial_shape: a size is 0", "1 or more"]),

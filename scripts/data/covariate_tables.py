@@ -9,9 +9,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, pstdev
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from scripts.data.covariates import CovariateCoding, check_kinds
 from scripts.data.datalist import common_root
@@ -103,7 +103,7 @@ def describe(values: Sequence[Any]) -> str:
     if not known:
         text = "none"
     elif numbers:
-        text = f"{min(numbers):g} to {max(numbers):g}, mean {mean(numbers):.4g}, sd {pstdev(numbers):.3g}"
+        text = f"{min(numbers):g} to {max(numbers):g}, mean {np.mean(numbers):.4g}, sd {np.std(numbers):.3g}"
     else:
         counts = Counter(map(str, known)).most_common(MOST_NAMED + 1)
         named = ", ".join(f"{category} {count}" for category, count in counts[:MOST_NAMED])

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from monai.data import Dataset
 from monai.transforms import Transform
-from nibabel.processing import resample_from_to
 from scripts.data.covariate_tables import read_table
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
@@ -188,6 +187,8 @@ def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[i
         raise FileNotFoundError(f"atlas '{atlas}' does not exist: check the path.")
     if grid.box is None:
         raise ValueError("atlas: the training scans were not aligned with each other, so that no atlas fits them all.")
+    from nibabel.processing import resample_from_to  # only where there is an atlas: commands start without it
+
     try:
         image = nib.load(path)
         fitted = resample_from_to(image, (tuple(shape), np.asarray(affine)), order=0)

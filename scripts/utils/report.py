@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader
 from scripts.utils.files import write_text
 
 __all__ = ["write_report"]
@@ -66,6 +65,8 @@ def write_report(
         settings: with what the results were made.
         failed: scans of which there are no results, and why.
     """
+    from jinja2 import Environment, FileSystemLoader  # only where a page is written: commands start without it
+
     folder = Path(output_dir)
     shown, left_out = _pictures([path for path in map(Path, pictures) if path.is_file()], folder)
     rows = [
