@@ -251,14 +251,14 @@ class PopulationFit:
         scans = 0
         some = Subset(dataset, range(min(len(dataset), OFFSET_SCANS)))
         for vectors in self._vectors(some, "mean differences", temperature=0.0):
-            innovations = [u.to(self.device) for u in split_latents(vectors.u, self.network)]
+            innovations = split_latents(vectors.u, self.network)
             scans += len(vectors.u)
             decoded = []
             for sign in (-0.25, 0.25):
                 for number in range(self.coding.size):
-                    change = torch.zeros(len(vectors.u), self.coding.size, device=self.device)
+                    change = torch.zeros(len(vectors.u), self.coding.size)
                     change[:, number] = sign
-                    with drawing_innovations(prior.to(self.device).moved(innovations, change)):
+                    with drawing_innovations(prior.moved(innovations, change)):
                         decoded.append(self.network.decode([], 0.0, batch_size=len(change))[0].cpu())
             below, above = decoded[: self.coding.size], decoded[self.coding.size :]
             for number, (less, more) in enumerate(zip(below, above, strict=True)):
