@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from monai.data import MetaTensor
     from xdist.remote import Producer
 
+    from scripts.networks import VDVAEReconstruction
+
 gc.disable()  # while the tests are imported, which makes a million objects that stay
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +156,17 @@ def fitted_scans(cohort: Path) -> tuple[torch.Tensor, torch.Tensor]:
     preprocess = inference_config().get_parsed_content("preprocessing")
     images = [preprocess({"image": str(path)})["image"] for path in sorted(cohort.glob("*.nii.gz"))]
     return torch.stack([image.as_tensor() for image in images]), images[0].affine
+
+
+def informative_network(cohort: Path) -> VDVAEReconstruction:
+    """The tiny network with a cohort's template, whose posteriors and output tell scans apart from the start."""
+    import torch
+
+    scans, affine = fitted_scans(cohort)
+    torch.manual_seed(0)
+    network = inference_config(**{"network_def#init": "informative"}).get_parsed_content("network_def")
+    network.set_voxel_gaussian(scans.mean(0), scans.std(0), affine)
+    return network.eval()
 
 
 def brain(size=16, spacing=1.0, channels=1) -> MetaTensor:

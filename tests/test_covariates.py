@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fitted_scans, inference_config, run_bundle, run_bundle_process
+from conftest import ROOT, informative_network, run_bundle, run_bundle_process
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
@@ -41,12 +41,7 @@ def coding() -> CovariateCoding:
 
 @pytest.fixture(scope="module")
 def network(cohort):
-    """A network whose posteriors and output tell scans apart from the start."""
-    x, affine = fitted_scans(cohort)
-    torch.manual_seed(0)
-    net = inference_config(**{"network_def#init": "informative"}).get_parsed_content("network_def")
-    net.set_voxel_gaussian(x.mean(0), x.std(0), affine)
-    return net.eval()
+    return informative_network(cohort)
 
 
 def prior_with_effects(network, coding, size=1.0) -> PopulationPrior:

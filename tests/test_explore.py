@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from conftest import ROOT, fitted_scans, inference_config, run_command
+from conftest import ROOT, fitted_scans, inference_config, informative_network, run_command
 from starlette.testclient import TestClient
 from test_covariates import KINDS, prior_with_effects
 
@@ -50,11 +50,7 @@ def folder(cohort, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(cohort):
-    scans, affine = fitted_scans(cohort)
-    torch.manual_seed(0)
-    net = inference_config(**{"network_def#init": "informative"}).get_parsed_content("network_def")
-    net.set_voxel_gaussian(scans.mean(0), scans.std(0), affine)
-    return net.eval()
+    return informative_network(cohort)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fitted_scans, inference_config, run_bundle, run_bundle_process
+from conftest import ROOT, fitted_scans, inference_config, informative_network, run_bundle, run_bundle_process
 from groups import free_port, run_bundle_group, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
@@ -190,12 +190,7 @@ def test_sketch_refuses_what_it_cannot_forget(forgetting):
 
 @pytest.fixture(scope="module")
 def network(cohort):
-    """A network whose posteriors tell scans apart: its heads start from what the scan says."""
-    x, affine = fitted_scans(cohort)
-    torch.manual_seed(0)
-    net = inference_config(**{"network_def#init": "informative"}).get_parsed_content("network_def")
-    net.set_voxel_gaussian(x.mean(0), x.std(0), affine)
-    return net.eval()
+    return informative_network(cohort)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scripts.data.covariates import CovariateCoding, check_kinds
+from scripts.data.covariates import CovariateCoding, Value, check_kinds
 from scripts.data.datalist import common_root
 from scripts.utils.names import item_path
 from torch import Tensor
 
-__all__ = ["CohortCovariates", "describe_participants", "read_cohort", "read_participants", "read_rows", "read_table"]
+__all__ = [
+    "CohortCovariates",
+    "describe_participants",
+    "parse_row",
+    "read_cohort",
+    "read_participants",
+    "read_rows",
+    "read_table",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +84,7 @@ def read_cohort(
             )
     coding = CovariateCoding.learn(kinds, sides[0])
     parsed = [
-        [_parsed(coding, item, row) for item, row in zip(items, rows, strict=True)]
+        [parse_row(coding, item, row) for item, row in zip(items, rows, strict=True)]
         for items, rows in zip((training, validation), sides, strict=True)
     ]
     for name in kinds:
@@ -119,7 +127,12 @@ def describe_participants(root: str | os.PathLike, subjects: Sequence[str]) -> l
     return [f"{name}: {describe([row.get(name, '') for row in own])}" for name in columns]
 
 
-def _parsed(coding: CovariateCoding, item: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def parse_row(coding: CovariateCoding, item: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Value]:
+    """What is written of a scan, as values of all covariates.
+
+    Raises:
+        ValueError: a value makes no sense, or the cohort had no such category; the sentence names the scan.
+    """
     try:
         return coding.parse(row)
     except ValueError as error:

@@ -17,14 +17,13 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
 from scripts.layers.gaussian import gaussian_noise
 from scripts.layers.population_prior import PopulationPrior, drawing_innovations, innovation
 from scripts.networks import VDVAE
-from scripts.utils.names import item_path
 from torch import Tensor
 
 __all__ = [
@@ -71,13 +70,8 @@ def with_covariates(
     """
     if prior is None or prior.coding is None:
         return [dict(item) for item in scans]
-    found = []
-    for item, row in zip(scans, read_rows(scans, dataset_dir, covariates_file), strict=True):
-        try:
-            found.append({**item, "covariates": prior.coding.parse(row)})
-        except ValueError as error:
-            raise ValueError(f"'{item_path(item)}': {error}") from error
-    return found
+    rows = read_rows(scans, dataset_dir, covariates_file)
+    return [{**item, "covariates": parse_row(prior.coding, item, row)} for item, row in zip(scans, rows, strict=True)]
 
 
 def stack_features(coding: CovariateCoding | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

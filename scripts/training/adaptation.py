@@ -12,12 +12,11 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from monai.networks.utils import eval_mode
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.covariates import Categorical, CovariateCoding, Value
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.networks import VDVAE
 from scripts.utils.files import write_whole
-from scripts.utils.names import item_path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -86,13 +85,8 @@ class Adaptation:
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
 
     def _others(self, item: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Value]:
-        try:
-            return {
-                **self.prior.coding.parse({k: v for k, v in row.items() if k != self.name}),
-                self.name: self.category,
-            }
-        except ValueError as error:
-            raise ValueError(f"'{item_path(item)}': {error}") from error
+        others = {name: value for name, value in row.items() if name != self.name}
+        return {**parse_row(self.prior.coding, item, others), self.name: self.category}
 
     @torch.no_grad()
     def run(self) -> PopulationPrior:
