@@ -52,6 +52,7 @@ SLOW = (
     "impute_interpolate",
     "clients",
     "explore",
+    "tour",
 )
 
 
