@@ -21,7 +21,7 @@ from test_covariates import KINDS, prior_with_effects
 from scripts import explore as command
 from scripts.data.covariates import CovariateCoding
 from scripts.inference.engine import scan_generator
-from scripts.inference.inferers import CoordinateDecoding, Reconstruction, Sampling
+from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
 from scripts.layers.gaussian import noise_from
 from scripts.webpage.app import create_app
@@ -131,7 +131,7 @@ def test_odd_requests_are_refused(client, path, headers, status):
 
 
 def test_long_requests_are_refused(client):
-    assert client.post("/api/jobs", content=b" " * 70_000).status_code == 413
+    assert client.post("/api/jobs", content=b" " * 1_100_000).status_code == 413
     assert client.post("/api/jobs", content=iter([b"{}"])).status_code == 413  # of a length that it does not say
 
 
@@ -169,6 +169,12 @@ def test_what_is_no_job_is_refused(client, body, said):
         ("change", {"index": 0, "covariates": {"sex": "X"}}, "sex is 'X'"),
         ("mix", {"first": 0, "second": 1, "levels": ["3"]}, "names the grid '3'"),
         ("mix", {"first": 0, "second": 1, "steps": 1}, "steps is 1"),
+        ("fill", {"index": 0, "mask": []}, "Nothing is painted"),
+        ("fill", {"index": 0, "mask": [0, 512]}, "Everything is painted"),
+        ("fill", {"index": 0, "mask": [510, 3]}, "lie in the scan's 512 voxels"),
+        ("fill", {"index": 0, "mask": [1]}, "must be whole numbers"),
+        ("fill", {"index": 0, "mask": [0, True]}, "must be whole numbers"),
+        ("fill", {"index": 0, "mask": [1, 1], "draws": 1}, "draws is 1"),
     ],
 )
 def test_errors_are_sentences(client, kind, arguments, said):
@@ -267,6 +273,27 @@ def test_changes_and_mixtures_are_film_strips(client):
     whole = ask(client, "mix", first=0, second=1, steps=3)
     ends = [volume(client, job, "frame_02").get_fdata() for job in (mixed, whole)]
     assert mixed["result"]["labels"] == ["0%", "50%", "100%"] and not np.allclose(*ends)
+
+
+@torch.no_grad()
+def test_what_is_painted_is_filled_in(client, cohort, network):
+    # a box of 2 x 3 x 2 voxels from (3, 2, 4) on, as the page sends it: runs along the first axis
+    runs = [number for z in (4, 5) for y in (2, 3, 4) for number in (3 + 8 * y + 64 * z, 2)]
+    job = ask(client, "fill", index=3, mask=runs, draws=3)
+    assert job["result"]["voxels"] == 12 and (job["done"], job["total"]) == (30, 30)
+    mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
+    mask[..., 3:5, 2:5, 4:6] = True
+    with noise_from([scan_generator(0, client.get("/api/scans").json()["rows"][3]["image"])]):
+        found = Imputation(iterations=10, draws=3)(fitted_scans(cohort)[0][3:4], network, mask)
+    draws = from_zero_to_one(torch.cat(list(found.values()))[:, 0], (-1, 1)).numpy()
+    scan, filled = (volume(client, job, name).get_fdata() for name in ("scan", "filled"))
+    inside = mask[0, 0].numpy()
+    np.testing.assert_allclose(filled[inside], draws.mean(0)[inside], atol=1e-5)
+    np.testing.assert_array_equal(filled[~inside], scan[~inside])
+    np.testing.assert_allclose(volume(client, job, "draw_02").get_fdata(), draws[2], atol=1e-5)
+    spread = volume(client, job, "spread").get_fdata()
+    np.testing.assert_allclose(spread[inside], draws.std(0, ddof=1)[inside], atol=1e-5)
+    assert (spread[inside] > 0).all() and not spread[~inside].any()
 
 
 def endless(log, name, gate=None):
@@ -521,5 +548,51 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         page.wait_for_selector("#change .sheet img")
         assert page.locator("#change .sheet img").count() == 10
         assert "(age 40, sex F, site A)" in page.text_content("#change .caption")
+
+        # paint: a stroke on an axial slice reaches the slices around it; inside voxels change, outside none
+        seen = int(page.get_attribute("#change .viewer", "data-drawn"))
+        fill, paint = (page.get_by_role("button", name=name, exact=True) for name in ("Fill", "Paint"))
+        paint.click()
+        drawn("#change", seen + 1)
+        assert fill.is_disabled() and page.get_by_label("through slices").is_checked()
+        nv = "document.querySelector('#change .viewer').viewer.nv"
+        left, top, width, height = page.evaluate(f"{nv}.screenSlices.find((s) => s.axCorSag === 0).leftTopWidthHeight")
+        box = page.locator("#change canvas").bounding_box()
+
+        def stroke(share):
+            y = box["y"] + top + height / 2
+            page.mouse.move(box["x"] + left + width * (0.5 - share), y)
+            page.mouse.down()
+            page.mouse.move(box["x"] + left + width * (0.5 + share), y, steps=4)
+            page.mouse.up()
+
+        stroke(0.1)
+        painted = page.evaluate(f"Array.from({nv}.drawBitmap)")
+        mask = np.array(painted, bool).reshape((8, 8, 8), order="F")
+        assert 27 <= mask.sum() < 512 and mask.any((0, 1)).sum() == 3  # three slices
+        assert f"{mask.sum()} voxels painted" in page.text_content("#change")
+        stroke(0.4)
+        assert sum(page.evaluate(f"Array.from({nv}.drawBitmap)")) > mask.sum()
+        page.get_by_role("button", name="Undo").click()
+        assert page.evaluate(f"Array.from({nv}.drawBitmap)") == painted
+        before = np.array(page.evaluate(f"Array.from({nv}.volumes[0].img)")).reshape((8, 8, 8), order="F")
+        fill.click()
+        drawn("#change", seen + 2)
+        assert "spread of draws" in page.locator("#change .bar").last.text_content()
+        after = np.array(page.evaluate(f"Array.from({nv}.volumes[0].img)")).reshape((8, 8, 8), order="F")
+        assert (after[mask] != before[mask]).any() and (after[~mask] == before[~mask]).all()
+        spread = np.array(page.evaluate(f"Array.from({nv}.volumes[1].img)")).reshape((8, 8, 8), order="F")
+        assert spread[mask].any() and not spread[~mask].any()
+
+        monkeypatch.setitem(jobs.kinds, "fill", slow)
+        paint.click()
+        drawn("#change", seen + 3)
+        assert page.evaluate(f"Array.from({nv}.drawBitmap)") == painted  # to go on from
+        page.get_by_label("Draws").fill("5")
+        fill.click()
+        page.get_by_text("Filling in:").wait_for()
+        page.locator("#change").get_by_role("button", name="Cancel").click()
+        page.locator("#change").get_by_text("Cancelled.").wait_for()
+        monkeypatch.undo()
         browser.close()
     assert elsewhere == [] and failures == []

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 __all__ = ["LOOPBACK", "Guard"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LONGEST = 2**16  # bytes of a request
+LONGEST = 2**20  # bytes of a request: a mask that is painted on a scan of 256³ has some 100,000
 HEADERS = {
     # NiiVue makes its textures and workers from blobs and data addresses of its own
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob: data:; "

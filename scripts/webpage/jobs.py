@@ -7,28 +7,24 @@ its jobs. Volumes lie on the network's grid: scans and what the network makes of
 from __future__ import annotations
 
 import inspect
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.image import imsave
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from scripts.data.transforms import ScanError
 from scripts.inference.covariates import Counterfactual, need_covariates, targets, with_covariates
 from scripts.inference.engine import scan_generator
-from scripts.inference.inferers import CoordinateDecoding, Encoding, Interpolation, Reconstruction, Sampling
+from scripts.inference.inferers import CoordinateDecoding, Encoding, Imputation, Interpolation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
 from scripts.layers.gaussian import noise_from
 from scripts.layers.levels import find_level, grid_key, grid_name
 from scripts.layers.population_prior import PopulationPrior
-from scripts.utils.nifti import nifti_bytes
-from scripts.utils.slices import PLANES, as_array, middle, plane
 from scripts.webpage.cohort import SCORES, Cohort
+from scripts.webpage.images import painted, picture, volume
 from scripts.webpage.work import Result, Steps, request_key
 from torch import Tensor
 
@@ -36,6 +32,7 @@ __all__ = ["Jobs"]
 
 MOST_SAMPLES = 36
 MOST_STEPS = 11  # of a film strip
+MOST_DRAWS = 64
 HOTTEST = 5  # temperature
 LARGEST = 100.0  # coordinate, in standard deviations of the cohort
 
@@ -65,6 +62,7 @@ class Jobs:
         self._folder = config.get_parsed_content("scan_folder")
         self._covariates_file = config.get_parsed_content("covariates_file")
         self._seed = config.get_parsed_content("seed")
+        self._iterations = config.get_parsed_content("iterations")
         self._decoded = lru_cache(maxsize=8)(self._decode)
         self.kinds: dict[str, Callable[..., Steps]] = {
             "thumbnail": self.thumbnail,
@@ -75,6 +73,8 @@ class Jobs:
             "sample": self.sample,
             "change": self.change,
             "mix": self.mix,
+            "scan": self.scan,
+            "fill": self.fill,
         }
 
     def about(self) -> dict[str, Any]:
@@ -317,6 +317,41 @@ class Jobs:
         frames = [(share, found[name]) for share, name in zip(shares, inferer.images(), strict=True)]
         return self._strip(frames, items[0]["image"], channel, {})
 
+    def scan(self, index: int, channel: int = 0) -> Steps:
+        """A scan alone."""
+        channel = self._channel(channel)
+        yield 0, 1
+        item = self._read(index)
+        return Result(files={"scan.nii.gz": volume(self._unit(self._inputs(item))[channel], item["image"].affine)})
+
+    def fill(self, index: int, mask: Sequence[int], draws: int = 4, channel: int = 0) -> Steps:
+        """What is painted on a scan, see :func:`painted`, filled in given the rest, as the job ``impute`` does it."""
+        channel = self._channel(channel)
+        missing = painted(mask, self.network.spatial_shape)
+        if isinstance(draws, bool) or not isinstance(draws, int) or not 2 <= draws <= MOST_DRAWS:
+            raise ValueError(f"draws is {draws!r}: it must be a whole number from 2 to {MOST_DRAWS}.")
+        total = draws * self._iterations
+        yield 0, total
+        item = self._read(index)
+        inputs = self._inputs(item)
+        hidden = missing[None, None].to(self.device)
+        generator = scan_generator(self._seed, self.cohort.row(index)["image"])
+        images = []
+        for draw in range(draws):
+            chain = Imputation(self._iterations, draws).chain(inputs, self.network, hidden)
+            for done in range(self._iterations):
+                with noise_from([generator]):
+                    filled = next(chain)
+                yield draw * self._iterations + done + 1, total
+            images.append(self._unit(filled)[channel].cpu())
+        scan, stack = self._unit(inputs)[channel].cpu(), torch.stack(images)
+        mean = torch.where(missing, stack.mean(0), scan)
+        spread = torch.where(missing, stack.std(0), 0.0)
+        shown = {"scan": scan, "filled": mean, "spread": spread, "difference": mean - scan}
+        shown |= {f"draw_{number:02d}": image for number, image in enumerate(images)}
+        content = {"voxels": int(missing.sum()), "largest_spread": float(spread.max())}
+        return Result(content, {f"{name}.nii.gz": volume(image, item["image"].affine) for name, image in shown.items()})
+
     def _strip(
         self, frames: Sequence[tuple[str, Tensor]], image: MetaTensor, channel: int, content: dict[str, Any]
     ) -> Result:
@@ -328,19 +363,3 @@ class Jobs:
             files[f"difference_{number:02d}.nii.gz"] = volume(shown - images[0], image.affine)
             files[f"frame_{number:02d}.png"] = picture(shown)
         return Result(content | {"labels": [label for label, _ in frames]}, files)
-
-
-def volume(image: Tensor, affine: Any) -> bytes:
-    """A volume ``[*spatial]`` as the bytes of a ``.nii.gz``; one of 2D becomes a single slice."""
-    array = as_array(image)
-    return nifti_bytes(array if array.ndim == 3 else array[..., None], np.asarray(affine, np.float64), "aligned", 1)
-
-
-def picture(image: Tensor) -> bytes:
-    """The axial slice through the middle of a scan ``[*spatial]``, from 0 to 1, as the bytes of a PNG."""
-    array = as_array(image)
-    _, axis = PLANES[array.ndim][0]
-    shown = plane(array, axis, 0 if axis is None else middle(array)[axis])
-    buffer = io.BytesIO()
-    imsave(buffer, shown, cmap="gray", vmin=0.0, vmax=1.0, format="png")
-    return buffer.getvalue()

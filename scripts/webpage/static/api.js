@@ -63,6 +63,7 @@ export class Latest {
 const NAMES = {
   score: "Scoring scans", view: "Opening a scan", coordinates: "Encoding a scan", decode: "Decoding",
   sample: "Drawing samples", change: "Changing covariates", mix: "Mixing scans",
+  scan: "Opening a scan", fill: "Filling in",
 };
 
 export async function watchJobs(footer) {

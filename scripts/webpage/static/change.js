@@ -1,7 +1,8 @@
-// Change: a scan under other covariates, and from one scan to another; each a film strip.
+// Change: a scan under other covariates, and from one scan to another, each a film strip; and what is painted filled in.
 
 import { h, run } from "./api.js";
 import { covariateInputs } from "./covariates.js";
+import { makeFill } from "./fill.js";
 import { Picker } from "./picker.js";
 import { Viewer } from "./viewer.js";
 
@@ -19,8 +20,11 @@ export function makeChange(section, about) {
     h("p", { className: "quiet", textContent: "Latents of the grids that are ticked go over to the second scan; the others stay those of the first." }),
     second.element, h("fieldset", {}, h("legend", { textContent: "Grids" }), ...boxes.map(([, label]) => label)),
     h("div", { className: "row", style: "margin-top:.5rem" }, h("button", { className: "main", textContent: "Mix", onclick: mix })));
-  section.append(h("div", { className: "side" }, h("div", { className: "box" }, first.element), changing(), mixing), stage);
+  const side = h("div", { className: "side" }, h("div", { className: "box" }, first.element), changing(), mixing);
+  section.append(side, stage);
   const viewer = new Viewer(stage);
+  const filling = makeFill({ picker: first, viewer, say, clear: () => strip.replaceChildren() });
+  side.append(filling.element);
 
   function changing() {
     const box = h("div", { className: "box" }, h("h2", { textContent: "Change age, sex or site" }));
@@ -76,6 +80,7 @@ export function makeChange(section, about) {
       const button = h("button", { "aria-pressed": "false", onclick: () => choose() }, h("img", { src: files[`frame_${number}.png`], alt: label }), label);
       const choose = () => {
         for (const other of strip.children) other.setAttribute("aria-pressed", other === button);
+        filling.stop();
         return viewer.show({
           caption: `${title}: ${label}`,
           bases: [{ name: `frame_${number}`, label: "frame", file: files[`frame_${number}.nii.gz`] }],

@@ -94,9 +94,10 @@ export class Viewer {
 
   #limits() {
     const [, over] = this.#current();
-    if (!over || this.limited === over.name) return;
-    this.limited = over.name;
+    if (!over) return;
     Object.assign(this.threshold, { max: over.most, step: over.most / 60 });
+    if (this.limited === over.name) return; // it stays where it was put
+    this.limited = over.name;
     this.threshold.value = over.from;
   }
 
