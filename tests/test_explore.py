@@ -20,6 +20,7 @@ from test_covariates import KINDS, prior_with_effects
 
 from scripts import explore as command
 from scripts.data.covariates import CovariateCoding
+from scripts.inference.covariates import Deviation
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
@@ -276,6 +277,22 @@ def test_changes_and_mixtures_are_film_strips(client):
 
 
 @torch.no_grad()
+def test_the_deviation_is_that_of_the_scans_own_covariates(client, cohort, network, prior):
+    job = ask(client, "deviation", index=3)
+    assert job["result"]["known"] == {"age": 49.0, "sex": "M", "site": "A"} and job["total"] == 32
+    scans, _ = fitted_scans(cohort)
+    name = client.get("/api/scans").json()["rows"][3]["image"]
+    maps = {}
+    for age in (49.0, 70.0):
+        features = prior.coding.numbers({"age": age, "sex": "M", "site": "A"})[None]
+        with noise_from([scan_generator(0, name)]):
+            maps[age] = Deviation(prior, 32)(scans[3:4], network, features)["deviation"][0, 0].numpy()
+    shown = volume(client, job, "deviation").get_fdata()
+    np.testing.assert_allclose(shown, maps[49.0], rtol=1e-3, atol=1e-3)
+    assert np.abs(shown - maps[70.0]).max() > 0.1
+
+
+@torch.no_grad()
 def test_what_is_painted_is_filled_in(client, cohort, network):
     # a box of 2 x 3 x 2 voxels from (3, 2, 4) on, as the page sends it: runs along the first axis
     runs = [number for z in (4, 5) for y in (2, 3, 4) for number in (3 + 8 * y + 64 * z, 2)]
@@ -388,6 +405,7 @@ def test_without_a_prior_the_page_says_what_is_missing(folder, network):
         assert "no population prior" in ask(client, "decode", coordinates=[1])["error"]
         assert "'network' alone" in ask(client, "sample")["error"]
         assert "fitted with covariates" in ask(client, "change", index=0, covariates={"age": 50})["error"]
+        assert "fitted with covariates" in ask(client, "deviation", index=0)["error"]
         assert ask(client, "sample", prior="network", count=1)["state"] == "done"
 
 
@@ -486,6 +504,14 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         page.get_by_label("Levels", exact=True).fill("0")
         drawn("#scans", 2)
         assert page.evaluate(SUM, "#scans .viewer") != before
+        # what is unusual for the scan's covariates is made when it is chosen, and again for the next scan
+        page.get_by_label("Overlay").first.select_option("deviation")
+        page.get_by_text("people of age 40, sex F, site A").wait_for()
+        assert "standard deviations, blue darker, orange brighter" in page.locator("#scans .bar").last.text_content()
+        assert page.evaluate(f"{viewer}.volumes[1].cal_min") == pytest.approx(2)
+        assert page.evaluate(f"{viewer}.volumes[1].colormap + {viewer}.volumes[1].colormapNegative") == "warmcold"
+        page.locator("#scans tbody tr").nth(1).click()
+        page.get_by_text("people of age 43, sex M, site B").wait_for()
         page.get_by_text("Score all").click()
         holds("document.querySelector('#scans').textContent.includes('12 scored')")
 

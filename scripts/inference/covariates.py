@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -183,23 +183,29 @@ class Deviation(Inferer):
 
     def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """``features`` are ``[batch, numbers]``, what the covariates become."""
+        return next(itertools.islice(self.refined(inputs, network, features), self.draws - 2, None))
+
+    def refined(self, inputs: Tensor, network: VDVAE, features: Tensor) -> Iterator[dict[str, Tensor]]:
+        """The results of two draws, of three, and so on without end."""
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
-        for _ in range(self.draws):
+        for draws in itertools.count(1):
             coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors))
             loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self._means(loc))
-        expected = total / self.draws
-        between = (squares / self.draws - expected.square()).clamp_min(0) * (self.draws / (self.draws - 1))
-        spread = (between + noise / self.draws).sqrt()
-        results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
-        if self.masks is not None:
-            own, drawn = self._means(inputs), torch.stack(means)
-            usual, std = drawn.mean(0), drawn.std(0)
-            results["regions"] = torch.stack([own, usual, std, (own - usual) / std], dim=2)
-        return results
+            if draws == 1:
+                continue
+            expected = total / draws
+            between = (squares / draws - expected.square()).clamp_min(0) * (draws / (draws - 1))
+            spread = (between + noise / draws).sqrt()
+            results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
+            if self.masks is not None:
+                own, drawn = self._means(inputs), torch.stack(means)
+                usual, std = drawn.mean(0), drawn.std(0)
+                results["regions"] = torch.stack([own, usual, std, (own - usual) / std], dim=2)
+            yield results
 
     def _means(self, scans: Tensor) -> Tensor:
         """The mean of the first channel in each region, ``[batch, regions]``."""

@@ -16,7 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from scripts.data.transforms import ScanError
-from scripts.inference.covariates import Counterfactual, need_covariates, targets, with_covariates
+from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets, with_covariates
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Encoding, Imputation, Interpolation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
@@ -33,6 +33,7 @@ __all__ = ["Jobs"]
 MOST_SAMPLES = 36
 MOST_STEPS = 11  # of a film strip
 MOST_DRAWS = 64
+DRAWS = 32  # of what is usual
 HOTTEST = 5  # temperature
 LARGEST = 100.0  # coordinate, in standard deviations of the cohort
 
@@ -73,6 +74,7 @@ class Jobs:
             "sample": self.sample,
             "change": self.change,
             "mix": self.mix,
+            "deviation": self.deviation,
             "scan": self.scan,
             "fill": self.fill,
         }
@@ -202,6 +204,21 @@ class Jobs:
         content = {"row": self.cohort.row(index), "largest_scale": float(files["scale"][channel].quantile(0.999))}
         return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in files.items()})
 
+    def deviation(self, index: int, channel: int = 0) -> Steps:
+        """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
+        channel = self._channel(channel)
+        prior = need_covariates(self.prior)
+        yield 0, DRAWS
+        item = self._read(index)
+        generator = scan_generator(self._seed, self.cohort.row(index)["image"])
+        results = Deviation(prior, DRAWS).refined(self._inputs(item), self.network, self._features(item)["features"])
+        for done in range(2, DRAWS + 1):
+            with noise_from([generator]):
+                found = next(results)
+            yield done, DRAWS
+        image = volume(found["deviation"][0][channel], item["image"].affine)
+        return Result({"known": _known(item)}, {"deviation.nii.gz": image})
+
     def coordinates(self, index: int) -> Steps:
         """A scan's coordinates in the population prior."""
         prior = self._need_prior()
@@ -294,8 +311,7 @@ class Jobs:
                 f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
             )
             frames.append((label, inputs + found[f"change{name}"]))
-        known = {name: value for name, value in item["covariates"].items() if value is not None}
-        return self._strip(frames, item["image"], channel, {"known": known})
+        return self._strip(frames, item["image"], channel, {"known": _known(item)})
 
     def mix(
         self, first: int, second: int, levels: Sequence[str] | None = None, steps: int = 5, channel: int = 0
@@ -363,3 +379,8 @@ class Jobs:
             files[f"difference_{number:02d}.nii.gz"] = volume(shown - images[0], image.affine)
             files[f"frame_{number:02d}.png"] = picture(shown)
         return Result(content | {"labels": [label for label, _ in frames]}, files)
+
+
+def _known(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The covariates that are known of a scan."""
+    return {name: value for name, value in item["covariates"].items() if value is not None}

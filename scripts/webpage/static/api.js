@@ -64,6 +64,7 @@ const NAMES = {
   score: "Scoring scans", view: "Opening a scan", coordinates: "Encoding a scan", decode: "Decoding",
   sample: "Drawing samples", change: "Changing covariates", mix: "Mixing scans",
   scan: "Opening a scan", fill: "Filling in",
+  deviation: "Comparing with what is usual",
 };
 
 export async function watchJobs(footer) {

@@ -157,12 +157,25 @@ export function makeScans(section, about, select) {
       overlays: [
         { name: "anomaly", label: "anomaly", file: file("anomaly"), ...sd },
         { name: "zscore", label: "z score", file: file("zscore"), ...sd },
+        ...deviation(row.index, sd),
         { name: "scale", label: "predicted deviation", file: file("scale"), signed: false, most, text: most.toFixed(3), from: 0, unit: "standard deviation, in intensity" },
       ],
       overlay: viewer.overlays.length ? undefined : "anomaly",
     });
     levels.hidden = false;
     levelOf();
+  }
+
+  // Made when it is chosen: it takes some draws.
+  function deviation(index, style) {
+    if (!about.covariates.length) return [];
+    const load = async (signal, onProgress) => {
+      const job = await run("deviation", { index }, { signal, onProgress });
+      if (!job) return null;
+      const known = Object.entries(job.result.known).map(([name, value]) => `${name} ${value}`).join(", ");
+      return { file: job.files["deviation.nii.gz"], unit: `${style.unit}; beside ${known ? `people of ${known}` : "the whole cohort"}` };
+    };
+    return [{ name: "deviation", label: `for its ${about.covariates.map(({ name }) => name).join(", ")}`, load, ...style, from: 2 }];
   }
 
   async function scoreAll() {

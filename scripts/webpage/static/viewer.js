@@ -17,11 +17,12 @@ const bar = (gradient, low, high, label) =>
   h("span", { className: "bar" }, low, h("i", { style: `background: ${gradient}` }), high, ` ${label}`);
 
 export class Viewer {
-  // bases and overlays: [{name, label, file, most, unit, signed}]; those of one volume alone show no choices
+  // bases and overlays: [{name, label, file, most, unit, signed}]; those of one volume alone show no choices. An overlay
+  // without file has load(signal, onProgress), which gives {file, unit}, or null if it was given up.
   constructor(parent) {
     this.caption = h("p", { className: "caption" });
     this.base = h("select", { ariaLabel: "Image", onchange: () => this.redraw() });
-    this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => { this.#limits(); this.redraw(); } });
+    this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => { this.stop?.abort(); this.#limits(); this.redraw(); } });
     this.opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.8, ariaLabel: "Opacity", oninput: () => this.#restyle() });
     this.threshold = h("input", { type: "range", min: 0, max: 6, step: 0.1, value: 2, ariaLabel: "Threshold", oninput: () => this.#restyle() });
     this.number = h("output");
@@ -73,6 +74,7 @@ export class Viewer {
   async show({ caption = "", bases, overlays = [], base, overlay }) {
     this.element.hidden = false;
     await this.#start();
+    this.stop?.abort();
     const chosen = [base ?? this.base.value, overlay ?? this.overlay.value];
     this.bases = bases;
     this.overlays = overlays;
@@ -118,11 +120,27 @@ export class Viewer {
     }
   }
 
+  // What takes long is made when it is chosen; meanwhile, and after an error, its bar says so.
+  async #load(over) {
+    const stop = (this.stop = new AbortController());
+    over.state = "working";
+    try {
+      const made = await over.load(stop.signal, (done, total) => { over.state = `${done} of ${total}`; this.#restyle(); });
+      over.state = made ? "" : "cancelled";
+      Object.assign(over, made);
+    } catch (error) {
+      over.state = error.message;
+    }
+    if (stop.signal.aborted) over.state = "";
+    else if (this.overlays.includes(over)) this.redraw();
+  }
+
   async #draw() {
     const [base, over] = this.#current();
     if (!base) return;
+    if (over && !over.file && !over.state) this.#load(over);
     const volumes = [{ url: base.file, name: `${base.name}.nii.gz`, colormap: "gray", cal_min: 0, cal_max: 1 }];
-    if (over) {
+    if (over?.file) {
       const maps = over.signed ? { colormap: "warm", colormapNegative: "cold" } : { colormap: "viridis" };
       volumes.push({ url: over.file, name: `${over.name}.nii.gz`, cal_min: Number(this.threshold.value), cal_max: over.most, ...maps });
     }
@@ -139,7 +157,8 @@ export class Viewer {
     const [base, over] = this.#current();
     this.bars.replaceChildren(bar(GREY, "0", "1", `${base.label}: intensity, 0 background, 1 brightest`));
     const volume = this.nv.volumes[1];
-    if (!over || !volume) return this.nv.drawScene();
+    if (over && !over.file) this.bars.append(h("span", { textContent: `${over.label}: ${over.state}` }));
+    if (!over?.file || !volume) return this.nv.drawScene();
     const from = Number(this.threshold.value);
     this.number.textContent = from.toPrecision(2);
     this.bars.append(bar(over.signed ? SIGNED : VIRIDIS, over.signed ? `−${over.text ?? over.most}` : "0", over.text ?? over.most, `${over.label}: ${over.unit}`));
