@@ -175,7 +175,7 @@ export function makeScans(section, about, select) {
       const known = Object.entries(job.result.known).map(([name, value]) => `${name} ${value}`).join(", ");
       return { file: job.files["deviation.nii.gz"], unit: `${style.unit}; beside ${known ? `people of ${known}` : "the whole cohort"}` };
     };
-    return [{ name: "deviation", label: `for its ${about.covariates.map(({ name }) => name).join(", ")}`, load, ...style, from: 2 }];
+    return [{ name: "deviation", label: `deviation for ${about.covariates.map(({ name }) => name).join(", ")}`, load, ...style, from: 2 }];
   }
 
   async function scoreAll() {
