@@ -8,12 +8,14 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import contextmanager
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import uvicorn
+from browser import Window, chromium, viewer
 from conftest import ROOT, fitted_scans, inference_config, informative_network, run_command
 from starlette.testclient import TestClient
 from test_covariates import KINDS, prior_with_effects
@@ -32,7 +34,6 @@ from scripts.webpage.work import MOST_WAITING, BusyError, Result, Results, Worke
 
 TOKEN = "a-token"
 BROKEN = 12  # the number of the scan that cannot be read
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,15 @@ def jobs(folder, network, prior):
     return Jobs(inference_config(network=network, population_prior=prior, dataset_dir=str(folder)))
 
 
+def program(jobs):
+    """What asks for jobs without a browser."""
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    return TestClient(create_app(jobs, TOKEN), base_url="http://127.0.0.1", headers=headers)
+
+
 @pytest.fixture
 def client(jobs):
-    with TestClient(create_app(jobs, TOKEN), base_url="http://127.0.0.1") as client:
-        client.headers["authorization"] = f"Bearer {TOKEN}"
+    with program(jobs) as client:
         yield client
 
 
@@ -395,11 +401,7 @@ def test_an_error_of_the_program_ends_the_job_alone(caplog):
 
 
 def test_without_a_prior_the_page_says_what_is_missing(folder, network):
-    with TestClient(
-        create_app(Jobs(inference_config(network=network, population_prior=None, dataset_dir=str(folder))), TOKEN),
-        base_url="http://127.0.0.1",
-        headers={"authorization": f"Bearer {TOKEN}"},
-    ) as client:
+    with program(Jobs(inference_config(network=network, population_prior=None, dataset_dir=str(folder)))) as client:
         about = client.get("/api/about").json()
         assert about["factors"] == 0 and about["covariates"] == [] and about["levels"][0] == {"key": "2", "name": "2³"}
         assert "no population prior" in ask(client, "decode", coordinates=[1])["error"]
@@ -444,72 +446,53 @@ def test_the_command_prints_its_address(folder, network, tmp_path, monkeypatch, 
         command.explore(**given, port=taken.getsockname()[1], browser=False)
 
 
-@pytest.fixture
-def address(jobs):
-    """The page, served."""
-    app = create_app(jobs, TOKEN)
+@contextmanager
+def served(jobs):
+    """The address of the page while it is served."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_app(jobs, TOKEN), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/?token={TOKEN}"
     server.should_exit = True
     thread.join(timeout=20)
 
 
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
-]
-SUM = "name => document.querySelector(name).viewer.nv.volumes[0].img.reduce((a, b) => a + Math.abs(b), 0)"
+def slow(**arguments):
+    """A job of half a minute."""
+    for done in range(300):
+        time.sleep(0.1)
+        yield done, 300
+    return Result()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed (apt-get install chromium)")
-def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
-    api = pytest.importorskip("playwright.sync_api", reason="Python's playwright is not installed")
-    elsewhere, failures = [], []
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: failures.append(str(error)))
-        page.on(
-            "request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "blob:", "data:")) else None
-        )
-
-        def holds(expression):
-            for _ in range(900):
-                if page.evaluate(expression):
-                    return
-                page.wait_for_timeout(100)
-            raise AssertionError(expression)
-
-        def drawn(view, times=1, place=0):
-            holds(f"Number(document.querySelectorAll('{view} .viewer')[{place}].dataset.drawn ?? 0) >= {times}")
+def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
+    with served(jobs) as address, chromium() as browser:
+        window = Window(browser, address)
+        page, holds, drawn = window.page, window.holds, window.drawn
 
         # scans: choose one, overlay, threshold, levels; the broken one is a row that says why
-        page.goto(f"{address}/?token={TOKEN}")
         page.wait_for_selector("td.error", state="attached")
         assert "cannot be read as an image" in page.text_content("td.error")
         page.locator("#scans tbody tr").first.press("Enter")
         drawn("#scans")
         assert page.locator("#scans .bar").count() == 2
         assert page.locator("#scans .bar").last.text_content().endswith("orange brighter")
-        viewer = "document.querySelector('#scans .viewer').viewer.nv"
+        nv = viewer("#scans")
         page.get_by_label("Threshold").first.fill("4")
-        assert page.evaluate(f"{viewer}.volumes[1].cal_min") == pytest.approx(4)
+        assert page.evaluate(f"{nv}.volumes[1].cal_min") == pytest.approx(4)
         page.get_by_label("Opacity").first.fill("0.4")
-        assert page.evaluate(f"{viewer}.volumes[1].opacity") == pytest.approx(0.4)
-        before = page.evaluate(SUM, "#scans .viewer")
+        assert page.evaluate(f"{nv}.volumes[1].opacity") == pytest.approx(0.4)
+        before = np.abs(window.volume("#scans")).sum()
         page.get_by_label("Levels", exact=True).fill("0")
         drawn("#scans", 2)
-        assert page.evaluate(SUM, "#scans .viewer") != before
+        assert np.abs(window.volume("#scans")).sum() != before
         # what is unusual for the scan's covariates is made when it is chosen, and again for the next scan
         page.get_by_label("Overlay").first.select_option("deviation")
         page.get_by_text("people of age 40, sex F, site A").wait_for()
         assert "standard deviations, blue darker, orange brighter" in page.locator("#scans .bar").last.text_content()
-        assert page.evaluate(f"{viewer}.volumes[1].cal_min") == pytest.approx(2)
-        assert page.evaluate(f"{viewer}.volumes[1].colormap + {viewer}.volumes[1].colormapNegative") == "warmcold"
+        assert page.evaluate(f"{nv}.volumes[1].cal_min") == pytest.approx(2)
+        assert page.evaluate(f"{nv}.volumes[1].colormap + {nv}.volumes[1].colormapNegative") == "warmcold"
         page.locator("#scans tbody tr").nth(1).click()
         page.get_by_text("people of age 43, sex M, site B").wait_for()
         page.get_by_text("Score all").click()
@@ -518,20 +501,20 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         # latents: a slider changes voxels, reset undoes it, the result can be downloaded
         page.get_by_role("tab", name="Latents").click()
         drawn("#latents")
-        before = page.evaluate(SUM, "#latents .viewer")
+        before = np.abs(window.volume("#latents")).sum()
         page.get_by_label("Factor 1", exact=True).fill("3")
         drawn("#latents", 2)
-        assert page.evaluate(SUM, "#latents .viewer") != pytest.approx(before, rel=1e-4)
+        assert np.abs(window.volume("#latents")).sum() != pytest.approx(before, rel=1e-4)
         with page.expect_download() as download:
             page.locator("#latents .viewer a").click()
         download.value.save_as(tmp_path / "decoded.nii.gz")
         image = nib.load(tmp_path / "decoded.nii.gz")
         assert image.shape == (8, 8, 8) and image.get_fdata().sum() == pytest.approx(
-            page.evaluate(SUM, "#latents .viewer"), rel=1e-3
+            np.abs(window.volume("#latents")).sum(), rel=1e-3
         )
         page.get_by_text("Reset").click()
         drawn("#latents", 3)
-        assert page.evaluate(SUM, "#latents .viewer") == pytest.approx(before, rel=1e-4)
+        assert np.abs(window.volume("#latents")).sum() == pytest.approx(before, rel=1e-4)
 
         # samples: a sheet, keep one and compare
         page.get_by_role("tab", name="Sample").click()
@@ -544,12 +527,6 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         assert captions == ["Sample 1 of seed 0", "Sample 3 of seed 0"]
 
         # work that takes long is cancelled, where it was asked for and in the bar at the bottom after a reload
-        def slow(**arguments):
-            for done in range(300):
-                time.sleep(0.1)
-                yield done, 300
-            return Result()
-
         monkeypatch.setitem(jobs.kinds, "sample", slow)
         page.get_by_label("Seed").fill("7")  # those of seed 0 are kept
         page.get_by_role("button", name="Draw").click()
@@ -576,12 +553,12 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         assert "(age 40, sex F, site A)" in page.text_content("#change .caption")
 
         # paint: a stroke on an axial slice reaches the slices around it; inside voxels change, outside none
-        seen = int(page.get_attribute("#change .viewer", "data-drawn"))
+        seen = window.times("#change")
         fill, paint = (page.get_by_role("button", name=name, exact=True) for name in ("Fill", "Paint"))
         paint.click()
         drawn("#change", seen + 1)
         assert fill.is_disabled() and page.get_by_label("through slices").is_checked()
-        nv = "document.querySelector('#change .viewer').viewer.nv"
+        nv = viewer("#change")
         left, top, width, height = page.evaluate(f"{nv}.screenSlices.find((s) => s.axCorSag === 0).leftTopWidthHeight")
         box = page.locator("#change canvas").bounding_box()
 
@@ -601,13 +578,12 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         assert sum(page.evaluate(f"Array.from({nv}.drawBitmap)")) > mask.sum()
         page.get_by_role("button", name="Undo").click()
         assert page.evaluate(f"Array.from({nv}.drawBitmap)") == painted
-        before = np.array(page.evaluate(f"Array.from({nv}.volumes[0].img)")).reshape((8, 8, 8), order="F")
+        before = window.volume("#change")
         fill.click()
         drawn("#change", seen + 2)
         assert "spread of draws" in page.locator("#change .bar").last.text_content()
-        after = np.array(page.evaluate(f"Array.from({nv}.volumes[0].img)")).reshape((8, 8, 8), order="F")
+        after, spread = (window.volume("#change", number) for number in (0, 1))
         assert (after[mask] != before[mask]).any() and (after[~mask] == before[~mask]).all()
-        spread = np.array(page.evaluate(f"Array.from({nv}.volumes[1].img)")).reshape((8, 8, 8), order="F")
         assert spread[mask].any() and not spread[~mask].any()
 
         monkeypatch.setitem(jobs.kinds, "fill", slow)
@@ -620,5 +596,66 @@ def test_the_page_in_a_browser(address, jobs, tmp_path, monkeypatch):
         page.locator("#change").get_by_role("button", name="Cancel").click()
         page.locator("#change").get_by_text("Cancelled.").wait_for()
         monkeypatch.undo()
-        browser.close()
-    assert elsewhere == [] and failures == []
+    assert window.elsewhere == [] and window.failures == []
+
+
+def test_two_people_at_once(jobs, monkeypatch):
+    with served(jobs) as address, chromium() as browser:
+        first, second = windows = [Window(browser, address) for _ in range(2)]
+        for window in windows:
+            window.page.wait_for_selector("#scans tbody tr img")
+        # each gets the scan that it asks for, while both ask
+        for window, row in zip(windows, (2, 5), strict=True):
+            window.page.locator("#scans tbody tr").nth(row).click()
+        for window in windows:
+            window.drawn("#scans")
+        with program(jobs) as client:
+            for window, row in zip(windows, (2, 5), strict=True):
+                shown = volume(client, ask(client, "view", index=row), "scan").get_fdata()
+                np.testing.assert_allclose(window.volume("#scans"), shown, atol=1e-6)
+        # the long work of one does not hold up the other, who sees it and can end it
+        monkeypatch.setitem(jobs.kinds, "score", slow)
+        first.page.get_by_text("Score all").click()
+        second.page.get_by_text("Scoring scans").wait_for()
+        second.page.get_by_role("tab", name="Latents").click()
+        second.drawn("#latents")
+        assert first.page.get_by_text("Score all").is_disabled()
+        second.page.locator("#jobs").get_by_role("button", name="Cancel").click()
+        first.holds("![...document.querySelectorAll('button')].find((b) => b.textContent === 'Score all').disabled")
+    for window in windows:
+        assert window.elsewhere == [] and window.failures == []
+
+
+def test_the_channel_that_is_shown_is_chosen(folder, tmp_path):
+    for number, path in enumerate(sorted(folder.glob("sub-0*.nii.gz"))[:2]):
+        scan = nib.load(path)
+        flair = scan.get_fdata(dtype=np.float32)
+        for name, values in (("T1w", np.where(flair > 0, 2 * flair.max() - flair, 0)), ("FLAIR", flair)):
+            nib.save(nib.Nifti1Image(values, scan.affine), tmp_path / f"sub-{number}_{name}.nii.gz")
+    changes = {"network_def#in_channels": 2, "scan_pattern": ["*_T1w.nii.gz", "*_FLAIR.nii.gz"]}
+    config = inference_config(dataset_dir=str(tmp_path), population_prior=None, **changes)
+    config["network"] = config.get_parsed_content("network_def")
+    jobs = Jobs(config)
+    assert jobs.about()["channels"] == ["T1w", "FLAIR"]
+    with program(jobs) as client:
+        views = [ask(client, "view", index=0, channel=channel) for channel in (0, 1)]
+        expected = [volume(client, view, "scan").get_fdata() for view in views]
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
+    with served(jobs) as address, chromium() as browser:
+        window = Window(browser, address)
+        page = window.page
+        page.locator("#scans tbody tr").first.press("Enter")
+        window.drawn("#scans")
+        np.testing.assert_allclose(window.volume("#scans"), expected[0], atol=1e-6)
+        assert "channel=0" in page.get_attribute("#scans td img", "src")
+        page.get_by_label("Channel").select_option("FLAIR")
+        window.drawn("#scans", 2)
+        np.testing.assert_allclose(window.volume("#scans"), expected[1], atol=1e-6)
+        assert "channel=1" in page.get_attribute("#scans td img", "src")
+        # it counts for the other views too, and changing it draws them anew
+        page.get_by_role("tab", name="Sample").click()
+        window.drawn("#sample", place=1)
+        sampled = page.get_attribute("#sample .sheet img", "src")
+        page.get_by_label("Channel").select_option("T1w")
+        window.holds(f"document.querySelector('#sample .sheet img')?.getAttribute('src') !== '{sampled}'")
+    assert window.elsewhere == [] and window.failures == []

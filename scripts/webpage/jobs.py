@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.utils import ensure_tuple
 from scripts.data.transforms import ScanError
 from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets, with_covariates
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Encoding, Imputation, Interpolation, Reconstruction, Sampling
+from scripts.inference.layouts import channel_labels
 from scripts.inference.outputs import from_zero_to_one
 from scripts.layers.gaussian import noise_from
 from scripts.layers.levels import find_level, grid_key, grid_name
@@ -62,6 +64,9 @@ class Jobs:
         self._range = config.get_parsed_content("output_range")
         self._folder = config.get_parsed_content("scan_folder")
         self._covariates_file = config.get_parsed_content("covariates_file")
+        patterns = ensure_tuple(config.get_parsed_content("pattern"))
+        count = self.network.in_channels
+        self._channels = channel_labels(patterns if len(patterns) == count > 1 else [""] * count)
         self._seed = config.get_parsed_content("seed")
         self._iterations = config.get_parsed_content("iterations")
         self._decoded = lru_cache(maxsize=8)(self._decode)
@@ -88,7 +93,7 @@ class Jobs:
             "ckpt": self.name,
             "device": str(self.device),
             "shape": list(network.spatial_shape),
-            "channels": network.in_channels,
+            "channels": self._channels,
             "parameters": sum(p.numel() for p in network.parameters()),
             "levels": [{"key": grid_key(grids[level]), "name": grid_name(grids[level])} for level in with_latents],
             "factors": 0 if self.prior is None else self.prior.factors,

@@ -16,6 +16,10 @@ async function answer(path, options) {
 
 export const get = (path) => answer(path);
 
+// What all views show, of scans of several channels; it is changed by the header, which sends the event "channel" then.
+export const shown = { channel: 0 };
+const OF_ALL_CHANNELS = ["score", "coordinates"];
+
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
 // Do a job and wait for its result: {result, files}. A signal (of an AbortController) gives it up; null is returned then.
@@ -23,7 +27,7 @@ export async function run(kind, args, { onProgress, signal } = {}) {
   let job = await answer("/api/jobs", {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({ kind, arguments: args }),
+    body: JSON.stringify({ kind, arguments: OF_ALL_CHANNELS.includes(kind) ? args : { ...args, channel: shown.channel } }),
   });
   for (let wait = 25; !["done", "failed", "cancelled"].includes(job.state); wait = Math.min(400, wait * 1.3)) {
     if (signal?.aborted) {

@@ -1,6 +1,6 @@
 // The page: its four views as tabs, and what is being worked on at the bottom.
 
-import { get, watchJobs } from "./api.js";
+import { get, h, shown, watchJobs } from "./api.js";
 import { makeChange } from "./change.js";
 import { makeLatents } from "./latents.js";
 import { makeSample } from "./sample.js";
@@ -20,10 +20,20 @@ function open(name, views) {
   views[name]?.();
 }
 
+function channels(names) {
+  const select = h("select", {}, ...names.map((name, value) => h("option", { value, textContent: name })));
+  select.onchange = () => {
+    shown.channel = Number(select.value);
+    document.dispatchEvent(new Event("channel"));
+  };
+  return h("label", {}, "Channel", select);
+}
+
 try {
   const about = await get("/api/about");
   const million = (about.parameters / 1e6).toPrecision(2);
   header.textContent = `${about.ckpt} · ${about.shape.join(" × ")} voxels · ${million} million parameters · ${about.device}`;
+  if (about.channels.length > 1) header.before(channels(about.channels));
   const section = (name) => document.getElementById(name);
   const views = {
     latents: makeLatents(section("latents"), about),

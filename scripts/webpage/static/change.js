@@ -23,7 +23,7 @@ export function makeChange(section, about) {
   const side = h("div", { className: "side" }, h("div", { className: "box" }, first.element), changing(), mixing);
   section.append(side, stage);
   const viewer = new Viewer(stage);
-  const filling = makeFill({ picker: first, viewer, say, clear: () => strip.replaceChildren() });
+  const filling = makeFill({ picker: first, viewer, say, clear: (redo) => { strip.replaceChildren(); again = redo; } });
   side.append(filling.element);
 
   function changing() {
@@ -59,7 +59,11 @@ export function makeChange(section, about) {
     message.textContent = text;
   }
 
+  let again = () => {};
+  document.addEventListener("channel", () => again());
+
   async function ask(kind, args, title) {
+    again = () => ask(kind, args, title);
     say("");
     strip.replaceChildren(h("span", { className: "quiet", textContent: "Working …" }));
     try {

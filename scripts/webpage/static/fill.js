@@ -3,7 +3,8 @@
 import { h, run } from "./api.js";
 import { Painter } from "./paint.js";
 
-// A box for the side; stop() puts the pen away, before the viewer shows something else.
+// A box for the side; stop() puts the pen away, before the viewer shows something else. `clear` removes what else is shown, and
+// is told how to show this again.
 export function makeFill({ picker, viewer, say, clear }) {
   const draws = h("input", { type: "number", value: 8, min: 2, max: 64, step: 1 });
   const paint = h("button", { textContent: "Paint", onclick: begin });
@@ -29,7 +30,7 @@ export function makeFill({ picker, viewer, say, clear }) {
       if (!job) return;
       const anew = scan?.index !== index;
       scan = { index, name: picker.input.value };
-      clear();
+      clear(begin);
       await viewer.show({ caption: `${scan.name}: paint what is to be filled in`, bases: [{ name: "scan", label: "scan", file: job.files["scan.nii.gz"] }] });
       painter.start(anew);
     } catch (error) {
@@ -57,6 +58,7 @@ export function makeFill({ picker, viewer, say, clear }) {
 
   async function show({ result, files }, count) {
     painter.stop();
+    clear(ask);
     const volume = (name, label) => ({ name, label, file: files[`${name}.nii.gz`] });
     const drawn = Array.from({ length: count }, (_, place) => volume(`draw_${String(place).padStart(2, "0")}`, `draw ${place + 1}`));
     const most = Math.max(result.largest_spread, 1e-4);

@@ -78,6 +78,7 @@ export function makeLatents(section, about) {
   }
 
   let begun = false;
+  document.addEventListener("channel", () => { if (begun) draw(); });
   const open = () => { if (!begun) { begun = true; begin(undefined); } };
   open.select = (row) => { if (begun) return; picker.set(row); begun = true; begin(row.index); };
   return open;

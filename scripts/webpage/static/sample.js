@@ -96,5 +96,11 @@ export function makeSample(section, about) {
   }
 
   let begun = false;
+  document.addEventListener("channel", () => {
+    if (!begun) return;
+    kept = null;
+    left.element.hidden = true;
+    ask();
+  });
   return () => { if (!begun) { begun = true; ask(); } };
 }

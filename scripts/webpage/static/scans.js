@@ -1,6 +1,6 @@
 // Scans: the cohort as a table, and the one that is chosen with what the network makes of it.
 
-import { get, h, run } from "./api.js";
+import { get, h, run, shown } from "./api.js";
 import { Viewer } from "./viewer.js";
 
 const PAGE = 50;
@@ -15,7 +15,7 @@ const TITLES = {
 };
 
 export function makeScans(section, about, select) {
-  const state = { offset: 0, sort: "", descending: false, search: "", chosen: null };
+  const state = { offset: 0, sort: "", descending: false, search: "", chosen: null, row: null };
   const message = h("p", { className: "message", role: "alert" });
   const counts = h("span", { className: "quiet" });
   const search = h("input", { type: "search", placeholder: "Search by name, subject, site …", ariaLabel: "Search" });
@@ -87,7 +87,7 @@ export function makeScans(section, about, select) {
   }
 
   function line(row, columns) {
-    const picture = row.error ? "" : h("img", { loading: "lazy", alt: "", src: `/api/scans/${row.index}/thumbnail.png`, onerror: soon });
+    const picture = row.error ? "" : h("img", { loading: "lazy", alt: "", src: `/api/scans/${row.index}/thumbnail.png?channel=${shown.channel}`, onerror: soon });
     const cells = row.error
       ? [h("td", { textContent: row.image }), h("td", { className: "error", colSpan: Math.max(1, columns.length - 1) }, h("div", { textContent: row.error }))]
       : columns.map((name) => cell(row[name]));
@@ -116,6 +116,7 @@ export function makeScans(section, about, select) {
 
   async function choose(row) {
     state.chosen = row.index;
+    state.row = row;
     for (const other of table.querySelectorAll("tbody tr")) other.setAttribute("aria-selected", other.dataset.index === String(row.index));
     message.textContent = "";
     facts.textContent = `Opening ${row.image} …`;
@@ -192,6 +193,7 @@ export function makeScans(section, about, select) {
     refresh();
   }
 
+  document.addEventListener("channel", () => (state.row ? choose(state.row) : refresh()));
   facts.textContent = "Choose a scan: click on its row, or press Enter on it.";
   return refresh();
 }
