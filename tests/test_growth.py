@@ -45,7 +45,9 @@ def coarse(tmp_path):
     return network.eval(), tmp_path / "model.pt"
 
 
-@pytest.mark.parametrize("further", [{}, {"encoder_blocks": 1}, {"num_latents": [0, 0, 2, 1]}])
+@pytest.mark.parametrize(
+    "further", [{}, {"encoder_blocks": 1}, {"num_latents": [0, 0, 2, 1]}, {"num_latents": [0, 1, 2, 1]}]
+)
 def test_coarse_latents_are_those_of_the_trained_network(coarse, tmp_path, further):
     network, weights = coarse
     if "encoder_blocks" in further:

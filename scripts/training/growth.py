@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 
 import torch
 from scripts.layers.blocks import RefiningBlock, ResidualBlock
@@ -27,7 +28,8 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
 
     Both count levels from the coarsest: level 16³ of one is level 16³ of the other. The new finest levels pass the scan
     on to the levels that are taken, so that these see what they have learnt to see, at the even voxels. How the new
-    levels refine it, and the output, are learnt anew.
+    levels refine it, and the output, are learnt anew; so is the decoder of what was the finest level, if it had no
+    latents there and gets some.
 
     Args:
         network: at the start of its training.
@@ -57,8 +59,12 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
             "give the finer one another number of channels, so that it can hand on the scan to one grown from "
             f"'{weights}'."
         )
+    anew = OWN
+    finest = f"decoder.groups.{trained - 1}."  # of the trained network
+    if _has_latents(own, finest) and not _has_latents(state, finest):
+        anew = (*OWN, finest)
     for name, tensor in state.items():
-        if not name.startswith(OWN):
+        if not name.startswith(anew):
             _take(network, own, LEVEL.sub(lambda m: f"encoder.{m[1]}.{int(m[2]) + new}", name), tensor, weights, new)
     for level in range(new):
         for block in network.encoder.levels[level]:
@@ -69,6 +75,11 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
             block.skip.weight.zero_()
     logger.info("Levels up to %s start from '%s'.", grid_name(network.grids()[new]), weights)
     return network
+
+
+def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
+    """Whether a level of the decoder has latents, by the names of its weights."""
+    return any(name.startswith(level) and "z_projection" in name for name in state)
 
 
 def _take(
