@@ -1,10 +1,10 @@
 """Memory of a training step, measured in a process of its own or estimated without allocating, and of inference.
 
-python -m benchmarks.memory --size 128
-python -m benchmarks.memory --size 256 --estimate
-python -m benchmarks.memory --size 64 --compare
+python -m benchmarks.memory --network 128
+python -m benchmarks.memory --network 256 --estimate
+python -m benchmarks.memory --network 64 --compare
 python -m benchmarks.memory --table
-python -m benchmarks.memory --size 256 --jobs
+python -m benchmarks.memory --network 256 --jobs
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks.step import TrainingStep, network_def
+from benchmarks.step import SIZES, TrainingStep, network_def
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 
 GIB = 2**30
-TABLE_SIZES = (32, 64, 128, 256)
+TABLE = ("default", "lean_64", "lean_128", *SIZES)
 CARDS = (8, 12, 16, 24, 40, 80)
 # CUDA context, cuDNN workspace and fragmentation; a card of n GB offers about n GiB
 GPU_OVERHEAD = 1.5 * GIB
@@ -98,12 +98,13 @@ def fake_parameters(network: nn.Module, device: torch.device | str = "cpu") -> N
 
 
 def estimate_step(
-    size: int, batch_size: int, precision: str, checkpoint_levels: int | None, ema: bool = False
+    name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None, ema: bool = False
 ) -> dict[str, int]:
     """Bytes at the peak of a training step, from fake tensors.
 
     Args:
-        size, batch_size: of the scans.
+        name: of the network, see :func:`benchmarks.step.training_config`.
+        batch_size: scans.
         precision: ``"fp32"`` or ``"bf16"``.
         checkpoint_levels: of the network; None: as its config has it.
         ema: count a running average of the weights too.
@@ -114,10 +115,10 @@ def estimate_step(
         in full and the activations are that much less.
     """
     with torch.device("meta"):
-        network = VDVAE(**network_def(size, checkpoint_levels))
+        network = VDVAE(**network_def(name, checkpoint_levels))
     with FakeTensorMode():
         fake_parameters(network)
-        step = TrainingStep(network, torch.empty(batch_size, 1, *[size] * 3), precision)
+        step = TrainingStep(network, torch.empty(batch_size, 1, *network.spatial_shape), precision)
         step.fill_optimizer_state()
         state = [value for values in step.optimizer.state.values() for value in values.values()]
         memory = PeakMemory()
@@ -137,13 +138,13 @@ def estimate_step(
     }
 
 
-def estimate_job(job: str, size: int, precision: str) -> int:
+def estimate_job(job: str, name: int | str, precision: str) -> int:
     """Bytes at the peak of an inference job's inferer, of one scan, from fake tensors; weights and results included."""
     with torch.device("meta"):
-        network = VDVAE(**network_def(size)).eval()
+        network = VDVAE(**network_def(name)).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake_parameters(network)
-        scan = torch.empty(1, 1, *[size] * 3)
+        scan = torch.empty(1, 1, *network.spatial_shape)
         memory = PeakMemory()
         for tensor in (*network.parameters(), *network.buffers(), scan):
             memory.track(tensor)
@@ -152,11 +153,11 @@ def estimate_job(job: str, size: int, precision: str) -> int:
     return memory.peak
 
 
-def print_jobs(size: int) -> None:
+def print_jobs(name: int | str) -> None:
     """Print as Markdown what each job needs for one scan."""
     print("| job | fp32 | bf16 |\n|---|---|---|")
     for job in JOBS:
-        peaks = [f"{estimate_job(job, size, precision) / GIB:.1f}" for precision in ("fp32", "bf16")]
+        peaks = [f"{estimate_job(job, name, precision) / GIB:.1f}" for precision in ("fp32", "bf16")]
         print(f"| `{job}` | {' | '.join(peaks)} |", flush=True)
 
 
@@ -167,7 +168,7 @@ def _resident() -> int:
 
 
 def measure_here(
-    size: int, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int
+    name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int
 ) -> dict[str, float]:
     """Run one training step in this process.
 
@@ -177,8 +178,8 @@ def measure_here(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     before = _resident()
-    network = VDVAE(**network_def(size, checkpoint_levels))
-    step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3), precision)
+    network = VDVAE(**network_def(name, checkpoint_levels))
+    step = TrainingStep(network, torch.rand(batch_size, 1, *network.spatial_shape), precision)
     step.fill_optimizer_state()
     start = time.perf_counter()
     step()
@@ -200,13 +201,13 @@ def measure_step(*args) -> dict[str, float]:
 
 
 def compare_steps(
-    size: int, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int, updates: int
+    name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int, updates: int
 ) -> None:
     """Time steps with and without checkpointing in turn, and print the ratio of the medians."""
     torch.set_num_threads(threads)
-    scans = torch.rand(batch_size, 1, *[size] * 3)
+    scans = torch.rand(batch_size, 1, *network_def(name)["spatial_shape"])
     seconds: dict[int, list[float]] = {0: [], checkpoint_levels: []}
-    steps = {levels: TrainingStep(VDVAE(**network_def(size, levels)), scans, precision) for levels in seconds}
+    steps = {levels: TrainingStep(VDVAE(**network_def(name, levels)), scans, precision) for levels in seconds}
     for update in range(updates + 1):
         for levels, times in seconds.items():
             start = time.perf_counter()
@@ -219,22 +220,28 @@ def compare_steps(
     print(f"ratio {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}, {updates} updates)")
 
 
-def print_table(sizes: tuple[int, ...], ema: bool) -> None:
-    """Print as Markdown which size trains on which card, batch 1."""
-    print("| size | precision | checkpointing | GiB |" + "".join(f" {card} GB |" for card in CARDS))
+def print_table(names: tuple[int | str, ...], ema: bool) -> None:
+    """Print as Markdown which network trains on which card, batch 1."""
+    print("| network | precision | checkpointing | GiB |" + "".join(f" {card} GB |" for card in CARDS))
     print("|---|---|---|---|" + "---|" * len(CARDS))
-    for size in sizes:
-        levels = len(network_def(size)["channels"])
+    for name in names:
+        levels = len(network_def(name)["channels"])
         for precision in ("fp32", "bf16"):
             for checkpoint_levels in (0, levels):
-                peak = estimate_step(size, 1, precision, checkpoint_levels, ema)["peak"]
+                peak = estimate_step(name, 1, precision, checkpoint_levels, ema)["peak"]
                 fits = ["yes" if peak + GPU_OVERHEAD <= card * GIB else "-" for card in CARDS]
-                row = (f"{size}³", precision, "on" if checkpoint_levels else "off", f"{peak / GIB:.1f}", *fits)
+                row = (
+                    f"{name}³" if isinstance(name, int) else name,
+                    precision,
+                    "on" if checkpoint_levels else "off",
+                    f"{peak / GIB:.1f}",
+                    *fits,
+                )
                 print("| " + " | ".join(row) + " |", flush=True)
 
 
 def main(
-    size: int | None = None,
+    network: int | str | None = None,
     batch_size: int = 1,
     precision: str = "fp32",
     checkpoint_levels: int | None = None,
@@ -249,7 +256,8 @@ def main(
     """Print the peak memory of a training step, the optimizer's state of an earlier step included.
 
     Args:
-        size: voxels an axis of the scans; default 32, and with --table all.
+        network: 32, 64, 128 or 256, the published one of that size; default; or the name of an overlay, such as
+            lean_64. Without it the default, and with --table all.
         batch_size: scans per step.
         precision: fp32, or bf16 for autocast.
         checkpoint_levels: of how many of the finest levels to recompute the activations; default the config's.
@@ -258,28 +266,29 @@ def main(
         ema: with --estimate and --table, count a running average of the weights too.
         estimate: from fake tensors, without allocating, instead of measured.
         compare: time steps without and with checkpointing (all levels unless given) instead.
-        table: print as Markdown which size fits which GPU instead.
+        table: print as Markdown which network fits which GPU instead.
         jobs: print as Markdown what inference needs instead.
     """
     if table:
-        print_table(TABLE_SIZES if size is None else (size,), ema)
+        print_table(TABLE if network is None else (network,), ema)
         return
-    size = size or 32
+    network = network or "default"
     if jobs:
-        print_jobs(size)
+        print_jobs(network)
     elif compare:
-        levels = checkpoint_levels or len(network_def(size)["channels"])
-        compare_steps(size, batch_size, precision, levels, threads, updates)
+        levels = checkpoint_levels or len(network_def(network)["channels"])
+        compare_steps(network, batch_size, precision, levels, threads, updates)
     elif estimate:
-        parts = estimate_step(size, batch_size, precision, checkpoint_levels, ema)
+        parts = estimate_step(network, batch_size, precision, checkpoint_levels, ema)
         for name, amount in parts.items():
             print(f"{name:<12}{amount / 2**20:>10,.0f} MiB")
     else:
-        shown = network_def(size, checkpoint_levels)["checkpoint_levels"]
-        step = measure_step(size, batch_size, precision, checkpoint_levels, threads)
+        arguments = network_def(network, checkpoint_levels)
+        shown, shape = arguments["checkpoint_levels"], arguments["spatial_shape"]
+        step = measure_step(network, batch_size, precision, checkpoint_levels, threads)
         peak, above = step["peak"] / GIB, (step["peak"] - step["before"]) / GIB
         print(f"peak resident memory {peak:.2f} GiB, {above:.2f} GiB more than before the network was made")
-        print(f"{batch_size} x {size}³, {precision}, {shown} levels checkpointed: {step['seconds']:.1f} s")
+        print(f"{batch_size} x {shape[0]}³, {precision}, {shown} levels checkpointed: {step['seconds']:.1f} s")
         print(" ".join(f"{name}={os.environ.get(name, value)}" for name, value in MALLOC.items()))
 
 

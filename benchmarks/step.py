@@ -12,7 +12,7 @@ from scripts.networks import VDVAE
 from scripts.training.losses import ELBOLoss, WeightPenalty
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SIZES = (8, 32, 64, 128, 256)
+SIZES = (32, 64, 128, 256)
 # for tests
 TINY = {
     "spatial_shape": [8, 8, 8],
@@ -23,21 +23,39 @@ TINY = {
 }
 
 
-def network_def(size: int, checkpoint_levels: int | None = None) -> dict:
-    """Arguments of :class:`scripts.networks.VDVAE` for scans of ``size`` voxels an axis, as the configs give them.
+def training_config(network: int | str) -> ConfigParser:
+    """``configs/train.json`` with a network of a size, or of a name.
 
     Args:
+        network: voxels an axis, for the published network of that size (8: a tiny one, for tests); ``default``; or the
+            name of an overlay that says a network, such as ``lean_64``.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    overlay = CONFIGS / (f"size_{network}.json" if isinstance(network, int) else f"{network}.json")
+    if network not in (8, "default") and not overlay.is_file():
+        raise ValueError(
+            f"There is no network {network}: choose one of {', '.join(map(str, SIZES))}, default, or the name of a "
+            "file in configs/, such as lean_64."
+        )
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
+    parser.update(TINY if network == 8 else {})
+    return parser
+
+
+def network_def(network: int | str, checkpoint_levels: int | None = None) -> dict:
+    """Arguments of :class:`scripts.networks.VDVAE`, as the configs give them.
+
+    Args:
+        network: see :func:`training_config`.
         checkpoint_levels: another number than the config's.
 
     Raises:
-        ValueError: there is no such size.
+        ValueError: there is no such network.
     """
-    if size not in SIZES:
-        raise ValueError(f"size is {size}: choose one of {', '.join(map(str, SIZES))}.")
-    parser = ConfigParser()
-    overlay = CONFIGS / f"size_{size}.json"
-    parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
-    parser.update(TINY if size == 8 else {})
+    parser = training_config(network)
     arguments = {name: value for name, value in parser["network_def"].items() if not name.startswith("_")}
     if checkpoint_levels is not None:
         arguments["checkpoint_levels"] = checkpoint_levels

@@ -1,6 +1,6 @@
 """Scans per second of a training step, and its share of the machine's matrix multiplication rate.
 
-    python -m benchmarks.throughput --size 32 --batch_size 8
+    python -m benchmarks.throughput --network default --batch_size 8
     python -m benchmarks.throughput --shapes
 
 The share is 3 x the GFLOP of a forward pass x scans per second / GFLOP per second of a 2048 x 2048 fp32 product: a
@@ -56,11 +56,11 @@ class ConvShapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forward_costs(size: int) -> tuple[float, Counter[ConvShape]]:
+def forward_costs(name: int | str) -> tuple[float, Counter[ConvShape]]:
     """GFLOP of the forward pass of one scan, 2 a multiply-add, and its convolutions; computes nothing."""
     with torch.device("meta"):
-        network = VDVAE(**network_def(size))
-        scan = torch.empty(1, 1, *[size] * 3)
+        network = VDVAE(**network_def(name))
+        scan = torch.empty(1, 1, *network.spatial_shape)
     with torch.no_grad(), ConvShapes() as shapes, FlopCounterMode(display=False) as flops:
         network(scan)
     return flops.get_total_flops() / 1e9, shapes.counts
@@ -84,10 +84,12 @@ def matmul_rate(matrices: torch.Tensor, at_least: float = 0.5) -> float:
     return 2e-9 * a.shape[0] ** 3 / seconds(lambda: a @ b, at_least)
 
 
-def print_throughput(size: int, batch_size: int, updates: int, precision: str, checkpoint_levels: int | None) -> None:
-    gflop, _ = forward_costs(size)
-    network = VDVAE(**network_def(size, checkpoint_levels))
-    step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3), precision)
+def print_throughput(
+    name: int | str, batch_size: int, updates: int, precision: str, checkpoint_levels: int | None
+) -> None:
+    gflop, _ = forward_costs(name)
+    network = VDVAE(**network_def(name, checkpoint_levels))
+    step = TrainingStep(network, torch.rand(batch_size, 1, *network.spatial_shape), precision)
     matrices = torch.rand(2, 2048, 2048)
     step()  # the first allocates
     before = matmul_rate(matrices)
@@ -98,7 +100,10 @@ def print_throughput(size: int, batch_size: int, updates: int, precision: str, c
         matmul = (before + after) / 2
         rows.append((scans, matmul, 3 * gflop * scans / matmul))
         before = after
-    print(f"forward {gflop:.1f} GFLOP per scan; {updates} updates of {batch_size} scans of {size}³, {precision}")
+    print(
+        f"forward {gflop:.1f} GFLOP per scan; {updates} updates of {batch_size} scans of {network.spatial_shape[0]}³, "
+        f"{precision}"
+    )
     print(f"{'':<20}{'min':>10}{'median':>10}{'max':>10}")
     for name, values in zip(
         ("scans per second", "matmul GFLOP/s", "share of matmul"), zip(*rows, strict=True), strict=True
@@ -129,11 +134,11 @@ def convolution_rates(shape: ConvShape, batch_size: int, at_least: float = 0.2) 
     return [seconds(call, at_least) for call in calls]
 
 
-def print_shapes(size: int, batch_size: int) -> None:
+def print_shapes(name: int | str, batch_size: int) -> None:
     """Print the rate of every convolution shape, and the time that all of a step's take."""
-    gflop, counts = forward_costs(size)
+    gflop, counts = forward_costs(name)
     matmul = matmul_rate(torch.rand(2, 2048, 2048))
-    print(f"{size}³, batch {batch_size}, channels-last; matmul {matmul:.0f} GFLOP/s")
+    print(f"{name}, batch {batch_size}, channels-last; matmul {matmul:.0f} GFLOP/s")
     print(f"{'':<28}{'GFLOP/s':>24}{'':>8}{'all of a step':>20}")
     print(
         f"{'channels':>10}{'kernel':>8}{'grid':>6}{'forward':>12}{'input':>8}{'weight':>8}{'count':>8}{'seconds':>10}{'share':>8}"
@@ -157,7 +162,7 @@ def print_shapes(size: int, batch_size: int) -> None:
 
 
 def main(
-    size: int = 32,
+    network: int | str = "default",
     batch_size: int = 8,
     threads: int = 2,
     updates: int = 5,
@@ -168,7 +173,8 @@ def main(
     """Print scans per second of full training steps and their share of the matrix multiplication rate.
 
     Args:
-        size: voxels an axis of the scans.
+        network: 32, 64, 128 or 256, the published one of that size; default; or the name of an overlay, such as
+            lean_64.
         batch_size: scans an update.
         threads: that PyTorch may use.
         updates: measured, after one that is not.
@@ -179,9 +185,9 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if shapes:
-        print_shapes(size, batch_size)
+        print_shapes(network, batch_size)
     else:
-        print_throughput(size, batch_size, updates, precision, checkpoint_levels)
+        print_throughput(network, batch_size, updates, precision, checkpoint_levels)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_forward_flops():
 
 
 def test_throughput_prints_rates_and_share(capsys):
-    throughput(size=8, batch_size=2, threads=1, updates=2)
+    throughput(network=8, batch_size=2, threads=1, updates=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("forward 0.0 GFLOP per scan; 2 updates of 2 scans of 8³")
     assert [line[:18].strip() for line in lines[2:]] == ["scans per second", "matmul GFLOP/s", "share of matmul"]
@@ -50,7 +50,7 @@ def test_throughput_prints_rates_and_share(capsys):
 def test_shapes_prints_a_row_a_shape(capsys, monkeypatch):
     # one call each instead of 0.2 s of them
     monkeypatch.setattr("benchmarks.throughput.seconds", lambda function, at_least: seconds(function))
-    throughput(size=8, batch_size=1, threads=1, shapes=True)
+    throughput(network=8, batch_size=1, threads=1, shapes=True)
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if "→" in line]
     assert len(rows) == len(forward_costs(8)[1])
@@ -58,7 +58,7 @@ def test_shapes_prints_a_row_a_shape(capsys, monkeypatch):
 
 
 def test_measured_memory():
-    run = run_command_process("benchmarks.memory", "--size", 8, "--checkpoint_levels", 4, "--threads", 1)
+    run = run_command_process("benchmarks.memory", "--network", 8, "--checkpoint_levels", 4, "--threads", 1)
     assert run.returncode == 0, run.stderr
     peak, above = numbers(run.stdout.splitlines()[0])
     assert 0.1 < peak < 4
@@ -81,21 +81,21 @@ def test_fake_tensors_hold_what_real_ones_do(checkpoint_levels, precision):
 
 
 def test_estimate_prints_the_parts(capsys):
-    memory(size=8, batch_size=64, ema=True, estimate=True)
+    memory(network=8, batch_size=64, ema=True, estimate=True)
     parts = dict(line.removesuffix(" MiB").split() for line in capsys.readouterr().out.splitlines())
     assert list(parts) == ["parameters", "gradients", "optimizer", "ema", "activations", "peak"]
     assert int(parts["peak"]) > 0
 
 
 def test_compare_prints_the_ratio(capsys):
-    memory(size=8, threads=1, updates=1, compare=True)
+    memory(network=8, threads=1, updates=1, compare=True)
     assert re.search(r"^ratio \d+\.\d\d \(", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
     # without checkpointing 11 GiB, with 4
     monkeypatch.setattr("benchmarks.memory.estimate_step", lambda *args: {"peak": (4 if args[3] else 11) * 2**30})
-    memory(size=8, table=True)
+    memory(network=8, table=True)
     assert capsys.readouterr().out.splitlines() == [
         "| size | precision | checkpointing | GiB | 8 GB | 12 GB | 16 GB | 24 GB | 40 GB | 80 GB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -107,7 +107,7 @@ def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
 
 
 def test_jobs_say_what_inference_needs(capsys):
-    memory(size=8, jobs=True)
+    memory(network=8, jobs=True)
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| `reconstruct`", "| `score`", "| `impute`", "| `sample`"]
     weights = sum(parameter.numel() for parameter in VDVAE(**network_def(8)).parameters()) * 4
@@ -116,7 +116,7 @@ def test_jobs_say_what_inference_needs(capsys):
 
 def test_unknown_precision():
     with pytest.raises(ValueError, match="choose fp32 or bf16"):
-        memory(size=8, precision="fp8", estimate=True)
+        memory(network=8, precision="fp8", estimate=True)
 
 
 def test_loader_prints_what_it_gives_and_what_the_step_takes(capsys):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-import fire
 from scripts.utils.errors import show_root_cause
 
 
@@ -27,6 +26,8 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
     Raises:
         SystemExit: the arguments are not understood.
     """
+    import fire  # a program that only imports a command need not have it
+
     show_root_cause()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

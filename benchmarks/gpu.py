@@ -1,0 +1,271 @@
+"""What this machine's GPU does with the bundle: tests, training steps, memory, jobs, resuming. Ten minutes at most.
+
+    python -m scripts.phantoms brains --output_dir brains --count 16        # where nilearn is, and then
+    python -c "import shutil; shutil.make_archive('brains', 'zip', 'brains')"
+    python -m benchmarks.gpu --dataset_dir brains.zip --output_dir OUT      # where the GPU is
+
+It asks for no network, and beside PyTorch with its companions (NumPy, SciPy, joblib, matplotlib, tqdm, filelock,
+TensorBoard) only for monai, pytorch-ignite and nibabel. What is most important comes first; what the minutes do not
+reach is said. ``OUT/gpu.json`` has every number, ``OUT/gpu.md`` tables of them for docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+
+from benchmarks.memory import GIB
+from benchmarks.step import CONFIGS
+
+ROOT = CONFIGS.parent
+NETWORKS = ("default", "lean_64", "lean_128", 256)
+# by what a user would choose; compiling takes a minute each, and comes last
+FIRST = [["bf16", "eager"], ["fp32", "eager"], ["bf16", "graph"], ["fp16", "eager"], ["fp32", "graph"]]
+LAST = [["bf16", "compiled"], ["fp32", "compiled"]]
+
+
+class Clock:
+    """The time that is left, and the processes that are started within it.
+
+    Args:
+        minutes: for all of them.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    def run(self, words: Sequence[str], **settings: Any) -> dict[str, Any]:
+        """Start Python with these words, and wait until it ends or the time does.
+
+        Args:
+            words: of the command.
+            settings: given as JSON after them, if there are any.
+
+        Returns:
+            ``seconds``; ``rc``, the exit status, None where time was up; ``lines`` of its output that are JSON; and
+            ``said``, the end of what it wrote to standard error.
+        """
+        left = self.end - time.monotonic()
+        if left < 5:
+            return {"seconds": 0.0, "rc": None, "lines": [], "said": "The minutes were over."}
+        command = [sys.executable, *words, *([json.dumps(settings)] if settings else [])]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        start = time.monotonic()
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            try:
+                rc = subprocess.run(command, stdout=out, stderr=err, cwd=ROOT, env=environment, timeout=left).returncode
+            except subprocess.TimeoutExpired:
+                rc = None
+            out.seek(0)
+            err.seek(0)
+            printed, said = out.read(), err.read()
+        lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
+        return {"seconds": time.monotonic() - start, "rc": rc, "lines": lines, "said": said[-2000:]}
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The device, its software, and the rate of its matrix products in TFLOP/s by precision."""
+    size = 8192 if device == "cuda" else 512
+    about: dict[str, Any] = {"device": device, "torch": torch.__version__, "matrices": size}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        about |= {"device": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+        about["cudnn"] = torch.backends.cudnn.version()
+    rates = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            a @ b
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        rates[precision] = 2e-12 * size**3 / sorted(times)[len(times) // 2]
+    return about | {"matmul": rates}
+
+
+def unpack(dataset_dir: str, folder: Path) -> str:
+    """The folder of the scans, which may be packed in a ZIP file."""
+    if not dataset_dir.endswith(".zip"):
+        return dataset_dir
+    with zipfile.ZipFile(dataset_dir) as archive:
+        archive.extractall(folder / "brains")
+    return str(folder / "brains")
+
+
+def make_masks(scans: str, folder: Path) -> str:
+    """Mark a box of each scan as missing."""
+    for path in sorted(Path(scans).rglob("*.nii.gz")):
+        image = nibabel.load(path)
+        mask = np.zeros(image.shape[:3], np.uint8)
+        mask[tuple(slice(size // 3, size // 2) for size in mask.shape)] = 1
+        target = folder / "masks" / path.relative_to(scans)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(mask, image.affine), target)
+    return str(folder / "masks")
+
+
+def run_jobs(clock: Clock, scans: str, folder: Path, device: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Each inference job of the bundle as a user starts it, with the weights that come with it."""
+    results = {}
+    common = {"config_file": "configs/inference.json", "device": f"$torch.device('{device}')", "amp": True, **changes}
+    special = {
+        "decode": {"dataset_dir": str(folder / "encode")},
+        "decode_coordinates": {"coordinates": str(folder / "encode/coordinates.csv")},
+        "impute": {"mask_dir": make_masks(scans, folder)},
+    }
+    jobs = ("reconstruct", "encode", "decode", "decode_coordinates", "sample", "score", "impute", "interpolate")
+    for job in jobs:
+        settings = {**common, "dataset_dir": scans, "output_dir": str(folder / job), **special.get(job, {})}
+        results[job] = clock.run(["-m", "benchmarks.gpu_jobs"], run_id=job, **settings)
+    return results
+
+
+def run_training(clock: Clock, scans: str, folder: Path, device: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Two epochs at once, the same with a stop between (how much do their weights differ?), and by torchrun."""
+    common = {"run_id": "training", "dataset_dir": scans, "cache_dir": str(folder / "cache"), "num_workers": 2}
+    common |= {"device": f"$torch.device('{device}')", "prior_factors": 4, "figure_interval": 0, "augment": False}
+    # without augmentations that need TorchIO
+    common |= {"augmentation": {}, "config_file": ["configs/train.json"], "train_fraction": 0.75, "batch_size": 2}
+    common |= changes
+    module, results = ["-m", "benchmarks.gpu_jobs"], {}
+    results["two epochs"] = clock.run(module, **common, epochs=2, output_dir=str(folder / "whole"))
+    results["one epoch"] = clock.run(module, **common, epochs=1, output_dir=str(folder / "parts"))
+    results["resumed"] = clock.run(module, **common, epochs=2, output_dir=str(folder / "parts"), resume=True)
+    several = {**common, "config_file": [*common["config_file"], "configs/multi_gpu_train.json"]}
+    several.pop("device")  # each process has its own
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    if device == "cuda":
+        results["torchrun, NCCL"] = clock.run(
+            [*torchrun, *module], **several, epochs=1, output_dir=str(folder / "nccl")
+        )
+    paths = [folder / run / "checkpoints/model.pt" for run in ("whole", "parts")]
+    if all(path.is_file() for path in paths):
+        whole, parts = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
+        off = max((whole[name].double() - parts[name].double()).abs().max().item() for name in whole)
+        results["resumed"]["largest_difference"] = off
+    return results
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Everything as Markdown."""
+    about = found["about"]
+    rates = ", ".join(f"{rate:.1f} TFLOP/s in {name}" for name, rate in about["matmul"].items())
+    text = [f"{about['device']}, PyTorch {about['torch']}; products of matrices of {about['matrices']}²: {rates}.", ""]
+    text += [
+        "| network | scans per update | precision, mode | scans per second | share of matmul | peak, estimate (GiB) |"
+    ]
+    text += ["|---|---|---|---|---|---|"]
+    for row in found["training"]:
+        what = f"| {row['network']} | {row.get('batch_size', '')} | {row['precision']}, {row['mode']} | "
+        if "error" in row:
+            text.append(f"{what}{row['error']} | | |")
+            continue
+        share = row["tflops"] / about["matmul"][row["precision"]]
+        memory = f"{row['peak'] / GIB:.2f}, {row['estimate'] / GIB:.2f}" if "peak" in row else ""
+        text.append(f"{what}{row['scans_per_second']:.1f} | {share:.1%} | {memory} |")
+    text += ["", "| job, one scan | network | precision | seconds | peak, estimate (GiB) |", "|---|---|---|---|---|"]
+    for row in found["inference"]:
+        memory = f"{row['peak'] / GIB:.2f}, {row['estimate'] / GIB:.2f}" if "peak" in row else ""
+        seconds = row.get("error") or f"{row['seconds']:.3f}"
+        text.append(f"| {row['job']} | {row['network']} | {row['precision']} | {seconds} | {memory} |")
+    text += ["", "| command | exit status | seconds, start included | |", "|---|---|---|---|"]
+    for name, run in {**found["jobs"], **found["runs"]}.items():
+        more = f"largest difference of a weight: {run['largest_difference']:.2g}" if "largest_difference" in run else ""
+        more = more if run["rc"] == 0 else reason(run)
+        text.append(f"| {name} | {'-' if run['rc'] is None else run['rc']} | {run['seconds']:.1f} | {more} |")
+    text += ["", f"tests/gpu: exit status {found['tests']['rc']}, {reason(found['tests'])}"]
+    return "\n".join(text) + "\n"
+
+
+def main(
+    dataset_dir: str,
+    output_dir: str,
+    device: str = "cuda",
+    minutes: float = 10.0,
+    networks: Sequence[int | str] = NETWORKS,
+    inference: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure all, and write it down.
+
+    Args:
+        dataset_dir: 8 scans or more, a folder or a ZIP file.
+        output_dir: for ``gpu.json`` and ``gpu.md``.
+        device: ``cuda``; ``cpu`` tries all of it without one.
+        minutes: after which nothing more is started, and what runs is ended.
+        networks: see :func:`benchmarks.step.training_config`.
+        inference, training: other settings of the jobs and of the training runs.
+
+    Returns:
+        what is written.
+    """
+    clock, target = Clock(minutes), Path(output_dir)
+    target.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"about": describe(device), "training": [], "inference": []}
+
+    def keep() -> None:
+        (target / "gpu.json").write_text(json.dumps(found, indent=1))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scans = unpack(dataset_dir, folder)
+
+        def steps(settings: Sequence[Sequence[str]]) -> None:
+            for network in networks:
+                asked = {"network": network, "settings": settings, "dataset_dir": scans, "device": device}
+                asked["seconds"] = 2.0 if device == "cuda" else 0.0
+                run = clock.run(["-m", "benchmarks.gpu_training"], **asked)
+                missing = [
+                    {"network": network, "precision": precision, "mode": mode, "error": reason(run)}
+                    for precision, mode in settings[len(run["lines"]) :]
+                ]
+                found["training"] += run["lines"] + missing
+                keep()
+
+        found["tests"] = clock.run(["-m", "unittest", "discover", "-s", "tests/gpu"])
+        steps(FIRST)
+        found["jobs"] = run_jobs(clock, scans, folder, device, inference or {})
+        found["runs"] = run_training(clock, scans, folder, device, training or {})
+        for network in networks:
+            asked = {"network": network, "precision": "bf16", "device": device}
+            found["inference"] += clock.run(["-m", "benchmarks.gpu_jobs"], **asked)["lines"]
+        keep()
+        steps(LAST)
+    (target / "gpu.md").write_text(tables(found))
+    print((target / "gpu.md").read_text())
+    return found
+
+
+def reason(run: dict[str, Any]) -> str:
+    """The last line of what a process wrote: why it did not do all that it was asked for."""
+    return (run["said"].strip().split("\n")[-1] or "it ended early")[:200]
+
+
+if __name__ == "__main__":
+    # not Fire, which a machine with a GPU may lack
+    arguments = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    arguments.add_argument("--dataset_dir", required=True, help="scans, a folder or a ZIP file")
+    arguments.add_argument("--output_dir", required=True, help="for gpu.json and gpu.md")
+    arguments.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tries all of it without a GPU"
+    )
+    arguments.add_argument("--minutes", type=float, default=10.0, help="at most")
+    asked = arguments.parse_args()
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("Error: PyTorch sees no GPU here: --device cpu tries all of it without one.")
+    main(**vars(asked))

@@ -1,0 +1,191 @@
+"""Whole iterations of training on a device, at several precisions and ways of launching: one process of benchmarks.gpu.
+
+    python -m benchmarks.gpu_training '{"network": "default", "settings": [["bf16", "graph"]], "dataset_dir": "brains"}'
+
+prints a line of JSON for each setting. Measured is the run that the configs describe, with its loss, optimizer,
+average, metrics and handlers, on batches in the host's memory: all but reading scans, validation and checkpoints.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from benchmarks.memory import estimate_step
+from benchmarks.step import training_config
+from benchmarks.throughput import forward_costs
+from scripts.training.trainer import VDVAETrainer
+
+PRECISIONS = {"fp32": (False, None), "bf16": (True, torch.bfloat16), "fp16": (True, torch.float16)}
+MODES = {"eager": {}, "graph": {"cuda_graph": True}, "compiled": {"compile": True}}
+WARMUP = 8  # iterations: a graph is captured at the fourth
+WAIT = 10  # iterations after which the host waits for the device, so that it does not run far ahead
+WHOLE_RUN = ("validate", "figures", "checkpoint", "preemption", "TimeEstimate", "prior_fit", "ListOutput")
+
+
+class Batches:
+    """Batches in the host's memory, of the first scans of a dataset, again and again.
+
+    Args:
+        dataset: gives ``{"image": [channels, *spatial]}``.
+        batch_size: scans of each.
+        length: how many batches an epoch has.
+        pin: whether their memory is pinned, so that copies to a GPU need not be waited for.
+    """
+
+    persistent_workers = False
+
+    def __init__(self, dataset: Dataset, batch_size: int, length: int, pin: bool) -> None:
+        self.dataset, self.batch_size, self.length = dataset, batch_size, length
+        scans = [dataset[index]["image"].as_tensor() for index in range(min(len(dataset), 2 * batch_size))]
+        chosen = [[scans[(batch * batch_size + i) % len(scans)] for i in range(batch_size)] for batch in range(2)]
+        self.batches = [torch.stack(batch) for batch in chosen]
+        if pin:
+            self.batches = [batch.pin_memory() for batch in self.batches]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"image": self.batches[number % 2]} for number in range(self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Timer:
+    """Ends training when enough iterations after the first were timed.
+
+    Args:
+        device: that is trained on.
+        seconds: at least, of the timed iterations.
+
+    Attributes:
+        iterations, elapsed: how many were timed, and their seconds.
+    """
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self.iterations, self.elapsed, self.start = 0, 0.0, 0.0
+
+    def __call__(self, engine: Engine) -> None:
+        done = engine.state.iteration - WARMUP
+        if done < 0 or done % WAIT:
+            return
+        synchronize(self.device)
+        if done == 0:
+            self.start = time.perf_counter()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            return
+        self.iterations, self.elapsed = done, time.perf_counter() - self.start
+        if self.elapsed >= self.seconds:
+            engine.terminate()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_trainer(
+    network: int | str, folder: str, dataset_dir: str, device: torch.device, batch_size: int | None, **changes: Any
+) -> VDVAETrainer:
+    """The trainer of ``configs/train.json`` with one epoch of batches that does not end, and without what ends one.
+
+    Args:
+        network: see :func:`benchmarks.step.training_config`.
+        folder: for what it writes.
+        dataset_dir: scans.
+        device: to train on.
+        batch_size: scans of an update; None: the config's.
+        changes: other keys of the config.
+    """
+    parser: ConfigParser = training_config(network)
+    settings = {"dataset_dir": dataset_dir, "output_dir": f"{folder}/run", "cache_dir": f"{folder}/cache"}
+    settings |= {"num_workers": 0, "augment": False, "augmentation": {}, "epochs": 1, "device": device}
+    if batch_size is not None:
+        settings["batch_size"] = batch_size
+    parser.update({**settings, **changes})
+    handlers = parser["train#handlers"]
+    parser["train#handlers"] = [one for one in handlers if not any(word in str(one) for word in WHOLE_RUN)]
+    torch.manual_seed(0)
+    batches = Batches(
+        parser.get_parsed_content("train#dataset"), parser["batch_size"], 10**6, pin=device.type == "cuda"
+    )
+    parser["train#dataloader"] = batches
+    return parser.get_parsed_content("train#trainer")
+
+
+def measure(
+    network: int | str,
+    precision: str,
+    mode: str,
+    dataset_dir: str,
+    folder: str,
+    device: torch.device,
+    batch_size: int | None = None,
+    seconds: float = 2.0,
+) -> dict[str, Any]:
+    """Time a setting.
+
+    Returns:
+        ``scans_per_second``; ``seconds`` of an iteration; ``gflop`` of a scan's forward pass; ``tflops``, three times
+        that for each scan; ``peak`` and ``estimate`` of the memory in bytes, where the device is a GPU. Instead of all
+        these ``error``, if it could not run.
+    """
+    amp, dtype = PRECISIONS[precision]
+    row: dict[str, Any] = {"network": network, "precision": precision, "mode": mode}
+    try:
+        trainer = make_trainer(
+            network, folder, dataset_dir, device, batch_size, amp=amp, amp_dtype=dtype, **MODES[mode]
+        )
+        size = trainer.data_loader.batch_size
+        timer = Timer(device, seconds)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, timer)
+        trainer.run()
+    except (RuntimeError, ValueError) as error:  # a precision or mode that does not go, or memory that is not there
+        return row | {"error": str(error).strip().split("\n")[0][:200]}
+    rate = size * timer.iterations / timer.elapsed
+    gflop, _ = forward_costs(network)
+    row |= {"batch_size": size, "scans_per_second": rate, "seconds": size / rate, "gflop": gflop}
+    row["tflops"] = 3e-3 * gflop * rate
+    if device.type == "cuda":
+        fewer = "fp32" if precision == "fp32" else "bf16"
+        row |= {"peak": torch.cuda.max_memory_allocated(), "free_after": torch.cuda.mem_get_info()[0]}
+        row["estimate"] = estimate_step(network, size, fewer, None, ema=True)["peak"]
+    return row
+
+
+def main(
+    network: int | str,
+    settings: Sequence[Sequence[str]],
+    dataset_dir: str,
+    device: str = "cuda",
+    batch_size: int | None = None,
+    seconds: float = 2.0,
+) -> None:
+    """Measure one setting after the other; see :func:`measure`. Each is ``[precision, mode]``."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (precision, mode) in enumerate(settings):
+            torch.compiler.reset()
+            row = measure(
+                network, precision, mode, dataset_dir, f"{folder}/{number}", torch.device(device), batch_size, seconds
+            )
+            print(json.dumps(row), flush=True)
+            gc.collect()
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,69 @@
+"""``benchmarks.gpu`` is written for a machine with a GPU; all of it but that runs on a CPU too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_bundle
+from in_process import run_module
+
+from benchmarks import gpu
+
+TRAINING = {"config_file": ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"], "prior_factors": 0}
+INFERENCE = {"config_file": ["configs/inference.json", "tests/tiny.json"], "iterations": 1, "draws": 2, "samples": 2}
+
+
+def in_process(self, words, **settings):
+    """Each process of the benchmark as a call in this one."""
+    if words[1] != "unittest":
+        run = run_module(words[1], *words[2:], json.dumps(settings), cwd=ROOT)
+        lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"')]
+        return {"seconds": 1.0, "rc": run.returncode, "lines": lines, "said": run.stderr[-2000:]}
+    return {"seconds": 1.0, "rc": 0, "lines": [], "said": "OK (skipped=9)"}
+
+
+def test_everything_runs_without_a_gpu(cohort, tmp_path, monkeypatch, capsys):
+    run = run_bundle("--dataset_dir", cohort, "--output_dir", tmp_path / "run", "--prior_factors", 2)
+    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(gpu.Clock, "run", in_process)
+    monkeypatch.setattr(gpu, "FIRST", [["bf16", "eager"], ["fp32", "graph"]])
+    monkeypatch.setattr(gpu, "LAST", [["fp32", "compiled"]])
+    inference = {**INFERENCE, "ckpt": str(tmp_path / "run/checkpoints/model.pt")}
+    packed = shutil.make_archive(str(tmp_path / "brains"), "zip", cohort)
+    found = gpu.main(packed, str(tmp_path / "out"), device="cpu", networks=[8], inference=inference, training=TRAINING)
+    assert [(row["precision"], row["mode"]) for row in found["training"]] == [
+        tuple(one) for one in gpu.FIRST + gpu.LAST
+    ]
+    for row in found["training"]:
+        assert row["scans_per_second"] > 0 and row["batch_size"] == 8, row
+    assert {name: run["rc"] for name, run in found["jobs"].items()} == dict.fromkeys(found["jobs"], 0), found["jobs"]
+    assert len(found["jobs"]) == 8
+    assert {name: run["rc"] for name, run in found["runs"].items()} == dict.fromkeys(found["runs"], 0), found["runs"]
+    assert found["runs"]["resumed"]["largest_difference"] == 0
+    assert [row["job"] for row in found["inference"]] == ["reconstruct", "score", "impute", "sample"]
+    assert json.loads((tmp_path / "out/gpu.json").read_text()) == found
+    assert "| 8 | 8 | bf16, eager |" in capsys.readouterr().out
+
+
+def test_what_the_minutes_do_not_reach_is_said(tmp_path):
+    late = gpu.Clock(0).run(["-c", "print(1)"])
+    assert (late["rc"], late["said"]) == (None, "The minutes were over.")
+    clock = gpu.Clock(1)
+    run = clock.run(["-c", "import sys; print('{\"a\": 1}'); sys.exit('Error: no.')"])
+    assert (run["rc"], run["lines"], run["said"]) == (1, [{"a": 1}], "Error: no.\n")
+    assert gpu.reason(run) == "Error: no."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dataset_dir", "x", "--output_dir", "y"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (
+        1,
+        "Error: PyTorch sees no GPU here: --device cpu tries all of it without one.\n",
+    )
