@@ -27,7 +27,7 @@ def numbers(text: str) -> list[float]:
 
 
 def test_unknown_size():
-    with pytest.raises(ValueError, match="choose one of 8, 32, 64, 128, 256"):
+    with pytest.raises(ValueError, match="choose one of 32, 64, 128, 256, default"):
         network_def(48)
 
 
@@ -97,7 +97,7 @@ def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.memory.estimate_step", lambda *args: {"peak": (4 if args[3] else 11) * 2**30})
     memory(network=8, table=True)
     assert capsys.readouterr().out.splitlines() == [
-        "| size | precision | checkpointing | GiB | 8 GB | 12 GB | 16 GB | 24 GB | 40 GB | 80 GB |",
+        "| network | precision | checkpointing | GiB | 8 GB | 12 GB | 16 GB | 24 GB | 40 GB | 80 GB |",
         "|---|---|---|---|---|---|---|---|---|---|",
         "| 8³ | fp32 | off | 11.0 | - | - | yes | yes | yes | yes |",
         "| 8³ | fp32 | on | 4.0 | yes | yes | yes | yes | yes | yes |",
