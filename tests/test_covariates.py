@@ -249,7 +249,7 @@ def fitted(tmp_path_factory):
     make_brains(folder / "people", count=24, spacing=16.0, covariates=True, workers=1)
     run_bundle(
         *("--dataset_dir", folder / "people", "--output_dir", folder / "run", "--covariates", KINDS, "--epochs", 1),
-        *("--prior_factors", 4, "--augment", False),
+        *("--prior_factors", 4, "--augment", False, "--network_def#init", "informative"),
     )
     return folder
 

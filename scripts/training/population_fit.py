@@ -21,6 +21,7 @@ from scripts.layers.gaussian import Posterior
 from scripts.layers.population_prior import PopulationPrior, drawing_innovations, fingerprint, innovation, ratio
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
+from scripts.training.covariate_effects import Effects
 from scripts.training.factor_sketch import FactorSketch
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.files import write_whole
@@ -225,18 +226,11 @@ class PopulationFit:
         """
         if self.coding is None:
             return None, None
-        size = self.coding.size + 1  # and a constant
-        gram, moments, images = torch.zeros(size, size), torch.zeros(0), torch.zeros(0)
+        latents, images = Effects(self.coding.size), Effects(self.coding.size)
         for vectors in self._vectors(dataset, "regression on the covariates"):
-            design = torch.cat([torch.ones(len(vectors.features), 1), vectors.features], dim=1)
-            gram += design.T @ design
-            moments = design.T @ vectors.t + (moments if len(moments) else 0)
-            images = torch.einsum("sn,s...->n...", design, vectors.scans) + (images if len(images) else 0)
-        gram, moments, images = (idist.all_reduce(total) for total in (gram, moments, images))
-        ridge = torch.ones(size)  # as strong as one scan: sums of numbers whose mean is 0
-        ridge[0] = 0
-        solve = torch.linalg.inv(gram + ridge.diag())
-        return (solve @ moments)[1:], torch.einsum("nm,m...->n...", solve, images)[1:]
+            latents.add(vectors.features, vectors.t)
+            images.add(vectors.features, vectors.scans)
+        return latents.fit(), images.fit()
 
     def _offset(self, prior: PopulationPrior, means: Tensor | None, dataset: Dataset) -> Tensor | None:
         """What the effects on the latents lack of the scans' own mean differences, ``[numbers, channels, *spatial]``.

@@ -1,0 +1,55 @@
+"""The effects of covariates on many quantities at once, from sums over scans, without what is noise in them."""
+
+from __future__ import annotations
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor
+
+__all__ = ["Effects"]
+
+
+class Effects:
+    """A linear regression of quantities on the numbers that covariates become.
+
+    A cohort tells the effect of a number on 100,000 quantities only with noise, which a counterfactual would add to a
+    scan. So each effect is shrunk as a whole, by the share of its size that is noise (James and Stein 1961, positive
+    part; over the quantities, in the basis in which the numbers are uncorrelated: first the straight line of age, then
+    its bends, and so on). An effect that is no larger than noise is left out.
+
+    Args:
+        numbers: that the covariates of a scan become.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        self.gram = torch.zeros(numbers + 1, numbers + 1, dtype=torch.float64)
+        self.moments, self.squares = torch.zeros(()), torch.zeros(())
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, features: Tensor, values: Tensor) -> None:
+        """Take in some scans.
+
+        Args:
+            features: ``[batch, numbers]``, of mean 0 over the cohort.
+            values: the quantities, ``[batch, ...]``.
+        """
+        design = torch.cat([torch.ones(len(features), 1), features], dim=1)
+        self.shape, flat = tuple(values.shape[1:]), values.flatten(1)
+        self.gram += design.double().T @ design.double()
+        self.moments = self.moments + design.T @ flat
+        self.squares = self.squares + flat.square().sum(0)
+
+    def fit(self) -> Tensor:
+        """The effects, ``[numbers, ...]``, from the scans of all processes, which all have to ask."""
+        gram, moments, squares = (idist.all_reduce(total) for total in (self.gram, self.moments, self.squares))
+        scans = gram[0, 0].item()
+        ridge = torch.ones(len(gram), dtype=gram.dtype)  # as strong as one scan, where numbers cannot be told apart
+        ridge[0] = 0
+        # the design times the inverse of the transpose of this has uncorrelated columns of size 1
+        factor = torch.linalg.cholesky(gram + ridge.diag()).float()
+        sizes = torch.linalg.solve_triangular(factor, moments, upper=False)
+        noise = (squares - sizes.square().sum(0)).clamp_min(0) / max(scans - len(gram), 1.0)
+        kept = (1 - noise.sum() / sizes.square().sum(1).clamp_min(1e-12)).clamp_min(0)
+        kept[0] = 1  # the mean
+        effects = torch.linalg.solve_triangular(factor.T, sizes * kept[:, None], upper=True)[1:]
+        return effects.unflatten(1, self.shape)
