@@ -260,6 +260,7 @@ def test_training_fits_a_prior_that_knows_covariates(fitted):
     assert all("effects" in latent for latent in content["latents"].values())
     prior = PopulationPrior.load(content)
     assert prior.offset.shape == (prior.features, 1, 8, 8, 8)
+    assert 0.3 < prior.dispersion < 3 and prior.dispersion != 1
     numbers = torch.zeros(2, prior.features)
     numbers[1, 0] = 2.0
     torch.testing.assert_close(prior.added(numbers)[1], 2 * prior.offset[0])

@@ -199,7 +199,7 @@ class Deviation(Inferer):
                 continue
             expected = total / draws
             between = (squares / draws - expected.square()).clamp_min(0) * (draws / (draws - 1))
-            spread = (between + noise / draws).sqrt()
+            spread = self.prior.dispersion * (between + noise / draws).sqrt()
             results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
             if self.masks is not None:
                 own, drawn = self._means(inputs), torch.stack(means)

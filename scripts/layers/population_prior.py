@@ -57,6 +57,8 @@ class PopulationPrior(nn.Module):
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
             far off as it says; 1 if the model were true.
+        dispersion: what the standard deviation that is expected of a voxel is multiplied by, so that held-out scans
+            deviate as far as it says; 1 if the model were true.
 
     Attributes:
         factors: their number.
@@ -75,9 +77,10 @@ class PopulationPrior(nn.Module):
         offset: Tensor | None = None,
         coding: CovariateCoding | None = None,
         sharpness: float = 1.0,
+        dispersion: float = 1.0,
     ) -> None:
         super().__init__()
-        self.coding, self.sharpness = coding, sharpness
+        self.coding, self.sharpness, self.dispersion = coding, sharpness, dispersion
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
         effects = effects or {index: mean[index].new_zeros(0, *mean[index].shape) for index in self.latents}
@@ -280,7 +283,7 @@ class PopulationPrior(nn.Module):
             **(extras or {}),
         }
         if self.coding is not None:
-            content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness}
+            content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
             content |= {} if self.offset is None else {"offset": self.offset.half()}
         torch.save(content, file)
 
@@ -301,6 +304,7 @@ class PopulationPrior(nn.Module):
             offset=content.get("offset"),
             coding=coding,
             sharpness=content.get("sharpness", 1.0),
+            dispersion=content.get("dispersion", 1.0),
         )
 
 

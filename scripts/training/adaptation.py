@@ -114,6 +114,7 @@ class Adaptation:
             offset=self._offset(place),
             coding=self.coding,
             sharpness=self.prior.sharpness,
+            dispersion=self.prior.dispersion,
         )
         if idist.get_rank() == 0:
             self._save(adapted, scans)

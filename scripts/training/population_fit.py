@@ -17,9 +17,9 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
-from scripts.layers.gaussian import Posterior
+from scripts.layers.gaussian import Posterior, gaussian_noise
 from scripts.layers.population_prior import PopulationPrior, drawing_innovations, fingerprint, innovation, ratio
-from scripts.networks import VDVAE
+from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.training.checkpoints import unwrap
 from scripts.training.covariate_effects import Effects
 from scripts.training.factor_sketch import FactorSketch
@@ -35,6 +35,7 @@ LEAST_HELD_OUT = 16  # validation scans; with fewer some of the training scans c
 MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+DISPERSION_SCANS, DISPERSION_DRAWS = 32, 16  # held-out scans whose deviations are looked at, of each process
 OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
@@ -197,6 +198,7 @@ class PopulationFit:
         prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
         prior.coding, prior.sharpness = self.coding, sharpness
         prior.offset = self._offset(prior, means, known)
+        prior.dispersion = self._dispersion(prior, chosen)
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gathered([vectors.bits_per_dim for vectors in drawn]))
         self._save(prior, shrinkage, gain, len(self.training))
@@ -306,6 +308,34 @@ class PopulationFit:
                 posterior = (sharpness * likelihoods).log_softmax(1)
                 total[place] += posterior.gather(1, nearest[:, None])[known].sum()
         return SHARPNESSES[int(idist.all_reduce(total).argmax())]
+
+    def _dispersion(self, prior: PopulationPrior, dataset: Dataset) -> float:
+        """How much further from their expectation held-out scans are than the prior's draws for their covariates.
+
+        Of the voxels that are not background, by the square root of the mean square.
+        """
+        if self.coding is None:
+            return 1.0
+        low, high = OUTPUT_RANGES[self.network.output_activation]
+        squares = voxels = 0.0
+        some = Subset(dataset, range(min(len(dataset), DISPERSION_SCANS)))
+        for vectors in self._vectors(some, "how far scans deviate", temperature=0.0):
+            means, variances = [], []
+            for _ in range(DISPERSION_DRAWS):
+                coordinates = gaussian_noise(torch.empty(len(vectors.scans), prior.factors))
+                with prior.drawing(coordinates, 1.0, vectors.features):
+                    loc, scale = self.network.decode([], batch_size=len(coordinates))
+                means.append(loc.cpu() + prior.added(vectors.features))
+                variances.append(scale.cpu().square())
+            means = torch.stack(means)
+            spread = means.var(0) + torch.stack(variances).mean(0)
+            # the mean of few draws is itself off by its variance over their number
+            z2 = ((vectors.scans - means.mean(0)).square() - means.var(0) / DISPERSION_DRAWS) / spread
+            inside = vectors.scans > low + 0.05 * (high - low)
+            squares += z2[inside].sum().item()
+            voxels += inside.sum().item()
+        squares, voxels = (idist.all_reduce(total) for total in (squares, voxels))
+        return max(squares / max(voxels, 1.0), 1e-6) ** 0.5
 
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
