@@ -5,7 +5,8 @@
 
 makes phantoms of another seed, and the same people at another age, at another site, and with the brain of an older
 person, and prints a Markdown table of what is measured on the network's grid. ``--dataset_dir`` is what the prior was
-fitted to: PCA and the mean age difference are taken from it.
+fitted to: PCA and the mean age difference are taken from it. With ``--pairs 448`` so many further people are made at
+two ages each, and what counterfactuals can reach at best is told by regressions of these true differences.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from scripts.utils.nifti import nifti_bytes
 
 YEARS = 20.0  # of a counterfactual
 BANDS = ((45, 58), (58, 72), (72, 86))  # of ages, years
+PAIRS_SEED = 31  # of people that no fit and no other measurement has seen
 HARMONISED = 512  # training scans that the classifier of sites is fitted to
 PENALTIES = np.logspace(-1, 5, 13)
 
@@ -94,6 +96,7 @@ def main(
     seed: int = 9,
     spacing: float = 2.0,
     draws: int = 32,
+    pairs: int = 0,
     batch_size: int = 8,
 ) -> None:
     """Measure, and print.
@@ -107,6 +110,7 @@ def main(
         seed: of these.
         spacing: of these, in mm.
         draws: of each expectation, and samples of each age.
+        pairs: people at two ages, to learn true counterfactuals from; 0: none.
         batch_size: of all passes.
     """
     torch.manual_seed(0)
@@ -141,7 +145,7 @@ def main(
     ages, own_ages = np.array([row["age"] for row in rows]), np.array([p.age for p in own])
 
     # the same people, older or younger
-    shifts = np.where(own_ages + YEARS <= AGES[1], YEARS, -YEARS)
+    shifts = year_shifts(own)
     others = people.scans([(i + 1, Cohort(age=float(own_ages[i] + shifts[i]))) for i in range(count)], "at another age")
     asked = [{"age": float(a)} for a in own_ages + shifts]
     changed = torch.cat(
@@ -160,6 +164,10 @@ def main(
     bare = error(scans)
     results.append(("counterfactual: error over that of doing nothing", f"{error(changed) / bare:.3f}", "0.5 or less"))
     results.append(("the same of adding the mean age difference", f"{error(added) / bare:.3f}", ""))
+    if pairs:
+        further = People(Path(output_dir) / "pairs", preprocess, PAIRS_SEED, spacing)
+        for what, predicted in true_differences(further, pairs, scans, own).items():
+            results.append((f"the same of {what}", f"{error((scans + predicted).clamp(-1, 1)) / bare:.3f}", ""))
     distance = torch.cdist(changed.flatten(1), others.flatten(1))
     right = (distance.argmin(1) == torch.arange(count)).float().mean().item()
     results.append(("counterfactual is nearest to its own person", f"{right:.0%}", "90 %"))
@@ -256,6 +264,48 @@ def main(
     print("| measure | found | beside it |\n|---|---|---|")
     for row in results:
         print("| " + " | ".join(row) + " |")
+
+
+def year_shifts(people: Sequence[Person]) -> np.ndarray:
+    """By how many years each is made older or, near the highest age, younger."""
+    return np.array([YEARS if person.age + YEARS <= AGES[1] else -YEARS for person in people])
+
+
+def true_differences(others: People, count: int, scans: Tensor, people: Sequence[Person]) -> dict[str, Tensor]:
+    """What regressions of other people's true differences predict for some people's scans, shaped like these.
+
+    No cohort has such pairs: this is what a counterfactual could reach at best. By the mean difference in each
+    direction; by ridge regression on age and 32 PCA scores; and by the same for somebody who also knows how fast each
+    brain ages, which one scan does not tell.
+    """
+    known = [others.person(index + 1) for index in range(count)]
+    shifts = year_shifts(known)
+    before = others.scans([(i + 1, Cohort()) for i in range(count)], "pairs").flatten(1).numpy()
+    moved = [(i + 1, Cohort(age=known[i].age + float(shifts[i]))) for i in range(count)]
+    differences = others.scans(moved, "pairs, at another age").flatten(1).numpy() - before
+    pca = PCA(min(32, count // 4), svd_solver="randomized", random_state=0, whiten=True).fit(before)
+    x = scans.flatten(1).numpy()
+
+    def plain(people: Sequence[Person], shifts: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        ages = (np.array([person.age for person in people]) - 65) / YEARS
+        parts = np.column_stack([np.ones(len(ages)), ages, ages**2, scores])
+        return np.hstack([parts, np.sign(shifts)[:, None] * parts])
+
+    def knowing(people: Sequence[Person], shifts: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        older = [person._replace(age=person.age + shift) for person, shift in zip(people, shifts, strict=True)]
+        aged = np.array([b.aged - a.aged for a, b in zip(people, older, strict=True)])[:, None]
+        return np.hstack([aged, aged * scores])
+
+    own_shifts = year_shifts(people)
+    means = {sign: differences[shifts == sign].mean(0) for sign in set(shifts)}
+    found = {"the mean true difference of others": np.stack([means[shift] for shift in own_shifts])}
+    for what, features in (
+        ("a regression of true differences", plain),
+        ("one that knows the speed of ageing", knowing),
+    ):
+        regression = RidgeCV(PENALTIES).fit(features(known, shifts, pca.transform(before)), differences)
+        found[what] = regression.predict(features(people, own_shifts, pca.transform(x)))
+    return {what: torch.from_numpy(value).float().reshape(scans.shape) for what, value in found.items()}
 
 
 def ventricles(training: Tensor, ages: np.ndarray, brain: Tensor) -> Tensor:
