@@ -132,7 +132,7 @@ def trial(
                 **measure(network, validation, running),
                 "seconds": round(spent),
             }
-            append(folder / "trials.csv", row)
+            append(folder / "trials.csv", row, COLUMNS)
             print(row, flush=True)
             torch.save(network.state_dict(), folder / f"{name}_{seed}.pt")
             start = time.perf_counter() - spent
@@ -165,11 +165,11 @@ def measure(network: VDVAE, scans: Tensor, running: RunningPopulationPrior, batc
     }
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: dict[str, Any], columns: Sequence[str]) -> None:
     """Add a row to a CSV file; several trials may write to one."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerow(row)
