@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.data import Dataset
 from monai.utils import ensure_tuple
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def trial(
     training, validation = cohort_scans(dataset_dir, str(folder / "cache"), parser["spatial_shape"], seed=0)
     torch.manual_seed(seed)
     network = parser.get_parsed_content("network_def")
-    start_from_scans(network, [{"image": scan} for scan in training])
+    start_from_scans(network, Dataset([{"image": scan} for scan in training]))
     if weights is not None:
         load_weights(network, weights)
     if grow_from is not None:

@@ -18,12 +18,15 @@ import torch.distributed as dist
 from conftest import ROOT, TINY, bundle_command, inference_config, run_bundle
 from groups import free_port, run_group
 from monai.data import DataLoader, Dataset, MetaTensor
+from monai.transforms import Compose, RandScaleIntensityd
 
 from scripts.data.cache import ScanCache, read_cohort
 from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
 from scripts.training.losses import ELBOLoss
+from scripts.training.seeding import SeededDataset
 from scripts.training.trainer import VDVAETrainer
+from scripts.training.voxel_statistics import voxel_statistics
 from scripts.utils.distributed import batch_share, from_rank_zero, own_store, parallel_network, start, stop
 
 TRAIN = [*TINY, "configs/multi_gpu_train.json"]
@@ -80,7 +83,9 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
 
 
 def the_template(rank):
-    def from_scans(network):  # is called on rank 0 alone
+    def from_scans(network):  # what other processes find does not count
+        if rank > 0:
+            return network
         network.set_voxel_gaussian(torch.full((1, 8, 8, 8), 0.5), torch.full((1, 8, 8, 8), 0.25))
         return network
 
@@ -90,6 +95,19 @@ def the_template(rank):
 
 def test_both_processes_start_from_the_template(tmp_path):
     assert [found.tolist() for found in both(the_template, tmp_path)] == [[0.5, 0.25]] * 2
+
+
+def the_statistics(rank):
+    items = [{"image": scan} for scan in scans()]
+    data = SeededDataset(items, Compose([RandScaleIntensityd("image", factors=0.5, prob=1.0)]), seed=1)
+    return [voxel_statistics(data, draws, draws > 1) for draws in (20, 1)]
+
+
+def test_processes_share_the_template_and_find_what_one_finds(tmp_path):
+    alone = the_statistics(0)
+    for found in both(the_statistics, tmp_path):
+        for one, other in zip(sum(alone, ()), sum(found, ()), strict=True):
+            assert torch.equal(one, other)
 
 
 def training_with_a_nan_in_one(rank):

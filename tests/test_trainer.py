@@ -17,7 +17,6 @@ from scripts.training.metrics import additional_metrics, elbo_metrics, key_metri
 from scripts.training.numbers import TrainingStalledError
 from scripts.training.precision import _warn_of_slow_bfloat16, autocast
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
-from scripts.training.voxel_statistics import start_from_scans, voxel_statistics
 
 
 def tiny(**arguments) -> VDVAE:
@@ -265,55 +264,3 @@ def test_two_evaluations_draw_the_same_noise():
         evaluator.run()
         values.append(evaluator.state.metrics["bits_per_dim"])
     assert values[0] == values[1]
-
-
-def test_the_template_is_the_mean_and_deviation_of_the_scans():
-    dataset = loader(count=6).dataset
-    scans = torch.stack([item["image"] for item in dataset])
-    mean, std, _ = voxel_statistics(dataset, smoothing=0.0)
-    assert_close(mean, scans.mean(0))
-    assert_close(std, scans.std(0, correction=0))
-    network = start_from_scans(tiny(template=True), dataset)
-    assert_close(network(scans).loc[0], scans.mean(0), rtol=1e-3, atol=1e-3)
-    assert start_from_scans(untouched := tiny(), dataset) is untouched
-
-
-def test_the_template_remembers_the_grid_of_the_scans():
-    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
-    dataset = [{"image": MetaTensor(torch.rand(1, 8, 8, 8), affine=affine)} for _ in range(3)]
-    network = start_from_scans(tiny(template=True), dataset)
-    assert torch.equal(network.scan_affine, affine)
-    assert torch.equal(tiny(template=False).scan_affine, torch.eye(4, dtype=torch.float64))
-
-
-def test_an_augmented_data_set_is_read_until_its_voxels_are_known():
-    class Flicker:
-        reads = 0
-
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return {"image": torch.full((1, 8, 8, 8), float(self.reads % 2))}
-
-    data = Flicker()
-    mean, std, _ = voxel_statistics(data, max_scans=100, augmented=True)
-    assert data.reads == 100
-    assert_close(mean, torch.full((1, 8, 8, 8), 0.5))
-    assert_close(std, torch.full((1, 8, 8, 8), 0.5))
-    voxel_statistics(data, max_scans=3)
-    assert data.reads == 103
-
-
-def test_from_the_template_the_first_update_lowers_the_loss():
-    """The output starts as a Gaussian a voxel, and training goes on from there."""
-    data = loader(count=16, batch_size=4)
-    network = start_from_scans(tiny(template=True, init="variance_preserving"), data.dataset)
-    metrics = elbo_metrics(network)
-    evaluator = VDVAEEvaluator("cpu", data, network, key_val_metric=key_metric(metrics))
-    evaluator.run()
-    before = evaluator.state.metrics["bits_per_dim"]
-    VDVAETrainer("cpu", 5, data, network, torch.optim.Adamax(network.parameters(), 2e-3), ELBOLoss()).run()
-    evaluator.run()
-    assert evaluator.state.metrics["bits_per_dim"] < before

@@ -15,10 +15,11 @@ from typing import Any
 import ignite.distributed as idist
 import joblib
 import monai
+import numpy as np
 import torch
 from joblib import delayed
 from monai.data import ImageReader, MetaTensor, PersistentDataset
-from monai.transforms import Transform
+from monai.transforms import Compose, Transform
 from monai.utils import ensure_tuple
 from scripts.data import geometry
 from scripts.data.datalist import log_sides
@@ -31,7 +32,7 @@ from scripts.utils.formats import file_states
 from scripts.utils.names import CHANNEL_FILES, image_path, item_files, item_path
 from scripts.utils.parallel import choose_workers, run_parallel
 
-__all__ = ["ScanCache", "read_cohort"]
+__all__ = ["ScanCache", "describe_transforms", "read_cohort"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,7 @@ class ScanCache(PersistentDataset):
     ) -> None:
         super().__init__(data, transform, None if cache_dir is None else as_folder("cache_dir", cache_dir))
         self.half_precision = half_precision
-        steps = self.transform.flatten().transforms
-        # of the bundle's own transforms, and of what they use; that of MONAI's changes with its version
-        own = {inspect.getfile(type(step)) for step in steps if type(step).__module__.startswith("scripts.")}
-        code = [Path(file).read_bytes() for file in sorted(own | {geometry.__file__})]
-        self.settings = joblib.hash([list(map(_describe, steps)), code, monai.__version__, half_precision])
+        self.settings = joblib.hash([*describe_transforms(self.transform), half_precision])
 
     def path(self, index: int) -> Path | None:
         """The path of a scan's file, which need not exist yet; None without a ``cache_dir``."""
@@ -127,10 +124,21 @@ class ScanCache(PersistentDataset):
         }
 
 
+def describe_transforms(transform: Compose) -> list[Any]:
+    """What the results of transforms depend on, as joblib can hash it: their settings and their code."""
+    steps = transform.flatten().transforms
+    # of the bundle's own transforms, and of what they use; that of MONAI's changes with its version
+    own = {inspect.getfile(type(step)) for step in steps if type(step).__module__.startswith("scripts.")}
+    code = [Path(file).read_bytes() for file in sorted(own | {geometry.__file__})]
+    return [list(map(_describe, steps)), code, monai.__version__]
+
+
 def _describe(value: Any) -> Any:
-    """A transform's class and settings, without what its file readers keep of the last file."""
-    if isinstance(value, ImageReader):
+    """A transform's class and settings, without what its file readers keep of the last file, or its random state."""
+    if isinstance(value, ImageReader | np.random.RandomState):
         return type(value).__qualname__
+    if isinstance(value, torch.Tensor):  # as it is pickled it would have another hash each time
+        return value.numpy()
     if isinstance(value, Transform):
         return [type(value).__qualname__, _describe(value.__reduce_ex__(2)[2])]  # what would be pickled of it
     if isinstance(value, dict):

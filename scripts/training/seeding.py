@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
-from monai.transforms import Compose
+from monai.transforms import Compose, RandomizableTransform
+from monai.transforms.traits import LazyTrait
 from torch.utils.data.distributed import DistributedSampler
 
 __all__ = ["EpochSampler", "EpochSeeds", "SeededDataset", "derive_seed"]
@@ -42,6 +43,17 @@ class SeededDataset(Dataset):
         super().__init__(data, transform)
         self.seed = seed
         self.epoch = 0
+
+    def moves(self, epoch: int, index: int) -> bool:
+        """Whether an affine transform, or another that MONAI can do lazily, acts on an item in an epoch.
+
+        It is known without computing the item: whether to act is the first thing that a random transform draws.
+        """
+        self.transform.set_random_state(derive_seed(self.seed, AUGMENTATION, epoch, index))
+        moving = (
+            t for t in self.transform.transforms if isinstance(t, RandomizableTransform) and isinstance(t, LazyTrait)
+        )
+        return any([t.R.rand() < t.prob for t in moving])
 
     def _transform(self, index: int) -> Any:
         seed = derive_seed(self.seed, AUGMENTATION, self.epoch, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import ignite.distributed as idist
 from scripts.data.scan_grid import ScanGrid
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_checkpoint, load_weights, read_weights
@@ -22,8 +23,12 @@ def start_network(
     checkpoint: str | os.PathLike | None = None,
     grid: ScanGrid | None = None,
     grow_from: str | os.PathLike | None = None,
+    workers: int = 0,
 ) -> VDVAE:
     """A network as training starts with it: from given weights, or from the statistics of the scans.
+
+    All processes call it, since they share the reading of the scans; weights are read by rank 0 alone, whose network
+    is the one that counts.
 
     Args:
         network: before it is wrapped for several processes.
@@ -33,20 +38,22 @@ def start_network(
         checkpoint: leave the network alone, since this will be loaded.
         grid: how the scans are fitted to the network's grid, which it keeps; given weights have their own.
         grow_from: weights of a network with fewer levels, see :func:`scripts.training.growth.grow_network`.
+        workers: of each process, which read scans.
 
     Raises:
         ValueError: both ``weights`` and ``grow_from`` are given.
     """
     if weights is not None and grow_from is not None:
         raise ValueError("weights and grow_from are both given: a run starts from one of them.")
+    first = idist.get_rank() == 0
     if checkpoint is not None:
         return network
     if weights is not None:
-        return load_weights(network, weights)
+        return load_weights(network, weights) if first else network
     if grid is not None:
         network.scan_grid.copy_(grid.as_tensor())
-    network = start_from_scans(network, dataset, augmented)
-    return network if grow_from is None else grow_network(network, grow_from)
+    network = start_from_scans(network, dataset, augmented, workers)
+    return grow_network(network, grow_from) if grow_from is not None and first else network
 
 
 def starts_untrained(

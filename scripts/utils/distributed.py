@@ -194,16 +194,15 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
     """Wrap a network for training on all processes, with the mean of their gradients; a process alone needs no wrapper.
 
     Args:
-        start_network: is called on rank 0 with ``network`` and ``kwargs``, and says how training starts; the other
-            processes get the weights and buffers of rank 0.
+        start_network: is called on every process with ``network`` and ``kwargs``, and says how training starts; the
+            weights and buffers of rank 0 count, which the others get.
         network: on its device. Its batch norms become synchronised ones, which PyTorch has for GPUs only.
         kwargs: of ``start_network``.
 
     Raises:
         ValueError: batch norm on CPUs.
     """
-    if idist.get_rank() == 0:
-        network = start_network(network=network, **kwargs)
+    network = start_network(network=network, **kwargs)
     if idist.get_world_size() == 1:
         return network
     device = next(network.parameters()).device
