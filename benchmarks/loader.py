@@ -71,13 +71,13 @@ def step_rate(size: int, batch_size: int, updates: int) -> float:
 
 
 def milliseconds(call: Callable[[], object], at_least: float = 0.5) -> float:
-    """Mean time of a call, repeated for ``at_least`` seconds."""
+    """Mean CPU time of a call, which other programs change little, repeated for ``at_least`` seconds."""
     call()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < at_least:
+    start, count = time.process_time(), 0
+    while time.process_time() - start < at_least:
         call()
         count += 1
-    return 1000 * (time.perf_counter() - start) / count
+    return 1000 * (time.process_time() - start) / count
 
 
 def print_profile(scan: dict, parser: ConfigParser) -> None:
@@ -89,10 +89,11 @@ def print_profile(scan: dict, parser: ConfigParser) -> None:
         data = transform(data)
         print(f"{type(transform).__name__:<34}{cost:>10.1f}{'':>8}{cost:>12.1f}")
     random: Mapping = parser.get_parsed_content("augmentation")
+    chain = parser.get_parsed_content("train#preprocessing")
     total = 0.0
     for name, transform in random.items():
         prob, transform.prob = transform.prob, 1.0
-        certain = Compose([transform]).set_random_state(0)
+        certain = Compose([transform], lazy=True, overrides=chain.overrides).set_random_state(0)
         cost = milliseconds(lambda f=certain: f({"image": data["image"].clone()}))
         total += prob * cost
         print(f"{name:<34}{cost:>10.1f}{prob:>8g}{prob * cost:>12.1f}")
