@@ -429,7 +429,7 @@ def test_a_killed_job_leaves_nothing_torn_and_is_finished_by_the_next(cohort, we
     for copy in range(3):
         for path in cohort.glob("*.nii.gz"):
             shutil.copy(path, scans / f"{copy}_{path.name}")
-    words = ["--dataset_dir", scans, "--output_dir", output, "--ckpt", weights, "--batch_size", 1, "--num_workers", 0]
+    words = ["--dataset_dir", scans, "--output_dir", output, "--ckpt", weights, "--batch_size", 1, "--num_workers", 2]
     words += ["--figures", False]
     command, environment = bundle_command(*words, run_id="reconstruct", configs=CONFIGS)
     with subprocess.Popen(

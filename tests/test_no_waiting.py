@@ -18,6 +18,7 @@ from scripts.inference import inferers, scoring
 from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
 from scripts.training import trainer as trainers
+from scripts.utils.devices import on_device, to_host
 
 TINY = [str(ROOT / "configs/train.json"), str(ROOT / "tests/tiny.json"), str(ROOT / "tests/quick_start.json")]
 
@@ -53,7 +54,7 @@ def train(rank: int, folder: str, dataset_dir: str, changes: dict) -> dict[str, 
     with fake_gpu() as watch:
         fake_parameters(network, GPU)
         trainer = parser.get_parsed_content("train#trainer")
-        trainer.data_loader = batches
+        trainer.data_loader = batches  # not on_device: a fake tensor cannot be a MetaTensor too
 
         def after(engine):
             watch.strict = True  # the first iteration makes what lasts
@@ -133,6 +134,48 @@ def test_no_inference_job_waits():
     arguments = inference_config().get_parsed_content("network_def").arguments
     found = run_group(infer, arguments, processes=1)[0]
     assert found == dict.fromkeys(JOBS, "done")
+
+
+class Pairs(Loaded):
+    """Batches made here, of a dictionary and of what stays on the host."""
+
+    def __init__(self, count: int) -> None:
+        self.batches = [({"image": torch.full((2, 1), float(i)), "name": f"sub-{i}"}, [i]) for i in range(count)]
+        self.batch_size, self.taken = 2, 0
+
+    def __iter__(self) -> Iterator:
+        for batch in self.batches:
+            self.taken += 1
+            yield batch
+
+
+def prefetch(rank: int) -> list[tuple]:
+    """What each batch is on the GPU, and how many the loader had given by then."""
+    found = []
+    with fake_gpu() as watch:
+        watch.strict = True
+        batches = on_device(loader := Pairs(3), GPU)
+        assert (len(batches), batches.batch_size) == (3, 2)
+        for _ in range(2):  # epochs
+            for batch, rest in batches:
+                found.append(
+                    (batch["name"], str(batch["image"].device), tuple(batch["image"].shape), rest, loader.taken)
+                )
+    return found
+
+
+def test_batches_are_copied_one_ahead_without_waiting():
+    expected = [(f"sub-{i}", "gpu:0", (2, 1), [i]) for i in range(3)]
+    taken = [2, 3, 3, 5, 6, 6]
+    found = run_group(prefetch, processes=1)[0]
+    assert found == [(*batch, count) for batch, count in zip(expected * 2, taken, strict=True)]
+
+
+def test_on_a_cpu_a_loader_is_left_as_it_is():
+    loader = Pairs(2)
+    assert on_device(loader, "cpu") is loader
+    values = {"a": torch.rand(3)}
+    assert to_host(values)()["a"] is values["a"]
 
 
 def waits(rank: int) -> list[str]:

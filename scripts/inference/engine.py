@@ -28,11 +28,14 @@ from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_di
 from scripts.data.transforms import ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
+from scripts.inference.reading import Failure, JobBatches, ReadOrFail, Scans
 from scripts.inference.training_run import TrainingRun
+from scripts.inference.writers import ResultWriters
 from scripts.layers.gaussian import noise_from
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
 from scripts.utils import distributed
+from scripts.utils.devices import on_device, runs_ahead, to_host
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
 from scripts.utils.report import write_report
@@ -50,13 +53,6 @@ TABLES = {
     "covariates": ("covariates.csv",),
 }
 SHEETS = {"score": ("most_unusual.png",), "sample": ("samples.png",), "decode_coordinates": ("decoded.png",)}
-
-
-class Failure(NamedTuple):
-    """A scan that could not be read, and why, as half a sentence; ``image`` is relative to the data set in the end."""
-
-    image: str
-    reason: str
 
 
 class Failures:
@@ -145,25 +141,11 @@ def _identity(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-class _ReadOrFail(torch.utils.data.Dataset):
-    """Items of a data set, or a :class:`Failure` where a transform raised a :class:`ScanError`."""
+class _Written(NamedTuple):
+    """What came of writing a scan's results: why that failed, and what is to be said of them."""
 
-    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> dict[str, Any] | Failure:
-        index = self.indices[position]
-        item = self.dataset.data[index]
-        try:
-            return {**self.dataset[index], "name": item_path(item)}
-        except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
-            cause = error if isinstance(error, ScanError) else error.__cause__
-            if not isinstance(cause, ScanError):
-                raise
-            return Failure(item_path(item), as_reason(str(cause), item_files(item)))
+    failure: Failure | None
+    warning: str | None
 
 
 class ScanEvaluator(Evaluator):
@@ -192,6 +174,7 @@ class ScanEvaluator(Evaluator):
         summary: is called at the end, on one process, with the names of all scans.
         describe: is called at the start, on one process, with the name of the job.
         batch_size, num_workers: of the data loader.
+        writers: processes that write results while the network goes on; 0 writes them in between.
         overwrite: make results again that are there.
         seed: of the noise; each scan has its own, whatever its batch or process.
         amp, amp_dtype: mixed precision.
@@ -218,6 +201,7 @@ class ScanEvaluator(Evaluator):
         describe: Callable[[str], object] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
+        writers: int = 0,
         overwrite: bool = False,
         seed: int = 0,
         amp: bool = False,
@@ -235,19 +219,15 @@ class ScanEvaluator(Evaluator):
             lambda: [i for i, item in enumerate(dataset.data) if not self.finished(item)]
         )
         share = pending[idist.get_rank() :: idist.get_world_size()]
-        loader = DataLoader(
-            _ReadOrFail(dataset, share),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=list,
-            pin_memory=torch.device(device).type == "cuda",
-        )
-        super().__init__(device, loader, epoch_length=len(loader), amp=amp, decollate=False, val_handlers=val_handlers)
+        loader = DataLoader(ReadOrFail(dataset, share), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        batches = on_device(JobBatches(loader, inputs, arguments), device)
+        super().__init__(device, batches, epoch_length=len(loader), amp=amp, decollate=False, val_handlers=val_handlers)
         self.pending, self.remaining = len(pending), len(share)
         self.network, self.inferer = network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
         self.failures, self.summary, self.describe = failures, summary, describe
-        self.inputs, self.arguments = inputs, arguments
+        self.writers = ResultWriters(self._write, min(writers, len(share)), self._note)
+        self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self.grid, self.unlikely_above = grid, unlikely_above
         self.seed, self.amp_dtype = seed, amp_dtype
         if idist.get_rank() == 0:
@@ -302,7 +282,9 @@ class ScanEvaluator(Evaluator):
         if idist.get_rank() == 0 and self.pending < total:
             logger.info("Of %d scans, %d are finished already.", total, total - self.pending)
         if self.remaining:
-            super().run()
+            with self.writers:
+                super().run()
+                self._write_computed()
         failed = self.failures.everyone()  # a barrier, too
         if idist.get_rank() == 0:
             scans = [item_path(item) for item in self.dataset.data]
@@ -341,33 +323,56 @@ class ScanEvaluator(Evaluator):
                 )
         write_text(path, json.dumps(known, indent=2) + "\n")
 
-    def _iteration(self, engine: Engine, batchdata: Sequence[dict | Failure]) -> dict[str, Any]:
-        for failure in batchdata:
-            if isinstance(failure, Failure):
-                self.failures.add(failure._replace(image=self._relative(failure.image)))
-        items = [item for item in batchdata if not isinstance(item, Failure)]
-        if not items:
+    def _iteration(self, engine: Engine, batchdata: tuple[Scans, Any, dict[str, Any]]) -> dict[str, Any]:
+        scans, inputs, arguments = batchdata
+        for failure in scans.failures:
+            self.failures.add(failure._replace(image=self._relative(failure.image)))
+        if not scans.items:
             return {}
-        for item in items:
+        for item in scans.items:
             for key in ("image", "second"):
                 self._warn_of_place(item.get(key))
         device = self.state.device
-        inputs = self.inputs(items) if self.inputs else torch.stack([item["image"].as_tensor() for item in items])
-        arguments = self.arguments(items) if self.arguments else {}
-        generators = [scan_generator(self.seed, self._relative(item["name"]), device) for item in items]
+        generators = [scan_generator(self.seed, self._relative(item["name"]), device) for item in scans.items]
         with self.mode(self.network), autocast(device, self.amp, self.amp_dtype), noise_from(generators):
-            results = self.inferer(_to(inputs, device), self.network, **_to(arguments, device))
-        for position, item in enumerate(items):
-            own = {key: _like(value[position].float().cpu(), item.get("image")) for key, value in results.items()}
-            self._warn_of_unlikely(item, own)
-            try:
-                self.results_of({**item, **own})
-            except RuntimeError as error:
-                if not isinstance(error.__cause__, ScanError):
-                    raise
-                reason = as_reason(str(error.__cause__), image_files(item.get("image")))
-                self.failures.add(Failure(self._relative(item["name"]), reason))
+            results = self.inferer(inputs, self.network, **arguments)
+        before, self._computed = self._computed, (scans.items, to_host({k: v.float() for k, v in results.items()}))
+        if before is not None:
+            self._add(*before)  # while a GPU computes this batch
+        if not runs_ahead(device):
+            self._write_computed()
         return {}
+
+    def _write_computed(self) -> None:
+        """Let the last batch's results be written."""
+        computed, self._computed = self._computed, None
+        if computed is not None:
+            self._add(*computed)
+
+    def _add(self, items: Sequence[dict], results: Callable[[], dict[str, Tensor]]) -> None:
+        values = results()
+        for position, item in enumerate(items):
+            # a copy: what is sent to another process would else be the whole batch
+            own = {key: _like(value[position].clone(), item.get("image")) for key, value in values.items()}
+            self.writers.add({**item, **own})
+
+    def _write(self, item: Mapping[str, Any]) -> _Written:
+        """Write the results of a scan, perhaps in another process."""
+        warning = self._unlikely(item)
+        try:
+            self.results_of(item)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, ScanError):
+                raise
+            reason = as_reason(str(error.__cause__), image_files(item.get("image")))
+            return _Written(Failure(self._relative(item["name"]), reason), warning)
+        return _Written(None, warning)
+
+    def _note(self, written: _Written) -> None:
+        if written.warning is not None:
+            logger.warning("%s", written.warning)
+        if written.failure is not None:
+            self.failures.add(written.failure)
 
     def _warn_of_place(self, image: Any) -> None:
         """Name a scan that does not lie on the network's grid as the training scans did."""
@@ -377,35 +382,27 @@ class ScanEvaluator(Evaluator):
             for difference in [*found, *field_of_view_differences(self.grid, geometry)]:
                 logger.warning("'%s': %s.", image_path(image), difference)
 
-    def _warn_of_unlikely(self, item: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
-        """Name a scan that is far less likely than the cohort's."""
+    def _unlikely(self, item: Mapping[str, Any]) -> str | None:
+        """A sentence that names a scan which is far less likely than the cohort's."""
         if self.unlikely_above is None:
-            return
-        if "bits_per_dim" in results:
-            found = float(results["bits_per_dim"])
+            return None
+        if "bits_per_dim" in item:
+            found = float(item["bits_per_dim"])
         elif self.job == "reconstruct" and self.settings["levels"] in (None, "each"):
             # without the KL divergence, which would only add to it
-            image = item["image"].as_tensor()
-            nll = negative_log_likelihood(results["recon"][None], results["scale"][None], image[None])
+            image, loc, scale = (item[key].as_tensor() for key in ("image", "recon", "scale"))
+            nll = negative_log_likelihood(loc[None], scale[None], image[None])
             found = float(bits_per_dim(nll, image[None]))
         else:
-            return
-        if found > self.unlikely_above:
-            logger.warning(
-                "'%s' is unlike the scans that the network was trained on (%.2f bits per dim; above %.2f is far "
-                "outside), so that no result of it means much. Is it another contrast, not skull-stripped, or not "
-                "aligned as they are? `python -m scripts.check` looks at it, `python -m scripts.prepare` mends it.",
-                *(item["name"], found, self.unlikely_above),
-            )
-
-
-def _to(values: Any, device: torch.device) -> Any:
-    """Tensors in lists and dictionaries, on a device."""
-    if isinstance(values, Tensor):
-        return values.to(device, non_blocking=True)
-    if isinstance(values, dict):
-        return {key: _to(value, device) for key, value in values.items()}
-    return [_to(value, device) for value in values] if isinstance(values, list) else values
+            return None
+        if found <= self.unlikely_above:
+            return None
+        return (
+            f"'{item['name']}' is unlike the scans that the network was trained on ({found:.2f} bits per dim; above "
+            f"{self.unlikely_above:.2f} is far outside), so that no result of it means much. Is it another contrast, "
+            "not skull-stripped, or not aligned as they are? `python -m scripts.check` looks at it, `python -m "
+            "scripts.prepare` mends it."
+        )
 
 
 def _like(value: Tensor, image: Any) -> Tensor:

@@ -24,6 +24,7 @@ from scripts.training.checkpoints import unwrap
 from scripts.training.covariate_effects import Effects
 from scripts.training.factor_sketch import FactorSketch
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.utils.devices import on_device
 from scripts.utils.files import write_whole
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -207,7 +208,7 @@ class PopulationFit:
     def _vectors(self, dataset: Dataset, what: str, temperature: float = 1.0) -> Iterator[ScanVectors]:
         """Of this process's share of the scans, by batches, on the CPU."""
         share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
-        loader = DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers)
+        loader = on_device(DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers), self.device)
         hidden = idist.get_rank() > 0 or not sys.stderr.isatty()
         devices = [self.device] if self.device.type == "cuda" else []
         with eval_mode(self.network), torch.random.fork_rng(devices):

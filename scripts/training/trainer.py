@@ -26,6 +26,7 @@ from scripts.training.numbers import BatchNote, BatchNumbers, NumberEvents
 from scripts.training.population_training import RunningPopulationPrior
 from scripts.training.precision import autocast
 from scripts.training.update import GuardedStep, place_counters
+from scripts.utils.devices import on_device
 from scripts.utils.signals import SignalWatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -142,6 +143,7 @@ class VDVAETrainer(SupervisedTrainer):
             accumulation_steps=accumulation_steps,
             event_names=[NumberEvents],
         )
+        self.data_loader = on_device(self.data_loader, self.state.device)
         self.lr_scheduler = lr_scheduler
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
@@ -334,6 +336,7 @@ class VDVAEEvaluator(SupervisedEvaluator):
             decollate=False,
             amp=amp,
         )
+        self.data_loader = on_device(self.data_loader, self.state.device)
         self.seed = seed
         self.temperature = temperature
         self.amp_dtype = amp_dtype
