@@ -13,6 +13,7 @@ from scripts.training import acceleration
 from scripts.training.acceleration import GraphedUpdate, check_graph, compile_network
 from scripts.training.losses import ELBOLoss
 from scripts.training.trainer import VDVAETrainer
+from scripts.utils.devices import tune
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -111,3 +112,13 @@ def test_the_network_is_one_graph_for_the_compiler(arguments):
     assert_close(*outputs)
     assert_close(*gradients)
     assert list(compiled.state_dict()) == list(network.state_dict())
+
+
+def test_a_gpu_is_tuned_and_a_cpu_left_alone():
+    flags = torch.backends.cudnn.flags
+    with flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
+        tune(torch.device("cpu"), tf32=False)
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == (False, True)
+        tune(torch.device("cuda"), tf32=False)
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == (True, False)
+        assert not torch.backends.cuda.matmul.allow_tf32

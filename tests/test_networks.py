@@ -12,8 +12,9 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.step_ops import OperationCounter
 from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
-from scripts.layers.convolutions import gelu_convs, upsample
+from scripts.layers.convolutions import gelu_convs, repeat_voxels, upsample
 from scripts.layers.gaussian import Posterior, draw, drawing, kl_divergence, noise_from
 from scripts.layers.levels import find_level, grid_name
 from scripts.layers.output import OUTPUT_STD_RANGE
@@ -477,6 +478,24 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+def test_voxels_are_repeated_in_one_copy_without_leaving_channels_last():
+    x = torch.rand(2, 3, 2, 4, 3).contiguous(memory_format=torch.channels_last_3d)
+    ways = {way: x.clone().requires_grad_() for way in (upsample, torch.jit.script(repeat_voxels), repeat_voxels)}
+    with OperationCounter() as counter:
+        results = [way(leaf) for way, leaf in ways.items()]
+    assert counter.of() - counter.of(names=["_unsafe_view"]) == 3  # which copies nothing
+    assert counter.of(names=["clone"]) == 2
+    expected = results[0]
+    weights = torch.rand_like(expected)
+    for result in results:
+        assert torch.equal(result, expected)
+        assert result.is_contiguous(memory_format=torch.channels_last_3d)
+        result.backward(weights)
+    for leaf in ways.values():
+        torch.testing.assert_close(leaf.grad, ways[upsample].grad)
+        assert leaf.grad.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

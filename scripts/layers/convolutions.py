@@ -133,8 +133,22 @@ def preserve_skip(skip: nn.Module) -> None:
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Double every spatial axis, nearest neighbour."""
+    """Double every spatial axis, nearest neighbour, with the channels as the last axis in memory as before."""
+    if x.is_cuda and x.ndim == 5:
+        return repeat_voxels(x)
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def repeat_voxels(x: Tensor) -> Tensor:
+    """Double the three spatial axes of a volume in one copy.
+
+    In 3D, ``F.interpolate`` for CUDA works with the channels first: it would copy its input there and its result back,
+    and so would its backward pass. On a CPU it does not, and takes half the time of this.
+    """
+    batch, channels, depth, height, width = x.shape
+    voxels = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
+    repeated = voxels.expand(batch, depth, 2, height, 2, width, 2, channels)
+    return repeated.reshape(batch, 2 * depth, 2 * height, 2 * width, channels).permute(0, 4, 1, 2, 3)
 
 
 class Downsample(nn.Module):
