@@ -128,6 +128,17 @@ def test_loader_prints_what_it_gives_and_what_the_step_takes(capsys):
     assert ratios == pytest.approx([first / step, cached / step], rel=0.1)
 
 
+def test_loader_times_a_job(capsys):
+    loader(size=8, count=3, spacing=8, job=True, workers=1)
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:32].strip(): numbers(line[32:]) for line in lines[1:]}
+    reading, writing, network, between, beside = (found[name][0] for name in found)
+    assert network == writing > 0
+    assert between > 0 and beside > 0
+    half = max(reading + writing, network)
+    assert found["results written in between"][1] == pytest.approx(between / half, rel=0.3)
+
+
 def test_loader_profile_names_every_transform(capsys):
     loader(size=8, count=1, profile=True, spacing=8)
     lines = capsys.readouterr().out.splitlines()
