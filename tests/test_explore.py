@@ -359,6 +359,27 @@ def test_a_long_job_holds_nobody_up_and_can_be_cancelled():
     worker.stop()
 
 
+def test_many_short_jobs_hold_nobody_up():
+    worker, log, gate = Worker(Results()), [], threading.Event()
+
+    def noted(name):
+        yield 0, 2
+        log.append(name)
+        gate.wait(10)
+        yield 1, 2
+        return Result()
+
+    for number in range(100):
+        worker.submit("thumbnail", str(number), noted("thumbnail"))
+    view = worker.submit("view", "view", noted("view"))
+    gate.set()
+    until(lambda: view.ended)
+    assert log.index("view") < 5  # not after all of them
+    until(lambda: not worker.active())
+    assert log.count("thumbnail") == 100
+    worker.stop()
+
+
 def test_memory_does_not_grow_with_requests():
     results = Results(room=10_000)
     worker = Worker(results)
@@ -597,6 +618,27 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         page.locator("#change").get_by_text("Cancelled.").wait_for()
         monkeypatch.undo()
     assert window.elsewhere == [] and window.failures == []
+
+
+def test_a_picture_that_nobody_waits_for_is_not_made(jobs, monkeypatch):
+    given_up = threading.Event()
+
+    def endless_picture(**arguments):
+        try:
+            while True:
+                time.sleep(0.01)
+                yield 0, 1
+        finally:
+            given_up.set()
+
+    monkeypatch.setitem(jobs.kinds, "thumbnail", endless_picture)
+    with served(jobs) as address:
+        port = int(address.split(":")[2].partition("/")[0])
+        with socket.create_connection(("127.0.0.1", port)) as asked:
+            head = f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {TOKEN}"
+            asked.sendall(f"GET /api/scans/0/thumbnail.png HTTP/1.1\r\n{head}\r\n\r\n".encode())
+            assert not given_up.wait(0.5)
+        assert given_up.wait(10)
 
 
 def test_two_people_at_once(jobs, monkeypatch):

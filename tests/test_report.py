@@ -5,11 +5,26 @@ from __future__ import annotations
 import re
 import shutil
 
+import nibabel as nib
+import numpy as np
 import torch
-from conftest import inference_config, run_bundle
+from browser import Window, chromium
+from conftest import brain, inference_config, run_bundle, save
 from matplotlib.figure import Figure
 
-from scripts.utils.report import MOST_COLUMNS, MOST_ROWS, write_report
+from scripts.utils.report import MOST_COLUMNS, MOST_ROWS, MOST_VOLUMES, write_report
+from scripts.utils.volumes import MOST_VOXELS, ShownVolume, read_volume
+
+# of a canvas: the sum of its colours, each at its place, and how many of its pixels are orange to yellow
+SEEN = """canvas => {
+    const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+    let sum = 0, orange = 0;
+    for (let i = 0; i < data.length; i += 4) {
+        sum += (i % 9973) * (data[i] + data[i + 1] + data[i + 2]);
+        orange += data[i] > 200 && data[i + 1] > 60 && data[i + 2] < 60;
+    }
+    return [sum, orange];
+}"""
 
 
 def test_a_page_holds_all_that_it_shows(tmp_path):
@@ -35,6 +50,42 @@ def test_long_tables_are_cut_and_say_so(tmp_path):
     assert "5 more rows and columns: see t.csv" in text
 
 
+def test_volumes_are_in_the_page_and_can_be_moved_through(tmp_path):
+    scan = brain(size=16)[0].numpy()
+    paths = [save(tmp_path / f"{number}.nii.gz", scan) for number in range(MOST_VOLUMES + 2)]
+    anomaly = np.zeros_like(scan)
+    anomaly[4:7, 8:11, 8:11] = 5
+    volumes = [ShownVolume(save(tmp_path / "anomaly.nii.gz", anomaly), paths[0], 6.0), *map(ShownVolume, paths)]
+    volumes.insert(1, ShownVolume(save(tmp_path / "flat.nii.gz", scan[0])))  # a scan of 2D has pictures alone
+    path = write_report(tmp_path, "score", "", volumes=[*volumes, ShownVolume(tmp_path / "none.nii.gz")])
+    text = path.read_text()
+    assert text.count("<iframe") == MOST_VOLUMES and "4 more volumes are beside this file" in text
+    assert "anomaly.nii.gz: click" in text and "flat.nii.gz" not in text
+    assert not re.search(r'(src|href)=(?:"|&#34;)(?!data:)', text)  # nothing is loaded from elsewhere
+    assert len(text) < 1_500_000
+    with chromium() as browser:
+        window = Window(browser, path.as_uri())
+        frame = window.page.locator("iframe").first
+        frame.scroll_into_view_if_needed()
+        canvas = frame.content_frame.locator("canvas").first
+        canvas.wait_for()
+        before, mapped = canvas.evaluate(SEEN)
+        assert mapped > 100  # voxels of the map are on the scan
+        box = canvas.bounding_box()
+        window.page.mouse.click(box["x"] + box["width"] * 0.12, box["y"] + box["height"] * 0.6)
+        window.page.wait_for_timeout(300)
+        assert canvas.evaluate(SEEN)[0] != before
+    assert window.elsewhere == [] and window.failures == []
+
+
+def test_large_volumes_are_thinned_out(tmp_path):
+    path = save(tmp_path / "large.nii.gz", np.ones((2 * MOST_VOXELS + 1, 8, 8)), np.diag([1.0, 2, 3, 1]))
+    image = read_volume(path)
+    assert image.shape == (86, 3, 3) and image.header.get_zooms() == (3.0, 6.0, 9.0)
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8, 2), np.float32), np.eye(4)), tmp_path / "channels.nii.gz")
+    assert read_volume(tmp_path / "channels.nii.gz").shape == (8, 8, 8)
+
+
 def test_each_job_writes_one(cohort, tmp_path):
     (tmp_path / "scans").mkdir()
     for number, path in enumerate(sorted(cohort.glob("*.nii.gz"))[:2]):
@@ -48,5 +99,6 @@ def test_each_job_writes_one(cohort, tmp_path):
     text = (tmp_path / "out" / "report.html").read_text()
     assert "2 of 3 scan(s) have results" in text
     assert "Scans that failed" in text and "sub-9_T1w.nii.gz" in text
-    assert text.count("data:image/png;base64,") == 3  # two scans, and the most unusual ones
+    assert text.count("<img ") == 3  # two scans, and the most unusual ones
     assert "bits_per_dim" in text and "<h2>scores.csv</h2>" in text
+    assert text.count("<iframe") == 2 and "sub-0_T1w_anomaly.nii.gz: click" in text

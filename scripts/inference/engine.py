@@ -26,6 +26,7 @@ from scripts.data.datalist import list_sides
 from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
+from scripts.inference.job_report import write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
 from scripts.inference.reading import Failure, JobBatches, ReadOrFail, Scans
@@ -38,7 +39,6 @@ from scripts.utils import distributed
 from scripts.utils.devices import on_device, runs_ahead, to_host
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
-from scripts.utils.report import write_report
 from torch import Tensor
 
 __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
@@ -46,13 +46,6 @@ __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_gene
 logger = logging.getLogger(__name__)
 
 # what jobs put together of all scans, in the folder of the results
-TABLES = {
-    "score": ("scores.csv", "lesions.csv"),
-    "encode": ("coordinates.csv", "factors.csv", "latents.csv"),
-    "deviation": ("deviation_z.csv", "deviation.csv"),
-    "covariates": ("covariates.csv",),
-}
-SHEETS = {"score": ("most_unusual.png",), "sample": ("samples.png",), "decode_coordinates": ("decoded.png",)}
 
 
 class Failures:
@@ -296,11 +289,7 @@ class ScanEvaluator(Evaluator):
     def _report(self, scans: Sequence[str], failed: Sequence[Failure]) -> None:
         """Write the page about the results."""
         drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
-        pictures = [self.output_dir / name for name in SHEETS.get(self.job, ())]
-        pictures += [layout.path(scan) for scan in scans for layout in drawn if layout.has_place(scan)]
-        tables = [self.output_dir / name for name in TABLES.get(self.job, ())]
-        lead = f"{len(scans) - len(failed)} of {len(scans)} scan(s) have results in this folder."
-        write_report(self.output_dir, self.job, lead, tables, pictures, self.settings, failed)
+        write_job_report(self.job, self.output_dir, scans, self.layouts, drawn, self.settings, failed)
 
     def _relative(self, name: str) -> str:
         try:

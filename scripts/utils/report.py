@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.utils.files import write_text
+from scripts.utils.volumes import ShownVolume, volume_html
 
 __all__ = ["write_report"]
 
 MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
 MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
+MOST_VOLUMES, MOST_VOLUME_BYTES = 4, 8_000_000  # of all volumes, as the page holds them
 PACKAGES = ("torch", "monai", "nibabel", "numpy")
 
 
@@ -40,7 +42,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A PNG as the page holds it: the name of its file, and its bytes in base 64."""
+    """A PNG or a volume as the page holds it: the name of its file, and its bytes in base 64 or its HTML."""
 
     name: str
     data: str
@@ -54,6 +56,7 @@ def write_report(
     pictures: Iterable[str | os.PathLike] = (),
     settings: Mapping[str, Any] | None = None,
     failed: Sequence[tuple[str, str]] = (),
+    volumes: Iterable[ShownVolume] = (),
 ) -> Path:
     """Write ``report.html``, whole or not at all.
 
@@ -64,10 +67,12 @@ def write_report(
         pictures: PNG files, likewise; the first 40 or 15 MB.
         settings: with what the results were made.
         failed: scans of which there are no results, and why.
+        volumes: likewise; the first 4 or 8 MB, as slices that follow the mouse.
     """
     from jinja2 import Environment, FileSystemLoader  # only where a page is written: commands start without it
 
     folder = Path(output_dir)
+    slices, volumes_left_out = _volumes([shown for shown in volumes if Path(shown.path).is_file()], folder)
     shown, left_out = _pictures([path for path in map(Path, pictures) if path.is_file()], folder)
     rows = [
         (name, value if isinstance(value, str) else json.dumps(value, default=str))
@@ -84,6 +89,8 @@ def write_report(
         tables=[_table(path) for path in map(Path, tables) if path.is_file()],
         pictures=shown,
         pictures_left_out=left_out,
+        volumes=slices,
+        volumes_left_out=volumes_left_out,
         settings=rows,
     )
     return write_text(folder / "report.html", text)
@@ -110,6 +117,23 @@ def _pictures(paths: Sequence[Path], folder: Path) -> tuple[list[Picture], int]:
         size += path.stat().st_size
         if size > MOST_BYTES:
             break
-        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
-        shown.append(Picture(name, base64.b64encode(path.read_bytes()).decode("ascii")))
+        shown.append(Picture(_name(path, folder), base64.b64encode(path.read_bytes()).decode("ascii")))
     return shown, len(paths) - len(shown)
+
+
+def _volumes(volumes: Sequence[ShownVolume], folder: Path) -> tuple[list[Picture], int]:
+    """The first volumes that can be shown, and how many are left out."""
+    shown: list[Picture] = []
+    left_out, size = 0, 0
+    for volume in volumes:
+        page = volume_html(volume) if len(shown) < MOST_VOLUMES and size < MOST_VOLUME_BYTES else None
+        size += len(page or "")
+        if page is None or size > MOST_VOLUME_BYTES:
+            left_out += 1
+        else:
+            shown.append(Picture(_name(Path(volume.path), folder), page))
+    return shown, left_out
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name

@@ -64,6 +64,9 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         for _ in range(PATIENCE * 50):
             if job.ended:
                 break
+            if await request.is_disconnected():  # its row is no longer shown
+                worker.cancel(job)
+                return refusal(499, "Nobody waits for the picture.")
             await asyncio.sleep(0.02)
         result = kept.get(job.key)
         if job.state != "done" or result is None:

@@ -16,8 +16,9 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
+from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.transforms import ScanError
-from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets, with_covariates
+from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Encoding, Imputation, Interpolation, Reconstruction, Sampling
 from scripts.inference.layouts import channel_labels
@@ -58,12 +59,13 @@ class Jobs:
         self.cohort = Cohort(config.get_parsed_content("scans"), config.get_parsed_content("columns"))
         self.name = str(config.get_parsed_content("ckpt"))
         self.device = next(self.network.parameters()).device
+        covariates = config.get_parsed_content("scan_folder"), config.get_parsed_content("covariates_file")
+        with_covariates = self.prior is not None and self.prior.coding is not None
+        self._known = read_rows(self.cohort.items, *covariates) if with_covariates else None
         self._preprocessing = config.get_parsed_content("preprocessing")
         self._scoring = config.get_parsed_content("scoring_inferer")
         self._features_of = config.get_parsed_content("features_of")
         self._range = config.get_parsed_content("output_range")
-        self._folder = config.get_parsed_content("scan_folder")
-        self._covariates_file = config.get_parsed_content("covariates_file")
         patterns = ensure_tuple(config.get_parsed_content("pattern"))
         count = self.network.in_channels
         self._channels = channel_labels(patterns if len(patterns) == count > 1 else [""] * count)
@@ -141,8 +143,9 @@ class Jobs:
                 raise
             self.cohort.note(index, error=str(cause))
             raise cause from None
-        (known,) = with_covariates([item], self._folder, self._covariates_file, self.prior)
-        return known | found
+        if self._known is not None:
+            found["covariates"] = parse_row(self.prior.coding, item, self._known[index])
+        return found
 
     def _inputs(self, item: Mapping[str, Any]) -> Tensor:
         return item["image"].as_tensor()[None].to(self.device)

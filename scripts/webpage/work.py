@@ -1,4 +1,4 @@
-"""Jobs of the page: one thread works on all in turns, a step of each; results are kept while there is room."""
+"""Jobs of the page: one thread works on all kinds in turns, a step of each; results are kept while there is room."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ class Job:
 
 
 class Worker:
-    """One thread that works on all jobs in turns, a step of each, so that a long one holds nobody up.
+    """One thread that works on all kinds of jobs in turns, a step of one of each, so that neither a long job nor many
+    short ones hold up the others.
 
     Args:
         results: where results go.
@@ -126,7 +127,7 @@ class Worker:
     def __init__(self, results: Results) -> None:
         self.results = results
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._turns: deque[tuple[Job, Steps]] = deque()
+        self._turns: OrderedDict[str, deque[tuple[Job, Steps]]] = OrderedDict()  # by the kind, whose turn is next first
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
@@ -145,7 +146,7 @@ class Worker:
             elif sum(not other.ended for other in self._jobs.values()) >= MOST_WAITING:
                 raise BusyError(f"{MOST_WAITING} jobs are waiting already: wait until some are done, or cancel them.")
             else:
-                self._turns.append((job, steps))
+                self._queue(job, steps)
             self._jobs[job.id] = job
             self._forget_old()
             self._changed.notify()
@@ -184,12 +185,23 @@ class Worker:
                 self._changed.wait_for(lambda: self._turns or self._stopped)
                 if self._stopped:
                     return
-                job, steps = self._turns.popleft()
+                job, steps = self._next()
             if job.state == "cancelled":
                 steps.close()
             elif self._step(job, steps):
                 with self._changed:
-                    self._turns.append((job, steps))
+                    self._queue(job, steps)
+
+    def _queue(self, job: Job, steps: Steps) -> None:
+        self._turns.setdefault(job.kind, deque()).append((job, steps))
+
+    def _next(self) -> tuple[Job, Steps]:
+        kind = next(iter(self._turns))
+        job, steps = self._turns[kind].popleft()
+        self._turns.move_to_end(kind)
+        if not self._turns[kind]:
+            del self._turns[kind]
+        return job, steps
 
     def _step(self, job: Job, steps: Steps) -> bool:
         """Do one step; whether there are more."""

@@ -35,6 +35,7 @@ export function makeScans(section, about, select) {
   stage.append(levels);
 
   let waiting = null, stop = null;
+  const pictures = new Map(); // of the rows that are shown
   search.oninput = () => { state.search = search.value; state.offset = 0; refresh(); };
   level.oninput = () => {
     const { key, name } = about.levels[level.value];
@@ -61,6 +62,12 @@ export function makeScans(section, about, select) {
     waiting = setTimeout(refresh, 300);
   }
 
+  // A picture that is no longer shown need not be made any more.
+  function drop(index) {
+    Object.assign(pictures.get(index), { onerror: null, src: "" });
+    pictures.delete(index);
+  }
+
   async function refresh() {
     const query = new URLSearchParams({ offset: state.offset, limit: PAGE, sort: state.sort, descending: state.descending, search: state.search });
     try {
@@ -71,6 +78,7 @@ export function makeScans(section, about, select) {
   }
 
   function draw(page) {
+    for (const index of [...pictures.keys()]) if (!page.rows.some((row) => row.index === index && !row.error)) drop(index);
     const focus = document.activeElement?.dataset?.index;
     const heads = page.columns.map((name) => {
       const mark = state.sort === name ? (state.descending ? " ↓" : " ↑") : "";
@@ -87,7 +95,10 @@ export function makeScans(section, about, select) {
   }
 
   function line(row, columns) {
-    const picture = row.error ? "" : h("img", { loading: "lazy", alt: "", src: `/api/scans/${row.index}/thumbnail.png?channel=${shown.channel}`, onerror: soon });
+    if (!row.error && !pictures.has(row.index)) {
+      pictures.set(row.index, h("img", { loading: "lazy", alt: "", src: `/api/scans/${row.index}/thumbnail.png?channel=${shown.channel}`, onerror: soon }));
+    }
+    const picture = row.error ? "" : pictures.get(row.index);
     const cells = row.error
       ? [h("td", { textContent: row.image }), h("td", { className: "error", colSpan: Math.max(1, columns.length - 1) }, h("div", { textContent: row.error }))]
       : columns.map((name) => cell(row[name]));
@@ -193,7 +204,10 @@ export function makeScans(section, about, select) {
     refresh();
   }
 
-  document.addEventListener("channel", () => (state.row ? choose(state.row) : refresh()));
+  document.addEventListener("channel", () => {
+    for (const index of [...pictures.keys()]) drop(index);
+    return state.row ? choose(state.row) : refresh();
+  });
   facts.textContent = "Choose a scan: click on its row, or press Enter on it.";
   return refresh();
 }
