@@ -218,8 +218,8 @@ class PopulationFit:
                 output, posteriors = self.network.infer(scans, temperature)
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 u = torch.cat([innovation(q).flatten(1) for q in posteriors], dim=1)
-                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans), batch["features"], scans)
-                yield ScanVectors(*(part.cpu() for part in parts))
+                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans))
+                yield ScanVectors(*(part.cpu() for part in parts), batch["features"], batch["image"])
 
     def _effects(self, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
         """The regressions of the shifts, and of the scans themselves, on the covariates.
