@@ -313,7 +313,7 @@ class PopulationFit:
     def _dispersion(self, prior: PopulationPrior, dataset: Dataset) -> float:
         """How much further from their expectation held-out scans are than the prior's draws for their covariates.
 
-        Of the voxels that are not background, by the square root of the mean square.
+        Of the voxels where no background is expected, by the square root of the mean square.
         """
         if self.coding is None:
             return 1.0
@@ -332,7 +332,7 @@ class PopulationFit:
             spread = means.var(0) + torch.stack(variances).mean(0)
             # the mean of few draws is itself off by its variance over their number
             z2 = ((vectors.scans - means.mean(0)).square() - means.var(0) / DISPERSION_DRAWS) / spread
-            inside = vectors.scans > low + 0.05 * (high - low)
+            inside = means.mean(0) > low + 0.05 * (high - low)  # elsewhere next to nothing is expected to vary
             squares += z2[inside].sum().item()
             voxels += inside.sum().item()
         squares, voxels = (idist.all_reduce(total) for total in (squares, voxels))
