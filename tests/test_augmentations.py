@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, brain, save
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset, MetaTensor
-from monai.transforms import Compose, KSpaceSpikeNoise
+from monai.transforms import Compose
 from monai.utils import set_determinism
 
-from scripts.data.augmentations import RandElasticd, RandHaircutd, RandSpiked, RandTorchIOScand, try_augmentations
+from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand, try_augmentations
 from scripts.data.scan_grid import ScanGrid
 from scripts.training.seeding import SeededDataset
 
@@ -221,34 +221,6 @@ def test_affine_and_crop_are_one_resampling():
     sharpness = [float(result.diff(dim=1).square().mean()) for result in results]
     assert sharpness[0] > 1.05 * sharpness[1]
     assert (results[0] - results[1]).abs().mean() < 0.1
-
-
-@pytest.mark.parametrize("shape", [(9, 8, 10), (8, 7)])
-def test_a_spike_does_what_monais_does(shape):
-    scan = MetaTensor(torch.rand(2, *shape), meta={"filename_or_obj": "a.nii"})
-    spike = RandSpiked("image", prob=1.0, amplitude=(0.02, 0.1))
-    found = spike.set_random_state(3)({"image": scan})["image"]
-    spike.set_random_state(3).randomize(None)
-    places, intensities = [], []
-    for channel in range(2):
-        places.append((channel, *(int(spike.R.randint(0, size)) for size in shape)))
-        intensities.append(spike.R.uniform(math.log(0.02), math.log(0.1)) + math.log(math.prod(shape)))
-    expected = KSpaceSpikeNoise(places, intensities)(scan)
-    torch.testing.assert_close(found.as_tensor(), expected.as_tensor(), rtol=0, atol=1e-6)
-    assert (found - scan).abs().amax() > 0.005
-    assert found.meta == scan.meta
-
-
-def test_a_spike_in_an_empty_scan_is_a_wave():
-    empty = torch.zeros(1, 8, 8, 8)
-    stripes = RandSpiked("image", prob=1.0, amplitude=(0.05, 0.05)).set_random_state(0)({"image": empty})["image"]
-    assert 0.04 < stripes.abs().amax() <= 0.0501
-
-
-@pytest.mark.parametrize("amplitude", [(0, 0.1), (0.2, 0.1), (0.1,)])
-def test_a_spike_refuses_an_amplitude_that_cannot_be(amplitude):
-    with pytest.raises(ValueError, match="amplitude is"):
-        RandSpiked("image", amplitude=amplitude)
 
 
 def test_augmented_scans_batch_and_leave_the_cached_ones_alone(scans):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from monai.transforms import MapTransform, RandAffined, RandomizableTransform, R
 from monai.transforms.utils import create_grid
 from scipy import ndimage
 
-__all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandSpiked", "RandTorchIOScand", "try_augmentations"]
+__all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandTorchIOScand", "try_augmentations"]
 
 TRIAL_SIZE = 16  # voxels along each axis of the image that each augmentation is tried on: all together take 0.4 s
 
@@ -147,68 +146,6 @@ def _reaching_border(mask: np.ndarray) -> np.ndarray:
             touching[np.take(parts, end, axis=axis)] = True
     touching[0] = False  # label 0 is what is not in the mask
     return touching[parts]
-
-
-class RandSpiked(RandomizableTransform, MapTransform):
-    """Lay stripes over a scan, as a spike in k-space does, in 2D or 3D.
-
-    The magnitude of one random coefficient of k-space is set, its phase kept, as MONAI's ``RandKSpaceSpikeNoised`` does
-    with an ``intensity_range`` of the logarithms of amplitude x voxels. One coefficient is one wave, whose change is
-    added to the scan: 6 ms at 128 voxels, where MONAI's two Fourier transforms take 184 ms.
-
-    Input and output: ``[channels, *spatial]``. Each key and channel has a spike of its own.
-
-    Args:
-        keys: the keys that hold scans.
-        prob: probability that there is a spike.
-        amplitude: of the wave, the least and the most, in units of the scan's intensity; its logarithm is drawn
-            uniformly.
-
-    Raises:
-        ValueError: ``amplitude`` is not two numbers above 0, the first at most the second.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        prob: float = 0.1,
-        amplitude: tuple[float, float] = (0.02, 0.1),
-        allow_missing_keys: bool = False,
-    ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob)
-        if len(amplitude) != 2 or not 0 < amplitude[0] <= amplitude[1]:
-            raise ValueError(f"amplitude is {amplitude}: it must be the least and the most of a wave, both above 0.")
-        self.amplitude = (float(amplitude[0]), float(amplitude[1]))
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        d = dict(data)
-        self.randomize(None)
-        if not self._do_transform:
-            return d
-        for key in self.key_iterator(d):
-            pixels = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
-            d[key] = d[key] + torch.stack([self._stripes(channel) for channel in pixels])
-        return d
-
-    def _stripes(self, channel: torch.Tensor) -> torch.Tensor:
-        """What the spike adds to a channel, ``[*spatial]``."""
-        place = [int(self.R.randint(0, size)) for size in channel.shape]
-        amplitude = math.exp(self.R.uniform(*map(math.log, self.amplitude)))
-        waves = []  # along each axis, of the frequency at this place of the spectrum, whose centre is zero
-        for position, size in zip(place, channel.shape, strict=True):
-            phase = torch.arange(size, dtype=torch.float64) * (2 * math.pi * (position - size // 2) / size)
-            waves.append(torch.polar(torch.ones_like(phase), phase).to(channel.device, torch.complex64))
-        last = torch.view_as_real(waves[-1])  # the volume itself stays real
-        found = torch.view_as_complex((channel @ last).contiguous()).conj()
-        for wave in reversed(waves[:-1]):
-            found = found @ wave.conj()
-        found = found / channel.numel()
-        magnitude = found.abs()
-        change = torch.where(magnitude > 0, found * (amplitude / magnitude - 1), amplitude)
-        for wave in waves[:-1]:
-            change = change[..., None] * wave
-        return torch.view_as_real(change.conj().resolve_conj()) @ last.T
 
 
 class RandTorchIOScand(RandomizableTransform, MapTransform):

@@ -45,8 +45,6 @@ __all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_gene
 
 logger = logging.getLogger(__name__)
 
-# what jobs put together of all scans, in the folder of the results
-
 
 class Failures:
     """The scans of this run of which nothing came, with their reasons.
