@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, informative_network, run_bundle, run_bundle_process
+from matplotlib.image import imread
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
@@ -298,11 +299,12 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     atlas = tmp_path / "halves.nii.gz"
     nib.save(nib.Nifti1Image(np.broadcast_to(halves, scan.shape).astype(np.int16), scan.affine), atlas)
     (tmp_path / "halves.tsv").write_text("index\tname\n1\tleft\n2\tright\n")
-    job("deviation", fitted, tmp_path / "out", "--atlas", atlas, "--draws", 4)
+    done = job("deviation", fitted, tmp_path / "out", "--atlas", atlas, "--draws", 4)
     rows = list(csv.DictReader((tmp_path / "out" / "deviation.csv").open()))
     assert len(rows) == 48 and {row["region"] for row in rows} == {"left", "right"}
     assert {"image", "subject", "age", "value", "expected", "std", "z", "centile"} <= set(rows[0])
     wide = list(csv.DictReader((tmp_path / "out" / "deviation_z.csv").open()))
+    assert "shows regions over age" in done.stderr and imread(tmp_path / "out" / "regions.png").shape[2] == 4
     assert len(wide) == 24 and wide[0]["left"] == rows[0]["z"]
     assert nib.load(tmp_path / "out" / "sub-0001_FLAIR_deviation.nii.gz").shape == scan.shape
     refused = job("deviation", fitted, tmp_path / "none", "--atlas", tmp_path / "none.nii.gz")

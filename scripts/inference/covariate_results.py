@@ -22,6 +22,7 @@ from scripts.inference.covariates import AddChanged, Counterfactual, summary, ta
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import IntensityUnitsd, SaveScansd, file_names
+from scripts.inference.region_curves import RegionCurves
 from scripts.inference.tables import ScanColumns
 from scripts.layers.population_prior import PopulationPrior
 from scripts.utils import figures, plots
@@ -230,12 +231,15 @@ class SaveRegions(Transform):
         return data
 
 
-def region_table(output_dir: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Sequence[str]) -> None:
-    """Put the regions of all scans together.
+def region_table(
+    output_dir: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, curves: RegionCurves, scans: Sequence[str]
+) -> None:
+    """Put the regions of all scans together, in two tables and a picture.
 
     ``deviation.csv`` has a row per scan and region: the region's mean intensity (in the range of the network's output),
     what is expected for the scan's covariates, the standard deviation of that, the z score, and the centile.
-    ``deviation_z.csv`` has a row per scan and a column per region, its z score.
+    ``deviation_z.csv`` has a row per scan and a column per region, its z score. ``regions.png``: see
+    :class:`scripts.inference.region_curves.RegionCurves`.
     """
     found = {
         scan: json.loads(file.read_text(encoding="utf-8")) for scan in scans if (file := layout.path(scan)).exists()
@@ -255,6 +259,7 @@ def region_table(output_dir: str | os.PathLike, layout: ScanLayout, columns: Sca
     columns.write(folder / "deviation.csv", rows())
     z = ((scan, {name: f"{values[3]:.6g}" for name, values in regions.items()}) for scan, regions in found.items())
     columns.write(folder / "deviation_z.csv", z)
+    curves.draw(folder / "regions.png", {scan: {name: v[3] for name, v in found[scan].items()} for scan in found})
     logger.info("'deviation.csv' has a row per scan and region, 'deviation_z.csv' one per scan.")
 
 

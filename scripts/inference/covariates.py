@@ -194,7 +194,7 @@ class Deviation(Inferer):
             loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
-                means.append(self._means(loc))
+                means.append(self.region_means(loc))
             if draws == 1:
                 continue
             expected = total / draws
@@ -202,12 +202,12 @@ class Deviation(Inferer):
             spread = self.prior.dispersion * (between + noise / draws).sqrt()
             results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
             if self.masks is not None:
-                own, drawn = self._means(inputs), torch.stack(means)
+                own, drawn = self.region_means(inputs), torch.stack(means)
                 usual, std = drawn.mean(0), drawn.std(0)
                 results["regions"] = torch.stack([own, usual, std, (own - usual) / std], dim=2)
             yield results
 
-    def _means(self, scans: Tensor) -> Tensor:
+    def region_means(self, scans: Tensor) -> Tensor:
         """The mean of the first channel in each region, ``[batch, regions]``."""
         return scans[:, 0].flatten(1) @ self.masks.to(scans).T
 

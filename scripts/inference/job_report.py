@@ -19,7 +19,12 @@ TABLES = {
     "deviation": ("deviation_z.csv", "deviation.csv"),
     "covariates": ("covariates.csv",),
 }
-SHEETS = {"score": ("most_unusual.png",), "sample": ("samples.png",), "decode_coordinates": ("decoded.png",)}
+SHEETS = {
+    "deviation": ("regions.png",),
+    "score": ("most_unusual.png",),
+    "sample": ("samples.png",),
+    "decode_coordinates": ("decoded.png",),
+}
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
 IMAGES = ("recon", "imputed_mean", "sample", "decoded")
 MAPS = {"anomaly": 6.0, "deviation": 6.0, "difference": None}

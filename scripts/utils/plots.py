@@ -1,4 +1,4 @@
-"""Plots of a training run: its quantities and the KL divergence of each latent against updates, as PNG files."""
+"""Plots of numbers as PNG files: a run's quantities against updates, and what jobs say of covariates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scripts.utils.sheet import DPI, save
 from scripts.utils.slices import as_array
 
-__all__ = ["curves", "kl_per_latent", "posteriors"]
+__all__ = ["centiles", "curves", "kl_per_latent", "posteriors"]
 
 # label of a curve's y axis
 UNITS = {
@@ -44,6 +44,7 @@ TITLES = {
 }
 LINEAR = {"beta", "skipped"}
 COLOURS = {"training": "tab:blue", "validation": "tab:orange"}
+CENTILES = {-1.645: ":", -0.674: "--", 0.0: "-", 0.674: "--", 1.645: ":"}  # z scores of 5, 25, 50, 75, 95 %
 KL_FLOOR = 1e-4  # nats per dimension; a latent below is inactive
 
 
@@ -210,4 +211,42 @@ def posteriors(path: str | os.PathLike, content: Mapping[str, Mapping[str, Any]]
             axes.legend(fontsize="small")
         axes.set_xlabel(name)
     figure.suptitle(title)
+    return save(path, figure)
+
+
+def centiles(
+    path: str | os.PathLike,
+    covariate: str,
+    values: Sequence[float],
+    regions: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    points: Sequence[Sequence[tuple[float, float]]],
+) -> Path:
+    """Plot regions over a covariate, each in a panel: the 5th, 25th, 50th, 75th and 95th centile, and scans as points.
+
+    Args:
+        path: of the PNG.
+        covariate: its name.
+        values: of it.
+        regions: mean and standard deviation of each region at these values, ``[values]`` each.
+        points: of each region, the covariate and the z score of each scan; those beyond 2 are marked.
+    """
+    columns = min(4, len(regions))
+    rows = math.ceil(len(regions) / columns)
+    figure = Figure((3.6 * columns, 3.0 * rows), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, (mean, std)), scans in zip(panels, regions.items(), points, strict=False):
+        for z, style in CENTILES.items():
+            axes.plot(values, mean + z * std, color="tab:blue", linestyle=style, linewidth=1.0)
+        for far in (False, True):
+            own = [(value, z) for value, z in scans if (abs(z) > 2) == far]
+            middle = np.interp([v for v, _ in own], values, mean), np.interp([v for v, _ in own], values, std)
+            heights = middle[0] + np.array([z for _, z in own]) * middle[1]
+            axes.plot([v for v, _ in own], heights, ".", color="tab:orange" if far else "0.35", markersize=5)
+        axes.set_title(name, fontsize="small")
+        axes.set_xlabel(covariate)
+    for axes in panels[len(regions) :]:
+        axes.set_axis_off()
+    for axes in panels[::columns]:
+        axes.set_ylabel("mean intensity, network's range")
+    figure.suptitle("Centiles 5, 25, 50, 75, 95, and scans by their z scores (orange: beyond 2)", fontsize="small")
     return save(path, figure)
