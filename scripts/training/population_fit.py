@@ -313,7 +313,7 @@ class PopulationFit:
     def _dispersion(self, prior: PopulationPrior, dataset: Dataset) -> float:
         """How much further from their expectation held-out scans are than the prior's draws for their covariates.
 
-        Of the voxels where no background is expected, by the square root of the mean square.
+        Of the voxels that are brain in most draws, by the square root of the mean square.
         """
         if self.coding is None:
             return 1.0
@@ -332,8 +332,10 @@ class PopulationFit:
             spread = means.var(0) + torch.stack(variances).mean(0)
             # the mean of few draws is itself off by its variance over their number
             z2 = ((vectors.scans - means.mean(0)).square() - means.var(0) / DISPERSION_DRAWS) / spread
-            inside = means.mean(0) > low + 0.05 * (high - low)  # elsewhere next to nothing is expected to vary
-            squares += z2[inside].sum().item()
+            # elsewhere next to nothing is expected to vary
+            inside = (means > low + 0.05 * (high - low)).float().mean(0) > 0.5
+            # the inverse of a variance over few draws is too large in the mean
+            squares += z2[inside].sum().item() * (DISPERSION_DRAWS - 3) / (DISPERSION_DRAWS - 1)
             voxels += inside.sum().item()
         squares, voxels = (idist.all_reduce(total) for total in (squares, voxels))
         return max(squares / max(voxels, 1.0), 1e-6) ** 0.5
