@@ -50,6 +50,14 @@ def test_long_tables_are_cut_and_say_so(tmp_path):
     assert "5 more rows and columns: see t.csv" in text
 
 
+def test_columns_of_each_latent_stay_in_the_file(tmp_path):
+    (tmp_path / "scores.csv").write_text("image,kl,kl_z00,kl_z01,psnr\na.nii,1,2,3,30\n")
+    text = write_report(tmp_path, "score", "", [tmp_path / "scores.csv"], legend="kl: in nats.").read_text()
+    assert re.findall(r'scope="col">(\w+)', text) == ["image", "kl", "psnr"]
+    assert "<td>a.nii</td><td>1</td><td>30</td>" in text
+    assert "2 more rows and columns" in text and "kl: in nats." in text
+
+
 def test_volumes_are_in_the_page_and_can_be_moved_through(tmp_path):
     scan = brain(size=16)[0].numpy()
     paths = [save(tmp_path / f"{number}.nii.gz", scan) for number in range(MOST_VOLUMES + 2)]

@@ -25,6 +25,16 @@ SHEETS = {
     "sample": ("samples.png",),
     "decode_coordinates": ("decoded.png",),
 }
+LEGENDS = {
+    "score": "bits_per_dim: how well the network predicts the scan, lower is likelier (elbo = -(nll + kl), nats). "
+    "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
+    "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
+    "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map, in predicted "
+    "standard deviations, higher is more unusual.",
+    "deviation": "z: standard deviations from what is expected at this scan's covariates; centile: the same in per "
+    "cent. Maps are in standard deviations, and brightest at 6.",
+    "covariates": "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it.",
+}
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
 IMAGES = ("recon", "imputed_mean", "sample", "decoded")
 MAPS = {"anomaly": 6.0, "deviation": 6.0, "difference": None}
@@ -53,13 +63,14 @@ def write_job_report(
     placed = [scan for scan in scans if layouts[0].has_place(scan)]
     return write_report(
         folder,
-        job,
+        f"Results of {job}",
         f"{len(scans) - len(failed)} of {len(scans)} scan(s) have results in this folder.",
         [folder / name for name in TABLES.get(job, ())],
         [folder / name for name in SHEETS.get(job, ())] + [layout.path(scan) for scan in placed for layout in figures],
         settings,
         failed,
         [_shown(layout, scan) for scan in placed for layout in layouts if _kind(layout)],
+        LEGENDS.get(job, ""),
     )
 
 

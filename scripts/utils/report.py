@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from scripts.utils.volumes import ShownVolume, volume_html
 __all__ = ["write_report"]
 
 MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
+OF_EACH_LATENT = re.compile(r"kl_(per_dim_)?z\d+")  # columns that the file has, and the page has not
 MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
 MOST_VOLUMES, MOST_VOLUME_BYTES = 4, 8_000_000  # of all volumes, as the page holds them
 PACKAGES = ("torch", "monai", "nibabel", "numpy")
@@ -57,6 +59,7 @@ def write_report(
     settings: Mapping[str, Any] | None = None,
     failed: Sequence[tuple[str, str]] = (),
     volumes: Iterable[ShownVolume] = (),
+    legend: str = "",
 ) -> Path:
     """Write ``report.html``, whole or not at all.
 
@@ -68,6 +71,7 @@ def write_report(
         settings: with what the results were made.
         failed: scans of which there are no results, and why.
         volumes: likewise; the first 4 or 8 MB, as slices that follow the mouse.
+        legend: what the tables' columns mean, in a few sentences.
     """
     from jinja2 import Environment, FileSystemLoader  # only where a page is written: commands start without it
 
@@ -85,6 +89,7 @@ def write_report(
     text = page.render(
         title=title,
         lead=lead,
+        legend=legend,
         failed=Table("failed.csv", ["image", "reason"], [list(row) for row in failed], 0),
         tables=[_table(path) for path in map(Path, tables) if path.is_file()],
         pictures=shown,
@@ -100,13 +105,14 @@ def _table(path: Path) -> Table:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         columns = next(reader, [])
-        rows, more = [], 0
+        shown = [place for place, name in enumerate(columns) if not OF_EACH_LATENT.fullmatch(name)][:MOST_COLUMNS]
+        rows, more = [], len(columns) - len(shown)
         for row in reader:
             if len(rows) < MOST_ROWS:
-                rows.append(row[:MOST_COLUMNS])
+                rows.append([row[place] for place in shown])
             else:
                 more += 1
-    return Table(path.name, columns[:MOST_COLUMNS], rows, more + max(0, len(columns) - MOST_COLUMNS))
+    return Table(path.name, [columns[place] for place in shown], rows, more)
 
 
 def _pictures(paths: Sequence[Path], folder: Path) -> tuple[list[Picture], int]:
