@@ -16,6 +16,21 @@ FLAGS = [
     *("--disable-component-update", "--disable-sync", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 ]
 
+# voxels of NiiVue's texture of overlays that are not transparent
+OVERLAID = """({ gl, overlayTexture, back }) => {
+  const [, width, height, depth] = back.dims, colours = new Uint8Array(4 * width * height), buffer = gl.createFramebuffer();
+  let count = 0;
+  gl.bindFramebuffer(gl.FRAMEBUFFER, buffer);
+  for (let slice = 0; slice < depth; slice++) {
+    gl.framebufferTextureLayer(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, overlayTexture, 0, slice);
+    gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, colours);
+    for (let place = 3; place < colours.length; place += 4) count += colours[place] > 0;
+  }
+  gl.bindFramebuffer(gl.FRAMEBUFFER, null);
+  gl.deleteFramebuffer(buffer);
+  return count;
+}"""
+
 
 class Window:
     """A page, with what went wrong on it.
@@ -57,6 +72,10 @@ class Window:
         """The voxels of the image (0) or the overlay (1) that the first viewer of a view shows, ``[8, 8, 8]``."""
         values = self.page.evaluate(f"Array.from({viewer(view)}.volumes[{number}].img)")
         return np.array(values).reshape((8, 8, 8), order="F")
+
+    def overlaid(self, view: str) -> int:
+        """How many voxels the first viewer of a view draws the overlay on, as the graphics card has it."""
+        return self.page.evaluate(f"({OVERLAID})({viewer(view)})")
 
 
 def viewer(view: str) -> str:

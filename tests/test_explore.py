@@ -504,6 +504,14 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         assert page.evaluate(f"{nv}.volumes[1].cal_min") == pytest.approx(4)
         page.get_by_label("Opacity").first.fill("0.4")
         assert page.evaluate(f"{nv}.volumes[1].opacity") == pytest.approx(0.4)
+        # what is below the threshold is not drawn, and above the largest value nothing is
+        overlay = np.abs(window.volume("#scans", 1))
+        for threshold in (0.5, 1, 2):
+            page.get_by_label("Threshold").first.fill(str(threshold))
+            assert 0 < (overlay >= threshold).sum() < 512
+            assert window.overlaid("#scans") == (overlay >= threshold).sum()
+        page.get_by_label("Threshold").first.fill("6")
+        assert overlay.max() < 6 and window.overlaid("#scans") == 0
         before = np.abs(window.volume("#scans")).sum()
         page.get_by_label("Levels", exact=True).fill("0")
         drawn("#scans", 2)

@@ -11,7 +11,9 @@ const MAPS = {
 const SIGNED = "linear-gradient(90deg, #ebfaff, #00aaff, #0046c8, #222 50%, #c82800, #ff6e14, #ffff3c)";
 const VIRIDIS = "linear-gradient(90deg, #440154, #3b528b, #21918c, #5ec962, #fde725)";
 const GREY = "linear-gradient(90deg, #000, #fff)";
-const FROM_ZERO = 1; // NiiVue's colour map type: from 0 to the maximum, transparent below the minimum
+// NiiVue's colour map type whose colours go from 0 to the maximum and that hides what is below the minimum; type 1, the other
+// one with colours from 0, lets it fade. In the enum of NiiVue their names are the other way round.
+const HIDDEN_BELOW = 2;
 
 const bar = (gradient, low, high, label) =>
   h("span", { className: "bar" }, low, h("i", { style: `background: ${gradient}` }), high, ` ${label}`);
@@ -22,7 +24,7 @@ export class Viewer {
   constructor(parent) {
     this.caption = h("p", { className: "caption" });
     this.base = h("select", { ariaLabel: "Image", onchange: () => this.redraw() });
-    this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => { this.stop?.abort(); this.#limits(); this.redraw(); } });
+    this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => this.#choose() });
     this.opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.8, ariaLabel: "Opacity", oninput: () => this.#restyle() });
     this.threshold = h("input", { type: "range", min: 0, max: 6, step: 0.1, value: 2, ariaLabel: "Threshold", oninput: () => this.#restyle() });
     this.number = h("output");
@@ -90,6 +92,15 @@ export class Viewer {
     await this.redraw();
   }
 
+  // An overlay that is chosen is made anew if it was given up or failed before.
+  #choose() {
+    this.stop?.abort();
+    const [, over] = this.#current();
+    if (over) over.state = "";
+    this.#limits();
+    this.redraw();
+  }
+
   #current() {
     return [this.bases.find((item) => item.name === this.base.value), this.overlays.find((item) => item.name === this.overlay.value)];
   }
@@ -124,15 +135,15 @@ export class Viewer {
   async #load(over) {
     const stop = (this.stop = new AbortController());
     over.state = "working";
+    const state = (text) => { if (!stop.signal.aborted) over.state = text; };
     try {
-      const made = await over.load(stop.signal, (done, total) => { over.state = `${done} of ${total}`; this.#restyle(); });
-      over.state = made ? "" : "cancelled";
+      const made = await over.load(stop.signal, (done, total) => { state(`${done} of ${total}`); this.#restyle(); });
+      state(made ? "" : "cancelled");
       Object.assign(over, made);
     } catch (error) {
-      over.state = error.message;
+      state(error.message);
     }
-    if (stop.signal.aborted) over.state = "";
-    else if (this.overlays.includes(over)) this.redraw();
+    if (!stop.signal.aborted && this.overlays.includes(over)) this.redraw();
   }
 
   async #draw() {
@@ -162,7 +173,7 @@ export class Viewer {
     const from = Number(this.threshold.value);
     this.number.textContent = from.toPrecision(2);
     this.bars.append(bar(over.signed ? SIGNED : VIRIDIS, over.signed ? `−${over.text ?? over.most}` : "0", over.text ?? over.most, `${over.label}: ${over.unit}`));
-    Object.assign(volume, { cal_min: Math.max(from, 1e-6), cal_max: over.most, colormapType: FROM_ZERO });
+    Object.assign(volume, { cal_min: Math.max(from, 1e-6), cal_max: over.most, colormapType: HIDDEN_BELOW });
     if (over.signed) Object.assign(volume, { cal_minNeg: -over.most, cal_maxNeg: -Math.max(from, 1e-6) });
     this.nv.setOpacity(1, Number(this.opacity.value));
     this.nv.updateGLVolume();
