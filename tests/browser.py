@@ -18,7 +18,8 @@ FLAGS = [
 
 # voxels of NiiVue's texture of overlays that are not transparent
 OVERLAID = """({ gl, overlayTexture, back }) => {
-  const [, width, height, depth] = back.dims, colours = new Uint8Array(4 * width * height), buffer = gl.createFramebuffer();
+  const [, width, height, depth] = back.dims, colours = new Uint8Array(4 * width * height);
+  const buffer = gl.createFramebuffer();
   let count = 0;
   gl.bindFramebuffer(gl.FRAMEBUFFER, buffer);
   for (let slice = 0; slice < depth; slice++) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 import shutil
 import socket
 import threading
@@ -174,6 +175,8 @@ def test_what_is_no_job_is_refused(client, body, said):
         ("sample", {"covariates": {"height": 2}}, "knows no 'height'"),
         ("change", {"index": 0, "covariates": {"age": list(range(40, 60))}}, "11 are the most"),
         ("change", {"index": 0, "covariates": {"sex": "X"}}, "sex is 'X'"),
+        ("change", {"index": 0, "covariates": {"age": [50, -3]}}, "from 40 to 81; ask for one from 29.75 to 91.25"),
+        ("sample", {"covariates": {"age": 900}}, "age is 900: in the prior's cohort it goes from 40 to 81"),
         ("mix", {"first": 0, "second": 1, "levels": ["3"]}, "names the grid '3'"),
         ("mix", {"first": 0, "second": 1, "steps": 1}, "steps is 1"),
         ("fill", {"index": 0, "mask": []}, "Nothing is painted"),
@@ -524,6 +527,14 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         assert page.evaluate(f"{nv}.volumes[1].colormap + {nv}.volumes[1].colormapNegative") == "warmcold"
         page.locator("#scans tbody tr").nth(1).click()
         page.get_by_text("people of age 43, sex M, site B").wait_for()
+        # one that was given up while it was made is made anew when it is chosen again
+        with monkeypatch.context() as patch:
+            patch.setitem(jobs.kinds, "deviation", slow)
+            page.locator("#scans tbody tr").nth(2).click()
+            page.get_by_text(re.compile("deviation for age, sex, site: .* of 300")).wait_for()
+            page.get_by_label("Overlay").first.select_option("anomaly")
+        page.get_by_label("Overlay").first.select_option("deviation")
+        page.get_by_text("people of age 46, sex F, site C").wait_for()
         page.get_by_text("Score all").click()
         holds("document.querySelector('#scans').textContent.includes('12 scored')")
 
@@ -544,6 +555,20 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         page.get_by_text("Reset").click()
         drawn("#latents", 3)
         assert np.abs(window.volume("#latents")).sum() == pytest.approx(before, rel=1e-4)
+        # the caption names the scan that the sliders started from, whatever is typed since
+        scan = page.locator("#scans tbody tr").nth(1).locator("td").nth(1).text_content()
+        start, caption = page.get_by_label("Start from"), page.locator("#latents .caption")
+        start.fill(scan)
+        page.get_by_text(f"factors say of {scan}").wait_for()
+        shown = caption.text_content()
+        for typed, said in ((scan[:6], ""), ("sub-9999_FLAIR.nii.gz", "cannot be read as an image")):
+            start.fill(typed)
+            if said:
+                page.locator("#latents .message").get_by_text(said).wait_for()
+            seen = window.times("#latents")
+            page.get_by_label("Factor 1", exact=True).fill("1" if said else "2")
+            drawn("#latents", seen + 1)
+            assert caption.text_content() == shown
 
         # samples: a sheet, keep one and compare
         page.get_by_role("tab", name="Sample").click()

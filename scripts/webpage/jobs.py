@@ -38,6 +38,7 @@ MOST_STEPS = 11  # of a film strip
 MOST_DRAWS = 64
 DRAWS = 32  # of what is usual
 HOTTEST = 5  # temperature
+BEYOND = 0.25  # of the width of a covariate's range, which values may lie outside of it
 LARGEST = 100.0  # coordinate, in standard deviations of the cohort
 
 
@@ -290,6 +291,8 @@ class Jobs:
             if isinstance(value, float | int) and not 0 <= value <= HOTTEST:
                 raise ValueError(f"temperature is {value!r}: it must be from 0 to {HOTTEST}.")
         inferer = Sampling(temperature, prior=chosen, covariates=covariates or None)
+        if covariates:
+            self._check_near(covariates)
         yield 0, count
         files, images = {}, []
         for number in range(1, count + 1):
@@ -301,6 +304,19 @@ class Jobs:
             yield number, count
         return Result({"count": count}, files)
 
+    def _check_near(self, covariates: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` where a number lies far outside of what the prior's cohort had."""
+        for name, value in self.prior.coding.given(covariates).items():
+            variable = self.prior.coding.variables[name]
+            if variable.kind == "continuous" and value is not None:
+                beyond = BEYOND * (variable.high - variable.low)
+                if not variable.low - beyond <= value <= variable.high + beyond:
+                    raise ValueError(
+                        f"{name} is {value:g}: in the prior's cohort it goes from {variable.low:.4g} to "
+                        f"{variable.high:.4g}; ask for one from {variable.low - beyond:.4g} to "
+                        f"{variable.high + beyond:.4g}."
+                    )
+
     def change(self, index: int, covariates: Mapping[str, Any], channel: int = 0) -> Steps:
         """A scan under other covariates, of which one may be a list: a film strip."""
         channel = self._channel(channel)
@@ -308,6 +324,8 @@ class Jobs:
         wanted = targets(prior.coding, covariates)
         if len(wanted) > MOST_STEPS:
             raise ValueError(f"{len(wanted)} values were asked for: {MOST_STEPS} are the most.")
+        for values in wanted.values():
+            self._check_near(values)
         yield 0, len(wanted) + 1
         item = self._read(index)
         inputs, features = self._inputs(item), self._features(item)

@@ -14,6 +14,8 @@ export function makeLatents(section, about) {
   }
   let start = Array(about.factors).fill(0);
   let coordinates = [...start];
+  let scan = ""; // that `start` is of; none: the mean brain
+  let begins = 0;
   const latest = new Latest();
   const message = h("p", { className: "message", role: "alert" });
   const picker = new Picker("Start from", { empty: "the mean brain", onchange: begin });
@@ -49,10 +51,12 @@ export function makeLatents(section, about) {
       const began = performance.now();
       try {
         message.textContent = "";
+        const caption = scan ? `What ${about.factors} factors say of ${scan}` : "The mean brain, as the factors change it";
+        const file = scan || "mean brain";
         const job = await run("decode", { coordinates: [...coordinates], start: [...start] });
         if (!job) return;
         await viewer.show({
-          caption: picker.index === undefined ? "The mean brain, as the factors change it" : `What ${about.factors} factors say of ${picker.input.value}`,
+          caption, file,
           bases: [{ name: "decoded", label: "decoded", file: job.files["decoded.nii.gz"] }],
           overlays: [{ name: "difference", label: "difference", file: job.files["difference.nii.gz"], signed: true, most: 0.3, from: 0.03, unit: "from the start, in intensity; blue darker, orange brighter" }],
         });
@@ -65,15 +69,19 @@ export function makeLatents(section, about) {
 
   async function begin(index) {
     message.textContent = "";
+    const mine = ++begins;
+    const name = index === undefined ? "" : picker.input.value;
     try {
       const job = index === undefined ? null : await run("coordinates", { index });
+      if (mine !== begins) return; // another one was chosen meanwhile
+      scan = job ? name : "";
       start = job?.result.coordinates ?? Array(about.factors).fill(0);
       if (!job) picker.input.value = "";
       coordinates = [...start];
       fill();
       await draw();
     } catch (error) {
-      message.textContent = error.message;
+      if (mine === begins) message.textContent = error.message;
     }
   }
 
