@@ -35,6 +35,8 @@ from scripts.data.phantom_people import AGES, SITES, Cohort, Person
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Sampling
 from scripts.inference.scoring import Scoring
+from scripts.layers.population_prior import innovation
+from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
 from scripts.utils.nifti import nifti_bytes
@@ -42,7 +44,7 @@ from scripts.utils.nifti import nifti_bytes
 YEARS = 20.0  # of a counterfactual
 BANDS = ((45, 58), (58, 72), (72, 86))  # of ages, years
 PAIRS_SEED = 31  # of people that no fit and no other measurement has seen
-HARMONISED = 512  # training scans that the classifier of sites is fitted to
+PROBED = 512  # training scans that the classifier of sites and the probe of coordinates are fitted to
 PENALTIES = np.logspace(-1, 5, 13)
 
 
@@ -209,6 +211,22 @@ def main(
     inside = [float(t["age_low"]) <= age <= float(t["age_high"]) for t, age in zip(told, own_ages, strict=True)]
     results.append(("its 90 % interval holds the truth", f"{np.mean(inside):.0%}", "85 to 95 %"))
 
+    # what the coordinates say of age beside the covariates
+    def coordinates(
+        x: Tensor, network: VDVAE, features: Tensor, known: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        _, posteriors = network.infer(x, temperature=0.0)
+        return {"": prior.coordinates([innovation(q) for q in posteriors], features)}
+
+    some = slice(0, min(len(training), PROBED))
+    probed = []
+    nothing = dict.fromkeys(coding.variables)
+    for values, own_values in ((rows[some], known), ([nothing] * len(training), [nothing] * count)):
+        probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
+        probe.fit(batches(coordinates, training[some], values)[""].numpy(), ages[some])
+        probed.append(probe.score(batches(coordinates, scans, own_values)[""].numpy(), own_ages))
+    results.append(("age told by coordinates, R²", f"{probed[0]:.2f}", f"covariates not taken off: {probed[1]:.2f}"))
+
     # deviations of healthy people, and of brains that are older than their age
     deviation = Deviation(prior, draws)
     z = batches(deviation, scans, known)["deviation"][:, 0][:, brain]
@@ -246,7 +264,6 @@ def main(
     # all scans as if they came from one site: a classifier fitted to training scans, as they are or changed likewise
     site = sorted(SITES)[0]
     job = Counterfactual(prior, {"": {"site": site}})
-    some = slice(0, min(len(training), HARMONISED))
     moved, moved_training = (
         (x + batches(job, x, values)["change"]).clamp(-1, 1)
         for x, values in ((scans, known), (training[some], rows[some]))
