@@ -497,7 +497,21 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
 
         # scans: choose one, overlay, threshold, levels; the broken one is a row that says why
         page.wait_for_selector("td.error", state="attached")
-        assert "cannot be read as an image" in page.text_content("td.error")
+        broken = page.locator("td.error div")
+        assert broken.text_content().startswith("cannot be read as an image")
+        assert "sub-9999_FLAIR.nii.gz' cannot" in broken.get_attribute("title")  # all of it
+        assert page.locator("tr", has=broken).bounding_box()["height"] < 50
+        # a heading keeps the focus when Enter sorts by it; a search without hits says so
+        head = page.locator("[data-column=age]")
+        head.press("Enter")
+        page.get_by_role("button", name="age ↓").wait_for()
+        assert page.evaluate("document.activeElement.textContent") == "age ↓"
+        page.get_by_label("Search").fill("nobody")
+        page.get_by_text("No scan of 13 has “nobody” in its row.").wait_for()
+        page.get_by_label("Search").fill("")
+        page.get_by_text("1 to 13 of 13").wait_for()
+        head.press("Enter")
+        page.get_by_role("button", name="age ↑").wait_for()
         page.locator("#scans tbody tr").first.press("Enter")
         drawn("#scans")
         assert page.locator("#scans .bar").count() == 2
@@ -507,6 +521,13 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         assert page.evaluate(f"{nv}.volumes[1].cal_min") == pytest.approx(4)
         page.get_by_label("Opacity").first.fill("0.4")
         assert page.evaluate(f"{nv}.volumes[1].opacity") == pytest.approx(0.4)
+        with page.expect_download() as download:
+            page.get_by_text("Download overlay").first.click()
+        scan = page.text_content("#scans .caption").removesuffix(".nii.gz")
+        assert download.value.suggested_filename == f"{scan}_anomaly.nii.gz"
+        download.value.save_as(tmp_path / "anomaly.nii.gz")
+        overlay = nib.load(tmp_path / "anomaly.nii.gz").get_fdata()
+        np.testing.assert_allclose(np.sort(overlay, None), np.sort(window.volume("#scans", 1), None), rtol=1e-4)
         # what is below the threshold is not drawn, and above the largest value nothing is
         overlay = np.abs(window.volume("#scans", 1))
         for threshold in (0.5, 1, 2):
@@ -546,7 +567,8 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         drawn("#latents", 2)
         assert np.abs(window.volume("#latents")).sum() != pytest.approx(before, rel=1e-4)
         with page.expect_download() as download:
-            page.locator("#latents .viewer a").click()
+            page.locator("#latents").get_by_text("Download NIfTI").click()
+        assert download.value.suggested_filename == f"{scan}_decoded.nii.gz"
         download.value.save_as(tmp_path / "decoded.nii.gz")
         image = nib.load(tmp_path / "decoded.nii.gz")
         assert image.shape == (8, 8, 8) and image.get_fdata().sum() == pytest.approx(
@@ -578,7 +600,13 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         page.locator("#sample .sheet button").nth(2).click()
         drawn("#sample", 2, place=1)
         captions = page.locator("#sample .caption").all_text_contents()
-        assert captions == ["Sample 1 of seed 0", "Sample 3 of seed 0"]
+        assert captions == [f"Sample {number} of seed 0, the cohort's prior" for number in (1, 3)]
+        page.locator("#sample").get_by_role("spinbutton", name="age 40 to 81 in the cohort").fill("70")
+        page.get_by_label("Temperature", exact=True).fill("0.8")
+        page.get_by_role("button", name="Draw").click()
+        kept = "Sample 1 of seed 0, the cohort's prior"
+        page.get_by_text(f"{kept}, temperature 0.8, age 70").wait_for()
+        assert page.locator("#sample .caption").first.text_content() == kept
 
         # work that takes long is cancelled, where it was asked for and in the bar at the bottom after a reload
         monkeypatch.setitem(jobs.kinds, "sample", slow)

@@ -116,7 +116,7 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         result = kept.get(request.path_params["key"])
         if result is None or name not in result.files:
             return refusal(404, "This file is no longer kept: ask for it again.")
-        headers = {"content-disposition": f'attachment; filename="{name}"'}
+        headers = {"content-disposition": "attachment"}  # the page's links say under which name
         return Response(result.files[name], media_type=TYPES[Path(name).suffix], headers=headers)
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
 from scripts.data.covariate_tables import parse_row, read_rows
+from scripts.data.covariates import Categorical, Continuous
 from scripts.data.transforms import ScanError
 from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets
 from scripts.inference.engine import scan_generator
@@ -104,9 +105,7 @@ class Jobs:
             "covariates": []
             if coding is None
             else [
-                {"name": name, "kind": variable.kind, "values": variable.grid(9)}
-                if variable.kind == "continuous"
-                else {"name": name, "kind": variable.kind, "values": variable.grid()}
+                {"name": name, "kind": variable.kind, "values": _values(variable)}
                 for name, variable in coding.variables.items()
             ],
             "scans": len(self.cohort),
@@ -405,6 +404,16 @@ class Jobs:
             files[f"difference_{number:02d}.nii.gz"] = volume(shown - images[0], image.affine)
             files[f"frame_{number:02d}.png"] = picture(shown)
         return Result(content | {"labels": [label for label, _ in frames]}, files)
+
+
+def _values(variable: Continuous | Categorical) -> list[float] | list[str]:
+    """What a film strip over a covariate shows: its categories, or numbers as round as their distance allows."""
+    if variable.kind == "categorical":
+        return variable.grid()
+    numbers = variable.grid(9)
+    distance = numbers[1] - numbers[0]
+    digits = max(0, 1 - math.floor(math.log10(distance))) if distance > 0 else 3
+    return [round(number, digits) for number in numbers]
 
 
 def _known(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ export function makeChange(section, about) {
         for (const other of strip.children) other.setAttribute("aria-pressed", other === button);
         filling.stop();
         return viewer.show({
-          caption: `${title}: ${label}`,
+          caption: `${title}: ${label}`, file: `${scans} ${label}`,
           bases: [{ name: `frame_${number}`, label: "frame", file: files[`frame_${number}.nii.gz`] }],
           overlays: [{ name: "difference", label: "difference", file: files[`difference_${number}.nii.gz`], signed: true, most: 0.3, from: 0.03, unit: "from the first, in intensity; blue darker, orange brighter" }],
         }).catch((error) => say(error.message));

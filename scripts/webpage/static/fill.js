@@ -31,7 +31,7 @@ export function makeFill({ picker, viewer, say, clear }) {
       const anew = scan?.index !== index;
       scan = { index, name: picker.input.value };
       clear(begin);
-      await viewer.show({ caption: `${scan.name}: paint what is to be filled in`, bases: [{ name: "scan", label: "scan", file: job.files["scan.nii.gz"] }] });
+      await viewer.show({ caption: `${scan.name}: paint what is to be filled in`, file: scan.name, bases: [{ name: "scan", label: "scan", file: job.files["scan.nii.gz"] }] });
       painter.start(anew);
     } catch (error) {
       say(error.message);
@@ -63,7 +63,7 @@ export function makeFill({ picker, viewer, say, clear }) {
     const drawn = Array.from({ length: count }, (_, place) => volume(`draw_${String(place).padStart(2, "0")}`, `draw ${place + 1}`));
     const most = Math.max(result.largest_spread, 1e-4);
     await viewer.show({
-      caption: `${scan.name}: filled in`,
+      caption: `${scan.name}: filled in`, file: scan.name,
       bases: [volume("filled", "filled in (mean)"), ...drawn, volume("scan", "scan")],
       overlays: [
         { ...volume("spread", "spread of draws"), most, text: most.toFixed(3), from: 0, unit: "standard deviation over draws, in intensity" },

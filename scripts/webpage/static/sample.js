@@ -9,7 +9,8 @@ export function makeSample(section, about) {
   const number = (value, min, max, step) => h("input", { type: "number", value, min, max, step });
   const count = number(8, 1, 36, 1);
   const seed = number(0, 0, 2147483647, 1);
-  const heat = h("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: about.factors ? 1 : 0.7, oninput: say, ariaLabel: "Temperature" });
+  const usual = about.factors ? 1 : 0.7; // temperature
+  const heat = h("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: usual, oninput: say, ariaLabel: "Temperature" });
   const shown = h("output");
   const grids = about.levels.map(({ key, name }) => [key, h("input", { type: "number", min: 0, max: 2, step: 0.1, placeholder: "1", ariaLabel: `Temperature of grid ${name}` }), name]);
   const prior = h("select", {}, ...(about.factors ? [["population", "the cohort's (population prior)"]] : []).concat([["network", "the network's own"]])
@@ -30,7 +31,7 @@ export function makeSample(section, about) {
       h("label", {}, "Latents from", prior),
       ...(about.covariates.length ? [h("fieldset", {}, h("legend", { textContent: "Covariates" }), ...covariates.elements)] : []),
       h("div", { className: "row" }, draw, cancel, progress), message, sheet),
-    h("div", { className: "stage" }, h("div", { className: "row" }, keep, h("span", { className: "quiet", textContent: "A click on a sample shows it on the right." })), pair));
+    h("div", { className: "stage" }, h("div", { className: "row" }, keep, h("span", { className: "quiet", textContent: "Shows the sample that is chosen beside the next ones." })), pair));
   const left = new Viewer(pair);
   const right = new Viewer(pair);
   let stop = null, current = null, kept = null, linked = false;
@@ -65,10 +66,19 @@ export function makeSample(section, about) {
     cancel.disabled = true;
   }
 
+  // What samples were drawn with, in words.
+  function describe({ seed, temperature, prior, covariates = {} }) {
+    const heats = typeof temperature === "number" ? (temperature === usual ? "" : `temperature ${temperature}`)
+      : grids.filter(([key]) => key in temperature).map(([key, , name]) => `temperature ${temperature[key]} at ${name}`).join(", ");
+    const known = Object.entries(covariates).map(([name, value]) => `${name} ${value}`).join(", ");
+    return [`seed ${seed}`, prior === "network" ? "the network's prior" : "the cohort's prior", heats, known].filter(Boolean).join(", ");
+  }
+
   function fill({ files }, args) {
+    const source = describe(args);
     const names = Object.keys(files).filter((name) => name.endsWith(".png")).map((name) => name.slice(0, -4));
     sheet.replaceChildren(...names.map((name, place) => {
-      const item = { name, file: files[`${name}.nii.gz`], caption: `Sample ${place + 1} of seed ${args.seed}` };
+      const item = { name, file: files[`${name}.nii.gz`], caption: `Sample ${place + 1} of ${source}`, sheet: source };
       const button = h("button", { "aria-pressed": "false", onclick: () => choose(item, button) },
         h("img", { src: files[`${name}.png`], alt: item.caption }), String(place + 1));
       return button;
@@ -85,7 +95,7 @@ export function makeSample(section, about) {
 
   async function show(viewer, item) {
     try {
-      await viewer.show({ caption: item.caption, bases: [{ name: item.name, label: "sample", file: item.file }] });
+      await viewer.show({ caption: item.caption, file: item.sheet, bases: [{ name: item.name, label: "sample", file: item.file }] });
       if (!linked && viewer === left) {
         linked = true;
         await left.link(right);

@@ -14,6 +14,9 @@ const TITLES = {
   typicality: "Mahalanobis distance from the cohort's mean", typicality_tail: "Share of the cohort's scans that lie at least as far from its mean",
 };
 
+// Why a scan cannot be read, without its path, which its row has already.
+const reason = (error) => error.replace(/^'[^']*':? /, "");
+
 export function makeScans(section, about, select) {
   const state = { offset: 0, sort: "", descending: false, search: "", chosen: null, row: null };
   const message = h("p", { className: "message", role: "alert" });
@@ -79,19 +82,20 @@ export function makeScans(section, about, select) {
 
   function draw(page) {
     for (const index of [...pictures.keys()]) if (!page.rows.some((row) => row.index === index && !row.error)) drop(index);
-    const focus = document.activeElement?.dataset?.index;
+    const { index: focus, column } = document.activeElement?.dataset ?? {};
     const heads = page.columns.map((name) => {
       const mark = state.sort === name ? (state.descending ? " ↓" : " ↑") : "";
-      const button = h("button", { textContent: (COLUMNS[name] ?? name) + mark, title: TITLES[name] ?? "", onclick: () => sort(name) });
+      const button = h("button", { textContent: (COLUMNS[name] ?? name) + mark, title: TITLES[name] ?? "", "data-column": name, onclick: () => sort(name) });
       return h("th", { scope: "col" }, button);
     });
     table.replaceChildren(h("thead", {}, h("tr", {}, h("th"), ...heads)), h("tbody", {}, ...page.rows.map((row) => line(row, page.columns))));
     const last = Math.min(state.offset + page.rows.length, page.total);
-    counts.textContent = `${page.total ? state.offset + 1 : 0} to ${last} of ${page.total}; ${page.scored} scored` +
+    counts.textContent = !page.total ? `No scan of ${page.scans} has “${state.search}” in its row.` : `${state.offset + 1} to ${last} of ${page.total}; ${page.scored} scored` +
       (page.broken ? `; ${page.broken} cannot be read` : "");
     previous.disabled = state.offset === 0;
     next.disabled = last >= page.total;
     if (focus !== undefined) table.querySelector(`tr[data-index="${focus}"]`)?.focus();
+    if (column !== undefined) [...table.querySelectorAll("th button")].find((head) => head.dataset.column === column)?.focus();
   }
 
   function line(row, columns) {
@@ -100,7 +104,7 @@ export function makeScans(section, about, select) {
     }
     const picture = row.error ? "" : pictures.get(row.index);
     const cells = row.error
-      ? [h("td", { textContent: row.image }), h("td", { className: "error", colSpan: Math.max(1, columns.length - 1) }, h("div", { textContent: row.error }))]
+      ? [h("td", { textContent: row.image }), h("td", { className: "error", colSpan: Math.max(1, columns.length - 1) }, h("div", { textContent: reason(row.error), title: row.error }))]
       : columns.map((name) => cell(row[name]));
     const element = h("tr", {
       tabIndex: 0, "data-index": row.index, "aria-selected": row.index === state.chosen, onclick: () => choose(row),
@@ -164,13 +168,13 @@ export function makeScans(section, about, select) {
     const sd = { signed: true, most: 6, from: 3, unit: "standard deviations, blue darker, orange brighter" };
     const most = Math.max(result.largest_scale, 1e-4);
     await viewer.show({
-      caption: row.image,
+      caption: row.image, file: row.image,
       bases: [{ name: "scan", label: "scan", file: file("scan") }, ...recons.reverse(), { name: "restored", label: "restored", file: file("restored") }],
       overlays: [
         { name: "anomaly", label: "anomaly", file: file("anomaly"), ...sd },
         { name: "zscore", label: "z score", file: file("zscore"), ...sd },
         ...deviation(row.index, sd),
-        { name: "scale", label: "predicted deviation", file: file("scale"), signed: false, most, text: most.toFixed(3), from: 0, unit: "standard deviation, in intensity" },
+        { name: "scale", label: "predicted deviation", file: file("scale"), signed: false, most, text: most.toFixed(3), from: most / 10, unit: "standard deviation, in intensity" },
       ],
       overlay: viewer.overlays.length ? undefined : "anomaly",
     });

@@ -14,6 +14,7 @@ const GREY = "linear-gradient(90deg, #000, #fff)";
 // NiiVue's colour map type whose colours go from 0 to the maximum and that hides what is below the minimum; type 1, the other
 // one with colours from 0, lets it fade. In the enum of NiiVue their names are the other way round.
 const HIDDEN_BELOW = 2;
+const SUFFIX = /\.(nii(\.gz)?|mg[hz]|nrrd|mha)(?= |$)/gi;
 
 const bar = (gradient, low, high, label) =>
   h("span", { className: "bar" }, low, h("i", { style: `background: ${gradient}` }), high, ` ${label}`);
@@ -31,13 +32,14 @@ export class Viewer {
     this.shown = h("select", { ariaLabel: "Planes or 3D", onchange: () => this.#slices() },
       ...["Three planes", "Axial", "Coronal", "Sagittal", "3D"].map((name) => h("option", { textContent: name })));
     this.download = h("a", { textContent: "Download NIfTI", href: "#" });
+    this.downloadOverlay = h("a", { textContent: "Download overlay", href: "#", hidden: true });
     this.bars = h("div", { className: "bars" });
     this.overlayControls = h("span", { className: "row" },
       h("label", {}, "Overlay", this.overlay), h("label", {}, "Opacity", this.opacity),
       h("label", {}, "Threshold", this.threshold, this.number));
     this.baseControl = h("label", {}, "Image", this.base);
     this.canvas = h("canvas");
-    const controls = h("div", { className: "row controls" }, this.baseControl, this.overlayControls, this.shown, this.download);
+    const controls = h("div", { className: "row controls" }, this.baseControl, this.overlayControls, this.shown, this.download, this.downloadOverlay);
     this.element = h("div", { className: "viewer" }, this.caption, h("div", { className: "canvas" }, this.canvas), this.bars, controls);
     this.element.viewer = this;
     this.overlays = [];
@@ -73,7 +75,8 @@ export class Viewer {
     other.nv.broadcastTo([this.nv], { "2d": true, "3d": true });
   }
 
-  async show({ caption = "", bases, overlays = [], base, overlay }) {
+  // file: what the names of downloaded files begin with, such as the scan's name.
+  async show({ caption = "", file = "", bases, overlays = [], base, overlay }) {
     this.element.hidden = false;
     await this.#start();
     this.stop?.abort();
@@ -81,6 +84,7 @@ export class Viewer {
     this.bases = bases;
     this.overlays = overlays;
     this.caption.textContent = caption;
+    this.file = file;
     const options = (items) => items.map((item) => h("option", { value: item.name, textContent: item.label }));
     this.base.replaceChildren(...options(bases));
     this.overlay.replaceChildren(h("option", { value: "", textContent: "none" }), ...options(overlays));
@@ -158,10 +162,16 @@ export class Viewer {
     const place = this.nv.volumes.length ? [...this.nv.scene.crosshairPos] : null;
     await this.nv.loadVolumes(volumes);
     if (place) this.nv.scene.crosshairPos = place;
-    this.download.href = base.file;
-    this.download.download = `${base.name}.nii.gz`;
+    this.#offer(this.download, base);
+    this.downloadOverlay.hidden = !over?.file;
+    if (over?.file) this.#offer(this.downloadOverlay, over);
     this.#restyle();
     this.element.dataset.drawn = Number(this.element.dataset.drawn ?? 0) + 1;
+  }
+
+  #offer(link, item) {
+    const name = `${this.file} ${item.name}`.replace(SUFFIX, "").replace(/[^\w.+-]+/g, "_").replace(/^[_.]+/, "");
+    Object.assign(link, { href: item.file, download: `${name}.nii.gz` });
   }
 
   #restyle() {
