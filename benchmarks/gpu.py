@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.memory import GIB
 from benchmarks.step import CONFIGS
+from scripts.utils.files import write_text
 
 ROOT = CONFIGS.parent
 NETWORKS = ("default", "lean_64", "lean_128", 256)
@@ -64,7 +65,10 @@ class Clock:
         command = [sys.executable, *words, *([json.dumps(settings)] if settings else [])]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         start = time.monotonic()
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        ):
             try:
                 rc = subprocess.run(command, stdout=out, stderr=err, cwd=ROOT, env=environment, timeout=left).returncode
             except subprocess.TimeoutExpired:
@@ -219,7 +223,7 @@ def main(
     found: dict[str, Any] = {"about": describe(device), "training": [], "inference": []}
 
     def keep() -> None:
-        (target / "gpu.json").write_text(json.dumps(found, indent=1))
+        write_text(target / "gpu.json", json.dumps(found, indent=1))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -246,8 +250,9 @@ def main(
             found["inference"] += clock.run(["-m", "benchmarks.gpu_jobs"], **asked)["lines"]
         keep()
         steps(LAST)
-    (target / "gpu.md").write_text(tables(found))
-    print((target / "gpu.md").read_text())
+    text = tables(found)
+    write_text(target / "gpu.md", text)
+    print(text)
     return found
 
 

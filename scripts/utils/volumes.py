@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from scripts.utils.figures import ANOMALY_STYLE
 
 __all__ = ["ShownVolume", "read_volume", "volume_html"]
 
@@ -42,13 +41,15 @@ def volume_html(shown: ShownVolume) -> str | None:
     image = read_volume(shown.path)
     if image is None:
         return None
+    # only where a volume is shown: commands start without PyTorch, scikit-learn and pandas
+    from nilearn.plotting import view_img
+    from scripts.utils.figures import ANOMALY_STYLE
+
     options: dict[str, Any] = {"cmap": "gray", "bg_img": None, "threshold": None, "symmetric_cmap": False}
     background = None if shown.background is None else read_volume(shown.background)
     if background is not None:
         most = shown.most or float(np.quantile(np.abs(image.get_fdata(dtype=np.float32)), 0.999)) or 1e-6
         options = {"cmap": ANOMALY_STYLE["cmap"], "bg_img": background, "threshold": most / 3, "vmax": most}
-    from nilearn.plotting import view_img  # scikit-learn and pandas come with it
-
     with warnings.catch_warnings():  # of constant images
         warnings.simplefilter("ignore")
         view = view_img(image, black_bg=True, resampling_interpolation="nearest", **options)
