@@ -24,12 +24,12 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
-from benchmarks.covariates import YEARS, People
+from benchmarks.covariates import People, year_shifts
 from benchmarks.peers import stack
-from benchmarks.trials import append
+from benchmarks.trials import append, endless_order
 from scripts.data.covariate_tables import read_rows
 from scripts.data.covariates import CovariateCoding
-from scripts.data.phantom_people import AGES, Cohort
+from scripts.data.phantom_people import Cohort
 from scripts.inference.scoring import foreground
 from scripts.layers.population_prior import drawing_innovations, innovation
 from scripts.networks import VDVAE
@@ -162,12 +162,9 @@ def main(
     optimizer, scheduler, loss_function = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler", "loss"))
     parameters = list(parser.get_parsed_content("network").parameters())
     penalty = WeightPenalty(list(network.parameters()), parser["weight_penalty"])
-    order = iter(())
+    order = endless_order(len(training), parser["batch_size"])
     for update in range(updates):
-        indices = next(order, None)
-        if indices is None:
-            order = iter(torch.randperm(len(training)).split(parser["batch_size"]))
-            indices = next(order)
+        indices = next(order)
         scans = training[indices]
         optimizer.zero_grad()
         known = torch.rand(len(indices)) >= HIDDEN
@@ -199,7 +196,7 @@ def measure(
     """Bits per dim of people with their covariates and without, and how true their counterfactuals are."""
     people = [cohort.person(index) for index in range(1, count + 1)]
     ages = np.array([person.age for person in people])
-    shifts = np.where(ages + YEARS <= AGES[1], YEARS, -YEARS)
+    shifts = year_shifts(people)
     scans = cohort.scans([(i + 1, Cohort()) for i in range(count)], "people")
     others = cohort.scans([(i + 1, Cohort(age=float(ages[i] + shifts[i]))) for i in range(count)], "at another age")
     own, other = (

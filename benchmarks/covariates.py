@@ -246,7 +246,7 @@ def main(
         both, twice = torch.cat([scans, unusual]), known + known
         labels = np.repeat([0, 1], count)
         with_it = batches(Scoring(prior=prior), both, twice)
-        without = batches(Scoring(prior=prior), both, [dict.fromkeys(coding.variables)] * len(both))
+        without = batches(Scoring(prior=prior), both, [nothing] * len(both))
         for name in ("bits_per_dim_population", "typicality"):
             pair = [roc_auc_score(labels, found[name].numpy()) for found in (with_it, without)]
             results.append((f"AUROC of {name}, {what}", f"{pair[0]:.3f}", f"without covariates: {pair[1]:.3f}"))
@@ -257,7 +257,7 @@ def main(
         )
     healthy = [
         batches(Scoring(prior=prior), scans, values)["bits_per_dim_population"].mean().item()
-        for values in (known, [dict.fromkeys(coding.variables)] * count)
+        for values in (known, [nothing] * count)
     ]
     results.append(("bits per dim with covariates", f"{healthy[0]:.4f}", f"without: {healthy[1]:.4f}"))
 

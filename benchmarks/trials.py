@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,9 @@ def trial(
     penalty = WeightPenalty(parameters, parser["weight_penalty"])
     running = RunningPopulationPrior(network, population_factors)
     start = time.perf_counter()
-    order = iter(())
+    order = endless_order(len(training), parser["batch_size"])
     for update in range(1, updates + 1):
-        indices = next(order, None)
-        if indices is None:
-            order = iter(torch.randperm(len(training)).split(parser["batch_size"]))
-            indices = next(order)
-        scans = training[indices]
+        scans = training[next(order)]
         network.train()
         optimizer.zero_grad()
         with autocast(torch.device("cpu"), parser["amp"], parser["amp_dtype"]):
@@ -137,6 +133,12 @@ def trial(
             print(row, flush=True)
             torch.save(network.state_dict(), folder / f"{name}_{seed}.pt")
             start = time.perf_counter() - spent
+
+
+def endless_order(count: int, batch_size: int) -> Iterator[Tensor]:
+    """Indices of batches of ``count`` scans, epoch after epoch, each in another random order."""
+    while True:
+        yield from torch.randperm(count).split(batch_size)
 
 
 @torch.no_grad()
