@@ -20,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ ROOT = CONFIGS.parent
 NETWORKS = ("default", "lean_64", "lean_128", 256)
 # by what a user would choose; compiling takes a minute each, and comes last
 FIRST = [["bf16", "eager"], ["fp32", "eager"], ["bf16", "graph"], ["fp16", "eager"], ["fp32", "graph"]]
-LAST = [["bf16", "compiled"], ["fp32", "compiled"]]
+Command = tuple[Sequence[str], dict[str, Any]]  # words after "python", and settings
+MODULE = ["-m", "benchmarks.gpu_jobs"]
+LAST = [["bf16", "compiled"], ["bf16", "compiled graph"], ["fp32", "compiled"]]
 
 
 class Clock:
@@ -63,7 +66,8 @@ class Clock:
         if left < 5:
             return {"seconds": 0.0, "rc": None, "lines": [], "said": "The minutes were over."}
         command = [sys.executable, *words, *([json.dumps(settings)] if settings else [])]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         start = time.monotonic()
         with (
             tempfile.TemporaryFile("w+", encoding="utf-8") as out,
@@ -78,6 +82,12 @@ class Clock:
             printed, said = out.read(), err.read()
         lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
         return {"seconds": time.monotonic() - start, "rc": rc, "lines": lines, "said": said[-2000:]}
+
+    def side_by_side(self, commands: Mapping[str, Command]) -> dict[str, dict[str, Any]]:
+        """What :meth:`run` gives for several commands, words and settings of each, that are started at once."""
+        with ThreadPoolExecutor(len(commands)) as pool:
+            runs = {name: pool.submit(self.run, words, **settings) for name, (words, settings) in commands.items()}
+        return {name: run.result() for name, run in runs.items()}
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -123,9 +133,8 @@ def make_masks(scans: str, folder: Path) -> str:
     return str(folder / "masks")
 
 
-def run_jobs(clock: Clock, scans: str, folder: Path, device: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+def job_commands(scans: str, folder: Path, device: str, changes: Mapping[str, Any]) -> dict[str, Command]:
     """Each inference job of the bundle as a user starts it, with the weights that come with it."""
-    results = {}
     common = {"config_file": "configs/inference.json", "device": f"$torch.device('{device}')", "amp": True, **changes}
     special = {
         "decode": {"dataset_dir": str(folder / "encode")},
@@ -133,36 +142,62 @@ def run_jobs(clock: Clock, scans: str, folder: Path, device: str, changes: Mappi
         "impute": {"mask_dir": make_masks(scans, folder)},
     }
     jobs = ("reconstruct", "encode", "decode", "decode_coordinates", "sample", "score", "impute", "interpolate")
-    for job in jobs:
-        settings = {**common, "dataset_dir": scans, "output_dir": str(folder / job), **special.get(job, {})}
-        results[job] = clock.run(["-m", "benchmarks.gpu_jobs"], run_id=job, **settings)
-    return results
+    settings = {"dataset_dir": scans, **common}
+    return {
+        job: (MODULE, {**settings, "run_id": job, "output_dir": str(folder / job), **special.get(job, {})})
+        for job in jobs
+    }
 
 
-def run_training(clock: Clock, scans: str, folder: Path, device: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Two epochs at once, the same with a stop between (how much do their weights differ?), and by torchrun."""
-    common = {"run_id": "training", "dataset_dir": scans, "cache_dir": str(folder / "cache"), "num_workers": 2}
+def training_commands(scans: str, folder: Path, device: str, changes: Mapping[str, Any]) -> dict[str, Command]:
+    """Two epochs at once, the same with a stop between, and by torchrun."""
+    common = {"run_id": "training", "dataset_dir": scans, "num_workers": 2}
     common |= {"device": f"$torch.device('{device}')", "prior_factors": 4, "figure_interval": 0, "augment": False}
     # without augmentations that need TorchIO
     common |= {"augmentation": {}, "config_file": ["configs/train.json"], "train_fraction": 0.75, "batch_size": 2}
     common |= changes
-    module, results = ["-m", "benchmarks.gpu_jobs"], {}
-    results["two epochs"] = clock.run(module, **common, epochs=2, output_dir=str(folder / "whole"))
-    results["one epoch"] = clock.run(module, **common, epochs=1, output_dir=str(folder / "parts"))
-    results["resumed"] = clock.run(module, **common, epochs=2, output_dir=str(folder / "parts"), resume=True)
-    several = {**common, "config_file": [*common["config_file"], "configs/multi_gpu_train.json"]}
-    several.pop("device")  # each process has its own
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+
+    def settings(run: str, epochs: int, **more: Any) -> dict[str, Any]:
+        folders = {"output_dir": str(folder / run), "cache_dir": str(folder / run / "cache")}
+        return {**common, **folders, "epochs": epochs, **more}
+
+    commands = {
+        "two epochs": (MODULE, settings("whole", 2)),
+        "one epoch": (MODULE, settings("parts", 1)),
+        "resumed": (MODULE, settings("parts", 2, resume=True)),
+    }
     if device == "cuda":
-        results["torchrun, NCCL"] = clock.run(
-            [*torchrun, *module], **several, epochs=1, output_dir=str(folder / "nccl")
-        )
+        several = settings("nccl", 1, config_file=[*common["config_file"], "configs/multi_gpu_train.json"])
+        several.pop("device")  # each process has its own
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        commands["torchrun, NCCL"] = ([*torchrun, *MODULE], several)
+    return commands
+
+
+def largest_difference(folder: Path) -> float | None:
+    """How much the weights of a run that was stopped and resumed differ at most from those of one that was not."""
     paths = [folder / run / "checkpoints/model.pt" for run in ("whole", "parts")]
-    if all(path.is_file() for path in paths):
-        whole, parts = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
-        off = max((whole[name].double() - parts[name].double()).abs().max().item() for name in whole)
-        results["resumed"]["largest_difference"] = off
-    return results
+    if not all(path.is_file() for path in paths):
+        return None
+    whole, parts = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
+    return max((whole[name].double() - parts[name].double()).abs().max().item() for name in whole)
+
+
+def run_checks(
+    clock: Clock, scans: str, folder: Path, device: str, inference: Mapping[str, Any], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tests, each job and training runs, side by side; what goes on from another's results after it."""
+    jobs, runs = job_commands(scans, folder, device, inference), training_commands(scans, folder, device, training)
+    later = ("decode", "decode_coordinates", "resumed")
+    commands = {"tests": (["-m", "unittest", "discover", "-s", "tests/gpu"], {}), **jobs, **runs}
+    found = clock.side_by_side({name: command for name, command in commands.items() if name not in later})
+    found |= clock.side_by_side({name: commands[name] for name in later})
+    found["resumed"]["largest_difference"] = largest_difference(folder)
+    return {
+        "tests": found["tests"],
+        "jobs": {name: found[name] for name in jobs},
+        "runs": {name: found[name] for name in runs},
+    }
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -187,9 +222,10 @@ def tables(found: dict[str, Any]) -> str:
         memory = f"{row['peak'] / GIB:.2f}, {row['estimate'] / GIB:.2f}" if "peak" in row else ""
         seconds = row.get("error") or f"{row['seconds']:.3f}"
         text.append(f"| {row['job']} | {row['network']} | {row['precision']} | {seconds} | {memory} |")
-    text += ["", "| command | exit status | seconds, start included | |", "|---|---|---|---|"]
+    text += ["", "| command, all side by side | exit status | seconds, start included | |", "|---|---|---|---|"]
     for name, run in {**found["jobs"], **found["runs"]}.items():
-        more = f"largest difference of a weight: {run['largest_difference']:.2g}" if "largest_difference" in run else ""
+        off = run.get("largest_difference")
+        more = "" if off is None else f"largest difference of a weight: {off:.2g}"
         more = more if run["rc"] == 0 else reason(run)
         text.append(f"| {name} | {'-' if run['rc'] is None else run['rc']} | {run['seconds']:.1f} | {more} |")
     text += ["", f"tests/gpu: exit status {found['tests']['rc']}, {reason(found['tests'])}"]
@@ -241,10 +277,9 @@ def main(
                 found["training"] += run["lines"] + missing
                 keep()
 
-        found["tests"] = clock.run(["-m", "unittest", "discover", "-s", "tests/gpu"])
+        found |= run_checks(clock, scans, folder, device, inference or {}, training or {})
+        keep()
         steps(FIRST)
-        found["jobs"] = run_jobs(clock, scans, folder, device, inference or {})
-        found["runs"] = run_training(clock, scans, folder, device, training or {})
         for network in networks:
             asked = {"network": network, "precision": "bf16", "device": device}
             found["inference"] += clock.run(["-m", "benchmarks.gpu_jobs"], **asked)["lines"]

@@ -70,9 +70,19 @@ def test_on_a_cpu_both_say_that_they_do_nothing(caplog):
 
 
 def test_a_graph_refuses_what_is_not_one_fixed_update():
-    assert check_graph(GPU, accumulation_steps=False, amp_dtype=None)
+    assert check_graph(GPU, True, accumulation_steps=False, amp_dtype=None)
     with pytest.raises(ValueError, match="cuda_graph is True, and accumulation_steps is 2"):
-        check_graph(GPU, accumulation_steps=2)
+        check_graph(GPU, True, accumulation_steps=2)
+
+
+def test_by_default_a_graph_is_made_where_it_can_be(caplog):
+    assert check_graph(GPU, None, accumulation_steps=False)
+    assert not check_graph(CPU, None)
+    assert not check_graph(GPU, False, accumulation_steps=2)
+    assert caplog.text == ""
+    with caplog.at_level("INFO"):
+        assert not check_graph(GPU, None, accumulation_steps=2)
+    assert "not as one CUDA graph, since accumulation_steps is 2" in caplog.text
 
 
 @pytest.mark.parametrize(

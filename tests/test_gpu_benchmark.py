@@ -27,10 +27,15 @@ def in_process(self, words, **settings):
     return {"seconds": 1.0, "rc": 0, "lines": [], "said": "OK (skipped=9)"}
 
 
+def one_after_the_other(self, commands):
+    return {name: self.run(words, **settings) for name, (words, settings) in commands.items()}
+
+
 def test_everything_runs_without_a_gpu(cohort, tmp_path, monkeypatch, capsys):
     run = run_bundle("--dataset_dir", cohort, "--output_dir", tmp_path / "run", "--prior_factors", 2)
     assert run.returncode == 0, run.stderr
     monkeypatch.setattr(gpu.Clock, "run", in_process)
+    monkeypatch.setattr(gpu.Clock, "side_by_side", one_after_the_other)
     monkeypatch.setattr(gpu, "FIRST", [["bf16", "eager"], ["fp32", "graph"]])
     monkeypatch.setattr(gpu, "LAST", [["fp32", "compiled"]])
     inference = {**INFERENCE, "ckpt": str(tmp_path / "run/checkpoints/model.pt")}
@@ -57,6 +62,18 @@ def test_what_the_minutes_do_not_reach_is_said(tmp_path):
     run = clock.run(["-c", "import sys; print('{\"a\": 1}'); sys.exit('Error: no.')"])
     assert (run["rc"], run["lines"], run["said"]) == (1, [{"a": 1}], "Error: no.\n")
     assert gpu.reason(run) == "Error: no."
+
+
+def test_commands_run_side_by_side_and_find_what_python_found(tmp_path, monkeypatch):
+    """Packages may lie where PYTHONPATH says; each command waits for a file that the other writes."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "there.py").write_text("import pathlib, sys, time\nhere = pathlib.Path(__file__).parent\n")
+    program = (
+        "import there; (there.here / '{}').touch()\nwhile not (there.here / '{}').exists(): there.time.sleep(0.01)"
+    )
+    commands = {"one": (["-c", program.format("a", "b")], {}), "two": (["-c", program.format("b", "a")], {})}
+    found = gpu.Clock(1).side_by_side(commands)
+    assert {name: run["rc"] for name, run in found.items()} == {"one": 0, "two": 0}, found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -41,26 +41,30 @@ def compile_network(network: nn.Module, device: torch.device, recorded: bool = F
     logger.warning("compile is True, but %s: the network is run as it is.", reason)
 
 
-def check_graph(device: torch.device, **unfit: Any) -> bool:
-    """Whether updates are captured as a CUDA graph; on a device that has none they are not, with a sentence.
+def check_graph(device: torch.device, asked: bool | None, **unfit: Any) -> bool:
+    """Whether updates are captured as a CUDA graph.
 
     Args:
-        device: that is trained on.
+        device: that is trained on; one that has no graphs runs updates as they are, and says so if they were asked for.
+        asked: None: where it can be.
         unfit: settings that a graph cannot honour, by name; None or False where they are not asked for.
 
     Raises:
-        ValueError: one of these is asked for.
+        ValueError: a graph is asked for and one of these too.
     """
     if device.type != "cuda":
-        logger.warning("cuda_graph is True, but the device is '%s': updates are run as they are.", device)
+        if asked:
+            logger.warning("cuda_graph is True, but the device is '%s': updates are run as they are.", device)
         return False
     for name, value in unfit.items():
-        if value:
-            raise ValueError(
-                f"cuda_graph is True, and {name} is {value}: a graph is one fixed update of one process. Set one of "
-                "the two otherwise."
-            )
-    return True
+        if not value or asked is False:
+            continue
+        reason = f"{name} is {value}: a graph is one fixed update of one process."
+        if asked:
+            raise ValueError(f"cuda_graph is True, and {reason} Set one of the two otherwise.")
+        logger.info("Updates are launched operation by operation, not as one CUDA graph, since %s", reason)
+        return False
+    return asked is not False
 
 
 class GraphedUpdate:
@@ -82,6 +86,7 @@ class GraphedUpdate:
         self.settings: dict[str, Tensor] = {}
         self.learning_rates: list[Tensor] = []
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.results: dict[str, Any] = {}
         self.updates = 0
 
@@ -142,16 +147,18 @@ class GraphedUpdate:
 
     def _run_aside(self) -> None:
         """On another stream than PyTorch's default one, which cannot be captured."""
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        current = torch.cuda.current_stream()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             self.results = self._run()
-        current.wait_stream(aside)
+        current.wait_stream(self.stream)
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         # the loader's thread, which pins memory, goes on meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = self._run()
         self.graph = graph
         logger.info("The update is captured as a CUDA graph.")

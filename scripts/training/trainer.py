@@ -24,7 +24,7 @@ from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.numbers import BatchNote, BatchNumbers, NumberEvents
 from scripts.training.population_training import RunningPopulationPrior
-from scripts.training.precision import autocast
+from scripts.training.precision import LowPrecision, autocast
 from scripts.training.update import GuardedStep, place_counters
 from scripts.utils.devices import on_device
 from scripts.utils.signals import SignalWatch
@@ -80,7 +80,7 @@ class VDVAETrainer(SupervisedTrainer):
         log_interval: updates from one look at the numbers to the next, where the host runs ahead of the device (a GPU).
             It would have to wait for them otherwise.
         compile: let ``torch.compile`` make the network's passes, on a GPU.
-        cuda_graph: let a GPU repeat whole updates as one CUDA graph.
+        cuda_graph: let a GPU repeat whole updates as one CUDA graph; None: where nothing speaks against it.
         population_prior: the KL divergence is taken to this running prior instead of the network's own.
         population_prior_from: from so many updates on; before, it only follows.
 
@@ -113,7 +113,7 @@ class VDVAETrainer(SupervisedTrainer):
         accumulation_steps: int = 1,
         log_interval: int = 10,
         compile: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = False,
         population_prior: RunningPopulationPrior | None = None,
         population_prior_from: int = 0,
         non_blocking: bool = True,
@@ -170,8 +170,11 @@ class VDVAETrainer(SupervisedTrainer):
             "network_def#checkpoint_levels": unwrap(network).arguments["checkpoint_levels"],
             "the number of processes": isinstance(network, DistributedDataParallel) and idist.get_world_size(),
         }
-        graphs = cuda_graph and check_graph(self.state.device, **unfit)
+        graphs = check_graph(self.state.device, cuda_graph, **unfit)
         self.graphed = GraphedUpdate(self._batch, optimizer) if graphs else None
+        # a compiled network casts within other operations; several processes send gradients while others are computed
+        alone = network is unwrap(network) and network._compiled_call_impl is None
+        self.low_precision = LowPrecision(network) if amp and alone else None
 
     @property
     def epoch_ends(self) -> bool:
@@ -228,7 +231,8 @@ class VDVAETrainer(SupervisedTrainer):
         with self.network.no_sync() if waits else contextlib.nullcontext():
             recorded = contextlib.nullcontext([]) if self.population_prior is None else recording()
             with autocast(self.state.device, self.amp, self.amp_dtype), recorded as posteriors:
-                output = self.inferer(scans, self.network)
+                network = self.network if self.low_precision is None else self.low_precision.cast()
+                output = self.inferer(scans, network)
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
             loss, nll = self.loss_function(output, scans, beta)
             if self.population_prior is not None:
