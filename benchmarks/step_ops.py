@@ -12,10 +12,11 @@ JSON: ``{"ops": ..., "syncs": ..., "parts": {...}}``.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,10 +37,11 @@ PARTS = {
     Events.ITERATION_STARTED: "forward",
     IterationEvents.FORWARD_COMPLETED: "loss",
     IterationEvents.LOSS_COMPLETED: "backward",
-    IterationEvents.BACKWARD_COMPLETED: "update",
+    IterationEvents.BACKWARD_COMPLETED: "clipping and numbers",
     IterationEvents.MODEL_COMPLETED: "metrics",
     Events.ITERATION_COMPLETED: "handlers",
 }
+WITHIN = ("penalty", "optimizer", "average")  # parts of these parts
 
 
 class OperationCounter(TorchDispatchMode):
@@ -61,6 +63,19 @@ class OperationCounter(TorchDispatchMode):
             self.operations[self.part, name] += 1
         return func(*args, **(kwargs or {}))
 
+    def within(self, part: str, function: Callable) -> Callable:
+        """The function, whose operations belong to a part of their own."""
+
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            before, self.part = self.part, part
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.part = before
+
+        return counted
+
     def of(self, part: str | None = None, names: Sequence[str] | None = None) -> int:
         """How many: of one part or all, of some names or all."""
         return sum(
@@ -70,9 +85,13 @@ class OperationCounter(TorchDispatchMode):
         )
 
 
-def count_iteration(trainer: Engine) -> OperationCounter:
+def count_iteration(trainer: Engine, counter: OperationCounter) -> None:
     """Run a trainer to its third iteration, and count that."""
-    counter, stack = OperationCounter(), ExitStack()
+    stack = ExitStack()
+    trainer.step = counter.within("optimizer", trainer.step)
+    if trainer.penalty is not None:
+        for name in ("value", "add_gradient"):
+            setattr(trainer.penalty, name, counter.within("penalty", getattr(trainer.penalty, name)))
 
     def enter(part: str) -> None:
         if trainer.state.iteration == COUNTED:
@@ -96,7 +115,6 @@ def count_iteration(trainer: Engine) -> OperationCounter:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, end)
     with stack:
         trainer.run()
-    return counter
 
 
 def count(config_file: str | Sequence[str] = "configs/train.json", batch_size: int = 1, **changes: Any) -> None:
@@ -109,7 +127,7 @@ def count(config_file: str | Sequence[str] = "configs/train.json", batch_size: i
     """
     counter = measure(config_file, batch_size, **changes)
     print("| part | operations | of these, waiting for the device |\n|---|---|---|")
-    parts = {part: (counter.of(part), counter.of(part, SYNCS)) for part in PARTS.values()}
+    parts = {part: (counter.of(part), counter.of(part, SYNCS)) for part in (*PARTS.values(), *WITHIN)}
     total = counter.of(), counter.of(names=SYNCS)
     for part, (operations, syncs) in {**parts, "all": total}.items():
         print(f"| {part} | {operations:,} | {syncs:,} |")
@@ -131,7 +149,10 @@ def measure(config_file: str | Sequence[str], batch_size: int, **changes: Any) -
         parser.update(settings)
         torch.manual_seed(0)
         parser.get_parsed_content("history").watch(parser.get_parsed_content("validate#evaluator"))
-        return count_iteration(parser.get_parsed_content("train#trainer"))
+        counter, average = OperationCounter(), parser.get_parsed_content("average")
+        average._update_ema_model = counter.within("average", average._update_ema_model)
+        count_iteration(parser.get_parsed_content("train#trainer"), counter)
+        return counter
 
 
 if __name__ == "__main__":
