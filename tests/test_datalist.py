@@ -69,7 +69,7 @@ def test_no_match_counts_the_files_and_shows_one(tmp_path):
     ):
         find_scans(tmp_path, "*.mha")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"none of the 0 file"):
+    with pytest.raises(FileNotFoundError, match=r"dataset_dir '.*empty' has no files: set --dataset_dir"):
         find_scans(tmp_path / "empty")
 
 

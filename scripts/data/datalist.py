@@ -129,11 +129,14 @@ def find_by_wildcards(
         found = scans
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
-        example = f", such as '{names[0]}'" if names else ""
+        if not names:
+            raise FileNotFoundError(
+                f"{folder_setting} '{root}' has no {kind}s: set --{folder_setting} to the folder of the {kind}s."
+            )
         dicom = not pattern.endswith("/") and any(name.lower().endswith(".dcm") for name in names)
         raise FileNotFoundError(
             f"{pattern_setting} '{pattern}' matches none of the {len(names)} {kind}(s) under {folder_setting} '{root}'"
-            f"{example}: set --{pattern_setting} to a pattern the files' names match"
+            f", such as '{names[0]}': set --{pattern_setting} to a pattern the files' names match"
             + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
         )
     return found
