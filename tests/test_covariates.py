@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
-from scripts.data.covariate_tables import read_cohort, read_rows
+from scripts.data.covariate_tables import parse_rows, read_cohort, read_rows
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.inference.covariates import (
     Counterfactual,
@@ -95,6 +95,22 @@ def test_a_spline_is_straight_beyond_its_outer_knots_and_bends_between():
 def test_values_that_make_no_sense_are_refused(coding, value, message):
     with pytest.raises(ValueError, match=message):
         targets(coding, value)
+
+
+def test_a_category_that_no_training_scan_has_may_count_as_not_known(coding, caplog):
+    items = [{"image": f"sub-{k}.nii"} for k in "12"]
+    rows = [{"age": "60", "sex": "F", "site": "D"}, {"age": "70", "site": "n/a"}]
+    assert parse_rows(coding, items, rows, "unknown") == [
+        {"age": 60.0, "sex": "F", "site": None},
+        {"age": 70.0, "sex": None, "site": None},
+    ]
+    assert "count as not known: site 'D' (1 scan(s))" in caplog.text
+    with pytest.raises(ValueError, match=r"no training scan has site 'D'.*set --unseen_categories unknown"):
+        parse_rows(coding, items, rows)
+    with pytest.raises(ValueError, match=r"'sub-1.nii': age is 'old'"):
+        parse_rows(coding, items, [{"age": "old"}, {}], "unknown")
+    with pytest.raises(ValueError, match="set --unseen_categories to error or unknown"):
+        parse_rows(coding, items, rows, "drop")
 
 
 def test_targets_name_results(coding):

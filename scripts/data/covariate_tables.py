@@ -22,6 +22,7 @@ __all__ = [
     "CohortCovariates",
     "describe_participants",
     "parse_row",
+    "parse_rows",
     "read_cohort",
     "read_participants",
     "read_rows",
@@ -83,10 +84,7 @@ def read_cohort(
                 + (f"; found are {', '.join(sorted(known))}." if known else ": there is no participants.tsv.")
             )
     coding = CovariateCoding.learn(kinds, sides[0])
-    parsed = [
-        [parse_row(coding, item, row) for item, row in zip(items, rows, strict=True)]
-        for items, rows in zip((training, validation), sides, strict=True)
-    ]
+    parsed = [parse_rows(coding, training, sides[0]), parse_rows(coding, validation, sides[1], "unknown")]
     for name in kinds:
         both = "; ".join(
             f"{side} {describe([values[name] for values in found])}"
@@ -137,6 +135,40 @@ def parse_row(coding: CovariateCoding, item: Mapping[str, Any], row: Mapping[str
         return coding.parse(row)
     except ValueError as error:
         raise ValueError(f"'{item_path(item)}': {error}") from error
+
+
+def parse_rows(
+    coding: CovariateCoding,
+    items: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    unseen: str = "error",
+) -> list[dict[str, Value]]:
+    """What is written of several scans, as values of all covariates.
+
+    Args:
+        items, rows: of each scan.
+        unseen: what a category is that no training scan had: an ``error``, or ``unknown``, with a warning.
+
+    Raises:
+        ValueError: as :func:`parse_row`; or ``unseen`` is neither.
+    """
+    if unseen not in ("error", "unknown"):
+        raise ValueError(f"unseen_categories is {unseen!r}: set --unseen_categories to error or unknown.")
+    parsed, found = [], Counter()
+    for item, row in zip(items, rows, strict=True):
+        new = coding.unseen(row)
+        if new and unseen == "error":
+            words = ", ".join(f"{name} {word!r}" for name, word in new.items())
+            raise ValueError(
+                f"'{item_path(item)}': no training scan has {words}. Write n/a for what is not known, or set "
+                "--unseen_categories unknown."
+            )
+        found.update(f"{name} {word!r}" for name, word in new.items())
+        parsed.append(parse_row(coding, item, {name: value for name, value in row.items() if name not in new}))
+    if found:
+        named = ", ".join(f"{what} ({count} scan(s))" for what, count in found.most_common(MOST_NAMED))
+        logger.warning("Categories that no training scan has count as not known: %s.", named)
+    return parsed
 
 
 def read_rows(

@@ -198,6 +198,15 @@ class CovariateCoding:
         """
         return {name: variable.parse(row.get(name)) for name, variable in self.variables.items()}
 
+    def unseen(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """What is written of a scan that no training scan had, by the categorical covariates' names."""
+        words = {name: _word(row[name]) for name in self.variables if not _missing(row.get(name))}
+        return {
+            name: word
+            for name, word in words.items()
+            if isinstance(self.variables[name], Categorical) and word not in self.variables[name].categories
+        }
+
     def numbers(self, values: Mapping[str, Value]) -> Tensor:
         """What the covariates become, ``[size]``; zeros for one that is not known or not named."""
         parts = [variable.numbers(values.get(name)) for name, variable in self.variables.items()]

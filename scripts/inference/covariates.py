@@ -17,7 +17,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
-from scripts.data.covariate_tables import parse_row, read_rows
+from scripts.data.covariate_tables import parse_rows, read_rows
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
@@ -62,8 +62,15 @@ def with_covariates(
     dataset_dir: str | os.PathLike,
     covariates_file: str | os.PathLike | None,
     prior: PopulationPrior | None,
+    unseen: str = "error",
 ) -> list[dict[str, Any]]:
     """The scans, each with ``covariates``: what is known of it, by name; as they are where the prior has none.
+
+    Args:
+        scans: items of a data set.
+        dataset_dir, covariates_file: see :func:`scripts.data.covariate_tables.read_rows`.
+        prior: with covariates or without.
+        unseen: see :func:`scripts.data.covariate_tables.parse_rows`.
 
     Raises:
         ValueError: a value makes no sense, or the cohort had no such category.
@@ -71,7 +78,8 @@ def with_covariates(
     if prior is None or prior.coding is None:
         return [dict(item) for item in scans]
     rows = read_rows(scans, dataset_dir, covariates_file)
-    return [{**item, "covariates": parse_row(prior.coding, item, row)} for item, row in zip(scans, rows, strict=True)]
+    parsed = parse_rows(prior.coding, scans, rows, unseen)
+    return [{**item, "covariates": values} for item, values in zip(scans, parsed, strict=True)]
 
 
 def stack_features(coding: CovariateCoding | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
