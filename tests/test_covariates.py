@@ -171,6 +171,16 @@ def test_what_a_table_lacks_is_said(tree):
     assert found.training.shape == (2, 1) and found.validation.shape == (1, 1)
 
 
+def test_a_category_of_the_validation_side_alone_counts_as_not_known(tree, caplog):
+    root, items = tree
+    (root / "participants.tsv").write_text("participant_id\tsite\nsub-01\tA\nsub-02\tB\n")
+    (root / "sub-01" / "sub-01_sessions.tsv").write_text("session_id\tsite\nses-b\tC\n")
+    found = read_cohort(items[:2], items[2:], root, {"site": "categorical"})
+    assert found.coding.variables["site"].categories == ("A", "C")
+    assert not found.validation.any() and found.training.any()
+    assert "site 'B' (1 scan(s))" in caplog.text
+
+
 def test_check_says_what_participants_are_like(tmp_path):
     make_brains(tmp_path / "people", count=4, spacing=16.0, covariates=True, workers=1)
     table = tmp_path / "people" / "participants.tsv"
