@@ -493,13 +493,13 @@ def test_far_outside_is_measured_by_the_cohort():
 
 def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
     before = torch.load(run_dir / "checkpoints" / "population_prior.pt", weights_only=True)
-    words = ("--run_dir", run_dir, "--output_dir", tmp_path, "--prior_factors", 2)
+    path = tmp_path / "new" / "folder" / "population_prior.pt"
+    words = ("--run_dir", run_dir, "--output_dir", path.parent, "--prior_factors", 2)
     done = run_bundle_process(*words, run_id="fit_prior", configs=["configs/inference.json"])
     assert done.returncode == 0, done.stderr
-    after = torch.load(tmp_path / "population_prior.pt", weights_only=True)
+    after = torch.load(path, weights_only=True)
     assert after["weights"] == before["weights"] and PopulationPrior.load(after).factors <= 2
-    words = ("--samples", 1, "--prior", tmp_path / "population_prior.pt")
-    done = infer(run_dir, "sample", tmp_path / "samples", *words)
+    done = infer(run_dir, "sample", tmp_path / "samples", "--samples", 1, "--prior", path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "samples" / "0001_sample.nii.gz").is_file()
 

@@ -186,6 +186,8 @@ class PopulationFit:
         if len(indices) < 4 or len(held_out) < 1:
             logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
             return None
+        if idist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the fit
         known = Subset(self.training, indices)
         effects, means = self._effects(known)
         sketch = self._sketch(known, effects)
