@@ -24,7 +24,7 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
-from benchmarks.covariates import People, year_shifts
+from benchmarks.covariates import KINDS, People, year_shifts
 from benchmarks.peers import stack
 from benchmarks.trials import append, endless_order
 from scripts.data.covariate_tables import read_rows
@@ -38,7 +38,6 @@ from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_li
 from scripts.training.precision import autocast
 from scripts.utils.command_line import run
 
-KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
 HIDDEN = 0.2  # share of the scans of a batch whose covariates are not told
 WIDTH = 32  # of the embedding
 COLUMNS = ("form", "seed", "updates", "bits_per_dim", "without", "counterfactual", "own_person")

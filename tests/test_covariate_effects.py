@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from scripts.training.covariate_effects import Effects
+from scripts.training.covariate_effects import Effects, shrunk_mean
 
 
 def fitted(features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -41,3 +42,15 @@ def test_covariates_that_say_the_same_are_no_trouble():
     found = fitted(features, 2 * features)
     assert found.isfinite().all()
     torch.testing.assert_close(features @ found, 2 * features, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scans", "size", "least", "most"), [(50, 0.0, 0, 0.1), (50, 0.1, 0.2, 0.5), (50, 3.0, 0.99, 1), (2, 1.0, 0.6, 0.8)]
+)
+def test_the_mean_of_a_few_scans_is_shrunk_by_what_is_noise_in_it(scans, size, least, most):
+    generator = torch.Generator().manual_seed(0)
+    true = size * torch.randn(2000, generator=generator)
+    values = true + torch.randn(scans, 2000, generator=generator)
+    mean, kept = shrunk_mean(values.sum(0), values.square().sum(), scans)
+    assert least <= kept <= most
+    assert (mean - true).square().mean() <= (values.mean(0) - true).square().mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, informative_network, run_bundle, run_bundle_process
 from matplotlib.image import imread
+from monai.data import Dataset
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
@@ -29,6 +31,7 @@ from scripts.inference.covariates import (
 from scripts.inference.inferers import Sampling
 from scripts.layers.population_prior import PopulationPrior
 from scripts.phantoms import make_brains
+from scripts.training.adaptation import Adaptation
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
@@ -392,6 +395,33 @@ def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
     for covariates, message in (({"site": "A"}, "known already"), ({"age": 50}, "no categorical covariate")):
         refused = job("adapt", fitted, tmp_path / "none", "--covariates", covariates)
         assert message in refused.stderr
+
+
+@torch.no_grad()
+def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path):
+    prior = prior_with_effects(network, coding, 0.3)
+    prior.register_buffer("offset", torch.zeros(coding.size, 1, 8, 8, 8))
+
+    def drawn(prior: PopulationPrior, count: int, **covariates: str) -> torch.Tensor:
+        torch.manual_seed(count)
+        features = prior.coding.numbers(covariates)[None].expand(count, -1)
+        with prior.drawing(torch.randn(count, 2), 1.0, features):
+            return network.decode([], batch_size=count)[0] + prior.added(features)
+
+    scans = drawn(prior, 20) + torch.linspace(-0.2, 0.2, 8)  # a bias field from left to right
+    dataset = Dataset(
+        [{"image": str(tmp_path / f"{index}.nii.gz")} for index in range(20)],
+        lambda item: {"image": scans[int(Path(item["image"]).name.split(".")[0])]},
+    )
+    path = tmp_path / "prior" / "adapted.pt"
+    adapted = Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, path).run()
+    before, after = (
+        (drawn(usual, 200, site=site).mean(0) - scans.mean(0)).square().mean()
+        for usual, site in ((prior, None), (adapted, "D"))
+    )
+    assert after < 0.3 * before
+    again = PopulationPrior.load(torch.load(path, weights_only=True))
+    torch.testing.assert_close(again.offset, adapted.offset, atol=1e-3, rtol=1e-2)
 
 
 def test_jobs_without_such_a_prior_say_what_they_need(cohort, tmp_path):

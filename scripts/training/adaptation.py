@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.covariates import Categorical, CovariateCoding, Value
+from scripts.layers.gaussian import gaussian_noise
 from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.networks import VDVAE
+from scripts.training.covariate_effects import shrunk_mean
 from scripts.utils.files import write_whole
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -24,6 +27,8 @@ from tqdm import tqdm
 __all__ = ["Adaptation", "extended"]
 
 logger = logging.getLogger(__name__)
+
+DRAWS = 8  # of what is expected of each scan
 
 
 def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
@@ -45,8 +50,9 @@ def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCodi
 class Adaptation:
     """Learns the effect of a new category from scans that have it, and nothing else; writes the prior that knows it.
 
-    The effect is the mean of what the scans' other covariates leave of the posteriors' shifts, shrunk as if one more
-    scan had none.
+    The effect is the mean of what the scans' other covariates leave of the posteriors' shifts. By what the scans then
+    still differ, in the mean, from what the prior expects of them they get an offset for each voxel, as in a fit. Both
+    are shrunk by the share that is noise, see :func:`scripts.training.covariate_effects.shrunk_mean`.
 
     Args:
         network: trained.
@@ -74,6 +80,10 @@ class Adaptation:
     ) -> None:
         if not isinstance(covariates, Mapping) or len(covariates) != 1:
             raise ValueError("covariates: give the one covariate and its new category, such as \"{'site': 'D'}\".")
+        if len(dataset) < 2:
+            raise ValueError(
+                "dataset_dir: of one scan nothing tells what is the category's: give 2 or more, better 50."
+            )
         ((name, category),) = covariates.items()
         self.name, self.category = name, str(category)
         self.coding = extended(prior.coding, self.name, self.category)
@@ -94,53 +104,64 @@ class Adaptation:
         # the numbers of the new category are those of none of the known ones, and a 1 of its own at the slice's end
         place = self.coding.slices()[self.name].stop - 1
         features = torch.stack([self.coding.numbers(values) for values in self.values])
+        known = {i: getattr(self.prior, f"effects_{i}") for i in self.prior.latents}
+        sizes = [effects[0].numel() for effects in known.values()]
         without = torch.cat([features[:, :place], features[:, place + 1 :]], dim=1)
-        total = self._total(without)
-        scans = len(self.dataset)
-        effects = {}
-        for index, rest in total.items():
-            known = getattr(self.prior, f"effects_{index}")
-            row = (rest / (scans + 1)).to(known)[None]
-            effects[index] = torch.cat([known[:place], row, known[place:]])
+        row, kept = self._mean(self._shifts, without, sum(sizes))
         parts = (
             {i: getattr(self.prior, f"{part}_{i}") for i in self.prior.latents}
             for part in ("mean", "variance", "directions")
         )
+        offset = self.prior.offset
         adapted = PopulationPrior(
             *parts,
             self.prior.distances,
             self.prior.bits_per_dim,
-            effects=effects,
-            offset=self._offset(place),
+            effects={i: _inserted(known[i], place, own) for i, own in zip(known, row.split(sizes), strict=True)},
+            offset=None if offset is None else _inserted(offset, place, torch.zeros_like(offset[0])),
             coding=self.coding,
             sharpness=self.prior.sharpness,
             dispersion=self.prior.dispersion,
         )
+        if offset is not None:
+            left, _ = self._mean(partial(self._unexpected, adapted), features, offset[0].numel())
+            adapted.offset[place] = left.reshape(offset[0].shape)
         if idist.get_rank() == 0:
-            self._save(adapted, scans)
+            self._save(adapted, kept)
         return adapted
 
-    def _total(self, features: Tensor) -> dict[int, Tensor]:
-        """The sum over scans of what mean and known effects leave of the shifts, ``[channels, *grid]`` by latent."""
+    def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:
+        """The shrunk mean over all scans of what a function leaves of scans, ``[size]``, and the share that is kept."""
         share = range(idist.get_rank(), len(self.dataset), idist.get_world_size())
         loader = DataLoader(Subset(self.dataset, share), self.batch_size, num_workers=self.num_workers, collate_fn=list)
-        total = {i: torch.zeros_like(getattr(self.prior, f"mean_{i}")) for i in self.prior.latents}
         indices = iter(share)
-        with eval_mode(self.network):
+        total, squares = torch.zeros(size, device=self.device), torch.zeros((), device=self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with eval_mode(self.network), torch.random.fork_rng(devices):
+            torch.manual_seed(idist.get_rank())
             for items in tqdm(loader, f"{self.name} {self.category}", unit="batch", disable=idist.get_rank() > 0):
                 scans = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
                 own = features[[next(indices) for _ in items]].to(self.device)
-                posteriors = self.network.infer(scans.to(self.device), 0.0)[1]
-                for i, usual in self.prior.expected(own).items():
-                    total[i] += (innovation(posteriors[i]) - usual).sum(0)
-        return {i: idist.all_reduce(rest) for i, rest in total.items()}
+                left = rest(scans.to(self.device), own).flatten(1)
+                total, squares = total + left.sum(0), squares + left.square().sum()
+        return shrunk_mean(idist.all_reduce(total), idist.all_reduce(squares), len(self.dataset))
 
-    def _offset(self, place: int) -> Tensor | None:
-        """The known offsets, and none for the new category."""
-        known = self.prior.offset
-        return None if known is None else torch.cat([known[:place], torch.zeros_like(known[:1]), known[place:]])
+    def _shifts(self, scans: Tensor, features: Tensor) -> Tensor:
+        """What mean and known effects leave of the shifts, all latents of the prior one after the other."""
+        posteriors = self.network.infer(scans, 0.0)[1]
+        return torch.cat(
+            [(innovation(posteriors[i]) - u).flatten(1) for i, u in self.prior.expected(features).items()], 1
+        )
 
-    def _save(self, prior: PopulationPrior, scans: int) -> None:
+    def _unexpected(self, prior: PopulationPrior, scans: Tensor, features: Tensor) -> Tensor:
+        """Scans less the mean of what the prior draws for their covariates."""
+        usual = prior.added(features)
+        for _ in range(DRAWS):
+            with prior.drawing(gaussian_noise(scans.new_empty(len(scans), prior.factors)), 1.0, features):
+                usual = usual + self.network.decode([], batch_size=len(scans))[0] / DRAWS
+        return scans - usual
+
+    def _save(self, prior: PopulationPrior, kept: float) -> None:
         def write(path: str) -> None:
             with Path(path).open("wb") as file:
                 prior.save(file, {"weights": fingerprint(self.network), "adapted_to": f"{self.name} {self.category}"})
@@ -148,6 +169,12 @@ class Adaptation:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, write)
         logger.info(
-            "The population prior knows %s '%s' now, from %d scan(s): use it by --prior '%s'.",
-            *(self.name, self.category, scans, self.path),
+            "The population prior knows %s '%s' now, from %d scan(s), %.0f %% of whose mean difference from others is "
+            "taken for its effect, the rest for chance: use it by --prior '%s'.",
+            *(self.name, self.category, len(self.dataset), 100 * kept, self.path),
         )
+
+
+def _inserted(rows: Tensor, place: int, row: Tensor) -> Tensor:
+    """Rows with one more at a place."""
+    return torch.cat([rows[:place], row.to(rows).reshape(rows[:1].shape), rows[place:]])

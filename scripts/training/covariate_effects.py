@@ -6,7 +6,7 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor
 
-__all__ = ["Effects"]
+__all__ = ["Effects", "shrunk_mean"]
 
 
 class Effects:
@@ -53,3 +53,21 @@ class Effects:
         kept[0] = 1  # the mean
         effects = torch.linalg.solve_triangular(factor.T, sizes * kept[:, None], upper=True)[1:]
         return effects.unflatten(1, self.shape)
+
+
+def shrunk_mean(total: Tensor, squares: Tensor, scans: int) -> tuple[Tensor, float]:
+    """The mean of quantities over a few scans, shrunk as :class:`Effects` shrinks an effect.
+
+    Args:
+        total: the sum over the scans of each quantity.
+        squares: that of the squares of all quantities, ``[]``.
+        scans: how many, 2 or more.
+
+    Returns:
+        the mean, shaped like ``total``, and the share of it that is kept.
+    """
+    mean = total / scans
+    size = mean.square().sum()
+    noise = (squares / scans - size).clamp_min(0) / (scans - 1)
+    kept = (1 - noise / size.clamp_min(1e-12)).clamp_min(0).item()
+    return kept * mean, kept
