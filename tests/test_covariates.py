@@ -422,6 +422,8 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     assert after < 0.3 * before
     again = PopulationPrior.load(torch.load(path, weights_only=True))
     torch.testing.assert_close(again.offset, adapted.offset, atol=1e-3, rtol=1e-2)
+    with pytest.raises(ValueError, match="of one scan nothing tells what is the category's"):
+        Adaptation(network, prior, Dataset(dataset.data[:1]), {"site": "D"}, tmp_path, path)
 
 
 def test_jobs_without_such_a_prior_say_what_they_need(cohort, tmp_path):
