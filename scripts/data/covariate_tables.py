@@ -158,7 +158,9 @@ def parse_rows(
     for item, row in zip(items, rows, strict=True):
         new = coding.unseen(row)
         if new and unseen == "error":
-            words = ", ".join(f"{name} {word!r}" for name, word in new.items())
+            words = ", ".join(
+                f"{name} {word!r}, but {', '.join(coding.variables[name].categories)}" for name, word in new.items()
+            )
             raise ValueError(
                 f"'{item_path(item)}': no training scan has {words}. Write n/a for what is not known, or set "
                 "--unseen_categories unknown."

@@ -138,15 +138,16 @@ class Categorical:
         Raises:
             ValueError: the training side had no such category.
         """
-        if _missing(value):
-            return None
-        word = _word(value)
-        if word not in self.categories:
+        if not self.has(value):
             raise ValueError(
-                f"{self.name} is {word!r}: the cohort that the model was fitted to has {', '.join(self.categories)}; "
-                "write n/a for one that is not known."
+                f"{self.name} is {_word(value)!r}: the cohort that the model was fitted to has "
+                f"{', '.join(self.categories)}; write n/a for one that is not known."
             )
-        return word
+        return None if _missing(value) else _word(value)
+
+    def has(self, value: Any) -> bool:
+        """Whether a value as it is written is missing or one that the training side had."""
+        return _missing(value) or _word(value) in self.categories
 
     def grid(self) -> list[str]:
         """Values to ask about: all categories."""
@@ -200,11 +201,10 @@ class CovariateCoding:
 
     def unseen(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What is written of a scan that no training scan had, by the categorical covariates' names."""
-        words = {name: _word(row[name]) for name in self.variables if not _missing(row.get(name))}
         return {
-            name: word
-            for name, word in words.items()
-            if isinstance(self.variables[name], Categorical) and word not in self.variables[name].categories
+            name: _word(row[name])
+            for name, variable in self.variables.items()
+            if isinstance(variable, Categorical) and not variable.has(row.get(name))
         }
 
     def numbers(self, values: Mapping[str, Value]) -> Tensor:

@@ -52,19 +52,21 @@ def check_graph(device: torch.device, asked: bool | None, **unfit: Any) -> bool:
     Raises:
         ValueError: a graph is asked for and one of these too.
     """
+    if asked is False:
+        return False
     if device.type != "cuda":
         if asked:
             logger.warning("cuda_graph is True, but the device is '%s': updates are run as they are.", device)
         return False
     for name, value in unfit.items():
-        if not value or asked is False:
+        if not value:
             continue
         reason = f"{name} is {value}: a graph is one fixed update of one process."
         if asked:
             raise ValueError(f"cuda_graph is True, and {reason} Set one of the two otherwise.")
         logger.info("Updates are launched operation by operation, not as one CUDA graph, since %s", reason)
         return False
-    return asked is not False
+    return True
 
 
 class GraphedUpdate:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from scripts.training.update import as_vectors
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.func import functional_call
@@ -50,8 +51,7 @@ class _Cast(Function):
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
-        vectors = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-        return tuple(_parts(torch.cat(vectors).to(dtype), tensors))
+        return tuple(_parts(torch.cat(as_vectors(tensors)).to(dtype), tensors))
 
     @staticmethod
     @once_differentiable

@@ -44,8 +44,6 @@ class GuardedStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.on_device = runs_ahead(self.parameters[0].device) if on_device is None else on_device
         norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        self._places: list[int] = []
-        self._vectors: list[Tensor] = []
         self._running = [(b, b.clone()) for m in norms for b in m.buffers()]  # statistics, and those of the last step
 
     @torch.no_grad()
@@ -61,11 +59,12 @@ class GuardedStep:
 
     def _step_on_device(self, take: Tensor) -> None:
         tensors = self._tensors()
-        before = torch.cat(self._flat(tensors))
+        flat = as_vectors(tensors)
+        before = torch.cat(flat)
         self.optimizer.step()
         known = {id(tensor) for tensor in tensors}
         made = [tensor for tensor in self._tensors() if id(tensor) not in known]  # the state, by the first step
-        flat = self._flat(tensors + made)
+        flat += as_vectors(made)
         after = torch.cat(flat)
         before = torch.cat([before, before.new_zeros(len(after) - len(before))]) if made else before
         chosen = torch.where(take, after, before)
@@ -76,13 +75,7 @@ class GuardedStep:
         states = [self.optimizer.state.get(p, {}).values() for p in self.parameters]
         return self.parameters + [value for state in states for value in state if isinstance(value, Tensor)]
 
-    def _flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same memory as vectors; these tensors have no gaps in it, whatever the order of their axes.
 
-        They are made again where a tensor has taken another's place, as the optimizer's do when a checkpoint is read.
-        """
-        places = [tensor.data_ptr() for tensor in tensors]
-        if places != self._places:
-            self._places = places
-            self._vectors = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-        return self._vectors
+def as_vectors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory as vectors, of tensors that have no gaps in it, whatever the order of their axes."""
+    return [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
