@@ -77,7 +77,7 @@ def main(
     lesion_kinds: str | Sequence[str] = KINDS,
     spacing: float = 2.0,
     batch_size: int = 8,
-    restore: float | None = 8.0,
+    restore: float | None = 6.0,
 ) -> list[Detection]:
     """Print how well each kind is found, as a Markdown table, and a sentence for each kind and grid.
 

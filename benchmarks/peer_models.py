@@ -22,8 +22,9 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 
+from scripts.inference.scoring import anomaly_map
 from scripts.layers.gaussian import gaussian_noise, standard_deviation
-from scripts.layers.output import LEAST_INPUT_STD, OUTPUT_STD_RANGE
+from scripts.layers.output import LEAST_INPUT_STD, OUTPUT_RANGES, OUTPUT_STD_RANGE
 from scripts.training.losses import negative_log_likelihood
 from scripts.utils.files import write_whole
 
@@ -68,9 +69,12 @@ class Peer(nn.Module, ABC):
         """New scans, by noise of :py:func:`scripts.layers.gaussian.gaussian_noise`."""
 
     def anomaly(self, x: Tensor) -> Tensor:
-        """How far each voxel lies above what was expected, in standard deviations."""
-        loc, scale = self.reconstruct(x)
-        return (x - loc) / scale
+        """How far each voxel lies above what was expected, in standard deviations, as of our network.
+
+        Args:
+            x: not clipped.
+        """
+        return anomaly_map(x, *self.reconstruct(x.clamp(*OUTPUT_RANGES[self.output_activation])), self)
 
     def size(self) -> int:
         """How many numbers were learnt."""
@@ -158,7 +162,20 @@ def fit_pca(scans: Tensor, validation: Tensor) -> PCA:
     return min(fitted, key=lambda pca: pca.nats(validation).mean().item())
 
 
-class Autoencoder(Peer):
+class TrainedPeer(Peer):
+    """What :py:func:`train` trains, by a loss that is to be minimised."""
+
+    learning_rate = 1e-3
+
+    @abstractmethod
+    def loss(self, x: Tensor, update: int) -> Tensor:
+        """Of a batch, at update number `update`, from 0."""
+
+    def finish(self, scans: Tensor, batch_size: int) -> None:
+        """What is left to do after training."""
+
+
+class Autoencoder(TrainedPeer):
     """
     What MONAI's two autoencoders share: they see, and predict, deviations from the mean of the training scans.
 
@@ -188,10 +205,6 @@ class Autoencoder(Peer):
     def latent_shape(self) -> tuple[int, ...]:
         """Of a scan's latents."""
 
-    @abstractmethod
-    def loss(self, x: Tensor, update: int) -> Tensor:
-        """To be minimised, at update number `update`, from 0."""
-
     def deviation(self, x: Tensor) -> Tensor:
         """What the encoder sees; just what our network's encoder does."""
         return ((x - self.mean) / self.std.clamp_min(LEAST_INPUT_STD)).clamp(-5, 5)
@@ -211,9 +224,6 @@ class Autoencoder(Peer):
 
     def sample(self, count: int) -> Tensor:
         return self.decode(gaussian_noise(self.mean.new_empty(count, *self.latent_shape())))[0].clamp(-1, 1)
-
-    def finish(self, scans: Tensor, batch_size: int) -> None:
-        """What is left to do after training."""
 
 
 class VAE(Autoencoder):
@@ -305,7 +315,7 @@ class LatentDiffusionAutoencoder(Autoencoder):
 
 
 def train(
-    peer: Autoencoder,
+    peer: TrainedPeer,
     scans: Tensor,
     validation: Tensor,
     path: Path,
@@ -365,7 +375,7 @@ def train(
 
 
 @torch.no_grad()
-def validation_loss(peer: Autoencoder, validation: Tensor, batch_size: int) -> float:
+def validation_loss(peer: TrainedPeer, validation: Tensor, batch_size: int) -> float:
     """The mean loss, with the KL in full, and the same noise each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -30,8 +30,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from benchmarks.peer_diffusion import LATENTS_PER_BATCH, LatentDiffusion
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
+from scripts.data.transforms import unclipped
 from scripts.inference.detection import detect
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import Sampling
@@ -39,7 +41,7 @@ from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks
 from scripts.inference.population import find_population_prior
 from scripts.inference.sample_comparison import SampleComparison
-from scripts.inference.scoring import foreground, image_quality, restored_latent
+from scripts.inference.scoring import anomaly_map, foreground, image_quality, restored
 from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
@@ -70,7 +72,8 @@ mean scan). Of {samples} samples beside them: MMD (lower is better; halves of th
 themselves in the mean, and 95 % of them less than {bound:.4f}) and the mean MS-SSIM of pairs (best where it is the
 phantoms' own, {diversity:.3f}). Samples are the mean of the voxels given the latents; the Gaussian, which has none,
 draws voxels. AutoencoderKL is made for a diffusion model of its latents: it is trained as for that, but without the
-adversarial and the perceptual part, and is sampled and scored with a N(0, I) that it was hardly made to match. Of
+adversarial and the perceptual part, and is sampled and scored with a N(0, I) that it was hardly made to match. The
+latent diffusion model was trained on its latents for as many minutes again. Of
 {lesions} other phantoms, {sick} of them with lesions ({share:.2%} of the foreground): average precision of the anomaly
 map's voxels (chance: that share), and AUROC of its 99.9th percentile (chance: 0.5). A map is how many standard
 deviations a scan lies above its reconstruction, ours above its restored one, smoothed alike.
@@ -111,9 +114,10 @@ class Ours(Peer):
         return self.sampling(count, self.network)["sample"]
 
     def anomaly(self, x: Tensor) -> Tensor:
-        latents = self.network.infer(x, temperature=0.0)[1]
-        loc, scale = self.network.decode([restored_latent(q, self.restore) for q in latents], temperature=0.0)
-        return (x - loc) / scale
+        expected = self.reconstruct(x.clamp(*OUTPUT_RANGES[self.output_activation]))
+        if self.restore is not None:
+            expected = restored(x, *expected, self.network, self.restore)
+        return anomaly_map(x, *expected, self)
 
 
 def name_checkpoints(
@@ -158,7 +162,7 @@ def lesion_scans(folder: Path, preprocess: Compose, **cohort: Any) -> tuple[Tens
 
     Args:
         folder: for the phantoms and their masks.
-        preprocess: of the bundle's inference.
+        preprocess: of the bundle's inference, that does not clip.
         cohort: what :py:func:`scripts.phantoms.make_brains` takes.
     """
     make_brains(folder / "scans", mask_dir=folder / "masks", **cohort)
@@ -233,9 +237,9 @@ def compare(
         ckpt: weights of our network, one file or several. Samples at 0.7 are of the last.
         config_file: of our network, one or a list.
         cache_dir: of preprocessed scans; by default a folder of output_dir.
-        minutes: to train each of the two autoencoders; 0 takes them as output_dir has them.
+        minutes: to train each of the two autoencoders, and the diffusion model; 0 takes them as output_dir has them.
         ckpt_minutes: that each was trained, for the table; needed where there are several.
-        amp: train the autoencoders with bfloat16.
+        amp: train these with bfloat16.
         samples: of each model.
         test_count: phantoms to test on, and as many to find lesions in.
         test_seed, lesion_seed: of these; training used another.
@@ -269,6 +273,10 @@ def compare(
     for name, (network, spent) in networks.items():
         models[name] = (Ours(network, scoring.restore), spent)
     cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+    diffusion = LatentDiffusion(models["AutoencoderKL"][0], training)
+    latents = diffusion.latents(training), diffusion.latents(validation)
+    train(diffusion, *latents, folder / "LatentDiffusion.pt", minutes, LATENTS_PER_BATCH, amp, seed)
+    cold["latent diffusion on AutoencoderKL"] = diffusion
     last = ckpt if isinstance(ckpt, str) else ckpt[-1]
     prior = find_population_prior(None, last, network)
     if prior is not None:
@@ -278,7 +286,7 @@ def compare(
     paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
     test = stack([preprocess({"image": str(path)}) for path in paths])
     cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
-    sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", preprocess, **cohort)
+    sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", unclipped(preprocess), **cohort)
     rows, quality = [], {}
     with torch.no_grad():
         for name, (peer, spent) in tqdm(models.items(), desc="measuring", unit="model"):

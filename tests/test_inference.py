@@ -22,7 +22,6 @@ from conftest import ROOT, bundle_command, fitted_scans, inference_config, run_b
 from groups import run_bundle_group
 from monai.bundle import ConfigParser, create_workflow
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from torch.distributions import Normal, kl_divergence
 
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
@@ -32,8 +31,8 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import Scoring, foreground, quantile
-from scripts.layers.gaussian import drawing, noise_from
-from scripts.networks import VDVAEOutput, VDVAEReconstruction
+from scripts.layers.gaussian import noise_from
+from scripts.networks import OUTPUT_RANGES, VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, negative_log_likelihood
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
@@ -312,21 +311,32 @@ def test_quantiles_of_more_values_than_pytorch_takes():
     assert quantile(values[None], inside, 0.999).item() == pytest.approx(16_983_000, abs=1)
 
 
-def test_a_restored_scan_is_what_the_decoder_makes_of_restored_latents(scans, network):
-    """Restored from the coarsest on: what is surprising is judged, and replaced, given what was restored above."""
-    x = upright(scans)[None] + torch.linspace(0, 0.5, 8)
-    scored = Scoring(restore=0.05, smoothing=1e-3)(x, network)
-    latents, chosen = [], []
-    while len(latents) < network.num_latents:
-        known = iter(latents)
-        with drawing(lambda q, known=known: next(known, q.mean)):
-            q = network.infer(x, temperature=0.0)[1][len(latents)]
-        prior = Normal(torch.zeros_like(q.mean), 1.0) if q.prior_mean is None else Normal(q.prior_mean, q.prior_std)
-        surprising = kl_divergence(Normal(q.mean, q.std), prior) > 0.05
-        chosen.append(surprising.any().item() and not surprising.all().item())
-        latents.append(torch.where(surprising, prior.mean, q.mean))
-    assert any(chosen)
-    torch.testing.assert_close(scored["restored"], network.decode(latents, temperature=0.0)[0], rtol=1e-4, atol=1e-5)
+def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(scans, network):
+    """Voxels that are off by too much, and those around them, are given the value of the reconstruction first."""
+    low, high = OUTPUT_RANGES[network.output_activation]
+    x = (upright(scans)[None] + torch.linspace(0, 0.5, 8)).clamp(low, high)
+    loc, scale, _ = network.infer(x, temperature=0.0)[0]
+    off = (x - loc).abs() / (scale**2 + (0.02 * (high - low)) ** 2).sqrt()
+    threshold = off.flatten().sort().values[-4:-2].mean().item()  # three voxels exceed it
+    odd = torch.nn.functional.max_pool3d((off > threshold).float(), 3, 1, 1) > 0
+    assert 3 < odd.sum() < odd.numel() / 2
+    scored = Scoring(restore=threshold, smoothing=1e-3)(x, network)
+    expected = network(torch.where(odd, loc, x))
+    torch.testing.assert_close(scored["restored"], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scored["restored"], scored["recon"], atol=1e-4)
+
+
+def test_the_map_is_of_the_scan_before_it_is_clipped_and_all_else_of_what_the_network_sees(scans, network):
+    low, high = OUTPUT_RANGES[network.output_activation]
+    x = upright(scans)[None].clamp(low, high)
+    x[0, 0, 3, 3, 3] = high
+    bright = x.clone()
+    bright[0, 0, 3, 3, 3] = high + 2
+    clipped, unclipped = (Scoring(smoothing=1e-3)(scan, network) for scan in (x, bright))
+    assert all(torch.equal(clipped[name], unclipped[name]) for name in ("recon", "psnr", "ssim"))
+    more = unclipped["anomaly"] - clipped["anomaly"]
+    assert more.argmax() == 3 * 64 + 3 * 8 + 3
+    assert more.max() > 1
 
 
 def rows_of(path):
@@ -391,15 +401,9 @@ def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
     assert sharp[0, 0, 2, 6, 6] < 0.5 * odd["anomaly"][0, 0, 2, 6, 6]
 
 
-def test_restoring_leaves_out_what_surprises(scans, network):
-    x = inference_config().get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"][
-        None
-    ]
-    x = x.as_tensor()
-    none, little = (Scoring(restore=threshold)(x, network)["restored"] for threshold in (None, 1e-3))
-    assert torch.allclose(none, network(x), atol=1e-6)
-    prior = network.decode([], temperature=0.0)[0]
-    assert (little - prior).abs().mean() < (none - prior).abs().mean()
+def test_nothing_is_restored_where_that_is_asked_for(scans, network):
+    found = Scoring(restore=None)(upright(scans)[None], network)
+    assert torch.equal(found["restored"], found["recon"])
 
 
 # Many scans

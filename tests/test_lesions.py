@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.lesions import main as benchmark
 from scripts.data.phantom_lesions import KINDS
+from scripts.data.transforms import unclipped
 from scripts.inference.detection import (
     average_precision,
     best,
@@ -38,7 +39,7 @@ from scripts.inference.lesions import (
     ordered,
     with_masks,
 )
-from scripts.inference.masks import pair_masks, read_kinds, scaled_like
+from scripts.inference.masks import pair_masks, read_kinds
 from scripts.phantoms import make_brains
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
@@ -242,10 +243,11 @@ def test_masks_that_no_voxel_is_in_are_said_to_show_nothing():
 def test_intensity_on_the_networks_grid_is_its_input_before_it_is_clipped(sick):
     scans = list_scans(sick / "scans", "*_FLAIR.nii.gz")
     (item, *_) = pair_masks(scans, sick / "scans", "*_FLAIR.nii.gz", sick / "masks", "*_lesions.nii.gz")
-    read = with_masks(inference_config(spatial_shape=[12, 12, 12]).get_parsed_content("preprocessing"))(item)
-    scaled = scaled_like(read["image"], read["measured_fitted"])
-    torch.testing.assert_close(scaled.clamp(-1, 1), read["image"].as_tensor(), rtol=0, atol=1e-5)
-    assert scaled.max() > 1.01
+    preprocessing = inference_config(spatial_shape=[12, 12, 12]).get_parsed_content("preprocessing")
+    read = with_masks(unclipped(preprocessing))(item)
+    scan, clipped = (image["image"].as_tensor() for image in (read, preprocessing(item)))
+    torch.testing.assert_close(scan.clamp(-1, 1), clipped, rtol=0, atol=1e-5)
+    assert scan.max() > 1.01
     assert read["lesion_fitted"].any() and read["lesion_fitted"].shape == (1, 12, 12, 12)
 
 

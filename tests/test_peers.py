@@ -1,5 +1,6 @@
 """The peers of the network: that they are what they say, train, go on, and are measured as the network is."""
 
+import copy
 import csv
 import json
 
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT, fitted_scans, inference_config
 from torch.distributions import MultivariateNormal
 
+from benchmarks.peer_diffusion import LatentDiffusion
 from benchmarks.peer_models import PCA, VAE, LatentDiffusionAutoencoder, VoxelGaussian, fit_pca, train, validation_loss
 from benchmarks.peers import COLUMNS, Ours, compare, lesion_numbers, name_checkpoints
 from scripts.inference.inferers import Reconstruction
@@ -113,6 +115,24 @@ def test_residuals_are_the_latent_diffusion_autoencoders_deviation():
     assert peer.residual_std.mean().item() == pytest.approx(residuals.square().mean(0).sqrt().mean().item(), rel=0.1)
 
 
+def test_latent_diffusion_learns_the_latents_and_samples_them(tmp_path):
+    scans, validation = correlated_scans(72, size=8).split([64, 8])
+    torch.manual_seed(0)
+    autoencoder = LatentDiffusionAutoencoder(VoxelGaussian(scans))
+    before = copy.deepcopy(autoencoder.state_dict())
+    peer = LatentDiffusion(autoencoder, scans, channels=(16, 16))
+    latents, held_out = peer.latents(scans), peer.latents(validation)
+    assert latents.shape == (64, *autoencoder.latent_shape())
+    untrained = validation_loss(peer, held_out, batch_size=8)
+    train(peer, latents, held_out, tmp_path / "peer.pt", minutes=0.1, batch_size=32)
+    assert validation_loss(peer, held_out, batch_size=8) < 0.9 * untrained
+    assert all(torch.equal(before[name], value) for name, value in autoencoder.state_dict().items())
+    torch.manual_seed(0)
+    samples = peer.sample(3)
+    assert samples.shape == (3, 1, 8, 8, 8)
+    assert samples.std(0).mean() > 0
+
+
 def test_ours_is_what_the_bundle_says_of_the_network(cohort):
     scans, _ = fitted_scans(cohort)
     network = inference_config().get_parsed_content("network_def").eval()
@@ -160,10 +180,10 @@ def test_table_has_a_row_for_each_model(cohort, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(COLUMNS)
     names = ["Gaussian a voxel", "PCA, 4 components", "VarAutoEncoder", "AutoencoderKL"]
-    names += ["ours, 1 minutes", "ours, 2.5 minutes", "ours, samples at 0.7"]
+    names += ["ours, 1 minutes", "ours, 2.5 minutes", "ours, samples at 0.7", "latent diffusion on AutoencoderKL"]
     assert [row["model"] for row in rows] == names
-    assert [row["likelihood"] for row in rows] == ["exact"] * 2 + ["ELBO"] * 4 + [""]
-    assert [row["minutes"] for row in rows[4:]] == ["1", "2.5", ""]
+    assert [row["likelihood"] for row in rows] == ["exact"] * 2 + ["ELBO"] * 4 + [""] * 2
+    assert [row["minutes"] for row in rows[4:]] == ["1", "2.5", "", ""]
     assert rows[6]["bits_per_dim"] == ""
     assert float(rows[4]["ms_ssim"]) == pytest.approx(1, abs=1e-3)  # an untrained network's are all the mean scan
     assert float(rows[5]["ms_ssim"]) < float(rows[6]["ms_ssim"])  # samples nearer to the mean are more alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, SpatialResample
+from monai.transforms import Compose, InvertibleTransform, LoadImaged, MapTransform, SpatialResample
 from monai.utils import TraceKeys, ensure_tuple
 from scipy import ndimage
 from scripts.data.geometry import (
@@ -360,6 +361,7 @@ class RobustScaled(MapTransform, InvertibleTransform):
         lower, upper: the percentiles, 0 to 100. Background becomes ``b_min`` exactly where more than ``lower`` percent
             of a scan's voxels are background.
         b_min, b_max: what the percentiles become.
+        clip: False leaves what lies outside the percentiles as it is.
 
     Raises:
         ScanError: when the two percentiles of a channel are equal.
@@ -373,10 +375,12 @@ class RobustScaled(MapTransform, InvertibleTransform):
         b_min: float = 0.0,
         b_max: float = 1.0,
         allow_missing_keys: bool = False,
+        clip: bool = True,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.lower, self.upper = lower, upper
         self.b_min, self.b_max = b_min, b_max
+        self.clip = clip
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
@@ -391,8 +395,9 @@ class RobustScaled(MapTransform, InvertibleTransform):
                     f"it shows nothing to learn from; {ADVICE}."
                 )
             gain, offset = (self.b_max - self.b_min) / (high - low), low
-            clipped = torch.minimum(torch.maximum(image, per_channel(low, image)), per_channel(high, image))
-            scaled = (clipped - per_channel(offset, image)) * per_channel(gain, image) + self.b_min
+            if self.clip:
+                image = torch.minimum(torch.maximum(image, per_channel(low, image)), per_channel(high, image))
+            scaled = (image - per_channel(offset, image)) * per_channel(gain, image) + self.b_min
             info = {"gain": gain.tolist(), "offset": offset.tolist(), "b_min": self.b_min}
             self.push_transform(scaled, extra_info=info)
             d[key] = scaled
@@ -405,6 +410,15 @@ class RobustScaled(MapTransform, InvertibleTransform):
             info = self.pop_transform(image)[TraceKeys.EXTRA_INFO]
             d[key] = unscaled(image, info)
         return d
+
+
+def unclipped(preprocessing: Compose) -> Compose:
+    """The same preprocessing, but that :py:class:`RobustScaled` does not clip."""
+    steps = [copy.copy(step) for step in preprocessing.transforms]
+    for step in steps:
+        if isinstance(step, RobustScaled):
+            step.clip = False
+    return Compose(steps)
 
 
 def unscaled(image: torch.Tensor, info: Mapping[str, Any]) -> torch.Tensor:

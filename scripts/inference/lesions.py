@@ -16,7 +16,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, SpatialResample, Transform
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.masks import FitLike, read_mask, scaled_like
+from scripts.inference.masks import read_mask, scaled_like
 from scripts.utils.files import write_whole
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -163,8 +163,7 @@ class FitLesionsd(MapTransform):
     """Bring what :py:class:`ReadLesionsd` added to the network's grid.
 
     Adds ``lesion_fitted``, bool ``[1, *spatial_shape]``, where the mask, interpolated at a voxel's centre, exceeds
-    0.25; and ``measured_fitted``, the scan in its own units: the network's input is clipped, so that its brightest
-    voxels are all the same.
+    0.25.
 
     Args:
         keys: of the fitted and scaled scan.
@@ -177,8 +176,7 @@ class FitLesionsd(MapTransform):
             image, measured = d[key], d["measured"]
             mask = MetaTensor(d["lesion"].float(), affine=measured.affine)
             mask = resample(mask, dst_affine=image.affine, spatial_size=image.shape[1:])
-            fitted = FitLike(image)(MetaTensor(measured.as_tensor().float(), affine=measured.affine))
-            d |= {"lesion_fitted": mask.as_tensor() > LESION, "measured_fitted": fitted.as_tensor()}
+            d["lesion_fitted"] = mask.as_tensor() > LESION
         return d
 
 
@@ -189,7 +187,7 @@ class CountVoxels(Transform):
 
     Args:
         grid: ``network``, before the anomaly map has gone back to the scan's own grid, or ``scan``, after that.
-        value_range: what scans are scaled to.
+        value_range: what scans are scaled to; they are not clipped to it, so that the brightest voxels differ.
     """
 
     def __init__(self, grid: str, value_range: Sequence[float]) -> None:
@@ -199,9 +197,10 @@ class CountVoxels(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         if "lesion" not in data:
             return data
-        suffix = "_fitted" if self.grid == "network" else ""
-        scaled = scaled_like(data["image"], data["measured" + suffix].as_subclass(Tensor))
-        intensity, lesion = (scaled.numpy() - self.low) / (self.high - self.low), data["lesion" + suffix]
+        scan, lesion = data["image"].as_tensor(), data["lesion_fitted"]
+        if self.grid == "scan":
+            scan, lesion = scaled_like(data["image"], data["measured"].as_subclass(Tensor)), data["lesion"]
+        intensity = (scan.numpy() - self.low) / (self.high - self.low)
         counts = count_voxels(np.asarray(data["anomaly"]), intensity, lesion.numpy())
         return {**data, ("counts", self.grid): counts}
 

@@ -10,13 +10,16 @@ import torch
 from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import gaussian_1d, separable_filtering
-from scripts.layers.gaussian import SLICE, Posterior, drawing, kl_per_dimension
+from monai.networks.layers.factories import Pool
+from scripts.layers.gaussian import SLICE, Posterior, drawing
 from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from torch import Tensor
 
-__all__ = ["Scoring", "foreground", "foreground_percentile", "image_quality", "restored_latent"]
+__all__ = ["Scoring", "anomaly_map", "foreground", "foreground_percentile", "image_quality", "restored"]
+
+LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is known better
 
 
 class Scoring(Inferer):
@@ -29,16 +32,18 @@ class Scoring(Inferer):
     Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
     cohort's scans that lie at least so far.
     Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
-    ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that.
+    ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that, see
+    :func:`anomaly_map`.
+
+    Scans need not be clipped to the range that they are scaled to. The network sees them clipped, and all numbers are
+    of that; the anomaly is that of the scan as it is, since the brightest lesions are what clipping hides.
 
     Args:
         importance_samples: with K = 1 the bound is the ELBO with its KL in closed form. With more it is the
             importance-weighted bound of K draws (Burda et al. 2016, arXiv:1509.00519), in the mean tighter with each.
         smoothing: standard deviation in voxels of the Gaussian that smooths the anomaly map.
-        restore: what is surprising enough to be restored: where the posterior of a latent costs more than so many nats
-            in one dimension, its mean gives way to the prior's. Latents are restored from the coarsest on, each judged
-            by a prior that is conditioned on what was restored above. None restores nothing. A network that
-            reconstructs well reconstructs lesions too: without this they do not show.
+        restore: by how many standard deviations a voxel must differ from its reconstruction to be restored, see
+            :func:`restored`; None restores nothing, so that ``restored`` is the reconstruction.
         prior: the network's population prior.
     """
 
@@ -46,7 +51,7 @@ class Scoring(Inferer):
         self,
         importance_samples: int = 1,
         smoothing: float = 0.25,
-        restore: float | None = 8.0,
+        restore: float | None = 6.0,
         prior: PopulationPrior | None = None,
     ) -> None:
         if importance_samples < 1:
@@ -58,11 +63,12 @@ class Scoring(Inferer):
 
     def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
         """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
+        scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
         weights, nlls, kls, gains = [], [], [], []
         for _ in range(self.importance_samples):
             record = LatentRecord(self.prior, with_ratios=self.importance_samples > 1)
-            output = record.infer(network, inputs, temperature=1.0)
-            nll = negative_log_likelihood(output.loc, output.scale, inputs)
+            output = record.infer(network, scans, temperature=1.0)
+            nll = negative_log_likelihood(output.loc, output.scale, scans)
             nlls.append(nll)
             kls.append(output.kl)
             weights.append(-nll - record.log_ratio)
@@ -71,22 +77,21 @@ class Scoring(Inferer):
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
         bound = self._bound(-(nll + kl.sum(1)), weights)
         record = LatentRecord(self.prior)
-        loc = record.infer(network, inputs, temperature=0.0).loc
-        with drawing(lambda q: restored_latent(q, self.restore)):
-            restored, scale, _ = network.infer(inputs, 0.0, keep_posteriors=False)[0]
-        results = {"bits_per_dim": bits_per_dim(-bound, inputs), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
+        loc, scale, _ = record.infer(network, scans, temperature=0.0)
+        expected = (loc, scale) if self.restore is None else restored(inputs, loc, scale, network, self.restore)
+        results = {"bits_per_dim": bits_per_dim(-bound, scans), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
         if self.prior is not None:
             elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
             under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
             coordinates = self.prior.coordinates(record.innovations, features)
             distance, tail = self.prior.typicality(coordinates)
-            results |= {"bits_per_dim_population": bits_per_dim(-under_it, inputs)}
+            results |= {"bits_per_dim_population": bits_per_dim(-under_it, scans)}
             results |= {"typicality": distance, "typicality_tail": tail}
-        results |= image_quality(loc, inputs, network)
-        anomaly = separable_filtering((inputs - restored) / scale, self.smoothing)
-        results["anomaly_score"] = foreground_percentile(anomaly, inputs, network)
-        return results | {"recon": loc, "restored": restored, "anomaly": anomaly}
+        results |= image_quality(loc, scans, network)
+        anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
+        results["anomaly_score"] = foreground_percentile(anomaly, scans, network)
+        return results | {"recon": loc, "restored": expected[0], "anomaly": anomaly}
 
     def _bound(self, elbo: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """The bound of one draw, whose KL is known, or that of several, importance-weighted."""
@@ -131,15 +136,36 @@ def parts(q: Posterior) -> Iterator[tuple[slice, Posterior]]:
         yield here, Posterior(*(None if values is None else values[:, :, here] for values in q))
 
 
-def restored_latent(q: Posterior, threshold: float | None) -> Tensor:
-    """The posterior's mean, but where its KL divergence exceeds so many nats in a dimension: there the prior's mean."""
-    if threshold is None:
-        return q.mean
-    restored = torch.empty_like(q.mean)
-    for here, part in parts(q):
-        prior_mean = torch.zeros_like(part.mean) if part.prior_mean is None else part.prior_mean
-        restored[:, :, here] = torch.where(kl_per_dimension(part) > threshold, prior_mean, part.mean)
-    return restored
+def anomaly_map(scans: Tensor, loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:
+    """How many standard deviations scans are brighter (or darker, below 0) than expected, shaped like them.
+
+    The standard deviation is what was predicted, together with 2 % of the range that scans are scaled to: noise,
+    resampling, and what the latents leave open, so that no voxel stands out that the network is all too sure of.
+
+    Args:
+        scans: not clipped.
+        loc, scale: mean and standard deviation that are expected of each voxel.
+        network: or what has its ``output_activation``.
+    """
+    low, high = OUTPUT_RANGES[network.output_activation]
+    return (scans - loc) / torch.hypot(scale, scale.new_tensor(LEAST_DEVIATION * (high - low)))
+
+
+def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, threshold: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that a network expects of each voxel, without what is unusual in the scans.
+
+    A network that reconstructs well reconstructs lesions too, in part. So voxels that differ too much from their
+    reconstruction, and those next to them, are given its value, and the network reconstructs that.
+
+    Args:
+        inputs: scans, not clipped.
+        loc, scale: of their reconstruction.
+        threshold: standard deviations, of any channel.
+    """
+    odd = (anomaly_map(inputs, loc, scale, network).abs() > threshold).any(1, keepdim=True)
+    near = Pool["MAX", network.spatial_dims](kernel_size=3, stride=1, padding=1)(odd.to(inputs.dtype)) > 0
+    scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
+    return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
 
 
 def foreground(scans: Tensor, network: VDVAE) -> Tensor:

@@ -64,7 +64,7 @@ class Jobs:
         covariates = config.get_parsed_content("scan_folder"), config.get_parsed_content("covariates_file")
         with_covariates = self.prior is not None and self.prior.coding is not None
         self._known = read_rows(self.cohort.items, *covariates) if with_covariates else None
-        self._preprocessing = config.get_parsed_content("preprocessing")
+        self._preprocessing = config.get_parsed_content("scored#preprocessing")
         self._scoring = config.get_parsed_content("scoring_inferer")
         self._features_of = config.get_parsed_content("features_of")
         self._range = config.get_parsed_content("output_range")
@@ -128,7 +128,7 @@ class Jobs:
 
     # each scan is read again when it is asked for: a cohort need not fit into memory
     def _read(self, index: Any) -> dict[str, Any]:
-        """A scan after preprocessing, with the covariates that are known of it.
+        """A scan after preprocessing, which does not clip it, with the covariates that are known of it.
 
         Raises:
             ScanError: it cannot be used; its row says so then.
@@ -147,8 +147,11 @@ class Jobs:
             found["covariates"] = parse_row(self.prior.coding, item, self._known[index])
         return found
 
-    def _inputs(self, item: Mapping[str, Any]) -> Tensor:
+    def _unclipped(self, item: Mapping[str, Any]) -> Tensor:
         return item["image"].as_tensor()[None].to(self.device)
+
+    def _inputs(self, item: Mapping[str, Any]) -> Tensor:
+        return self._unclipped(item).clamp(*self._range)
 
     def _features(self, item: Mapping[str, Any]) -> dict[str, Any]:
         found = self._features_of([item])
@@ -187,7 +190,7 @@ class Jobs:
 
     def _score(self, index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
         with noise_from([scan_generator(self._seed, self.cohort.row(index)["image"])]):
-            found = self._scoring(self._inputs(item), self.network, **self._features(item))
+            found = self._scoring(self._unclipped(item), self.network, **self._features(item))
         scores = {name: float(found[name]) for name in SCORES if name in found}
         self.cohort.note(index, error="", **{name: value for name, value in scores.items() if math.isfinite(value)})
         return found
