@@ -3,7 +3,8 @@
     python -m benchmarks.lesions --config_file "['configs/inference.json']" --ckpt models/model.pt
 
 runs the bundle's ``score`` and prints what it says of each kind, together with the healthy phantoms, on the network's
-grid and on the scans' own: see :py:mod:`scripts.inference.detection`.
+grid and on the scans' own: see :py:mod:`scripts.inference.detection`. Below that stands what a perfect restoration
+would reach, whose scans are the same phantoms without their lesions: voxels of a coarse grid are in a lesion in part.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 
 from scripts.data.phantom_lesions import KINDS
 from scripts.inference.detection import Detection, best, by_kind, detect, sentences
-from scripts.inference.lesions import LesionCounts
-from scripts.inference.masks import read_kinds
+from scripts.inference.engine import list_scans
+from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
+from scripts.inference.masks import pair_masks, read_kinds
+from scripts.inference.scoring import anomaly_map
 from scripts.phantoms import make_brains
 from scripts.utils.command_line import run
 from scripts.utils.names import item_path
@@ -42,6 +46,34 @@ def score(folder: Path, config_file: str | list[str], **settings: Any) -> list[L
     scans = [item_path(item) for item in parser.get_parsed_content("scored#scans")]
     kinds = read_kinds(folder / "masks", scans)
     return [LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan]) for scan in scans]
+
+
+def perfect(folder: Path, config_file: str | list[str], cohort: dict[str, Any], **settings: Any) -> list[LesionCounts]:
+    """What would be counted on the network's grid if scans were restored to the same phantoms without lesions.
+
+    Args:
+        folder: that holds ``scans`` and ``masks``; the phantoms without lesions go to ``twins``.
+        config_file, settings: of the bundle's inference.
+        cohort: what :py:func:`scripts.phantoms.make_brains` takes, without the lesions.
+    """
+    make_brains(folder / "twins", **cohort)
+    parser = ConfigParser()
+    parser.read_config(config_file)
+    parser.update(settings)
+    network, preprocess = (parser.get_parsed_content(name) for name in ("network", "scored#preprocessing"))
+    read, low, high = with_masks(preprocess), *parser.get_parsed_content("output_range")
+    pattern = "*_FLAIR.nii.gz"
+    listed = list_scans(folder / "scans", pattern)
+    kinds, counts = read_kinds(folder / "masks", [item_path(item) for item in listed]), []
+    for pair in pair_masks(listed, folder / "scans", pattern, folder / "masks", "*_lesions.nii.gz"):
+        item, path = read(pair), Path(item_path(pair))
+        twin = preprocess({"image": str(folder / "twins" / path.name)})["image"].as_tensor()
+        scan, lesion = item["image"].as_tensor(), item["lesion_fitted"]
+        anomaly = anomaly_map(scan, twin, torch.zeros_like(twin), network)
+        found = count_voxels(anomaly.numpy(), ((scan - low) / (high - low)).numpy(), lesion.numpy())
+        mask, scores = "lesions" if lesion.any() else "empty", found.pop("scores")
+        counts.append(LesionCounts(path.name, mask, {"network": found}, {"network": scores}, kinds[str(path)]))
+    return counts
 
 
 def side_by_side(found: Sequence[Detection]) -> str:
@@ -94,12 +126,17 @@ def main(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cohort = {"count": count, "seed": seed, "spacing": spacing, "lesions": prevalence}
-        make_brains(folder / "scans", mask_dir=folder / "masks", lesion_kinds=lesion_kinds, **cohort)
+        cohort = {"count": count, "seed": seed, "spacing": spacing}
+        sick = {"mask_dir": folder / "masks", "lesions": prevalence, "lesion_kinds": lesion_kinds}
+        make_brains(folder / "scans", **cohort, **sick)
         scans = score(folder, config_file, ckpt=ckpt, batch_size=batch_size, restore=restore)
+        restored = perfect(folder, config_file, cohort, ckpt=ckpt)
     found = detect(scans, by_kind(scans))
     print(side_by_side(found))
     print("\n".join(sentences(found)))
+    most = [d for d in best(detect(restored, by_kind(restored))) if d.what == "anomaly"]
+    reached = ", ".join(f"{d.group} {d.numbers['average_precision'][0]:.3f}" for d in most)
+    print(f"Average precision on the network's grid, had scans been restored to themselves without lesions: {reached}.")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 
 import nibabel as nib
@@ -373,3 +374,8 @@ def test_the_benchmark_reports_each_kind_on_both_grids(weights, capsys):
     printed = capsys.readouterr().out
     for kind in KINDS:
         assert printed.count(f"| {kind} (") == 2 and f"{kind}, on the scans' own grid: " in printed
+    (perfect,) = (line for line in printed.splitlines() if line.startswith("Average precision on the network's grid,"))
+    reached = dict(re.findall(r"(\w+) (\d\.\d+)", perfect))
+    assert list(reached) == [*sorted(KINDS), "all"]
+    ours = {d.group: d.numbers["average_precision"][0] for d in found if (d.grid, d.order) == ("network", "either")}
+    assert all(float(value) > ours[kind] for kind, value in reached.items())
