@@ -177,7 +177,14 @@ def lesion_scans(folder: Path, preprocess: Compose, **cohort: Any) -> tuple[Tens
 
 
 def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float, batch_size: int) -> dict[str, float]:
-    """How well the anomaly map finds lesions that are brighter than expected: `average_precision` and `auroc`."""
+    """How well the anomaly map finds lesions that are brighter than expected: `average_precision` and `auroc`.
+
+    Args:
+        peer: the model.
+        scans, lesions: `[scans, 1, *spatial]`, the scans not clipped.
+        smoothing: standard deviation in voxels of the Gaussian that smooths the map.
+        batch_size: of the model.
+    """
     smooth = GaussianFilter(peer.spatial_dims, smoothing)
     maps = torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)])
     low, high = OUTPUT_RANGES[peer.output_activation]
@@ -259,6 +266,7 @@ def compare(
     }
     parser.update({"population_prior": None})  # maps do not need it
     scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
+    smoothing = parser.get_parsed_content("anomaly_smoothing")
     training, validation = cohort_scans(
         dataset_dir, cache_dir or str(folder / "cache"), network_def.spatial_shape, seed
     )
@@ -299,7 +307,7 @@ def compare(
                     "likelihood": peer.likelihood,
                     **held_out_numbers(peer, test, batch_size),
                     **sample_numbers(compared),
-                    **lesion_numbers(peer, sick, lesions, scoring.smoothing, batch_size),
+                    **lesion_numbers(peer, sick, lesions, smoothing, batch_size),
                     "parameters": peer.size(),
                     "minutes": spent,
                 }

@@ -82,7 +82,7 @@ def main(
     output_dir: str,
     ckpt: str = "models/model.pt",
     config_file: str | Sequence[str] = "configs/inference.json",
-    count: int = 256,
+    count: int = 1024,
     seed: int = 11,
     spacing: float = 2.0,
     batch_size: int = 8,

@@ -148,7 +148,7 @@ def anomaly_map(scans: Tensor, loc: Tensor, scale: Tensor, network: VDVAE) -> Te
         network: or what has its ``output_activation``.
     """
     low, high = OUTPUT_RANGES[network.output_activation]
-    return (scans - loc) / torch.hypot(scale, scale.new_tensor(LEAST_DEVIATION * (high - low)))
+    return (scans - loc) / (scale.square() + (LEAST_DEVIATION * (high - low)) ** 2).sqrt()
 
 
 def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, threshold: float) -> tuple[Tensor, Tensor]:
