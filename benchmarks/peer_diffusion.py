@@ -21,9 +21,9 @@ STEPS = 100  # of sampling
 class LatentDiffusion(TrainedPeer):
     """A diffusion model of the latents of a trained ``AutoencoderKL``, which reconstructs and scores as that does.
 
-    It is as in MONAI's tutorial for 3D: the noise is predicted, in 1,000 steps of scaled linear variances between
-    0.0015 and 0.0195, and latents are divided by their standard deviation; but for half the channels, as its
-    autoencoder. Samples are drawn in 100 steps of DDIM (Song et al. 2021, arXiv:2010.02502).
+    As in MONAI's tutorials, the noise is predicted, in 1,000 steps of scaled linear variances between 0.0015 and
+    0.0195, and latents are divided by their standard deviation. The U-Net has one residual block per level. Samples are
+    drawn in 100 steps of DDIM (Song et al. 2021, arXiv:2010.02502).
 
     Args:
         autoencoder: trained; it stays as it is.

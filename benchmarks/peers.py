@@ -273,7 +273,7 @@ def compare(
 
     torch.manual_seed(seed)
     gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
-    models: dict[str, tuple[Peer, float | None]] = {"Gaussian a voxel": (gaussian, None)}
+    models: dict[str, tuple[Peer, float | None]] = {"Gaussian per voxel": (gaussian, None)}
     models[f"PCA, {pca.axes.shape[1]} components"] = (pca, None)
     for name, peer in (("VarAutoEncoder", VAE(gaussian)), ("AutoencoderKL", LatentDiffusionAutoencoder(gaussian))):
         path = folder / f"{name}.pt"
@@ -313,6 +313,7 @@ def compare(
                 }
             )
         for name, peer in cold.items():
+            torch.manual_seed(seed)
             compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
             rows.append({"model": name, **sample_numbers(compared)})
             quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)

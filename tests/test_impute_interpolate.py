@@ -261,7 +261,7 @@ def test_masks_that_say_nothing_are_refused(tmp_path):
     some[4:8] = 1
     hide(tmp_path, some)
     for mask, affine, reason in (
-        (some[:15], None, "lies on another grid than its scan 'scan.nii'"),
+        (some[:15], None, "lies on another grid than 'scan.nii'"),
         (some, np.diag([2, 1, 1, 1]), "or its affine differs: resample it to the scan's grid"),
         (np.zeros_like(some), None, r"is empty \(no voxel is above 0\)"),
         (np.ones_like(some), None, r"is full \(every voxel is above 0\)"),

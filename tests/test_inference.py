@@ -401,6 +401,12 @@ def test_what_is_planted_shows_in_the_anomaly_map(scans, network):
     assert sharp[0, 0, 2, 6, 6] < 0.5 * odd["anomaly"][0, 0, 2, 6, 6]
 
 
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan")])
+def test_what_to_restore_must_be_more_than_nothing(threshold):
+    with pytest.raises(ValueError, match="more than 0 standard deviations; None restores nothing"):
+        Scoring(restore=threshold)
+
+
 def test_nothing_is_restored_where_that_is_asked_for(scans, network):
     found = Scoring(restore=None)(upright(scans)[None], network)
     assert torch.equal(found["restored"], found["recon"])

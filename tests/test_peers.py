@@ -179,7 +179,7 @@ def test_table_has_a_row_for_each_model(cohort, tmp_path, capsys):
     with (tmp_path / "out" / "peers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(COLUMNS)
-    names = ["Gaussian a voxel", "PCA, 4 components", "VarAutoEncoder", "AutoencoderKL"]
+    names = ["Gaussian per voxel", "PCA, 4 components", "VarAutoEncoder", "AutoencoderKL"]
     names += ["ours, 1 minutes", "ours, 2.5 minutes", "ours, samples at 0.7", "latent diffusion on AutoencoderKL"]
     assert [row["model"] for row in rows] == names
     assert [row["likelihood"] for row in rows] == ["exact"] * 2 + ["ELBO"] * 4 + [""] * 2

@@ -1,7 +1,7 @@
 """What an anomaly map and the intensity are in the lesions of one scan and beside them, where a mask outlines these.
 
 Each scan's voxels are counted in bins of their values, on two grids: the network's own, and the scan's own with the
-map as it is saved and the mask as it is. So what is kept of a scan, 256 KB in memory and less on disk, does not depend
+map as it is saved and the mask as it is. So what is kept of a scan, 128 KB in memory and less on disk, does not depend
 on its size, and :py:mod:`scripts.inference.detection` needs no more than that.
 """
 

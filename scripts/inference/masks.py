@@ -126,7 +126,7 @@ def read_mask(path: str, scan: MetaTensor) -> Tensor:
     apart = 1e-2 * affine_to_spacing(affines[0], r=rank).min()
     if mask.shape[1:] != scan.shape[1:] or not np.allclose(*affines, rtol=0, atol=apart):
         raise ScanError(
-            f"The mask '{path}' (shape {tuple(mask.shape[1:])}) lies on another grid than its scan "
+            f"The mask '{path}' (shape {tuple(mask.shape[1:])}) lies on another grid than "
             f"'{image_path(scan)}' (shape {tuple(scan.shape[1:])}), or its affine differs: resample it to the scan's "
             "grid, nearest neighbour."
         )

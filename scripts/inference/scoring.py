@@ -33,7 +33,7 @@ class Scoring(Inferer):
     cohort's scans that lie at least so far.
     Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
     ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that, see
-    :func:`anomaly_map`.
+    :func:`anomaly_map`, smoothed.
 
     Scans need not be clipped to the range that they are scaled to. The network sees them clipped, and all numbers are
     of that; the anomaly is that of the scan as it is, since the brightest lesions are what clipping hides.
@@ -56,6 +56,10 @@ class Scoring(Inferer):
     ) -> None:
         if importance_samples < 1:
             raise ValueError(f"importance_samples is {importance_samples}: it must be 1 or more.")
+        if restore is not None and not restore > 0:
+            raise ValueError(
+                f"restore is {restore}: it must be more than 0 standard deviations; None restores nothing."
+            )
         self.importance_samples = importance_samples
         self.smoothing = gaussian_1d(torch.tensor(smoothing))
         self.restore = restore
@@ -155,7 +159,8 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     """Mean and standard deviation that a network expects of each voxel, without what is unusual in the scans.
 
     A network that reconstructs well reconstructs lesions too, in part. So voxels that differ too much from their
-    reconstruction, and those next to them, are given its value, and the network reconstructs that.
+    reconstruction, and those next to them, are given its value, and the network reconstructs that. Of large lesions
+    a part stays.
 
     Args:
         inputs: scans, not clipped.

@@ -133,7 +133,8 @@ def anomaly(
         value_range: what black and white stand for.
         headings: what ``restored`` and ``score`` are called.
     """
-    image, restored, score = as_array(image), as_array(restored), as_array(score)
+    # a scan that is not clipped may have a few voxels beside which all others are background
+    image, restored, score = np.clip(as_array(image), *value_range), as_array(restored), as_array(score)
     peak = np.ravel_multi_index(_peak(image, score)[1:], image[0].shape)
     groups = _groups(title, [image, restored, score], _mark(peak, image[0].shape), foreground_box(list(image)))
     gray = _gray(value_range, [volume for _, row, _ in groups for volume in row[:2]])
