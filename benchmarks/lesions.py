@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from torch import Tensor
 
 from scripts.data.phantom_lesions import KINDS
 from scripts.inference.detection import Detection, best, by_kind, detect, sentences
@@ -61,19 +62,26 @@ def perfect(folder: Path, config_file: str | list[str], cohort: dict[str, Any], 
     parser.read_config(config_file)
     parser.update(settings)
     network, preprocess = (parser.get_parsed_content(name) for name in ("network", "scored#preprocessing"))
-    read, low, high = with_masks(preprocess), *parser.get_parsed_content("output_range")
+    read, value_range = with_masks(preprocess), parser.get_parsed_content("output_range")
     pattern = "*_FLAIR.nii.gz"
     listed = list_scans(folder / "scans", pattern)
     kinds, counts = read_kinds(folder / "masks", [item_path(item) for item in listed]), []
     for pair in pair_masks(listed, folder / "scans", pattern, folder / "masks", "*_lesions.nii.gz"):
         item, path = read(pair), Path(item_path(pair))
         twin = preprocess({"image": str(folder / "twins" / path.name)})["image"].as_tensor()
-        scan, lesion = item["image"].as_tensor(), item["lesion_fitted"]
+        scan = item["image"].as_tensor()
         anomaly = anomaly_map(scan, twin, torch.zeros_like(twin), network)
-        found = count_voxels(anomaly.numpy(), ((scan - low) / (high - low)).numpy(), lesion.numpy())
-        mask, scores = "lesions" if lesion.any() else "empty", found.pop("scores")
-        counts.append(LesionCounts(path.name, mask, {"network": found}, {"network": scores}, kinds[str(path)]))
+        counted = counts_of(anomaly, scan, item["lesion_fitted"], value_range)
+        counts.append(counted._replace(name=path.name, kind=kinds[str(path)]))
     return counts
+
+
+def counts_of(anomaly: Tensor, scan: Tensor, lesion: Tensor, value_range: tuple[float, float]) -> LesionCounts:
+    """Counts of a scan on the network's grid: anomaly map, scan and lesions, ``[channels, *spatial]``."""
+    low, high = value_range
+    found = count_voxels(anomaly.numpy(), ((scan - low) / (high - low)).numpy(), lesion.numpy())
+    scores = found.pop("scores")
+    return LesionCounts("", "lesions" if lesion.any() else "empty", {"network": found}, {"network": scores})
 
 
 def side_by_side(found: Sequence[Detection]) -> str:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from benchmarks.lesions import counts_of
 from benchmarks.peer_diffusion import LATENTS_PER_BATCH, LatentDiffusion
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
@@ -37,7 +38,7 @@ from scripts.data.transforms import unclipped
 from scripts.inference.detection import detect
 from scripts.inference.engine import list_scans
 from scripts.inference.inferers import Sampling
-from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
+from scripts.inference.lesions import with_masks
 from scripts.inference.masks import pair_masks
 from scripts.inference.population import find_population_prior
 from scripts.inference.sample_comparison import SampleComparison
@@ -187,12 +188,8 @@ def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float,
     """
     smooth = GaussianFilter(peer.spatial_dims, smoothing)
     maps = torch.cat([smooth(peer.anomaly(x)) for x in scans.split(batch_size)])
-    low, high = OUTPUT_RANGES[peer.output_activation]
-    counts = []
-    for values, scan, lesion in zip(maps, (scans - low) / (high - low), lesions, strict=True):
-        found = count_voxels(values.numpy(), scan.numpy(), lesion.numpy())
-        mask, scores = "lesions" if lesion.any() else "empty", found.pop("scores")
-        counts.append(LesionCounts("", mask, {"network": found}, {"network": scores}))
+    value_range = OUTPUT_RANGES[peer.output_activation]
+    counts = [counts_of(*parts, value_range) for parts in zip(maps, scans, lesions, strict=True)]
     brighter = detect(counts, {"all": [True] * len(counts)}, repeats=0)[0]
     return {name: float(brighter.numbers[name][0]) for name in ("average_precision", "auroc")}
 
