@@ -32,8 +32,8 @@ from scripts.data.datalist import list_sides
 from scripts.data.phantom_people import Cohort
 from scripts.inference.covariates import CovariatePosterior, Deviation
 from scripts.inference.scoring import Scoring
-from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
+from scripts.population.prior import PopulationPrior
 from scripts.utils.command_line import run
 
 ROOT = Path(__file__).parent.parent

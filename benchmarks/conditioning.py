@@ -31,8 +31,8 @@ from scripts.data.covariate_tables import read_rows
 from scripts.data.covariates import CovariateCoding
 from scripts.data.phantom_people import Cohort
 from scripts.inference.scoring import foreground
-from scripts.layers.population_prior import drawing_innovations, innovation
 from scripts.networks import VDVAE
+from scripts.population.prior import drawing_innovations, innovation
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast

@@ -36,8 +36,8 @@ from scripts.data.phantom_people import AGES, SITES, Cohort, Person
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Sampling
 from scripts.inference.scoring import Scoring
-from scripts.layers.population_prior import innovation
 from scripts.networks import VDVAE
+from scripts.population.prior import innovation
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
 from scripts.utils.nifti import nifti_bytes

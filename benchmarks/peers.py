@@ -40,12 +40,12 @@ from scripts.inference.engine import list_scans
 from scripts.inference.inferers import Sampling
 from scripts.inference.lesions import with_masks
 from scripts.inference.masks import pair_masks
-from scripts.inference.population import find_population_prior
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import anomaly_map, foreground, image_quality, restored
-from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
+from scripts.population.files import find_population_prior
+from scripts.population.prior import PopulationPrior
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures

@@ -24,6 +24,7 @@ from scripts.data.datalist import find_scans
 from scripts.data.subjects import subject_names
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
+from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -74,7 +75,7 @@ def check(
         channels = 1 if isinstance(scan_pattern, str) else len(scan_pattern)
     _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
     if not isinstance(scan_pattern, str) and len(scan_pattern) != channels:
-        raise ValueError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
+        raise InputError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
     root = Path(str(dataset_dir)).expanduser()
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
@@ -136,27 +137,27 @@ def _check_arguments(
         check_integer("workers", workers, 1)
     check_integer("channels", channels, 1)
     if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims is {spatial_dims!r}, but must be 2 or 3.")
+        raise InputError(f"spatial_dims is {spatial_dims!r}, but must be 2 or 3.")
     if not isinstance(strict, bool):
-        raise ValueError(f"strict is {strict!r}, but must be True or False.")
+        raise InputError(f"strict is {strict!r}, but must be True or False.")
     for name, value in (("spacing", spacing), ("field_of_view", field_of_view)):
         sizes = value if isinstance(value, list | tuple) else [value]
         if value is not None and not (
             (isinstance(value, numbers.Real) or len(sizes) == spatial_dims)
             and all(isinstance(s, numbers.Real) and not isinstance(s, bool) and 0 < s < math.inf for s in sizes)
         ):
-            raise ValueError(f"{name} is {value!r}, but must be a size in mm, or {spatial_dims} of them.")
+            raise InputError(f"{name} is {value!r}, but must be a size in mm, or {spatial_dims} of them.")
     if orientation is not None:
         letters = str(orientation)
         pairs = [pair for letter in letters for pair in ("LR", "PA", "IS") if letter in pair]
         if not len(letters) == len(pairs) == len(set(pairs)) == spatial_dims:
-            raise ValueError(f"orientation is {orientation!r}, but must name {spatial_dims} axes, such as 'RAS'.")
+            raise InputError(f"orientation is {orientation!r}, but must name {spatial_dims} axes, such as 'RAS'.")
 
 
 def _output_folder(output_dir: str | os.PathLike | None, root: Path) -> Path:
     output = as_folder("output_dir", "check" if output_dir is None else output_dir)
     if output_dir is None and output.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
+        raise InputError(
             f"The report would go to '{output}', which lies in dataset_dir '{root}': "
             "set --output_dir to another folder."
         )

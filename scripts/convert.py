@@ -22,6 +22,7 @@ from scripts.layers.gaussian import LATENT_STD_RANGE
 from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE
 from scripts.utils.command_line import run
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text, write_whole
 from torch import Tensor
 
@@ -42,7 +43,7 @@ PATH_TYPES = [
 ]
 
 
-class ConversionError(ValueError):
+class ConversionError(InputError):
     """The checkpoint cannot be turned into a network of this bundle; the sentence says why."""
 
 
@@ -57,7 +58,7 @@ def load_published_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' does not exist: give the file that the published code saved.")
+        raise NotFoundError(f"checkpoint '{path}' does not exist: give the file that the published code saved.")
     try:
         with torch.serialization.safe_globals(PATH_TYPES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

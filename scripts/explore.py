@@ -18,6 +18,7 @@ import webbrowser
 from collections.abc import Sequence
 
 from scripts.utils.command_line import run
+from scripts.utils.errors import InputError, ResourceError
 
 __all__ = ["explore"]
 
@@ -52,9 +53,9 @@ def explore(
         ValueError: an argument makes no sense, or the network, its weights or the scans cannot be used.
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-        raise ValueError(f"port is {port!r}: it must be a whole number from 0 to 65535.")
+        raise InputError(f"port is {port!r}: it must be a whole number from 0 to 65535.")
     if not isinstance(browser, bool):
-        raise ValueError(f"browser is {browser!r}: it must be True or False.")
+        raise InputError(f"browser is {browser!r}: it must be True or False.")
 
     import uvicorn
     from monai.bundle import ConfigParser
@@ -77,7 +78,7 @@ def explore(
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise OSError(
+        raise ResourceError(
             f"The page cannot be served at {host}, port {port} ({error.strerror}): set another --port."
         ) from None
     token = secrets.token_urlsafe(24)

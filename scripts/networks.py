@@ -17,6 +17,7 @@ from scripts.layers.convolutions import HEAD_SCALES, Downsample, channels_last, 
 from scripts.layers.gaussian import Posterior
 from scripts.layers.levels import Level, check_choice, check_list, check_shape, make_levels
 from scripts.layers.output import OUTPUT_RANGES, OutputHead, VoxelGaussian, deviation
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 __all__ = ["OUTPUT_RANGES", "VDVAE", "Decoder", "Encoder", "VDVAEOutput", "VDVAEReconstruction"]
@@ -240,7 +241,7 @@ class VDVAE(VoxelGaussian):
         """The grid of each level, finest first, for scans of this shape; default the network's."""
         shape = spatial_shape or self.spatial_shape
         if shape is None:
-            raise ValueError("network_def: a grid needs spatial_shape, here or in the constructor.")
+            raise InputError("network_def: a grid needs spatial_shape, here or in the constructor.")
         shape = check_shape(list(shape), self.spatial_dims, self.levels)
         return [tuple(size // 2**level for size in shape) for level in range(self.levels)]
 
@@ -252,7 +253,7 @@ class VDVAE(VoxelGaussian):
     def _encode(self, x: Tensor) -> list[Tensor]:
         """The encoder's features of scans, finest first, after a look at their shape."""
         if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"input of shape {list(x.shape)}: expected [batch, {self.in_channels}, ...] "
                 f"with {self.spatial_dims} spatial axes."
             )
@@ -260,7 +261,7 @@ class VDVAE(VoxelGaussian):
         gaussian = self.voxel_gaussian()
         if gaussian is not None:
             if shape != list(gaussian[0].shape[2:]):
-                raise ValueError(
+                raise InputError(
                     f"input of shape {list(x.shape)}: this network's template has spatial_shape {self.spatial_shape}."
                 )
             x = deviation(x, gaussian)
@@ -321,7 +322,7 @@ class VDVAE(VoxelGaussian):
             ValueError: more latents than the network has, or no way to know the shape.
         """
         if len(latents) > self.num_latents:
-            raise ValueError(f"decode got {len(latents)} latents, but the network has {self.num_latents}.")
+            raise InputError(f"decode got {len(latents)} latents, but the network has {self.num_latents}.")
         if latents:
             start = latents[0]
         else:

@@ -39,6 +39,7 @@ from scripts.data.phantom_lesions import lesion_kind
 from scripts.data.phantom_people import Cohort
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
+from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import as_folder, write_bytes, write_csv, write_text
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -196,7 +197,7 @@ def _make_cohort(
     folder = as_folder("output_dir", output_dir)
     mask_suffix, mask_folder = (masks[0], as_folder("mask_dir", masks[1])) if masks else (None, None)
     if mask_folder is not None and mask_folder.resolve() == folder.resolve():
-        raise ValueError(
+        raise InputError(
             f"mask_dir is the folder of the scans, {folder}: give another, so that masks are never taken for scans."
         )
     _claim(folder, recipe, indices, suffix)
@@ -236,19 +237,17 @@ def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) ->
             found = json.loads(path.read_text(encoding="utf-8"))
             start, end = found["start"], found["start"] + found["count"]
         except (ValueError, TypeError, KeyError):
-            raise FileExistsError(
-                f"output_dir {folder} has a phantoms.json that cannot be read: give another."
-            ) from None
+            raise ExistsError(f"output_dir {folder} has a phantoms.json that cannot be read: give another.") from None
         same = all(found.get(key, DEFAULTS.get(key)) == value for key, value in recipe.items())
         if not same or start < indices.start or end > indices.stop:
-            raise FileExistsError(
+            raise ExistsError(
                 f"output_dir {folder} holds another cohort of phantoms, {json.dumps(found)}, than the one asked for, "
                 f"{json.dumps(request)}: give another output_dir, or remove that one."
             )
         if found == request:
             return
     elif folder.is_dir() and next(folder.rglob("*.nii*"), None) is not None:
-        raise FileExistsError(
+        raise ExistsError(
             f"output_dir {folder} holds scans but no phantoms.json: give a folder of its own for the phantoms, "
             "so that they never mix with other scans."
         )

@@ -21,6 +21,7 @@ from joblib import cpu_count, delayed
 from scripts.data.datalist import find_scans
 from scripts.utils.arguments import check_integer, check_number
 from scripts.utils.command_line import run
+from scripts.utils.errors import InputError, NotAFolderError
 from scripts.utils.files import write_csv, write_text, write_whole
 from scripts.utils.formats import IMAGE_SUFFIXES, without_image_suffix
 from scripts.utils.parallel import run_parallel
@@ -85,7 +86,7 @@ def prepare(
     root, folder = Path(dataset_dir).expanduser(), Path(output_dir).expanduser()
     inner, outer = folder.resolve(), root.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ValueError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
+        raise InputError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
 
     from scripts.data.alignment import judge
     from scripts.data.preparation import METHOD, Job, read_record
@@ -200,7 +201,7 @@ def _stems(names: Sequence[str]) -> list[str]:
         stems.append(stem if often[stem] == 1 else stem + "_" + name[len(stem) :].replace(".", ""))
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
-        raise ValueError(
+        raise InputError(
             f"two scans would both be written as '{twice[0]}.nii.gz': rename one, or narrow --scan_pattern."
         )
     return stems
@@ -210,7 +211,7 @@ def _masks(names: Sequence[str], mask_dir: str | os.PathLike) -> list[Path | Non
     """The mask of each scan: the same relative path, whatever the suffix; None where there is none or several."""
     root = Path(mask_dir).expanduser()
     if not root.is_dir():
-        raise NotADirectoryError(f"mask_dir '{root}' is not a folder: set --mask_dir to the folder of the masks.")
+        raise NotAFolderError(f"mask_dir '{root}' is not a folder: set --mask_dir to the folder of the masks.")
     found = []
     for name in names:
         exact = root / name

@@ -26,11 +26,12 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_METADATA
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
+from scripts.population.fit import prior_path
+from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
-from scripts.training.population_fit import prior_path
 from scripts.utils.command_line import run
+from scripts.utils.errors import InputError
 from scripts.utils.files import write_bytes
 from torch import Tensor
 
@@ -72,7 +73,7 @@ FORMAT_KEYS = {
 }
 
 
-class ReleaseError(ValueError):
+class ReleaseError(InputError):
     """A bundle cannot be released; the sentence says what is wrong and what to do."""
 
 

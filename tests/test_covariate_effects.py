@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.training.covariate_effects import Effects, shrunk_mean
+from scripts.population.effects import Effects, shrunk_mean
 
 
 def fitted(features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

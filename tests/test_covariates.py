@@ -29,9 +29,9 @@ from scripts.inference.covariates import (
     targets,
 )
 from scripts.inference.inferers import Sampling
-from scripts.layers.population_prior import PopulationPrior
 from scripts.phantoms import make_brains
-from scripts.training.adaptation import Adaptation
+from scripts.population.adaptation import Adaptation
+from scripts.population.prior import PopulationPrior
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]

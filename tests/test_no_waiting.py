@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.memory import fake_parameters
 from scripts.inference import inferers, scoring
-from scripts.layers.population_prior import PopulationPrior
 from scripts.networks import VDVAE
+from scripts.population.prior import PopulationPrior
 from scripts.training import trainer as trainers
 from scripts.utils.devices import on_device, to_host
 

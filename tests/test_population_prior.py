@@ -15,13 +15,13 @@ from groups import free_port, run_bundle_group, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
 from scripts.inference.inferers import CoordinateDecoding, Sampling
-from scripts.inference.population import find_population_prior, list_coordinates, scans_to_fit
 from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import drawing, noise_from, recording
-from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
+from scripts.population.files import find_population_prior, list_coordinates, scans_to_fit
+from scripts.population.fit import PopulationFit, prior_from_sketch
+from scripts.population.prior import PopulationPrior, fingerprint, innovation
+from scripts.population.sketch import FactorSketch
 from scripts.training.checkpoints import CheckpointError
-from scripts.training.factor_sketch import FactorSketch
-from scripts.training.population_fit import PopulationFit, prior_from_sketch
 from scripts.training.population_training import RunningPopulationPrior
 
 SHAPES = {0: (3, 1, 1, 1), 2: (2, 2, 2, 2)}  # latent 1 is left out

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser, download_large_files
 from packaging.requirements import Requirement
 
 from scripts import release
-from scripts.layers.population_prior import PopulationPrior, fingerprint
+from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.release import ReleaseError, make_release, ship_weights
 from scripts.training.checkpoints import load_weights
 

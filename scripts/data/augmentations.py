@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandAffined, RandomizableTransform, RandTorchIOd, Resample
 from monai.transforms.utils import create_grid
 from scipy import ndimage
+from scripts.utils.errors import InputError
 
 __all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandTorchIOScand", "try_augmentations"]
 
@@ -111,7 +112,7 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, prob)
         if len(width) != 2 or not 1 <= width[0] <= width[1]:
-            raise ValueError(f"width is {width}: it must be the fewest and the most voxels to shave, from 1 up.")
+            raise InputError(f"width is {width}: it must be the fewest and the most voxels to shave, from 1 up.")
         self.width = (int(width[0]), int(width[1]))
         self.threshold = threshold
 
@@ -201,4 +202,4 @@ def try_augmentations(augmentation: Mapping[str, RandomizableTransform], channel
             try:
                 certain({"image": image.clone()})
             except Exception as error:  # of MONAI, TorchIO or NumPy, whatever they raise
-                raise ValueError(f"augmentation#{name} cannot be applied ({error}): change its arguments.") from error
+                raise InputError(f"augmentation#{name} cannot be applied ({error}): change its arguments.") from error

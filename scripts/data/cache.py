@@ -27,6 +27,7 @@ from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
+from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder, check_archive, write_csv, write_whole
 from scripts.utils.formats import file_states
 from scripts.utils.names import CHANNEL_FILES, image_path, item_files, item_path
@@ -179,7 +180,7 @@ def read_cohort(
         ValueError: when ``policy`` is none of the three.
     """
     if policy not in POLICIES:
-        raise ValueError(f"scan_policy is '{policy}': it must be one of {', '.join(POLICIES)}.")
+        raise InputError(f"scan_policy is '{policy}': it must be one of {', '.join(POLICIES)}.")
     rank, processes = idist.get_rank(), idist.get_world_size()
     if processes > 1 and cache_dir is not None:
         for side, items in datalist.items():

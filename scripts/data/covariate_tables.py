@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scripts.data.covariates import CovariateCoding, Value, check_kinds
 from scripts.data.datalist import common_root
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.names import item_path
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def read_cohort(
     known = {name for rows in sides for row in rows for name in row}
     for name in kinds:
         if name not in known:
-            raise ValueError(
+            raise InputError(
                 f"covariates: '{name}' is in no table of dataset_dir '{dataset_dir}'"
                 + (f" or '{covariates_file}'" if covariates_file else "")
                 + (f"; found are {', '.join(sorted(known))}." if known else ": there is no participants.tsv.")
@@ -134,7 +135,7 @@ def parse_row(coding: CovariateCoding, item: Mapping[str, Any], row: Mapping[str
     try:
         return coding.parse(row)
     except ValueError as error:
-        raise ValueError(f"'{item_path(item)}': {error}") from error
+        raise InputError(f"'{item_path(item)}': {error}") from error
 
 
 def parse_rows(
@@ -153,7 +154,7 @@ def parse_rows(
         ValueError: as :func:`parse_row`; or ``unseen`` is neither.
     """
     if unseen not in ("error", "unknown"):
-        raise ValueError(f"unseen_categories is {unseen!r}: set --unseen_categories to error or unknown.")
+        raise InputError(f"unseen_categories is {unseen!r}: set --unseen_categories to error or unknown.")
     parsed, found = [], Counter()
     for item, row in zip(items, rows, strict=True):
         new = coding.unseen(row)
@@ -161,7 +162,7 @@ def parse_rows(
             words = ", ".join(
                 f"{name} {word!r}, but {', '.join(coding.variables[name].categories)}" for name, word in new.items()
             )
-            raise ValueError(
+            raise InputError(
                 f"'{item_path(item)}': no training scan has {words}. Write n/a for what is not known, or set "
                 "--unseen_categories unknown."
             )
@@ -259,12 +260,12 @@ class _Table:
     def __init__(self, path: str | os.PathLike) -> None:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"covariates_file '{path}' does not exist: check the path.")
+            raise NotFoundError(f"covariates_file '{path}' does not exist: check the path.")
         columns, rows = read_table(file)
         self.by_image = "image" in columns
         keys = ["image"] if self.by_image else [c for c in SUBJECT_COLUMNS if c in columns][:1]
         if not keys:
-            raise ValueError(
+            raise InputError(
                 f"covariates_file '{path}' has no column image or participant_id to say which scan a row is of."
             )
         keys += [] if self.by_image else [c for c in SESSION_COLUMNS if c in columns][:1]
@@ -273,7 +274,7 @@ class _Table:
         for row in rows:
             key = tuple(row.pop(k) if k == "image" else _plain(row.pop(k)) for k in keys)
             if key in self.rows:
-                raise ValueError(f"covariates_file '{path}' has two rows for {' '.join(key)}: leave one.")
+                raise InputError(f"covariates_file '{path}' has two rows for {' '.join(key)}: leave one.")
             self.rows[key] = {k: v for k, v in row.items() if v}
 
     def row(self, image: str, subject: str, session: str) -> dict[str, str]:

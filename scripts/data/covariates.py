@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 __all__ = ["Categorical", "Continuous", "CovariateCoding", "Value"]
@@ -88,7 +89,7 @@ class Continuous:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or not math.isfinite(number):
-            raise ValueError(f"{self.name} is {value!r}: it must be a number, or n/a where it is not known.")
+            raise InputError(f"{self.name} is {value!r}: it must be a number, or n/a where it is not known.")
         return number
 
     def grid(self, steps: int = 81) -> list[float]:
@@ -120,7 +121,7 @@ class Categorical:
         """
         categories = sorted(set(values))
         if len(categories) > MOST_CATEGORIES:
-            raise ValueError(
+            raise InputError(
                 f"covariates: {name} has {len(categories)} different values, such as {categories[0]!r}: a categorical "
                 f"one can have {MOST_CATEGORIES}. Is it continuous?"
             )
@@ -139,7 +140,7 @@ class Categorical:
             ValueError: the training side had no such category.
         """
         if not self.has(value):
-            raise ValueError(
+            raise InputError(
                 f"{self.name} is {_word(value)!r}: the cohort that the model was fitted to has "
                 f"{', '.join(self.categories)}; write n/a for one that is not known."
             )
@@ -183,7 +184,7 @@ class CovariateCoding:
         for name, kind in check_kinds(kinds).items():
             written = [row.get(name) for row in rows if not _missing(row.get(name))]
             if not written:
-                raise ValueError(f"covariates: no training scan has a value for '{name}'.")
+                raise InputError(f"covariates: no training scan has a value for '{name}'.")
             if kind == "categorical":
                 variables.append(Categorical.learn(name, [_word(value) for value in written]))
             else:
@@ -227,10 +228,10 @@ class CovariateCoding:
             ValueError: they are no such mapping, the model has no such covariate, or a value makes no sense.
         """
         if not isinstance(values, Mapping) or not values:
-            raise ValueError(f'covariates is {values!r}: give values by names, such as "{{\'{self.example()}}}".')
+            raise InputError(f'covariates is {values!r}: give values by names, such as "{{\'{self.example()}}}".')
         for name in values:
             if name not in self.variables:
-                raise ValueError(f"covariates: the model knows no '{name}'; it knows {', '.join(self.variables)}.")
+                raise InputError(f"covariates: the model knows no '{name}'; it knows {', '.join(self.variables)}.")
         return {name: self.variables[name].parse(value) for name, value in values.items()}
 
     def example(self) -> str:
@@ -256,7 +257,7 @@ def check_kinds(kinds: Any) -> dict[str, str]:
         ValueError: it is no such mapping.
     """
     if not isinstance(kinds, Mapping) or not kinds or any(kind not in KINDS for kind in kinds.values()):
-        raise ValueError(
+        raise InputError(
             f"covariates is {kinds!r}: say of what kind each is, such as "
             "\"{'age': 'continuous', 'sex': 'categorical'}\"."
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from scripts.data.patterns import compile_pattern
 from scripts.data.subjects import cohort_summary, session_name, split_by_subject, subject_rule
+from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import item_files, item_path
 
@@ -67,11 +68,11 @@ def find_scans(
     """
     root = Path(dataset_dir).expanduser()
     if not root.exists():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"dataset_dir '{root}' does not exist: set --dataset_dir to the folder that holds the scans."
         )
     if not root.is_dir():
-        raise NotADirectoryError(
+        raise NotAFolderError(
             f"dataset_dir '{root}' is not a folder: set --dataset_dir to the folder that holds the scans, "
             "or to a datalist that ends in .json."
         )
@@ -79,10 +80,10 @@ def find_scans(
         return [root / name for name in find_by_wildcards(root, scan_pattern).values()]
     channels = [find_by_wildcards(root, pattern) for pattern in scan_pattern]
     if not channels:
-        raise ValueError("scan_pattern is an empty list: give one pattern for each channel.")
+        raise InputError("scan_pattern is an empty list: give one pattern for each channel.")
     everywhere = set(channels[0]).intersection(*channels[1:])
     if not everywhere:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"No scan under dataset_dir '{root}' has all channels: the patterns {list(scan_pattern)} match "
             f"{', '.join(str(len(channel)) for channel in channels)} file(s), but never with the same text in place of "
             f"their wildcards, as '{next(iter(channels[0].values()))}' and '{next(iter(channels[-1].values()))}' show."
@@ -130,11 +131,11 @@ def find_by_wildcards(
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
         if not names:
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{folder_setting} '{root}' has no {kind}s: set --{folder_setting} to the folder of the {kind}s."
             )
         dicom = not pattern.endswith("/") and any(name.lower().endswith(".dcm") for name in names)
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{pattern_setting} '{pattern}' matches none of the {len(names)} {kind}(s) under {folder_setting} '{root}'"
             f", such as '{names[0]}': set --{pattern_setting} to a pattern the files' names match"
             + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
@@ -196,9 +197,9 @@ def make_datalist(
         ValueError: when the scans cannot be split, an argument is out of range, or the JSON is not a datalist.
     """
     if not 0 < train_fraction < 1:
-        raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
+        raise InputError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
     if max_scans is not None and max_scans < 2:
-        raise ValueError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
+        raise InputError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
     sides, rule, root = list_sides(dataset_dir, scan_pattern)
     training, validation = sides["training"], sides.get("validation", [])
     _check_sides(sides, dataset_dir)
@@ -264,7 +265,7 @@ def _check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
     for one, other in itertools.combinations(subjects, 2):
         both = sorted(subjects[one] & subjects[other])
         if both:
-            raise ValueError(
+            raise InputError(
                 f"dataset_dir '{path}' has {len(both)} subject(s) both in '{one}' and in '{other}', such as "
                 f"'{both[0]}': move all scans of a subject to one side, or, if these are different people, give each "
                 "item a 'subject'."
@@ -284,7 +285,7 @@ def check_batch_size(training: list, batch_size: int, of: int | None = None) -> 
     """
     if len(training) < batch_size:
         total = f" of the {of} scans" if of is not None else " scan(s)"
-        raise ValueError(
+        raise InputError(
             f"The training side holds {len(training)}{total}, fewer than batch_size {batch_size}: lower --batch_size "
             "(or the number of processes, whose batches it adds up), add scans, or raise --train_fraction or "
             "--max_scans."
@@ -302,7 +303,7 @@ def check_channels(datalist: Mapping[str, Sequence[Mapping[str, Any]]], channels
     for item in itertools.chain(*datalist.values()):
         files = len(item_files(item))
         if isinstance(item["image"], list) and files != channels:
-            raise ValueError(
+            raise InputError(
                 f"scan_pattern (or the datalist) gives scans of {files} channels, such as '{item_path(item)}', but "
                 f"network_def has in_channels {channels}: set --network_def#in_channels {files}, or name one pattern "
                 "for each channel."
@@ -388,14 +389,14 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"dataset_dir '{path}' is not valid JSON ({error}).") from error
+        raise InputError(f"dataset_dir '{path}' is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not content.get("training"):
-        raise ValueError(f"dataset_dir '{path}' holds no 'training' list: a datalist needs one of {{\"image\": path}}.")
+        raise InputError(f"dataset_dir '{path}' holds no 'training' list: a datalist needs one of {{\"image\": path}}.")
     sides = {}
     for side in SIDES:
         entries = content.get(side) or []
         if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("image") for e in entries):
-            raise ValueError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
+            raise InputError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
         if entries:
             # the commands that only look for scans do without MONAI, which takes seconds to import
             from monai.data import load_decathlon_datalist

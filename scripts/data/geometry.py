@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple
 from nibabel.orientations import aff2axcodes, io_orientation
+from scripts.utils.errors import InputError
 from scripts.utils.formats import NIFTI_SUFFIXES
 
 __all__ = [
@@ -37,7 +38,7 @@ TOLERANCE = 0.02  # relative: scanners write 0.9375 as 0.94
 FOREGROUND_VOXELS = 250_000  # of a scan, about, in which its foreground is looked for: every third of 190 a side
 
 
-class HeaderError(ValueError):
+class HeaderError(InputError):
     """A header that cannot be true; the message continues a sentence that begins with the file's name."""
 
 
@@ -227,7 +228,7 @@ def per_axis(name: str, sizes: Sequence[float] | float, rank: int) -> tuple[floa
     """
     numbers = ensure_tuple(sizes)
     if len(numbers) not in (1, rank):
-        raise ValueError(f"{name} is {sizes!r}, but scans have {rank} axes: give one number per axis, or one for all.")
+        raise InputError(f"{name} is {sizes!r}, but scans have {rank} axes: give one number per axis, or one for all.")
     return numbers if len(numbers) == rank else numbers * rank
 
 

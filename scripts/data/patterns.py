@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from scripts.utils.errors import InputError
+
 __all__ = ["compile_pattern", "fill_pattern"]
 
 WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")
@@ -21,7 +23,7 @@ def compile_pattern(pattern: str, setting: str) -> Callable[[str], tuple[str, ..
     while parts and parts[0] == "**":  # any depth is searched already
         parts.pop(0)
     if not parts:
-        raise ValueError(f"{setting} '{pattern}' names no file: set --{setting} to one such as '*.nii.gz'.")
+        raise InputError(f"{setting} '{pattern}' names no file: set --{setting} to one such as '*.nii.gz'.")
     expressions = [_expression(part) for part in parts]
     depth = len(parts)
 

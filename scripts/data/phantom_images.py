@@ -14,6 +14,7 @@ from scripts.data.phantom_lesions import check_kinds, grow_mass, lesion_kind, le
 from scripts.data.phantom_people import SITES, Cohort, hyperintensities
 from scripts.data.random_fields import ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.utils.arguments import check_integer, check_number
+from scripts.utils.errors import InputError
 
 __all__ = [
     "Phantom",
@@ -208,7 +209,7 @@ def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], sp
     check_number("spacing (mm)", spacing, 1e-3, 1e3)
     shape: tuple[Any, ...] = tuple(size) if isinstance(size, list | tuple) else (size,) * 3
     if len(shape) != 3:
-        raise ValueError(f"size is {size!r}, but must be one whole number or three, the voxels along each axis.")
+        raise InputError(f"size is {size!r}, but must be one whole number or three, the voxels along each axis.")
     for n in shape:
         check_integer("size", n, 4)
     return shape

@@ -11,6 +11,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scripts.data.phantom_anatomy import Anatomy, near_ventricles, random_streams
 from scripts.data.random_fields import EXTENT
+from scripts.utils.errors import InputError
 
 __all__ = ["KINDS", "check_kinds", "grow_mass", "lesion_kind", "lesion_opacity", "shrink_tissue"]
 
@@ -32,7 +33,7 @@ def check_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     """
     given: Any = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(given, list | tuple) or not given or any(kind not in KINDS for kind in given):
-        raise ValueError(f"lesion_kinds is {kinds!r}: give one or more of {', '.join(KINDS)}.")
+        raise InputError(f"lesion_kinds is {kinds!r}: give one or more of {', '.join(KINDS)}.")
     return tuple(kind for kind in KINDS if kind in given)
 
 

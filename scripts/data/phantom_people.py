@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scripts.data.random_fields import sample_maps, smooth_fields
 from scripts.utils.arguments import check_number
+from scripts.utils.errors import InputError
 
 __all__ = ["AGES", "SEXES", "SITES", "Cohort", "Person", "Scanner", "hyperintensities"]
 
@@ -114,7 +115,7 @@ class Cohort(NamedTuple):
             check_number("age (years)", self.age, 20, 100)
         for name, value, known in (("sex", self.sex, SEXES), ("site", self.site, tuple(SITES))):
             if value is not None and value not in known:
-                raise ValueError(f"{name} is {value!r}: phantoms have {', '.join(known)}.")
+                raise InputError(f"{name} is {value!r}: phantoms have {', '.join(known)}.")
 
 
 def hyperintensities(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK
 from scipy import ndimage
+from scripts.utils.errors import InputError
 from scripts.utils.sitk_images import like, to_sitk
 
 __all__ = ["Alignment", "align", "foreground", "log_bias_field", "smooth_for", "template", "template_brain"]
@@ -157,7 +158,7 @@ def align(image: SimpleITK.Image, head: SimpleITK.Image) -> Alignment:
     affine = fine.optimise(affine, 0.5)
     similarity = rough.similarity(affine)
     if not math.isfinite(similarity):
-        raise ValueError("the scan cannot be brought to overlap with the template")
+        raise InputError("the scan cannot be brought to overlap with the template")
     return Alignment(affine, similarity)
 
 

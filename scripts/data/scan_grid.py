@@ -21,6 +21,7 @@ from scipy.stats import median_abs_deviation
 from scripts.data.geometry import differences, grid_box, world_axes
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero
+from scripts.utils.errors import InputError
 from scripts.utils.parallel import choose_workers, run_parallel
 
 __all__ = [
@@ -113,7 +114,7 @@ def _choose(
     workers: int,
 ) -> ScanGrid:
     if scan_grid not in CHOICES:
-        raise ValueError(f"scan_grid is '{scan_grid}': it must be one of {', '.join(CHOICES)}.")
+        raise InputError(f"scan_grid is '{scan_grid}': it must be one of {', '.join(CHOICES)}.")
     if stored is not None:
         found = "centred" if stored.box is None else "world"
         if scan_grid not in ("auto", found):

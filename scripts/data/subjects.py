@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scripts.utils.errors import InputError
+
 __all__ = ["cohort_summary", "session_name", "split_by_subject", "subject_names", "subject_rule"]
 
 # BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
@@ -99,12 +101,12 @@ def split_by_subject(
         ValueError: ``train_fraction`` is not between 0 and 1, or there are fewer than two subjects.
     """
     if not 0 < train_fraction < 1:
-        raise ValueError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
+        raise InputError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
     order = sorted(range(len(names)), key=names.__getitem__)
     subjects = subject_names(names) if subjects is None else subjects
     all_subjects = sorted(set(subjects))
     if len(all_subjects) < 2:
-        raise ValueError(
+        raise InputError(
             f"{len(names)} scan(s) of {len(all_subjects)} subject(s) cannot be split into training and validation, "
             "which need a subject each: add scans to dataset_dir, widen scan_pattern, or raise max_scans."
         )

@@ -30,6 +30,7 @@ from scripts.data.geometry import (
     world_axes,
 )
 from scripts.data.reasons import ADVICE, why_unreadable
+from scripts.utils.errors import InputError
 from scripts.utils.names import CHANNEL_FILES, expanded, image_files, image_path
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
@@ -40,7 +41,7 @@ DIP = 0.05
 OUTSIDE = "outside"
 
 
-class ScanError(ValueError):
+class ScanError(InputError):
     """A scan that cannot be used; the message is one sentence that names its file."""
 
 
@@ -138,10 +139,10 @@ class CheckScand(MapTransform):
         super().__init__(keys, allow_missing_keys)
         for name, sizes in (("spacing", spacing), ("field_of_view", field_of_view)):
             if not all(isinstance(size, int | float) and size > 0 for size in ensure_tuple(sizes or ())):
-                raise ValueError(f"expected_{name} is {sizes!r}: give one number of mm above 0, or one per axis.")
+                raise InputError(f"expected_{name} is {sizes!r}: give one number of mm above 0, or one per axis.")
         axes = [] if orientation is None else [_AXES.get(letter) for letter in str(orientation)]
         if None in axes or len(set(axes)) < len(axes):
-            raise ValueError(f"expected_orientation is {orientation!r}: give one letter per axis, such as RAS or LPI.")
+            raise InputError(f"expected_orientation is {orientation!r}: give one letter per axis, such as RAS or LPI.")
         self.channels = channels
         self.spatial_dims = spatial_dims
         self.expected = {

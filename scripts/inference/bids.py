@@ -15,6 +15,7 @@ from typing import Any
 
 from monai.utils import ensure_tuple
 from scripts.data.datalist import common_root
+from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import write_text
 
 __all__ = ["DatasetDescription", "derivative_path"]
@@ -43,7 +44,7 @@ def derivative_path(folder: str | os.PathLike, stem: str, result: str, extension
         ValueError: the scan's name is not one of BIDS.
     """
     if not NAME.fullmatch(stem):
-        raise ValueError(
+        raise InputError(
             f"'{Path(folder) / stem}' has no BIDS name (sub-<label>, further entities, a suffix, as in "
             "sub-01_ses-1_FLAIR), so that its results cannot be named by BIDS: rename it, leave it out with "
             "--scan_pattern, or leave out --bids_derivatives."
@@ -93,7 +94,7 @@ class DatasetDescription:
         generated = before.get("GeneratedBy", [])
         foreign = before and metadata["name"] not in [entry.get("Name") for entry in generated]
         if foreign or self.output_dir.absolute() in self.sources:
-            raise FileExistsError(
+            raise ExistsError(
                 f"output_dir '{self.output_dir}' is another data set, not one of results of this bundle: set "
                 "--output_dir to a folder for them alone, such as derivatives/vdvae in that data set."
             )

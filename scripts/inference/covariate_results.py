@@ -24,8 +24,9 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import IntensityUnitsd, SaveScansd, file_names
 from scripts.inference.region_curves import RegionCurves
 from scripts.inference.tables import ScanColumns
-from scripts.layers.population_prior import PopulationPrior
+from scripts.population.prior import PopulationPrior
 from scripts.utils import figures, plots
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -185,19 +186,19 @@ def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[i
         return None
     path = Path(atlas).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"atlas '{atlas}' does not exist: check the path.")
+        raise NotFoundError(f"atlas '{atlas}' does not exist: check the path.")
     if grid.box is None:
-        raise ValueError("atlas: the training scans were not aligned with each other, so that no atlas fits them all.")
+        raise InputError("atlas: the training scans were not aligned with each other, so that no atlas fits them all.")
     from nibabel.processing import resample_from_to  # only where there is an atlas: commands start without it
 
     try:
         image = nib.load(path)
         fitted = resample_from_to(image, (tuple(shape), np.asarray(affine)), order=0)
     except (nib.filebasedimages.ImageFileError, ValueError, OSError) as error:
-        raise ValueError(f"atlas '{atlas}' cannot be read: {error}") from error
+        raise InputError(f"atlas '{atlas}' cannot be read: {error}") from error
     labels = torch.from_numpy(np.rint(np.asarray(fitted.dataobj)).astype(np.int64))
     if not labels.any():
-        raise ValueError(f"atlas '{atlas}' has no region where the scans lie: is it in another space?")
+        raise InputError(f"atlas '{atlas}' has no region where the scans lie: is it in another space?")
     return labels
 
 

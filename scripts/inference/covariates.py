@@ -22,8 +22,9 @@ from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
 from scripts.layers.gaussian import gaussian_noise
-from scripts.layers.population_prior import PopulationPrior, drawing_innovations, innovation
 from scripts.networks import VDVAE
+from scripts.population.prior import PopulationPrior, drawing_innovations, innovation
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 __all__ = [
@@ -50,7 +51,7 @@ def need_covariates(prior: PopulationPrior | None) -> PopulationPrior:
         ValueError: it does not, or there is none.
     """
     if prior is None or prior.coding is None:
-        raise ValueError(
+        raise InputError(
             "This job needs a population prior that was fitted with covariates: train, or run fit_prior, with "
             "--covariates \"{'age': 'continuous', 'sex': 'categorical'}\"; or set --ckpt to weights that have one."
         )
@@ -105,10 +106,10 @@ def targets(coding: CovariateCoding, covariates: Any, only: str | None = None) -
         coding.given(covariates)
     lists = [name for name, value in covariates.items() if isinstance(value, list | tuple)]
     if len(lists) > 1 or any(len(covariates[name]) == 0 for name in lists):
-        raise ValueError(f"covariates is {dict(covariates)!r}: one of them can be a list of values, not more.")
+        raise InputError(f"covariates is {dict(covariates)!r}: one of them can be a list of values, not more.")
     for name in covariates:
         if only is not None and name in coding.variables and coding.variables[name].kind != only:
-            raise ValueError(f"covariates: this job changes what is {only} alone, such as the site; {name} is not.")
+            raise InputError(f"covariates: this job changes what is {only} alone, such as the site; {name} is not.")
     if not lists:
         return {"": coding.given(covariates)}
     name = lists[0]
@@ -181,7 +182,7 @@ class Deviation(Inferer):
 
     def __init__(self, prior: PopulationPrior, draws: int = 32, labels: Tensor | None = None) -> None:
         if draws < 2:
-            raise ValueError(f"draws is {draws}: it must be 2 or more.")
+            raise InputError(f"draws is {draws}: it must be 2 or more.")
         self.prior, self.draws = prior, draws
         self.masks = None
         if labels is not None:

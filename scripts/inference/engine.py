@@ -37,6 +37,7 @@ from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import on_device, runs_ahead, to_host
+from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
 from torch import Tensor
@@ -111,7 +112,7 @@ def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, st
         ValueError: when ``count`` is less than 1.
     """
     if count < 1:
-        raise ValueError(f"samples is {count}: set --samples to 1 or more.")
+        raise InputError(f"samples is {count}: set --samples to 1 or more.")
     return [{"image": str(Path(output_dir) / f"{number:04d}")} for number in range(1, count + 1)]
 
 
@@ -252,7 +253,7 @@ class ScanEvaluator(Evaluator):
             except ScanError:
                 continue
             if path in seen:
-                raise ValueError(
+                raise InputError(
                     f"'{seen[path]}' and '{name}' would both be written to '{path}': choose one of them by "
                     "--scan_pattern, or rename one."
                 )
@@ -304,7 +305,7 @@ class ScanEvaluator(Evaluator):
             before = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in known if name in before and before[name] != known[name]]
             if changed:
-                raise FileExistsError(
+                raise ExistsError(
                     f"output_dir '{self.output_dir}' holds results of '{self.job}' made with another "
                     f"{', '.join(changed)}: set --output_dir to another folder, or --overwrite True to make them again."
                 )

@@ -26,6 +26,7 @@ from scripts.training.checkpoints import DEFAULT_WEIGHTS
 from scripts.training.metrics import PER_SCAN
 from scripts.training.precision import autocast
 from scripts.training.trainer import VDVAEEvaluator
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 from scripts.utils.report import write_report
@@ -44,7 +45,7 @@ def prepare(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
         FileNotFoundError: when there are no weights to evaluate.
     """
     if not Path(ckpt).is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"ckpt '{ckpt}' does not exist: set --ckpt to the weights to evaluate, such as the checkpoints/model.pt of "
             "a training run. "
             f"{DEFAULT_WEIGHTS}"
@@ -69,7 +70,7 @@ def scans_to_evaluate(
     items = list_scans(dataset_dir, scan_pattern, training_run)
     unseen = [item for item in items if training_run.knows(item) == "no"]
     if not unseen:
-        raise ValueError(
+        raise InputError(
             f"The run in run_dir '{training_run.folder}' was trained on the subjects of all {len(items)} scan(s) of "
             f"dataset_dir '{dataset_dir}': leave out --dataset_dir for those that it held out."
         )
@@ -100,7 +101,7 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
         trained = TrainedScans(record)
         known = [item for item in items if trained.knows(item) != "no"]
         if known:
-            raise ValueError(
+            raise InputError(
                 f"{len(known)} of the {len(items)} scans to evaluate on, such as '{absolute_path(known[0])}', or other "
                 f"scans of their subjects, were trained on by the run in '{output_dir}': set --run_dir to it, which "
                 "takes the scans that it held out."

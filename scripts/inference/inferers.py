@@ -16,8 +16,9 @@ from monai.inferers import Inferer
 from monai.utils import ensure_tuple
 from scripts.layers.gaussian import gaussian_noise
 from scripts.layers.levels import find_level, grid_key
-from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.population.prior import PopulationPrior, innovation
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 __all__ = ["CoordinateDecoding", "Decoding", "Encoding", "Imputation", "Interpolation", "Reconstruction", "Sampling"]
@@ -45,7 +46,7 @@ def level_temperatures(network: VDVAE, setting: str, temperature: Temperature) -
         named = {find_level(setting, grid, grids): float(value) for grid, value in temperature.items()}
         return [named.get(level, 1.0) for level in range(network.levels)]
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise ValueError(
+        raise InputError(
             f"{setting} is {temperature!r}: give a number, or numbers by grid, such as {{4: 0.5, 8: 0.8}}."
         )
     return float(temperature)
@@ -183,7 +184,7 @@ class Sampling(Inferer):
         self.features = None
         if covariates is not None:
             if prior is None or prior.coding is None:
-                raise ValueError("covariates: the samples' population prior knows none; leave out --covariates.")
+                raise InputError("covariates: the samples' population prior knows none; leave out --covariates.")
             self.features = prior.coding.numbers(prior.coding.given(covariates))
 
     def __call__(self, inputs: int, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -236,7 +237,7 @@ class Interpolation(Inferer):
 
     def __init__(self, steps: int = 7, levels: Sequence[int | str] | None = None) -> None:
         if steps < 2:
-            raise ValueError(f"steps is {steps}: both ends are steps, so that it must be 2 or more.")
+            raise InputError(f"steps is {steps}: both ends are steps, so that it must be 2 or more.")
         self.steps = steps
         self.levels = None if levels is None else ensure_tuple(levels)
 
@@ -289,7 +290,7 @@ class Imputation(Inferer):
     ) -> None:
         for name, value, least in (("iterations", iterations, 1), ("draws", draws, 2)):
             if value < least:
-                raise ValueError(f"{name} is {value}: it must be {least} or more.")
+                raise InputError(f"{name} is {value}: it must be {least} or more.")
         self.iterations, self.draws = iterations, draws
         self.temperature, self.voxel_noise = temperature, voxel_noise
 

@@ -20,6 +20,7 @@ from scripts.inference.training_run import TrainingRun
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.names import image_files, image_path, item_files
 from scripts.utils.nifti import save_nifti
 from torch import Tensor
@@ -50,11 +51,11 @@ def list_pair(
         scans = [scan["image"] for scan in list_scans(dataset_dir, scan_pattern, training_run)[:2]]
         if len(scans) < 2:
             held_out = " that was held out" if training_run and dataset_dir == training_run.datalist else ""
-            raise ValueError(
+            raise InputError(
                 f"dataset_dir '{dataset_dir}' holds one scan alone{held_out}: set --scans_between to two scans."
             )
     elif isinstance(scans_between, str) or len(scans_between) != 2:
-        raise ValueError(
+        raise InputError(
             f"scans_between is {scans_between!r}: give the paths of two scans, as in "
             "--scans_between \"['a.nii.gz','b.nii.gz']\"."
         )
@@ -62,7 +63,7 @@ def list_pair(
         scans = list(scans_between)
         for path in (path for scan in scans for path in ensure_tuple(scan)):
             if not Path(path).expanduser().exists():
-                raise FileNotFoundError(f"scans_between: '{path}' does not exist: give the paths of two scans.")
+                raise NotFoundError(f"scans_between: '{path}' does not exist: give the paths of two scans.")
     return [{"image": scans[0], "second": scans[1]}]
 
 

@@ -12,6 +12,7 @@ from monai.data import FolderLayoutBase
 from monai.utils import ensure_tuple
 from scripts.data.transforms import ScanError
 from scripts.inference.bids import derivative_path
+from scripts.utils.errors import InputError
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import item_files
 
@@ -125,7 +126,7 @@ class SampleLayout(ScanLayout):
         bids: bool = False,
     ) -> None:
         if bids:
-            raise ValueError(
+            raise InputError(
                 f"bids_derivatives names results after scans, but a '{postfix}' comes from the model alone: leave "
                 "--bids_derivatives out."
             )

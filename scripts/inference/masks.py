@@ -19,6 +19,7 @@ from scripts.data.datalist import find_by_wildcards
 from scripts.data.patterns import compile_pattern, fill_pattern
 from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
 from scripts.inference.outputs import scaling_of
+from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
@@ -57,10 +58,10 @@ def pair_masks(
         FileNotFoundError, NotADirectoryError: when the folder does not exist, nothing matches, or no scan has a mask.
     """
     if mask_dir is None:
-        raise ValueError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
+        raise InputError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
     masks_root = Path(mask_dir).expanduser()
     if not masks_root.is_dir():
-        raise NotADirectoryError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
+        raise NotAFolderError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
     scan_pattern = ensure_tuple(scan_pattern)[0]
     mask_pattern = mask_pattern or scan_pattern
     masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
@@ -72,7 +73,7 @@ def pair_masks(
     unmasked = [item for item in items if item["mask"] is None]
     if len(unmasked) == len(items):
         sought = f", such as '{masks_root / fill_pattern(mask_pattern, texts)}'" if texts else ""
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"No scan has a mask: scan_pattern '{scan_pattern}' and mask_pattern '{mask_pattern}' match "
             f"'{item_path(items[0])}' and '{masks_root / next(iter(masks.values()))}', but a mask must have its scan's "
             f"text in place of the wildcards{sought}: set both patterns so that they differ from each other as the "

@@ -23,6 +23,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
+from scripts.utils.errors import InputError
 from scripts.utils.files import write_text, write_whole
 from scripts.utils.names import image_files, image_path
 from scripts.utils.nifti import save_nifti
@@ -62,7 +63,7 @@ class IntensityUnitsd(MapTransform):
         super().__init__(keys)
         self.units, self.scan = ensure_tuple(units), scan
         if set(self.units) - {"deviation", "none"} or len(self.units) != len(self.keys):
-            raise ValueError(f"units are {list(self.units)}: give 'deviation' or 'none' for each of {list(self.keys)}.")
+            raise InputError(f"units are {list(self.units)}: give 'deviation' or 'none' for each of {list(self.keys)}.")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

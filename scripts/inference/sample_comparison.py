@@ -24,6 +24,7 @@ from scripts.layers.gaussian import noise_from
 from scripts.networks import VDVAE
 from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 from scripts.training.precision import autocast
+from scripts.utils.errors import InputError
 from scripts.utils.names import item_path
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -80,7 +81,7 @@ class SampleComparison:
         amp_dtype: torch.dtype | None = None,
     ) -> None:
         if samples < 0 or samples == 1:
-            raise ValueError(f"samples is {samples}: set --samples to 2 or more, or to 0 to compare none.")
+            raise InputError(f"samples is {samples}: set --samples to 2 or more, or to 0 to compare none.")
         self.network, self.dataset, self.inferer = network, dataset, inferer
         self.chosen = one_per_subject(items, samples, seed)
         self.samples, self.scans = samples, len(self.chosen)

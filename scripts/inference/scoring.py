@@ -12,9 +12,10 @@ from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.networks.layers.factories import Pool
 from scripts.layers.gaussian import SLICE, Posterior, drawing
-from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
+from scripts.population.prior import PopulationPrior, innovation
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 __all__ = ["Scoring", "anomaly_map", "foreground", "foreground_percentile", "image_quality", "restored"]
@@ -55,9 +56,9 @@ class Scoring(Inferer):
         prior: PopulationPrior | None = None,
     ) -> None:
         if importance_samples < 1:
-            raise ValueError(f"importance_samples is {importance_samples}: it must be 1 or more.")
+            raise InputError(f"importance_samples is {importance_samples}: it must be 1 or more.")
         if restore is not None and not restore > 0:
-            raise ValueError(
+            raise InputError(
                 f"restore is {restore}: it must be more than 0 standard deviations; None restores nothing."
             )
         self.importance_samples = importance_samples

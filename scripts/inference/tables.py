@@ -14,7 +14,7 @@ from scripts.data.covariate_tables import read_participants
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import read_row
 from scripts.inference.training_run import TrainingRun
-from scripts.layers.population_prior import PopulationPrior
+from scripts.population.prior import PopulationPrior
 from scripts.utils.files import write_csv
 from scripts.utils.names import item_path
 

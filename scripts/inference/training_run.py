@@ -10,6 +10,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 from scripts.networks import VDVAE
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.names import item_path
 from scripts.utils.settings import given_keys
 
@@ -65,18 +66,18 @@ class TrainingRun:
             return
         path = self.folder / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"run_dir '{self.folder}' holds no config.json: set --run_dir to the output_dir of a training run."
             )
         both = [key for key in given_keys() if key.split("#")[0] in FROM_THE_RUN]
         if both:
-            raise ValueError(f"--{both[0]}: the run in run_dir '{self.folder}' says it; leave out one of the two.")
+            raise InputError(f"--{both[0]}: the run in run_dir '{self.folder}' says it; leave out one of the two.")
         try:
             config = ConfigParser.load_config_files(str(path))  # with keys such as network_def#channels in their place
             config.pop("imports", None)  # its modules need not be those of today
             self._parser = ConfigParser(config)
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"'{path}' is damaged ({error}): give the run's settings without --run_dir.") from error
+            raise InputError(f"'{path}' is damaged ({error}): give the run's settings without --run_dir.") from error
         self._check_preprocessing()
         datalist = self.folder / "datalist.json"
         if datalist.is_file():
@@ -86,7 +87,7 @@ class TrainingRun:
         transforms = self._parser.get("preprocessing#transforms", [])
         names = tuple(str(transform.get("_target_", "")).rpartition(".")[2] for transform in transforms)
         if names != TRANSFORMS:
-            raise ValueError(
+            raise InputError(
                 f"The run in run_dir '{self.folder}' preprocessed its scans by {', '.join(names)}, not by "
                 f"{', '.join(TRANSFORMS)}: leave out --run_dir, and give weights, network and preprocessing by an "
                 "overlay."
@@ -105,7 +106,7 @@ class TrainingRun:
         folder = usual if usual.is_dir() else Path(self._parser.get_parsed_content("ckpt_dir"))
         path = folder / "model.pt"
         if not path.is_file():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"The run in run_dir '{self.folder}' has left no weights in '{folder}': has it come to the end of an "
                 "epoch? --ckpt names weights elsewhere."
             )

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
+from scripts.utils.errors import ResourceError
 from scripts.utils.parallel import die_with_parent
 from scripts.utils.signals import ignore_signals
 
@@ -99,7 +100,7 @@ def _call(result: Any) -> Any:
 
 
 def _killed() -> OSError:
-    return OSError(
+    return ResourceError(
         "A process that writes results was killed, most likely for want of memory: lower --num_workers. With 0, "
         "results are written by the process that runs the network."
     )

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 LATENT_STD_RANGE = (1e-3, 1.0)
@@ -172,6 +173,6 @@ def gaussian_noise(like: Tensor) -> Tensor:
     if generators is None:
         return torch.randn((like.shape[0], *shape), device=like.device, dtype=torch.float32).movedim(-1, 1)
     if len(generators) != like.shape[0]:
-        raise ValueError(f"{len(generators)} generators for a batch of {like.shape[0]}: give one for each scan.")
+        raise InputError(f"{len(generators)} generators for a batch of {like.shape[0]}: give one for each scan.")
     noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
     return noise.to(like.device, non_blocking=True).movedim(-1, 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from monai.utils import ensure_tuple_rep
+from scripts.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ def make_levels(
     check_whole_number("in_channels", in_channels)
     check_whole_number("checkpoint_levels", checkpoint_levels)
     if spatial_dims not in (2, 3):
-        raise ValueError(f"network_def: spatial_dims is {spatial_dims}: it must be 2 or 3.")
+        raise InputError(f"network_def: spatial_dims is {spatial_dims}: it must be 2 or 3.")
     if in_channels < 1:
-        raise ValueError(f"network_def: in_channels is {in_channels}: it must be 1 or more.")
+        raise InputError(f"network_def: in_channels is {in_channels}: it must be 1 or more.")
     check_list("channels", channels)
     if len(channels) == 0:
-        raise ValueError("network_def: channels is empty: give one width per level.")
+        raise InputError("network_def: channels is empty: give one width per level.")
     channels = _per_level("channels", channels, channels)
     hidden = _per_level("hidden_channels", hidden_channels, channels)
     widths = _per_level("decoder_channels", decoder_channels, channels)
@@ -115,28 +116,28 @@ def make_levels(
     shared = (shared,) * number if isinstance(shared, bool) else shared
     check_list("shared", shared)
     if len(shared) != number:
-        raise ValueError(f"network_def: shared has {len(shared)} entries but channels has {number}.")
+        raise InputError(f"network_def: shared has {len(shared)} entries but channels has {number}.")
     if any(not isinstance(value, bool) for value in shared):
-        raise ValueError(f"network_def: shared is {list(shared)}: every entry must be true or false.")
+        raise InputError(f"network_def: shared is {list(shared)}: every entry must be true or false.")
     if counts[-1] == 0:
-        raise ValueError("network_def: num_latents ends in 0: the coarsest level needs a latent, the first of all.")
+        raise InputError("network_def: num_latents ends in 0: the coarsest level needs a latent, the first of all.")
     check_list("latents_off", latents_off)
     total, off = sum(counts), set(latents_off)
     if not off <= set(range(1, total)):
-        raise ValueError(
+        raise InputError(
             f"network_def: latents_off is {sorted(off)}: it can hold 1 to {total - 1}, "
             "counted from the coarsest latent; latent 0 cannot be switched off."
         )
     if not 0 <= checkpoint_levels <= number:
-        raise ValueError(f"network_def: checkpoint_levels is {checkpoint_levels}: it can be 0 to {number} (levels).")
+        raise InputError(f"network_def: checkpoint_levels is {checkpoint_levels}: it can be 0 to {number} (levels).")
     if checkpoint_levels and batch_norm:
-        raise ValueError(
+        raise InputError(
             "network_def: checkpoint_levels with batch_norm would count every batch twice in the running "
             "statistics: set one of them to 0 or false."
         )
     check_choice("std_form", std_form, ("sigmoid", "exp"))
     if isinstance(kl_floor, bool) or not isinstance(kl_floor, int | float) or not 0 <= kl_floor < 1:
-        raise ValueError(f"network_def: kl_floor is {kl_floor!r}: it must be a number from 0 to below 1.")
+        raise InputError(f"network_def: kl_floor is {kl_floor!r}: it must be a number from 0 to below 1.")
 
     # positions among all latents are those of latents_off; indices count the enabled ones alone
     enabled = [position for position in range(total) if position not in off]
@@ -172,19 +173,19 @@ def make_levels(
 def check_whole_number(name: str, value: object) -> None:
     """Raise a ``ValueError`` unless an argument is a whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"network_def: {name} is {value!r}: it must be a whole number.")
+        raise InputError(f"network_def: {name} is {value!r}: it must be a whole number.")
 
 
 def check_list(name: str, values: object) -> None:
     """Raise a ``ValueError`` unless an argument is a list."""
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ValueError(f"network_def: {name} is {values!r}: it must be a list.")
+        raise InputError(f"network_def: {name} is {values!r}: it must be a list.")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """Raise a ``ValueError`` unless an argument is one of several words."""
     if value not in choices:
-        raise ValueError(f"network_def: {name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+        raise InputError(f"network_def: {name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
     return value
 
 
@@ -192,13 +193,13 @@ def check_shape(shape: list[int], spatial_dims: int, levels: int) -> list[int]:
     """Raise a ``ValueError`` unless a grid can be halved between so many levels; return it."""
     divisor = 1 << (levels - 1)
     if len(shape) != spatial_dims:
-        raise ValueError(
+        raise InputError(
             f"spatial_shape {shape} has {len(shape)} axes, but network_def has spatial_dims {spatial_dims}: give one "
             "size for each axis."
         )
     for axis, size in enumerate(shape):
         if size < 1 or size % divisor != 0:
-            raise ValueError(
+            raise InputError(
                 f"spatial_shape {shape}: axis {axis} is {size}, which must be a multiple of {divisor} "
                 f"(2^(K-1) for K = {levels} levels): change it, or the number of levels in network_def."
             )
@@ -210,12 +211,12 @@ def _per_level(name: str, values: Sequence[int] | None, default: Sequence[int], 
     check_list(name, default if values is None else values)
     values = tuple(default if values is None else values)
     if len(values) != len(default):
-        raise ValueError(
+        raise InputError(
             f"network_def: {name} has {len(values)} entries but channels has {len(default)}: "
             "give every such list one entry per level, finest level first."
         )
     if any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in values):
-        raise ValueError(
+        raise InputError(
             f"network_def: {name} is {list(values)}: every entry must be a whole number, {minimum} or more."
         )
     return values
@@ -224,7 +225,7 @@ def _per_level(name: str, values: Sequence[int] | None, default: Sequence[int], 
 def _kernels(name: str, values: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
     values = _per_level(name, values, default)
     if any(v not in (1, 2, 3) for v in values):
-        raise ValueError(f"network_def: {name} is {list(values)}: kernels can be 1, 2 or 3.")
+        raise InputError(f"network_def: {name} is {list(values)}: kernels can be 1, 2 or 3.")
     return values
 
 
@@ -256,4 +257,4 @@ def find_level(setting: str, value: Any, grids: Sequence[Sequence[int]]) -> int:
         if not isinstance(value, bool) and name in (grid_key(grid), "x".join(map(str, grid))):
             return number
     known = ", ".join(grid_key(grid) for grid in reversed(grids))
-    raise ValueError(f"{setting} names the grid {value!r}: this network's levels have the grids {known}.")
+    raise InputError(f"{setting} names the grid {value!r}: this network's levels have the grids {known}.")

@@ -14,6 +14,7 @@ import torch.nn as nn
 from scripts.layers.convolutions import gelu_conv, make_conv, preserve_variance
 from scripts.layers.gaussian import standard_deviation
 from scripts.layers.levels import check_choice
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 OUTPUT_STD_RANGE = (1e-2, 1.0)
@@ -69,7 +70,7 @@ class VoxelGaussian(nn.Module):
         if not self.template:
             return
         if spatial_shape is None:
-            raise ValueError("network_def: template needs spatial_shape, the grid of the mean scan.")
+            raise InputError("network_def: template needs spatial_shape, the grid of the mean scan.")
         self.register_buffer("template_mean", torch.zeros(1, in_channels, *spatial_shape))
         self.register_buffer("template_std", torch.ones(1, in_channels, *spatial_shape))
         self.register_buffer("template_affine", torch.eye(4, dtype=torch.float64))
@@ -90,7 +91,7 @@ class VoxelGaussian(nn.Module):
             ValueError: the network was built without ``template``.
         """
         if not self.template:
-            raise ValueError("network_def: set_voxel_gaussian needs template: true.")
+            raise InputError("network_def: set_voxel_gaussian needs template: true.")
         self.template_mean.copy_(mean)
         self.template_std.copy_(std).clamp_(*OUTPUT_STD_RANGE)
         if affine is not None:

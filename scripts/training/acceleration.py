@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from scripts.utils.errors import InputError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -63,7 +64,7 @@ def check_graph(device: torch.device, asked: bool | None, **unfit: Any) -> bool:
             continue
         reason = f"{name} is {value}: a graph is one fixed update of one process."
         if asked:
-            raise ValueError(f"cuda_graph is True, and {reason} Set one of the two otherwise.")
+            raise InputError(f"cuda_graph is True, and {reason} Set one of the two otherwise.")
         logger.info("Updates are launched operation by operation, not as one CUDA graph, since %s", reason)
         return False
     return True
@@ -121,7 +122,7 @@ class GraphedUpdate:
             self.settings = {name: scans.new_empty(()) for name in settings}
             self.learning_rates = [scans.new_empty(()) for _ in rates]
         if self.scans.shape != scans.shape:
-            raise ValueError(
+            raise InputError(
                 f"cuda_graph is True, and a batch is {list(scans.shape)} after batches of {list(self.scans.shape)}: "
                 "all must be alike."
             )

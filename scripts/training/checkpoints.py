@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from scripts.networks import VDVAE
 from scripts.training.update import place_counters
+from scripts.utils.errors import BundleError, InputError, NotFoundError
 from scripts.utils.files import check_archive, remove_leftovers, write_whole
 from torch import nn
 
@@ -27,7 +28,7 @@ DEFAULT_WEIGHTS = "The bundle's own are looked for in models/ under --bundle_roo
 STREAK = 5  # skipped updates in a row, which are no longer the fault of a scan or two
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(BundleError, RuntimeError):
     """A checkpoint cannot be used; the sentence says which and why."""
 
 
@@ -50,7 +51,7 @@ def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path |
         CheckpointError: there are checkpoints, and all are damaged.
     """
     if resume not in (True, False, "auto"):
-        raise ValueError(f"resume is '{resume}': it must be True, False or auto.")
+        raise InputError(f"resume is '{resume}': it must be True, False or auto.")
     folder = Path(ckpt_dir)
     if not resume:
         return None
@@ -75,7 +76,7 @@ def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path |
         )
     if resume == "auto":
         return None
-    raise FileNotFoundError(
+    raise NotFoundError(
         f"checkpoint '{folder / LATEST}' does not exist: set --ckpt_dir to the run to resume from, or --resume auto to "
         "start where there is nothing to resume."
     )
@@ -144,7 +145,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"weights '{path}' do not exist: set --weights (in training) or --ckpt to a model.pt. {DEFAULT_WEIGHTS}"
         )
     state = read_archive(path)
@@ -213,7 +214,7 @@ class CheckpointHandler:
             ("save_minutes", 0 if save_minutes is None else save_minutes, 0),
         ):
             if not isinstance(value, int | float) or value < least:
-                raise ValueError(f"{name} is {value!r}: set it to a number from {least} up.")
+                raise InputError(f"{name} is {value!r}: set it to a number from {least} up.")
         self.ckpt_dir = Path(ckpt_dir)
         self.network = unwrap(network)
         self.average = average

@@ -12,6 +12,7 @@ from scripts.layers.blocks import RefiningBlock, ResidualBlock
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import read_weights
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 __all__ = ["grow_network"]
@@ -48,13 +49,13 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
     )
     new = network.levels - trained
     if new < 1 or trained < 1:
-        raise ValueError(
+        raise InputError(
             f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter at least "
             "one more, at the fine end of every list."
         )
     own = network.state_dict(keep_vars=True)
     if isinstance(network.encoder.levels[new][0].skip, torch.nn.Identity):
-        raise ValueError(
+        raise InputError(
             f"network_def: level {grid_name(network.grids()[new])} and the next finer one are as wide as each other: "
             "give the finer one another number of channels, so that it can hand on the scan to one grown from "
             f"'{weights}'."
@@ -93,7 +94,7 @@ def _take(
         place[:, : tensor.shape[1]] = tensor
         return
     if place is None or place.shape != tensor.shape:
-        raise ValueError(
+        raise InputError(
             f"grow_from '{weights}': its {name} has shape {list(tensor.shape)}, but network_def makes it "
             f"{'none' if place is None else list(place.shape)}: give the levels up to "
             f"{grid_name(network.grids()[new])} the widths, kernels and latents that they were trained with."

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from scripts.networks import VDVAEOutput
+from scripts.utils.errors import InputError
 from torch import Tensor, nn
 
 
@@ -78,7 +79,7 @@ class ELBOLoss(nn.Module):
     def __init__(self, kl_warmup: int = 0) -> None:
         super().__init__()
         if kl_warmup < 0:
-            raise ValueError(f"kl_warmup is {kl_warmup}: it must be 0 or more updates.")
+            raise InputError(f"kl_warmup is {kl_warmup}: it must be 0 or more updates.")
         self.kl_warmup = kl_warmup
 
     def beta(self, update: int) -> float:

@@ -12,6 +12,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, EventEnum
 from scripts.utils.devices import NumbersOnTheWay
+from scripts.utils.errors import BundleError
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class NumberEvents(EventEnum):
     NUMBERS_KNOWN = "numbers_known"
 
 
-class TrainingStalledError(RuntimeError):
+class TrainingStalledError(BundleError, RuntimeError):
     """So many updates in a row were skipped that training cannot recover by itself."""
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from scripts.layers.gaussian import Posterior
-from scripts.layers.population_prior import PopulationPrior, innovation
 from scripts.networks import VDVAE
-from scripts.training.factor_sketch import FactorSketch
-from scripts.training.population_fit import prior_from_sketch, shifts_and_ratios
+from scripts.population.fit import prior_from_sketch, shifts_and_ratios
+from scripts.population.prior import PopulationPrior, innovation
+from scripts.population.sketch import FactorSketch
 from torch import Tensor
 
 
@@ -25,7 +25,7 @@ class RunningPopulationPrior:
         network: in training.
         factors: of the prior.
         window: of about how many scans it is.
-        shrinkage: see :meth:`scripts.training.factor_sketch.FactorSketch.factors`.
+        shrinkage: see :meth:`scripts.population.sketch.FactorSketch.factors`.
     """
 
     def __init__(self, network: VDVAE, factors: int = 32, window: int = 1024, shrinkage: float = 0.5) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
+from scripts.utils.errors import InputError
 from torch.utils.data import DataLoader
 
 __all__ = ["TimeEstimate", "learning_rate_factor", "log_plan", "updates_per_epoch"]
@@ -40,9 +41,9 @@ def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[i
         ValueError: when ``warmup`` is negative or ``decay`` is not a share.
     """
     if warmup < 0:
-        raise ValueError(f"learning_rate_warmup is {warmup}: it must be 0 or more updates.")
+        raise InputError(f"learning_rate_warmup is {warmup}: it must be 0 or more updates.")
     if not 0 <= decay <= 1:
-        raise ValueError(
+        raise InputError(
             f"learning_rate_decay is {decay}: it is the share of all updates over which the learning rate falls, from "
             "0 (it stays) to 1."
         )

@@ -18,6 +18,7 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.transforms import Compose, RandomizableTransform
 from monai.transforms.traits import LazyTrait
+from scripts.utils.errors import InputError
 from torch.utils.data.distributed import DistributedSampler
 
 __all__ = ["EpochSampler", "EpochSeeds", "SeededDataset", "derive_seed"]
@@ -104,7 +105,7 @@ class EpochSeeds:
 
     def attach(self, engine: Engine) -> None:
         if engine.data_loader.persistent_workers:
-            raise ValueError(
+            raise InputError(
                 "train#dataloader: persistent_workers would never learn of a new epoch, and repeat the first one's "
                 "augmentation: leave it out."
             )

@@ -11,6 +11,7 @@ from scripts.training.checkpoints import load_checkpoint, load_weights, read_wei
 from scripts.training.growth import grow_network
 from scripts.training.seeding import SeededDataset
 from scripts.training.voxel_statistics import start_from_scans
+from scripts.utils.errors import InputError
 
 __all__ = ["start_network", "starts_untrained", "stored_grid"]
 
@@ -44,7 +45,7 @@ def start_network(
         ValueError: both ``weights`` and ``grow_from`` are given.
     """
     if weights is not None and grow_from is not None:
-        raise ValueError("weights and grow_from are both given: a run starts from one of them.")
+        raise InputError("weights and grow_from are both given: a run starts from one of them.")
     first = idist.get_rank() == 0
     if checkpoint is not None:
         return network

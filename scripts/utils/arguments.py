@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from scripts.utils.errors import InputError
+
 __all__ = ["check_integer", "check_number"]
 
 
@@ -20,7 +22,7 @@ def check_integer(name: str, value: Any, least: int) -> None:
         ValueError: ``value`` is no whole number, or less than ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number, {least} or more.")
+        raise InputError(f"{name} is {value!r}, but must be a whole number, {least} or more.")
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:
@@ -35,4 +37,4 @@ def check_number(name: str, value: Any, least: float, most: float) -> None:
         ValueError: ``value`` is no number, or outside the limits.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}, but must be a number from {least} to {most}.")
+        raise InputError(f"{name} is {value!r}, but must be a number from {least} to {most}.")

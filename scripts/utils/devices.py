@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 
@@ -58,7 +59,7 @@ class NumbersOnTheWay:
 
     def __init__(self, interval: int) -> None:
         if interval < 1:
-            raise ValueError(f"log_interval is {interval}: set it to 1 or more updates.")
+            raise InputError(f"log_interval is {interval}: set it to 1 or more updates.")
         self.interval = interval
         self._waiting: list[tuple[Tensor, Any]] = []
         self._block: Block | None = None

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from scripts.utils.errors import InputError, LaunchError
 from scripts.utils.parallel import die_with_parent
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,18 +49,18 @@ def local_device() -> torch.device:
     """The device of this process: a GPU of its own, or the CPU where there are none.
 
     Raises:
-        RuntimeError: when torchrun did not start this process, or started more than there are GPUs.
+        LaunchError: when torchrun did not start this process, or started more than there are GPUs.
     """
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
-        raise RuntimeError(
+        raise LaunchError(
             "A multi_gpu config needs torchrun: start with `torchrun --standalone --nnodes=1 --nproc_per_node=N -m "
             "monai.bundle run ...`, or leave that config out."
         )
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if int(rank) >= torch.cuda.device_count():
-        raise RuntimeError(f"Each process needs a GPU: lower --nproc_per_node to {torch.cuda.device_count()}.")
+        raise LaunchError(f"Each process needs a GPU: lower --nproc_per_node to {torch.cuda.device_count()}.")
     return torch.device("cuda", int(rank))
 
 
@@ -70,12 +71,12 @@ def start(multi_gpu: bool = True) -> None:
         multi_gpu: False does nothing, for a process that is alone.
 
     Raises:
-        RuntimeError: torchrun started several processes, and ``multi_gpu`` is False.
+        LaunchError: torchrun started several processes, and ``multi_gpu`` is False.
     """
     if not multi_gpu:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1:
-            raise RuntimeError(
+            raise LaunchError(
                 f"torchrun started {processes} processes, which would all do the same: add a multi_gpu config, such as "
                 "configs/multi_gpu_train.json, to --config_file."
             )
@@ -208,7 +209,7 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
     device = next(network.parameters()).device
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     if norms and device.type != "cuda":
-        raise ValueError("network_def: batch_norm over several processes needs GPUs: set it to false.")
+        raise InputError("network_def: batch_norm over several processes needs GPUs: set it to false.")
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if norms else network
     # once is enough: the voxel statistics never change, and synchronised batch norms have the same buffers everywhere
     for buffer in network.buffers():

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import ast
-import dis
 import errno
 import re
 import sys
-from pathlib import Path
 from types import TracebackType
 
-__all__ = ["is_refusal", "root_cause", "sentence", "show_root_cause"]
+__all__ = [
+    "BundleError",
+    "ExistsError",
+    "InputError",
+    "LaunchError",
+    "NotAFolderError",
+    "NotFoundError",
+    "ResourceError",
+    "is_refusal",
+    "root_cause",
+    "sentence",
+    "show_root_cause",
+]
 
-SCRIPTS = str(Path(__file__).parents[1])
 # how the messages of MONAI's errors begin that wrap the one behind them
 MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 # where MONAI calls what a config names: an error right there is about the config, and its traceback says no more
 CONFIG_MACHINERY = ("<string>", "monai/utils/module.py", "monai/bundle/")
-# a file and its line of code, as tracebacks are printed
-REMOTE_FRAME = re.compile(r'^  File "([^"]+)", line \d+, in .*\n +(.*)$', re.MULTILINE)
 REMEDIES = {
     errno.ENOENT: "does not exist: check the path",
     errno.EACCES: "must not be read or written by you (permission denied): name another, or change its permissions",
@@ -28,6 +35,34 @@ REMEDIES = {
     errno.EISDIR: "is a folder where a file is expected: name a file",
     errno.ENOTDIR: "is a file, or lies in one, where a folder is expected: name a folder",
 }
+
+
+class BundleError(Exception):
+    """What the bundle refuses, in a sentence that says what to do; a traceback would add nothing."""
+
+
+class InputError(BundleError, ValueError):
+    """A setting, an argument or a file's content makes no sense."""
+
+
+class NotFoundError(BundleError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+
+class ExistsError(BundleError, FileExistsError):
+    """What is there already must not be overwritten."""
+
+
+class NotAFolderError(BundleError, NotADirectoryError):
+    """A file is where a folder is needed."""
+
+
+class LaunchError(BundleError, RuntimeError):
+    """Processes were started in a way that cannot work."""
+
+
+class ResourceError(BundleError, OSError):
+    """The machine lacks what is needed: disk, memory, a port, a permission."""
 
 
 def show_root_cause(debug: bool = False) -> None:
@@ -66,10 +101,10 @@ def is_refusal(error: BaseException) -> bool:
     Such are what the bundle itself refuses, what the system says of a file, and what a config names wrongly.
     """
     root = root_cause(error)
-    place, raised = _origin(root)
-    kind, _ = _of_worker(str(root)) or (type(root).__module__, "")
-    ours = kind.startswith("scripts.") or (place.startswith(SCRIPTS) and raised)
-    return ours or (isinstance(root, OSError) and root.errno in REMEDIES) or _names(place, CONFIG_MACHINERY)
+    kind, _ = _of_worker(str(root)) or ("", "")
+    if isinstance(root, BundleError) or kind.startswith("scripts."):
+        return True
+    return (isinstance(root, OSError) and root.errno in REMEDIES) or _raised_in(root, CONFIG_MACHINERY)
 
 
 def sentence(error: BaseException) -> str:
@@ -79,10 +114,10 @@ def sentence(error: BaseException) -> str:
         if root.filename is not None:
             return f"'{root.filename}' {REMEDIES.get(root.errno, f'cannot be used ({root.strerror})')}."
         return f"{root.strerror}."
-    place, raised = _origin(root)
-    if place.startswith(SCRIPTS) and raised:
+    of_worker = _of_worker(str(root))
+    if isinstance(root, BundleError) and of_worker is None:
         return str(root)
-    kind, text = _of_worker(str(root)) or (type(root).__name__, str(root))
+    kind, text = of_worker or (type(root).__name__, str(root))
     text = text.split("\n\nFor details about installing")[0]  # of MONAI's, on an import that failed
     if kind.startswith("scripts."):
         return text
@@ -93,22 +128,13 @@ def _is_wrapping(error: BaseException) -> bool:
     return error.__cause__ is not None and str(error).startswith(MONAI_WRAPPINGS)
 
 
-def _names(place: str, parts: tuple[str, ...]) -> bool:
-    return any(part in place.replace("\\", "/") for part in parts)
-
-
-def _origin(error: BaseException) -> tuple[str, bool]:
-    """The file in which an error came up, and whether a ``raise`` did it (and not a library's or Python's own code)."""
-    if type(error.__cause__).__name__ == "_RemoteTraceback":  # of a process of joblib's, where the error came up
-        place, line = REMOTE_FRAME.findall(str(error.__cause__))[-1]
-        return place, line.startswith("raise ")
+def _raised_in(error: BaseException, places: tuple[str, ...]) -> bool:
+    """Whether an error came up in one of these files."""
     trace = error.__traceback__
-    if trace is None:
-        return "", False
-    while trace.tb_next is not None:
+    while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    return code.co_filename, code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    file = "" if trace is None else trace.tb_frame.f_code.co_filename.replace("\\", "/")
+    return any(place in file for place in places)
 
 
 def _of_worker(message: str) -> tuple[str, str] | None:

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from scripts.utils.errors import InputError
 from scripts.utils.sheet import BAR, GAP, LINE, MARGIN, MAX_PANEL, MAX_WIDTH, Group, Sheet, columns, save, shorten
 from scripts.utils.slices import PLANES, as_array, foreground_box, longest_axis, middle, plane
 
@@ -203,7 +204,7 @@ def samples(
     rows = {t: [as_array(sample)[0] for sample in batch] for t, batch in samples_by_temperature.items()}
     volumes = [volume for row in rows.values() for volume in row]
     if not volumes:
-        raise ValueError("samples_by_temperature is empty: there is nothing to draw.")
+        raise InputError("samples_by_temperature is empty: there is nothing to draw.")
     box = foreground_box(volumes)
     rows = {t: [v[box] for v in row] for t, row in rows.items()}
     volumes = [v[box] for v in volumes]
@@ -372,6 +373,6 @@ def _robust_max(volumes: Sequence[np.ndarray]) -> float:
 def _check_same_length(**lists: Sequence) -> None:
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError("there must be as many of each: " + ", ".join(f"{n} {name}" for name, n in lengths.items()))
+        raise InputError("there must be as many of each: " + ", ".join(f"{n} {name}" for name, n in lengths.items()))
     if 0 in lengths.values():
-        raise ValueError(f"{next(iter(lengths))} is empty: there is nothing to draw.")
+        raise InputError(f"{next(iter(lengths))} is empty: there is nothing to draw.")

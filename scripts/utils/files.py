@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.utils.errors import InputError, NotAFolderError, ResourceError
+
 
 def write_whole(
     path: str | os.PathLike, write: Callable[[str], object], before: Callable[[], object] | None = None
@@ -45,7 +47,7 @@ def write_whole(
         full = _is_full(error, path.parent)
         temporary.unlink(missing_ok=True)
         if full:
-            raise OSError(
+            raise ResourceError(
                 errno.ENOSPC,
                 f"'{path}' could not be written because the disk is full: free some space and continue. What was there "
                 "before is whole",
@@ -83,7 +85,7 @@ def as_folder(name: str, path: str | os.PathLike) -> Path:
     folder = Path(str(path)).expanduser()
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
-            raise NotADirectoryError(f"{name} is '{folder}', but '{place}' is a file: give the name of a folder.")
+            raise NotAFolderError(f"{name} is '{folder}', but '{place}' is a file: give the name of a folder.")
     return folder
 
 
@@ -124,4 +126,4 @@ def check_archive(path: str | os.PathLike) -> None:
     with zipfile.ZipFile(path) as parts:
         bad = parts.testzip()
     if bad is not None:
-        raise ValueError(f"the checksum of its part '{bad}' is wrong")
+        raise InputError(f"the checksum of its part '{bad}' is wrong")

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from scripts.utils.errors import ExistsError, NotAFolderError, ResourceError
 
 __all__ = ["claim_output_dir", "release_output_dir"]
 
@@ -49,7 +50,7 @@ def claim_output_dir(
     _lock(Path(ckpt_dir).absolute(), timeout)
     if list(Path(ckpt_dir).glob("checkpoint*.pt")) and not resume:
         release_output_dir(ckpt_dir)
-        raise FileExistsError(
+        raise ExistsError(
             f"ckpt_dir '{ckpt_dir}' holds the checkpoint of a run: resume it by --resume True (or auto, where a "
             "scheduler or torchrun starts it again), or set --output_dir to another folder."
         )
@@ -61,9 +62,9 @@ def _make_writable(name: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{name} '{folder}' is not a folder: set --{name} to one.") from error
+        raise NotAFolderError(f"{name} '{folder}' is not a folder: set --{name} to one.") from error
     except OSError as error:
-        raise PermissionError(
+        raise ResourceError(
             f"{name} '{folder}' cannot be written to ({error.strerror}): "
             f"set --{name} to a folder that you can write to."
         ) from error
@@ -80,7 +81,7 @@ def _lock(ckpt_dir: Path, timeout: float) -> None:
         try:
             lock.acquire(timeout=timeout, poll_interval=0.5)
         except Timeout:
-            raise BlockingIOError(
+            raise ResourceError(
                 f"ckpt_dir '{ckpt_dir}' is in use by another run, which would lose what this one writes: wait for its "
                 "end, or set --output_dir to another folder."
             ) from None

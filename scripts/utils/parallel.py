@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from joblib import Parallel, cpu_count, parallel_config
+from scripts.utils.errors import ResourceError
 from tqdm import tqdm
 
 __all__ = ["choose_workers", "die_with_parent", "run_parallel"]
@@ -55,7 +56,7 @@ def run_parallel(
     try:
         yield from tqdm(done, total=len(jobs), desc=what, unit="scan", file=sys.stderr, disable=quiet or not jobs)
     except BrokenProcessPool as error:
-        raise OSError(
+        raise ResourceError(
             "A worker process was killed, most likely for want of memory: lower --workers (in training --num_workers). "
             "With 1, the progress bar shows at which scan it happens."
         ) from error

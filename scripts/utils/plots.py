@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scripts.utils.errors import InputError
 from scripts.utils.sheet import DPI, save
 from scripts.utils.slices import as_array
 
@@ -69,7 +70,7 @@ def curves(
     }
     panels = {name: sides for name, sides in panels.items() if sides}
     if not panels:
-        raise ValueError("history holds no values: there is nothing to draw.")
+        raise InputError("history holds no values: there is nothing to draw.")
     across = min(len(panels), 3)
     down = math.ceil(len(panels) / across)
     figure = Figure((5.2 * across, 3.1 * down), dpi=DPI, layout="constrained")
@@ -133,9 +134,9 @@ def kl_per_latent(
     updates, kl = np.asarray(updates, float), as_array(kl)
     time, latents = kl.shape
     if time == 0 or latents == 0:
-        raise ValueError(f"kl has shape {list(kl.shape)}: there is nothing to draw.")
+        raise InputError(f"kl has shape {list(kl.shape)}: there is nothing to draw.")
     if len(updates) != time or len(dims) != latents or len(levels) != latents:
-        raise ValueError(
+        raise InputError(
             f"kl has shape {list(kl.shape)}, but there are {len(updates)} updates, {len(dims)} dims and {len(levels)} "
             "levels: kl is [time, latents]."
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 from scripts.utils.arguments import check_integer
+from scripts.utils.errors import InputError
 from scripts.utils.files import write_text
 
 __all__ = ["command_line_config", "given_keys", "given_value", "save_config"]
@@ -78,7 +79,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
         before = _find(config, key)
         if value in ("true", "false", "null"):
             spelling = {"true": "True", "false": "False", "null": "None"}[value]
-            raise ValueError(
+            raise InputError(
                 f"--{key} {value}: write {spelling}; on the command line '{value}' is a string, which counts as true."
             )
         config[key] = _literal(value)
@@ -108,7 +109,7 @@ def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[s
     job = options.get("run_id", named)
     if job not in config:
         jobs = [key for key in config if key not in NO_JOBS and _is_job(config[key])]
-        raise ValueError(f"The config files have no job '{job}'; those that exist are {', '.join(jobs)}.")
+        raise InputError(f"The config files have no job '{job}'; those that exist are {', '.join(jobs)}.")
 
 
 def _is_job(value: Any) -> bool:
@@ -121,11 +122,11 @@ def _check_type(key: str, before: Any, value: Any) -> None:
     if not _is_text(value):
         return
     if isinstance(before, bool):
-        raise ValueError(f"--{key} {value}: write True or False.")
+        raise InputError(f"--{key} {value}: write True or False.")
     if isinstance(before, int | float):
-        raise ValueError(f"--{key} {value}: write a number, such as {before}.")
+        raise InputError(f"--{key} {value}: write a number, such as {before}.")
     if isinstance(before, list):
-        raise ValueError(f'--{key} {value}: write a list, such as "{before}".')
+        raise InputError(f'--{key} {value}: write a list, such as "{before}".')
 
 
 def _is_text(value: Any) -> bool:
@@ -141,16 +142,16 @@ def _check_values(config: dict[str, Any]) -> None:
     for key in NOT_NEGATIVE:
         value = config.get(key)
         if _is_text(value) or (isinstance(value, int | float) and value < 0):
-            raise ValueError(f"{key} is {value!r}, but must be a number, 0 or more.")
+            raise InputError(f"{key} is {value!r}, but must be a number, 0 or more.")
     for key, example in OBJECTS.items():
         if _is_text(config.get(key)):
-            raise ValueError(f"{key} is '{config[key]}': write it as Python's, such as \"{example}\".")
+            raise InputError(f"{key} is '{config[key]}': write it as Python's, such as \"{example}\".")
     shape = config.get("spatial_shape")
     if isinstance(shape, list):
         for size in shape:
             check_integer("spatial_shape: a size", size, 1)
     elif not isinstance(shape, str | None):
-        raise ValueError(f'spatial_shape is {shape!r}: give the voxels along each axis, such as "[32, 32, 32]".')
+        raise InputError(f'spatial_shape is {shape!r}: give the voxels along each axis, such as "[32, 32, 32]".')
 
 
 def _find(config: dict[str, Any], key: str) -> Any:
@@ -161,11 +162,11 @@ def _find(config: dict[str, Any], key: str) -> Any:
         section = "#".join(parts[:place])
         if isinstance(node, list):
             if not (part.isdigit() and int(part) < len(node)):
-                raise ValueError(f"--{key}: '{section}' is a list of {len(node)}: name one by its number, from 0.")
+                raise InputError(f"--{key}: '{section}' is a list of {len(node)}: name one by its number, from 0.")
             node = node[int(part)]
             continue
         if not isinstance(node, dict):
-            raise ValueError(f"--{key}: '{section}' is no section, it is {node!r}.")
+            raise InputError(f"--{key}: '{section}' is no section, it is {node!r}.")
         if part not in node:
             may_be_new = section and ("_target_" in node or part.startswith("_"))
             if may_be_new and place == len(parts) - 1:
@@ -173,7 +174,7 @@ def _find(config: dict[str, Any], key: str) -> Any:
             known = [name for name in node if name != "imports"]
             nearest = difflib.get_close_matches(part, known, n=1, cutoff=0.0)[0]
             where = f"'{section}' has no '{part}'" if section else f"no config file has the key '{part}'"
-            raise ValueError(f"--{key}: {where}; the nearest that exists is '{nearest}'.")
+            raise InputError(f"--{key}: {where}; the nearest that exists is '{nearest}'.")
         node = node[part]
     return node
 

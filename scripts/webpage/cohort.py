@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.inference.tables import ScanColumns
+from scripts.utils.errors import InputError
 from scripts.utils.names import item_path, printable
 
 __all__ = ["SCORES", "Cohort"]
@@ -52,7 +53,7 @@ class Cohort:
             ValueError: there is no such scan.
         """
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self._rows):
-            raise ValueError(f"There is no scan {index!r}: they have the numbers 0 to {len(self._rows) - 1}.")
+            raise InputError(f"There is no scan {index!r}: they have the numbers 0 to {len(self._rows) - 1}.")
         return index
 
     def note(self, index: int, **values: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.image import imsave
+from scripts.utils.errors import InputError
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.slices import PLANES, as_array, middle, plane
 from torch import Tensor
@@ -47,12 +48,12 @@ def painted(runs: Any, shape: Sequence[int]) -> Tensor:
     whole = isinstance(runs, Sequence) and all(type(value) is int for value in runs) and len(runs) % 2 == 0
     pairs = list(zip(runs[::2], runs[1::2], strict=True)) if whole else [(-1, 0)]
     if any(start < 0 or length < 1 or start + length > size for start, length in pairs):
-        raise ValueError(f"mask must be whole numbers, [start, length, ...], that lie in the scan's {size} voxels.")
+        raise InputError(f"mask must be whole numbers, [start, length, ...], that lie in the scan's {size} voxels.")
     mask = np.zeros(size, bool)
     for start, length in pairs:
         mask[start : start + length] = True
     if not mask.any():
-        raise ValueError("Nothing is painted: paint what is to be filled in first.")
+        raise InputError("Nothing is painted: paint what is to be filled in first.")
     if mask.all():
-        raise ValueError("Everything is painted: leave some of the scan, from which the rest can be filled in.")
+        raise InputError("Everything is painted: leave some of the scan, from which the rest can be filled in.")
     return torch.from_numpy(mask.reshape(tuple(shape), order="F").copy())

@@ -26,7 +26,8 @@ from scripts.inference.layouts import channel_labels
 from scripts.inference.outputs import from_zero_to_one
 from scripts.layers.gaussian import noise_from
 from scripts.layers.levels import find_level, grid_key, grid_name
-from scripts.layers.population_prior import PopulationPrior
+from scripts.population.prior import PopulationPrior
+from scripts.utils.errors import InputError
 from scripts.webpage.cohort import SCORES, Cohort
 from scripts.webpage.images import painted, picture, volume
 from scripts.webpage.work import Result, Steps, request_key
@@ -118,12 +119,12 @@ class Jobs:
             ValueError: there is no such job, or its arguments are not understood.
         """
         if kind not in self.kinds or not isinstance(arguments, dict):
-            raise ValueError(f"There is no job {kind!r}: there are {', '.join(self.kinds)}.")
+            raise InputError(f"There is no job {kind!r}: there are {', '.join(self.kinds)}.")
         job = self.kinds[kind]
         try:
             inspect.signature(job).bind(**arguments)
         except TypeError as error:
-            raise ValueError(f"The job '{kind}' was asked for wrongly: {error}.") from error
+            raise InputError(f"The job '{kind}' was asked for wrongly: {error}.") from error
         return request_key(kind, arguments), job(**arguments)
 
     # each scan is read again when it is asked for: a cohort need not fit into memory
@@ -163,7 +164,7 @@ class Jobs:
 
     def _channel(self, channel: Any) -> int:
         if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < self.network.in_channels:
-            raise ValueError(f"There is no channel {channel!r}: the network has {self.network.in_channels}.")
+            raise InputError(f"There is no channel {channel!r}: the network has {self.network.in_channels}.")
         return channel
 
     def thumbnail(self, index: int, channel: int = 0) -> Steps:
@@ -241,7 +242,7 @@ class Jobs:
 
     def _need_prior(self) -> PopulationPrior:
         if self.prior is None:
-            raise ValueError("These weights have no population prior: train or run fit_prior, which leave one.")
+            raise InputError("These weights have no population prior: train or run fit_prior, which leave one.")
         return self.prior
 
     def decode(self, coordinates: Sequence[float], start: Sequence[float] | None = None, channel: int = 0) -> Steps:
@@ -263,7 +264,7 @@ class Jobs:
         except (TypeError, ValueError):
             numbers = ()
         if len(numbers) > factors or not numbers or not all(abs(value) <= LARGEST for value in numbers):
-            raise ValueError(f"coordinates must be 1 to {factors} numbers, such as [0.5, -1]; others are 0.")
+            raise InputError(f"coordinates must be 1 to {factors} numbers, such as [0.5, -1]; others are 0.")
         return numbers + (0.0,) * (factors - len(numbers))
 
     def _decode(self, place: tuple[float, ...]) -> Tensor:
@@ -283,15 +284,15 @@ class Jobs:
         """New scans; those of the job ``sample`` with this seed."""
         channel = self._channel(channel)
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_SAMPLES:
-            raise ValueError(f"count is {count!r}: it must be a whole number from 1 to {MOST_SAMPLES}.")
+            raise InputError(f"count is {count!r}: it must be a whole number from 1 to {MOST_SAMPLES}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise ValueError(f"seed is {seed!r}: it must be a whole number, 0 or more.")
+            raise InputError(f"seed is {seed!r}: it must be a whole number, 0 or more.")
         chosen = {"population": self.prior, "network": None}[prior] if prior in ("population", "network") else None
         if prior != "network" and chosen is None:
-            raise ValueError(f"prior is {prior!r}: these weights have 'network' alone, or 'population' and 'network'.")
+            raise InputError(f"prior is {prior!r}: these weights have 'network' alone, or 'population' and 'network'.")
         for value in temperature.values() if isinstance(temperature, Mapping) else [temperature]:
             if isinstance(value, float | int) and not 0 <= value <= HOTTEST:
-                raise ValueError(f"temperature is {value!r}: it must be from 0 to {HOTTEST}.")
+                raise InputError(f"temperature is {value!r}: it must be from 0 to {HOTTEST}.")
         inferer = Sampling(temperature, prior=chosen, covariates=covariates or None)
         if covariates:
             self._check_near(covariates)
@@ -313,7 +314,7 @@ class Jobs:
             if variable.kind == "continuous" and value is not None:
                 beyond = BEYOND * (variable.high - variable.low)
                 if not variable.low - beyond <= value <= variable.high + beyond:
-                    raise ValueError(
+                    raise InputError(
                         f"{name} is {value:g}: in the prior's cohort it goes from {variable.low:.4g} to "
                         f"{variable.high:.4g}; ask for one from {variable.low - beyond:.4g} to "
                         f"{variable.high + beyond:.4g}."
@@ -325,7 +326,7 @@ class Jobs:
         prior = need_covariates(self.prior)
         wanted = targets(prior.coding, covariates)
         if len(wanted) > MOST_STEPS:
-            raise ValueError(f"{len(wanted)} values were asked for: {MOST_STEPS} are the most.")
+            raise InputError(f"{len(wanted)} values were asked for: {MOST_STEPS} are the most.")
         for values in wanted.values():
             self._check_near(values)
         yield 0, len(wanted) + 1
@@ -347,7 +348,7 @@ class Jobs:
         """From one scan to another in latent space, on some levels or all: a film strip."""
         channel = self._channel(channel)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= MOST_STEPS:
-            raise ValueError(f"steps is {steps!r}: it must be a whole number from 2 to {MOST_STEPS}.")
+            raise InputError(f"steps is {steps!r}: it must be a whole number from 2 to {MOST_STEPS}.")
         if levels is not None:
             for level in levels:
                 find_level("levels", level, self.network.grids())
@@ -373,7 +374,7 @@ class Jobs:
         channel = self._channel(channel)
         missing = painted(mask, self.network.spatial_shape)
         if isinstance(draws, bool) or not isinstance(draws, int) or not 2 <= draws <= MOST_DRAWS:
-            raise ValueError(f"draws is {draws!r}: it must be a whole number from 2 to {MOST_DRAWS}.")
+            raise InputError(f"draws is {draws!r}: it must be a whole number from 2 to {MOST_DRAWS}.")
         total = draws * self._iterations
         yield 0, total
         item = self._read(index)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from scripts.utils.errors import is_refusal, sentence
+from scripts.utils.errors import BundleError, is_refusal, sentence
 
 __all__ = ["BusyError", "Job", "Result", "Results", "Steps", "Worker", "request_key"]
 
@@ -24,7 +24,7 @@ MOST_FINISHED = 512  # of which the page can still ask what became of them
 ROOM = 512 * 2**20  # bytes of files of results
 
 
-class BusyError(Exception):
+class BusyError(BundleError):
     """There are too many jobs already."""
 
 

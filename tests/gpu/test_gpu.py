@@ -17,10 +17,10 @@ from benchmarks.memory import estimate_step
 from benchmarks.step import TrainingStep, network_def
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
-from scripts.inference.population import find_population_prior
 from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import gaussian_noise, noise_from
 from scripts.networks import VDVAE
+from scripts.population.files import find_population_prior
 from scripts.training.acceleration import compile_network
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import ELBOLoss

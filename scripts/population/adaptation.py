@@ -16,9 +16,10 @@ from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.covariates import Categorical, CovariateCoding, Value
 from scripts.layers.gaussian import gaussian_noise
-from scripts.layers.population_prior import PopulationPrior, fingerprint, innovation
 from scripts.networks import VDVAE
-from scripts.training.covariate_effects import shrunk_mean
+from scripts.population.effects import shrunk_mean
+from scripts.population.prior import PopulationPrior, fingerprint, innovation
+from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -40,9 +41,9 @@ def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCodi
     variable = coding.variables.get(name)
     if not isinstance(variable, Categorical):
         known = [other.name for other in coding.variables.values() if isinstance(other, Categorical)]
-        raise ValueError(f"covariates: '{name}' is no categorical covariate of the prior, which has {known}.")
+        raise InputError(f"covariates: '{name}' is no categorical covariate of the prior, which has {known}.")
     if category in variable.categories:
-        raise ValueError(f"covariates: {name} '{category}' is known already; give the new one another name.")
+        raise InputError(f"covariates: {name} '{category}' is known already; give the new one another name.")
     longer = replace(variable, categories=(*variable.categories, category), shares=(*variable.shares, 0.0))
     return CovariateCoding([longer if other is variable else other for other in coding.variables.values()])
 
@@ -52,7 +53,7 @@ class Adaptation:
 
     The effect is the mean of what the scans' other covariates leave of the posteriors' shifts. By what the scans then
     still differ, in the mean, from what the prior expects of them they get an offset for each voxel, as in a fit. Both
-    are shrunk by the share that is noise, see :func:`scripts.training.covariate_effects.shrunk_mean`.
+    are shrunk by the share that is noise, see :func:`scripts.population.effects.shrunk_mean`.
 
     Args:
         network: trained.
@@ -79,9 +80,9 @@ class Adaptation:
         device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(covariates, Mapping) or len(covariates) != 1:
-            raise ValueError("covariates: give the one covariate and its new category, such as \"{'site': 'D'}\".")
+            raise InputError("covariates: give the one covariate and its new category, such as \"{'site': 'D'}\".")
         if len(dataset) < 2:
-            raise ValueError(
+            raise InputError(
                 "dataset_dir: of one scan nothing tells what is the category's: give 2 or more, better 50."
             )
         ((name, category),) = covariates.items()

@@ -1,4 +1,4 @@
-"""Fitting the population prior of a trained network to its cohort: see :mod:`scripts.layers.population_prior`."""
+"""Fitting the population prior of a trained network to its cohort: see :mod:`scripts.population.prior`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.layers.gaussian import Posterior, gaussian_noise
-from scripts.layers.population_prior import PopulationPrior, drawing_innovations, fingerprint, innovation, ratio
 from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.population.effects import Effects
+from scripts.population.prior import PopulationPrior, drawing_innovations, fingerprint, innovation, ratio
+from scripts.population.sketch import FactorSketch
 from scripts.training.checkpoints import unwrap
-from scripts.training.covariate_effects import Effects
-from scripts.training.factor_sketch import FactorSketch
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.devices import on_device
+from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -156,7 +157,7 @@ class PopulationFit:
         extras: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(factors, bool) or not isinstance(factors, int) or factors < 0:
-            raise ValueError(f"prior_factors is {factors!r}: set it to a whole number, 0 for no population prior.")
+            raise InputError(f"prior_factors is {factors!r}: set it to a whole number, 0 for no population prior.")
         self.network, self.path, self.factors = unwrap(network), Path(path), factors
         self.coding = covariates and covariates.coding
         self.training = _Scans(training, covariates and covariates.training)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from scripts.data.datalist import list_sides
-from scripts.layers.population_prior import PopulationPrior, fingerprint
 from scripts.networks import VDVAE
+from scripts.population.fit import prior_path
+from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.training.checkpoints import CheckpointError, read_archive
-from scripts.training.population_fit import prior_path
+from scripts.utils.errors import InputError, NotFoundError
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -45,13 +46,13 @@ def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: V
     """
     path = prior_file(prior, ckpt)
     if prior not in CHOICES and prior != str(prior_file(prior, ckpt)):
-        raise ValueError(
+        raise InputError(
             f"prior is {prior!r}: set --prior to population, network or a population_prior.pt, or leave it out."
         )
     if prior == "network" or (prior is None and not path.is_file()):
         return None
     if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist: {FIT_IT}, or set --prior network.")
+        raise NotFoundError(f"'{path}' does not exist: {FIT_IT}, or set --prior network.")
     content = read_archive(path)
     if not isinstance(content, dict) or "population_prior" not in content:
         raise CheckpointError(f"'{path}' holds no population prior: {FIT_IT}.")
@@ -100,17 +101,17 @@ def list_coordinates(
         FileNotFoundError: there is no such file.
     """
     if prior is None:
-        raise ValueError(f"decode_coordinates needs a population prior beside --ckpt, or by --prior: {FIT_IT}.")
+        raise InputError(f"decode_coordinates needs a population prior beside --ckpt, or by --prior: {FIT_IT}.")
     if path is None:
-        raise ValueError("coordinates is not set: set --coordinates to a table such as the coordinates.csv of encode.")
+        raise InputError("coordinates is not set: set --coordinates to a table such as the coordinates.csv of encode.")
     names = [f"c{i:03d}" for i in range(prior.factors)]
     if not Path(path).is_file():
-        raise FileNotFoundError(f"coordinates '{path}' does not exist: set --coordinates to a table of encode's.")
+        raise NotFoundError(f"coordinates '{path}' does not exist: set --coordinates to a table of encode's.")
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or ())
         if not {"image", *names} <= columns or f"c{prior.factors:03d}" in columns:
-            raise ValueError(
+            raise InputError(
                 f"'{path}': its columns must be image and {names[0]} to {names[-1]}, one per factor of the prior."
             )
         return [_row(row, names, path, output_dir) for row in reader]
@@ -122,7 +123,7 @@ def _row(row: Mapping[str, str], names: Sequence[str], path: str | os.PathLike, 
     except (TypeError, ValueError):
         values = [math.nan]
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"'{path}': the row of '{row['image']}' has a cell that is no number: mend it.")
+        raise InputError(f"'{path}': the row of '{row['image']}' has a cell that is no number: mend it.")
     return {"image": str(Path(output_dir) / Path(row["image"]).name), "coordinates": values}
 
 

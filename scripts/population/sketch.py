@@ -6,6 +6,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+from scripts.utils.errors import InputError
 from torch import Tensor
 
 
@@ -24,9 +25,9 @@ class FactorSketch:
 
     def __init__(self, directions: int, forgetting: float = 1.0) -> None:
         if directions < 1:
-            raise ValueError(f"directions is {directions}: it must be 1 or more.")
+            raise InputError(f"directions is {directions}: it must be 1 or more.")
         if not 0 < forgetting <= 1:
-            raise ValueError(f"forgetting is {forgetting}: it must be above 0 and at most 1.")
+            raise InputError(f"forgetting is {forgetting}: it must be above 0 and at most 1.")
         self.directions, self.forgetting = directions, forgetting
         self.count = 0.0
         self.mean = self.scatter = self.square = self.basis = torch.zeros(0)
