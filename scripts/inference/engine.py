@@ -8,7 +8,9 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,29 +24,51 @@ from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
-from scripts.data.datalist import list_sides
 from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
-from scripts.inference.job_report import write_job_report
+from scripts.inference.cohort import Cohort
+from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
-from scripts.inference.reading import Failure, JobBatches, ReadOrFail, Scans
-from scripts.inference.training_run import TrainingRun
 from scripts.inference.writers import ResultWriters
 from scripts.layers.gaussian import noise_from
-from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.population.prior import PopulationPrior
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import on_device, runs_ahead, to_host
-from scripts.utils.errors import ExistsError, InputError
+from scripts.utils.errors import BundleError, ExistsError, InputError, ResourceError, root_cause, sentence
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
 from torch import Tensor
 
-__all__ = ["Failures", "ScanEvaluator", "list_samples", "list_scans", "scan_generator"]
+__all__ = ["Common", "Failures", "ScanEvaluator", "list_samples", "scan_generator"]
 
 logger = logging.getLogger(__name__)
+
+# in errors of the machine, which end a job: no other scan would fare better
+MACHINES = ("out of memory", "not enough memory", "CUDA error")
+
+
+class Failure(NamedTuple):
+    """A scan of which no results came, and why, as half a sentence; ``image`` is relative to the data set in the end."""
+
+    image: str
+    reason: str
+
+    @classmethod
+    def of(cls, item: Mapping[str, Any], error: BaseException) -> Failure:
+        """That of a datalist's item, by the error that came of it.
+
+        Raises:
+            ResourceError: the error again, where it is the machine's, such as a full disk.
+        """
+        if isinstance(root_cause(error), ResourceError):
+            raise error
+        if not isinstance(root_cause(error), BundleError):
+            logger.debug("'%s' failed.", item_path(item), exc_info=error)
+        return cls(item_path(item), as_reason(sentence(error), item_files(item)))
 
 
 class Failures:
@@ -61,7 +85,7 @@ class Failures:
     def add(self, failure: Failure) -> None:
         self.found.append(failure)
 
-    def everyone(self) -> list[Failure]:
+    def gather(self) -> list[Failure]:
         """Those of all processes, which all have to ask."""
         return sorted(set(itertools.chain(*idist.all_gather(self.found))))
 
@@ -71,45 +95,94 @@ class Failures:
         Raises:
             SystemExit: with code 1, on every process, when there are any.
         """
-        found = self.everyone()
+        failed = self.gather()
         if idist.get_rank() == 0:
-            if found:
-                write_csv(self.path, Failure._fields, found)
-                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(found), self.path, *found[0])
+            if failed:
+                write_csv(self.path, Failure._fields, failed)
+                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, *failed[0])
             else:
                 self.path.unlink(missing_ok=True)
         distributed.stop()
-        if found:
+        if failed:
             sys.exit(1)
 
 
-def list_scans(
-    dataset_dir: str | os.PathLike,
-    scan_pattern: str | Sequence[str] = "*.nii*",
-    training_run: TrainingRun | None = None,
-) -> list[dict[str, Any]]:
-    """The scans of a folder, or all of a datalist's; its ``testing`` ones alone where it has such.
+@dataclass
+class Common:
+    """What all jobs of one command share: the network, how scans are read, and where and how results are written.
 
-    Args:
-        dataset_dir, scan_pattern: see :func:`scripts.data.datalist.make_datalist`.
-        training_run: of whose own datalist the held-out scans are taken alone.
-
-    Returns:
-        ``[{"image": path, "subject": name, "session": name}, ...]``, the last where their names tell it.
+    Attributes:
+        network: trained.
+        prior: its population prior, if there is one.
+        preprocessing: of scans; begins with loading.
+        cohort: the scans.
+        output_dir: folder of the results, made if need be.
+        ckpt: the weights' file.
+        failures: where scans that failed are noted.
+        device: of the network.
+        loading: ``batch_size`` and ``num_workers``; as many processes write results.
+        precision: ``amp`` and ``amp_dtype``.
+        seed: of the noise; each scan has its own, whatever its batch or process.
+        overwrite: make results again that are there.
+        figures: draw PNGs.
+        naming: of results: ``join_channels`` and ``bids``, see :class:`scripts.inference.layouts.ScanLayout`.
+        describe: is called at the start of a job, on rank 0, with its name; None: nothing is.
     """
-    sides, _, _ = list_sides(dataset_dir, scan_pattern)
-    if sides.get("testing"):
-        return sides["testing"]
-    if training_run is not None and dataset_dir == training_run.datalist:
-        return sides.get("validation", [])
-    return [item for side in sides.values() for item in side]
+
+    network: VDVAE
+    prior: PopulationPrior | None
+    preprocessing: Compose
+    cohort: Cohort
+    output_dir: str | os.PathLike
+    ckpt: str | os.PathLike
+    failures: Failures
+    device: torch.device | str = "cpu"
+    loading: Mapping[str, int] = field(default_factory=lambda: {"batch_size": 1, "num_workers": 0})
+    precision: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    overwrite: bool = False
+    figures: bool = True
+    naming: Mapping[str, bool] = field(default_factory=dict)
+    describe: Callable[[str], object] | None = None
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """What scans are scaled to, and the network predicts."""
+        return OUTPUT_RANGES[self.network.output_activation]
+
+    @property
+    def grid(self) -> ScanGrid:
+        """How the training scans lay on the network's grid."""
+        return ScanGrid.from_tensor(self.network.scan_grid)
+
+    @property
+    def prior_file(self) -> str | None:
+        """Where the population prior is, for the record of a job."""
+        return None if self.prior is None else str(self.prior.path)
+
+    def replace(self, **changes: Any) -> Common:
+        """The same but for some attributes."""
+        return replace(self, **changes)
+
+    def layout(self, root: str | os.PathLike) -> Callable[..., ScanLayout]:
+        """Makes the layout of a result, by its postfix, of scans under a folder."""
+        return partial(ScanLayout, root, self.output_dir, **self.naming)
+
+    def figure(self, layout: ScanLayout, draw: Callable[..., object]) -> SaveFigured:
+        """A transform that draws a scan's results, where figures are wanted."""
+        return SaveFigured(layout, draw, self.value_range, self.figures)
+
+    def settings(self) -> dict[str, Any]:
+        """On which the results of every job depend."""
+        arguments = {"network_def": self.network.arguments, "seed": self.seed, "ckpt": self.ckpt}
+        return {**arguments, **self.precision, "join_channels": self.naming.get("join_channels", False)}
 
 
 def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:
     """Names for scans to be drawn, numbered from 1; their noise follows from the name.
 
     Raises:
-        ValueError: when ``count`` is less than 1.
+        InputError: when ``count`` is less than 1.
     """
     if count < 1:
         raise InputError(f"samples is {count}: set --samples to 1 or more.")
@@ -133,11 +206,38 @@ def _identity(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-class _Written(NamedTuple):
-    """What came of writing a scan's results: why that failed, and what is to be said of them."""
+def stack_images(items: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The images of some items, ``[batch, channels, *spatial]``."""
+    return torch.stack([item["image"].as_tensor() for item in items])
 
-    failure: Failure | None
-    warning: str | None
+
+class ReadOrFail(torch.utils.data.Dataset):
+    """Items of a data set, each with its ``name``, or a :class:`Failure` where one cannot be read."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any] | Failure:
+        index = self.indices[position]
+        item = self.dataset.data[index]
+        try:
+            return {**self.dataset[index], "name": item_path(item)}
+        except Exception as error:  # whatever a scan holds, the others are done
+            return Failure.of(item, error)
+
+
+@dataclass
+class Scans:
+    """The scans of a batch, which stay on the host, and those that could not be read."""
+
+    items: list[dict[str, Any]]
+    failures: list[Failure]
+
+
+Batch = tuple[Scans, Any, dict[str, Any]]  # the inferer's inputs and further arguments beside the scans
 
 
 class ScanEvaluator(Evaluator):
@@ -147,90 +247,58 @@ class ScanEvaluator(Evaluator):
     noted and the others continue. With several processes each takes its share.
 
     Args:
+        common: what all jobs share.
         job: its name; ``<job>.json`` in ``output_dir`` says with what its results were made.
-        output_dir: folder of the results, made if need be.
-        settings: on which the results of this job depend; files among them by their content. The arguments of the
-            network, ``seed``, ``amp`` and ``amp_dtype`` are added.
-        shared_settings: on which those of every job depend, such as the checkpoint.
-        device: of the network.
         dataset: with preprocessing; its items hold ``image``, ``[channels, *spatial]``.
-        network: the network.
         inferer: see :mod:`scripts.inference.inferers`; takes a batch of images and gives a dictionary of batches.
         postprocessing: takes the item of one scan, the inferer's results among it, and saves what is wanted.
         layouts: of the results; a scan is finished when all of them exist.
-        failures: where scans that failed are noted.
+        settings: on which the results of this job depend beside :meth:`Common.settings`; files by their content.
         inputs: makes the inferer's inputs of a list of items; the stack of their images by default.
         arguments: makes further arguments of the inferer by name, likewise.
-        grid: how the training scans lay on the network's grid; a warning names scans that lie otherwise.
-        unlikely_above: bits per dim above which a warning names a scan; None: not known.
-        summary: is called at the end, on one process, with the names of all scans.
-        describe: is called at the start, on one process, with the name of the job.
-        batch_size, num_workers: of the data loader.
-        writers: processes that write results while the network goes on; 0 writes them in between.
-        overwrite: make results again that are there.
-        seed: of the noise; each scan has its own, whatever its batch or process.
-        amp, amp_dtype: mixed precision.
-        val_handlers: Ignite handlers.
+        likelihood: the bits per dim of an item with its results: a warning names a scan that is far less likely than
+            the cohort; None: not known.
+        summary: is called at the end, on rank 0, with the names of all scans.
+        report: what the page about the results shows.
     """
 
     def __init__(
         self,
+        common: Common,
         job: str,
-        output_dir: str | os.PathLike,
-        settings: Mapping[str, Any],
-        device: torch.device | str,
         dataset: Dataset,
-        network: torch.nn.Module,
         inferer: Inferer,
-        postprocessing: Callable,
+        postprocessing: Callable | Sequence[Callable],
         layouts: Sequence[ScanLayout],
-        failures: Failures,
-        inputs: Callable[[Sequence[dict]], Any] | None = None,
-        arguments: Callable[[Sequence[dict]], dict[str, Any]] | None = None,
-        grid: ScanGrid | None = None,
-        unlikely_above: float | None = None,
-        summary: Callable[[Sequence[str]], object] | None = None,
-        describe: Callable[[str], object] | None = None,
-        batch_size: int = 1,
-        num_workers: int = 0,
-        writers: int = 0,
-        overwrite: bool = False,
-        seed: int = 0,
-        amp: bool = False,
-        amp_dtype: torch.dtype | None = None,
-        val_handlers: Sequence | None = None,
-        shared_settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        inputs: Callable[[Sequence[dict]], Any] = stack_images,
+        arguments: Callable[[Sequence[dict]], dict[str, Any]] = lambda items: {},
+        likelihood: Callable[[Mapping[str, Any]], float] | None = None,
+        summary: Callable[[Sequence[str]], object] = lambda scans: None,
+        report: Report | None = None,
     ) -> None:
-        self.job, self.output_dir = job, Path(output_dir)
-        own = {"network_def": network.arguments, "seed": seed, "amp": amp, "amp_dtype": amp_dtype}
-        self.settings = {**(shared_settings or {}), **settings, **own}
-        self.dataset, self.layouts, self.overwrite = dataset, layouts, overwrite
-        self._check_names()
-        # one process says what is left to do: another might begin to write while this one still looks
-        pending = distributed.from_rank_zero(
-            lambda: [i for i, item in enumerate(dataset.data) if not self.finished(item)]
-        )
-        share = pending[idist.get_rank() :: idist.get_world_size()]
-        loader = DataLoader(ReadOrFail(dataset, share), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
-        batches = on_device(JobBatches(loader, inputs, arguments), device)
-        super().__init__(device, batches, epoch_length=len(loader), amp=amp, decollate=False, val_handlers=val_handlers)
-        self.pending, self.remaining = len(pending), len(share)
-        self.network, self.inferer = network, inferer
+        # which scans are left to do is known when the job starts
+        super().__init__(common.device, (), epoch_length=0, amp=common.precision.get("amp", False), decollate=False)
+        self.common, self.job = common, job
+        self.settings = {**common.settings(), **(settings or {})}
+        self.dataset, self.network, self.inferer = dataset, common.network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
-        self.failures, self.summary, self.describe = failures, summary, describe
-        self.writers = ResultWriters(self._write, min(writers, len(share)), self._note)
+        self.layouts, self.inputs, self.arguments = layouts, inputs, arguments
+        self.likelihood, self.summary, self.report = likelihood, summary, report or Report()
+        self.unlikely_above = common.prior and common.prior.unlikely_above()
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
-        self.grid, self.unlikely_above = grid, unlikely_above
-        self.seed, self.amp_dtype = seed, amp_dtype
+        self._writers: ResultWriters | None = None
         if idist.get_rank() == 0:
             bar = ProgressBar(
                 persist=True, bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
             )
             bar.attach(self, event_name=Events.ITERATION_COMPLETED)
 
+    # what is left to do
+
     def finished(self, item: Mapping[str, Any]) -> bool:
         """Whether all results of a scan are there, and none is older than a file of the scan or its mask."""
-        if self.overwrite:
+        if self.common.overwrite:
             return False
         try:
             results = [path for layout in self.layouts for path in layout.paths(item)]
@@ -244,7 +312,7 @@ class ScanEvaluator(Evaluator):
         changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
         return min(path.stat().st_mtime for path in results) >= changed
 
-    def _check_names(self) -> None:
+    def check_names(self) -> None:
         """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``."""
         layout, seen = self.layouts[0], dict[Path, str]()
         for name in (name for item in self.dataset.data for name in layout.names(item_files(item))):
@@ -259,38 +327,73 @@ class ScanEvaluator(Evaluator):
                 )
             seen[path] = name
 
+    # the job
+
     def run(self) -> None:
         """Go over the scans that are not finished, then make the summary.
 
         Raises:
             FileExistsError: when there are results made with other settings.
+            InputError: when results of two scans would have one name.
         """
+        self.check_names()
         if idist.get_rank() == 0:
             self._note_settings()
-            if self.describe is not None:
-                self.describe(self.job)
-        idist.barrier()
-        total = len(self.dataset.data)
-        if idist.get_rank() == 0 and self.pending < total:
-            logger.info("Of %d scans, %d are finished already.", total, total - self.pending)
-        if self.remaining:
-            with self.writers:
-                super().run()
-                self._write_computed()
-        failed = self.failures.everyone()  # a barrier, too
+            if self.common.describe is not None:
+                self.common.describe(self.job)
+        # one process says what is left to do: another might begin to write while this one still looks
+        pending = distributed.from_rank_zero(
+            lambda: [i for i, item in enumerate(self.dataset.data) if not self.finished(item)]
+        )
+        total, share = len(self.dataset.data), pending[idist.get_rank() :: idist.get_world_size()]
+        if idist.get_rank() == 0 and len(pending) < total:
+            logger.info("Of %d scans, %d are finished already.", total, total - len(pending))
+        if share:
+            self._go_over(share)
+        failed = self.common.failures.gather()  # a barrier, too
         if idist.get_rank() == 0:
             scans = [item_path(item) for item in self.dataset.data]
-            if self.summary is not None:
-                self.summary(scans)
-            self._report(scans, failed)
-            logger.info("Results of %d of %d scan(s): '%s'.", total - len(failed), total, self.output_dir)
+            self.summary(scans)
+            drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
+            write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed)
+            logger.info("Results of %d of %d scan(s): '%s'.", total - len(failed), total, self.common.output_dir)
 
-    def _report(self, scans: Sequence[str], failed: Sequence[Failure]) -> None:
-        """Write the page about the results."""
-        drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
-        write_job_report(self.job, self.output_dir, scans, self.layouts, drawn, self.settings, failed)
+    def _go_over(self, indices: Sequence[int]) -> None:
+        """Read, compute and write these scans."""
+        batch_size, workers = self.common.loading["batch_size"], self.common.loading["num_workers"]
+        loader = DataLoader(
+            ReadOrFail(self.dataset, indices), batch_size=batch_size, num_workers=workers, collate_fn=list
+        )
+        self.data_loader = on_device(_Batches(loader, self.batch), self.state.device)
+        self.state.epoch_length = len(loader)
+        with ResultWriters(self._write, min(workers, len(indices)), self._note) as self._writers:
+            super().run()
+            self._write_computed()
 
-    def _relative(self, name: str) -> str:
+    def batch(self, items: Sequence[dict[str, Any] | Failure]) -> Batch:
+        """What was read of some scans, and what the inferer gets of them, on the host."""
+        read = [item for item in items if not isinstance(item, Failure)]
+        failures = [item for item in items if isinstance(item, Failure)]
+        inputs, arguments = (self.inputs(read), self.arguments(read)) if read else (None, {})
+        return Scans(read, failures), inputs, arguments
+
+    def compute(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The inferer's results of scans that were read, ``name`` and ``image`` among their keys, on the device."""
+        (batch,) = on_device([self.batch(items)], self.state.device)
+        return self._infer(batch)
+
+    def generators(self, items: Sequence[Mapping[str, Any]]) -> list[torch.Generator]:
+        """The random numbers of each scan."""
+        return [scan_generator(self.common.seed, self.relative(item["name"]), self.state.device) for item in items]
+
+    def _infer(self, batch: Batch) -> dict[str, Tensor]:
+        scans, inputs, arguments = batch
+        cast = autocast(self.state.device, self.amp, self.common.precision.get("amp_dtype"))
+        with self.mode(self.network), cast, noise_from(self.generators(scans.items)):
+            return self.inferer(inputs, self.network, **arguments)
+
+    def relative(self, name: str) -> str:
+        """A scan's path in its data set."""
         try:
             return self.layouts[0].relative(name)
         except ScanError:  # it has no place, as will be said when its results are written
@@ -298,38 +401,57 @@ class ScanEvaluator(Evaluator):
 
     def _note_settings(self) -> None:
         """Refuse to mix results of different settings; leave those of this run beside its results."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.output_dir / f"{self.job}.json"
-        known = {name: _identity(value) for name, value in self.settings.items()}
-        if path.exists() and not self.overwrite:
+        folder = Path(self.common.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.job}.json"
+        settings = {name: _identity(value) for name, value in self.settings.items()}
+        if path.exists() and not self.common.overwrite:
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in known if name in before and before[name] != known[name]]
+            changed = [name for name in settings if name in before and before[name] != settings[name]]
             if changed:
                 raise ExistsError(
-                    f"output_dir '{self.output_dir}' holds results of '{self.job}' made with another "
-                    f"{', '.join(changed)}: set --output_dir to another folder, or --overwrite True to make them again."
+                    f"output_dir '{folder}' holds results of '{self.job}' made with another {', '.join(changed)}: set "
+                    "--output_dir to another folder, or --overwrite True to make them again."
                 )
-        write_text(path, json.dumps(known, indent=2) + "\n")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
 
-    def _iteration(self, engine: Engine, batchdata: tuple[Scans, Any, dict[str, Any]]) -> dict[str, Any]:
-        scans, inputs, arguments = batchdata
+    def _iteration(self, engine: Engine, batchdata: Batch) -> dict[str, Any]:
+        scans, _, _ = batchdata
         for failure in scans.failures:
-            self.failures.add(failure._replace(image=self._relative(failure.image)))
-        if not scans.items:
-            return {}
+            self._fail(failure)
         for item in scans.items:
             for key in ("image", "second"):
                 self._warn_of_place(item.get(key))
-        device = self.state.device
-        generators = [scan_generator(self.seed, self._relative(item["name"]), device) for item in scans.items]
-        with self.mode(self.network), autocast(device, self.amp, self.amp_dtype), noise_from(generators):
-            results = self.inferer(inputs, self.network, **arguments)
-        before, self._computed = self._computed, (scans.items, to_host({k: v.float() for k, v in results.items()}))
-        if before is not None:
-            self._add(*before)  # while a GPU computes this batch
-        if not runs_ahead(device):
-            self._write_computed()
+        for items, results in self._results(batchdata):
+            # written while a GPU computes what is next
+            before, self._computed = self._computed, (items, to_host({k: v.float() for k, v in results.items()}))
+            if before is not None:
+                self._add(*before)
+            if not runs_ahead(self.state.device):
+                self._write_computed()
         return {}
+
+    def _results(self, batch: Batch) -> Iterator[tuple[list[dict], dict[str, Tensor]]]:
+        """The results of a batch; where they cannot be computed, of each scan by itself, but for those that fail."""
+        items = batch[0].items
+        if not items:
+            return
+        try:
+            results = self._infer(batch)
+        except Exception as error:
+            if len(items) == 1 and any(words in str(error) for words in MACHINES):
+                raise
+            if len(items) == 1:
+                self._fail(Failure.of({"image": items[0]["name"]}, error))
+                return
+        else:
+            yield items, results
+            return
+        for item in items:
+            (alone,) = on_device([self.batch([item])], self.state.device)
+            yield from self._results(alone)
+
+    # writing
 
     def _write_computed(self) -> None:
         """Let the last batch's results be written."""
@@ -341,60 +463,61 @@ class ScanEvaluator(Evaluator):
         values = results()
         for position, item in enumerate(items):
             # a copy: what is sent to another process would else be the whole batch
-            own = {key: _like(value[position].clone(), item.get("image")) for key, value in values.items()}
-            self.writers.add({**item, **own})
+            self._writers.add({**item, **{key: value[position].clone() for key, value in values.items()}})
 
-    def _write(self, item: Mapping[str, Any]) -> _Written:
-        """Write the results of a scan, perhaps in another process."""
-        warning = self._unlikely(item)
+    def _write(self, item: Mapping[str, Any]) -> tuple[Failure | None, str | None]:
+        """Write the results of a scan, perhaps in another process: why that failed, and what is to be said of them."""
         try:
+            warning = self._unlikely(item)
             self.results_of(item)
-        except RuntimeError as error:
-            if not isinstance(error.__cause__, ScanError):
-                raise
-            reason = as_reason(str(error.__cause__), image_files(item.get("image")))
-            return _Written(Failure(self._relative(item["name"]), reason), warning)
-        return _Written(None, warning)
+        except Exception as error:
+            files = image_files(item["image"]) if isinstance(item.get("image"), MetaTensor) else None
+            failure = Failure.of({"image": files or item["name"]}, error)
+            return failure._replace(image=item["name"]), None
+        return None, warning
 
-    def _note(self, written: _Written) -> None:
-        if written.warning is not None:
-            logger.warning("%s", written.warning)
-        if written.failure is not None:
-            self.failures.add(written.failure)
+    def _note(self, written: tuple[Failure | None, str | None]) -> None:
+        failure, warning = written
+        if warning is not None:
+            logger.warning("%s", warning)
+        if failure is not None:
+            self._fail(failure)
+
+    def _fail(self, failure: Failure) -> None:
+        self.common.failures.add(failure._replace(image=self.relative(failure.image)))
 
     def _warn_of_place(self, image: Any) -> None:
         """Name a scan that does not lie on the network's grid as the training scans did."""
         geometry = image.meta.get("geometry") if isinstance(image, MetaTensor) else None
         if geometry is not None:
-            found = place_differences(self.grid, geometry, image.affine.numpy(), image.shape[1:])
-            for difference in [*found, *field_of_view_differences(self.grid, geometry)]:
+            grid = self.common.grid
+            place = place_differences(grid, geometry, image.affine.numpy(), image.shape[1:])
+            for difference in [*place, *field_of_view_differences(grid, geometry)]:
                 logger.warning("'%s': %s.", image_path(image), difference)
 
     def _unlikely(self, item: Mapping[str, Any]) -> str | None:
         """A sentence that names a scan which is far less likely than the cohort's."""
-        if self.unlikely_above is None:
+        if self.unlikely_above is None or self.likelihood is None:
             return None
-        if "bits_per_dim" in item:
-            found = float(item["bits_per_dim"])
-        elif self.job == "reconstruct" and self.settings["levels"] in (None, "each"):
-            # without the KL divergence, which would only add to it
-            image, loc, scale = (item[key].as_tensor() for key in ("image", "recon", "scale"))
-            nll = negative_log_likelihood(loc[None], scale[None], image[None])
-            found = float(bits_per_dim(nll, image[None]))
-        else:
-            return None
-        if found <= self.unlikely_above:
+        bits_per_dim = self.likelihood(item)
+        if bits_per_dim <= self.unlikely_above:
             return None
         return (
-            f"'{item['name']}' is unlike the scans that the network was trained on ({found:.2f} bits per dim; above "
-            f"{self.unlikely_above:.2f} is far outside), so that no result of it means much. Is it another contrast, "
-            "not skull-stripped, or not aligned as they are? `python -m scripts.check` looks at it, `python -m "
-            "scripts.prepare` mends it."
+            f"'{item['name']}' is unlike the scans that the network was trained on ({bits_per_dim:.2f} bits per dim; "
+            f"above {self.unlikely_above:.2f} is far outside), so that no result of it means much. Is it another "
+            "contrast, not skull-stripped, or not aligned as they are? `python -m scripts.check` looks at it, `python "
+            "-m scripts.prepare` mends it."
         )
 
 
-def _like(value: Tensor, image: Any) -> Tensor:
-    """A result that lies on the scan's grid, with the scan's affine, name and trace."""
-    if not isinstance(image, MetaTensor) or value.shape[1:] != image.shape[1:] or value.ndim != image.ndim:
-        return value
-    return MetaTensor(value).copy_meta_from(image)
+class _Batches:
+    """Batches of a loader, as the job makes them."""
+
+    def __init__(self, loader: DataLoader, make: Callable[[list], Batch]) -> None:
+        self.loader, self.make = loader, make
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.make, self.loader)

@@ -1,0 +1,491 @@
+"""The jobs of a trained network, one function each: what it reads, what it computes, what it writes.
+
+A job is made by its function and done by its ``run()``. configs/inference.json has a line for each; the page, the
+benchmarks and notebooks call the same functions. What all jobs share comes as one object, ``common``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from monai.data import Dataset
+from monai.inferers import Inferer
+from monai.transforms import Compose
+from scripts.data.covariate_tables import read_cohort
+from scripts.data.datalist import common_root
+from scripts.data.to_scan import ToScand
+from scripts.data.transforms import FitShaped, unclipped
+from scripts.inference import covariate_results, coordinates, lesions, outputs
+from scripts.inference.covariates import (
+    AddChanged,
+    Counterfactual,
+    CovariatePosterior,
+    Deviation,
+    KeepScand,
+    need_covariates,
+    stack_features,
+    targets,
+)
+from scripts.inference.engine import Common, ScanEvaluator, list_samples
+from scripts.inference.imputation import DrawImputation, FillInd, FitMaskd, HideMissingd, stack_missing
+from scripts.inference.inferers import (
+    CoordinateDecoding,
+    Decoding,
+    Encoding,
+    Imputation,
+    Interpolation,
+    Reconstruction,
+    Sampling,
+    Temperature,
+)
+from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
+from scripts.inference.job_report import Report
+from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
+from scripts.inference.layouts import SampleLayout
+from scripts.inference.region_curves import RegionCurves
+from scripts.inference.score_summary import ScoreSummary
+from scripts.inference.scoring import Scoring
+from scripts.inference.tables import latent_tables
+from scripts.population.adaptation import Adaptation
+from scripts.population.fit import PopulationFit
+from scripts.utils import distributed
+
+__all__ = [
+    "adapt",
+    "counterfactual",
+    "decode",
+    "decode_coordinates",
+    "deviation",
+    "encode",
+    "fit_prior",
+    "harmonise",
+    "impute",
+    "interpolate",
+    "predict_covariates",
+    "reconstruct",
+    "reconstruction_outputs",
+    "sample",
+    "score",
+]
+
+logger = logging.getLogger(__name__)
+
+SCORES = (
+    "bits_per_dim: how well the network predicts the scan, lower is likelier (elbo = -(nll + kl), nats). "
+    "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
+    "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
+    "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map in the brain, in "
+    "standard deviations, higher is more unusual."
+)
+DEVIATIONS = (
+    "z: standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are "
+    "in standard deviations, and brightest at 6."
+)
+PREDICTIONS = "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it."
+
+
+def with_steps(preprocessing: Compose, after_loading: Callable, *last: Callable) -> Compose:
+    """A preprocessing, whose first step loads scans, with one more step after that and others at its end."""
+    load, *others = preprocessing.transforms
+    return Compose([load, after_loading, *others, *last])
+
+
+def reconstruction_outputs(common: Common, inferer: Reconstruction) -> Compose:
+    """What becomes of a scan's reconstruction: a picture, and volumes on the scan's own grid."""
+    layout, images = common.layout(common.cohort.root), inferer.images(common.network)
+    units = {"scale": "deviation", "zscore": "number"}
+    levels = [common.figure(layout("levels", ".png"), outputs.draw_levels)] if inferer.levels == "each" else []
+    return Compose(
+        [
+            common.figure(layout("recon", ".png"), outputs.draw_reconstruction),
+            *levels,
+            ToScand(images, [units.get(name, "intensity") for name in images]),
+            outputs.SaveScansd(images, layout),
+        ]
+    )
+
+
+def reconstruct(
+    common: Common, inferer: Reconstruction, postprocessing: Callable | None = None, dataset: Dataset | None = None
+) -> ScanEvaluator:
+    """Each scan as the network reconstructs it: ``_recon``, ``_scale``, ``_zscore`` on the scan's grid, a picture.
+
+    Args:
+        common: what all jobs share.
+        inferer: says from which latents.
+        postprocessing: of the results; None: :func:`reconstruction_outputs`.
+        dataset: of preprocessed scans; None: the cohort's.
+    """
+    layout = common.layout(common.cohort.root)
+    return ScanEvaluator(
+        common,
+        "reconstruct",
+        dataset or Dataset(common.cohort.items, common.preprocessing),
+        inferer,
+        postprocessing or reconstruction_outputs(common, inferer),
+        [layout(name) for name in inferer.images(common.network)],
+        {"temperature": inferer.temperature, "levels": inferer.levels},
+        likelihood=outputs.reconstruction_bits if inferer.levels in (None, "each") else None,
+    )
+
+
+def encode(common: Common, temperature: Temperature = 0.0) -> ScanEvaluator:
+    """The latents of each scan, ``_latents.npz``, with tables of the coarsest and of the prior's coordinates."""
+    outputs.report_latents(common.network)
+    layout = common.layout(common.cohort.root)("latents", ".npz")
+    return ScanEvaluator(
+        common,
+        "encode",
+        Dataset(common.cohort.items, common.preprocessing),
+        Encoding(temperature, common.prior),
+        SaveLatentsd(layout),
+        [layout],
+        {"population_prior": common.prior_file, "temperature": temperature},
+        summary=partial(latent_tables, common.output_dir, layout, common.cohort.columns, common.prior),
+        report=Report(("coordinates.csv", "factors.csv", "latents.csv")),
+    )
+
+
+def decode(common: Common, dataset_dir: str | os.PathLike, temperature: Temperature = 0.0) -> ScanEvaluator:
+    """``_recon`` and ``_scale`` from latents' files, on the grids of the scans that they were encoded from.
+
+    Args:
+        common: what all jobs share.
+        dataset_dir: a folder or a datalist of ``_latents.npz``.
+        temperature: of latents that are left out of a file.
+    """
+    network = common.network
+    per_channel = network.in_channels > 1 and not common.naming.get("join_channels")
+    files = distributed.from_rank_zero(list_latents, dataset_dir, per_channel)
+    layout, images = common.layout(common_root(files, dataset_dir)), ["recon", "scale"]
+    alone = common.replace(loading={**common.loading, "batch_size": 1})  # files may hold more latents or fewer
+    return ScanEvaluator(
+        alone,
+        "decode",
+        Dataset(files, LoadLatentsd("image", network.latent_grids(), network.in_channels)),
+        Decoding(temperature),
+        [ToScand(images, ["intensity", "deviation"], scan="fit"), outputs.SaveScansd(images, layout)],
+        [layout(name) for name in images],
+        {"temperature": temperature},
+        inputs=stack_latents,
+    )
+
+
+def sample(
+    common: Common,
+    samples: int = 16,
+    temperature: Temperature | None = None,
+    voxel_noise: bool = False,
+    covariates: Mapping[str, Any] | None = None,
+) -> ScanEvaluator:
+    """New scans, ``0001_sample`` and so on, and a sheet of them; see :class:`scripts.inference.inferers.Sampling`."""
+    if common.prior is None:
+        logger.info("Samples are drawn from the network's own prior.")
+    else:
+        logger.info(
+            "Samples are drawn from the population prior '%s', of %d factors.", common.prior_file, common.prior.factors
+        )
+    settings = {"sample_temperature": temperature, "voxel_noise": voxel_noise, "covariates": covariates}
+    return _generated(
+        common,
+        "sample",
+        "sample",
+        list_samples(common.output_dir, samples),
+        Sampling(temperature, voxel_noise, common.prior, covariates),
+        len,
+        settings,
+        "samples.png",
+    )
+
+
+def decode_coordinates(
+    common: Common, path: str | os.PathLike | None, temperature: Temperature = 0.0
+) -> ScanEvaluator:
+    """``_decoded`` for each row of a table of coordinates in the population prior, and a sheet of them."""
+    rows = distributed.from_rank_zero(coordinates.list_coordinates, path, common.output_dir, common.prior)
+    inferer, inputs = CoordinateDecoding(common.prior, temperature), coordinates.stack_coordinates
+    settings = {"coordinates": path, "temperature": temperature}
+    return _generated(common, "decode_coordinates", "decoded", rows, inferer, inputs, settings, "decoded.png")
+
+
+def _generated(
+    common: Common,
+    job: str,
+    word: str,
+    items: Sequence[dict],
+    inferer: Inferer,
+    inputs: Callable,
+    settings: Mapping[str, Any],
+    sheet: str,
+) -> ScanEvaluator:
+    """A job whose results come from the model alone."""
+    channels, naming = common.network.in_channels, common.naming
+    layout = SampleLayout(common.output_dir, word, common.cohort.pattern, channels, **naming)
+    return ScanEvaluator(
+        common.replace(loading={**common.loading, "num_workers": 0}),
+        job,
+        Dataset(items),
+        inferer,
+        outputs.SaveSampled(layout, common.network.scan_affine, common.value_range),
+        [layout],
+        {"population_prior": common.prior_file, **settings},
+        inputs=inputs,
+        summary=partial(outputs.sample_sheet, os.path.join(common.output_dir, sheet), layout),
+        report=Report(sheets=(sheet,)),
+    )
+
+
+def interpolate(
+    common: Common,
+    scans_between: Sequence[Any] | None = None,
+    steps: int = 7,
+    levels_between: Sequence[int | str] | None = None,
+) -> ScanEvaluator:
+    """Scans between two, ``a_to_b_step00`` and so on, and a film strip.
+
+    Args:
+        common: what all jobs share.
+        scans_between: paths of the two; None: the cohort's first two.
+        steps, levels_between: see :class:`scripts.inference.inferers.Interpolation`.
+    """
+    report_levels(common.network, levels_between)
+    pair = list_pair(scans_between, common.cohort)
+    layout, inferer = partial(PairLayout, pair, common.output_dir, **common.naming), Interpolation(steps, levels_between)
+    ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
+    return ScanEvaluator(
+        common,
+        "interpolate",
+        Dataset(pair, BothScans(common.preprocessing)),
+        inferer,
+        SaveStepsd(layout, inferer.images(), common.value_range, common.figures),
+        [layout(name) for name in inferer.images()],
+        {"steps": steps, "levels_between": levels_between, **ends},
+        inputs=stack_pairs,
+    )
+
+
+def impute(
+    common: Common,
+    mask_dir: str | os.PathLike | None,
+    mask_pattern: str | None = None,
+    iterations: int = 10,
+    draws: int | None = None,
+    voxel_noise: bool = False,
+) -> ScanEvaluator:
+    """What a mask marks of each scan, filled in: ``_imputed_00``, ..., their mean and spread, a picture.
+
+    Args:
+        common: what all jobs share.
+        mask_dir, mask_pattern: see :func:`scripts.inference.masks.pair_masks`.
+        iterations, draws, voxel_noise: see :class:`scripts.inference.inferers.Imputation`.
+    """
+    scans = common.cohort.with_masks(mask_dir, mask_pattern, masked_only=True)
+    inferer = Imputation(iterations, draws or 4, voxel_noise=voxel_noise)
+    layout, images = common.layout(common.cohort.root), inferer.images()
+    results = [*images, "imputed_mean", "imputed_std"]
+    settings = {"mask_dir": mask_dir, "mask_pattern": mask_pattern, "voxel_noise": voxel_noise}
+    return ScanEvaluator(
+        common,
+        "impute",
+        Dataset(scans, with_steps(common.preprocessing, HideMissingd("image"), FitMaskd("image"))),
+        inferer,
+        [
+            common.figure(layout("imputed", ".png"), DrawImputation(images)),
+            ToScand(images, "intensity"),
+            FillInd(images),
+            outputs.SaveScansd(results, layout),
+        ],
+        [layout(name) for name in results],
+        {**settings, "iterations": iterations, "draws": inferer.draws},
+        arguments=stack_missing,
+    )
+
+
+def score(
+    common: Common,
+    importance_samples: int = 1,
+    anomaly_smoothing: float | None = None,
+    restore: float | None = 6.0,
+    mask_dir: str | os.PathLike | None = None,
+    mask_pattern: str | None = None,
+    unmasked_healthy: bool = False,
+) -> ScanEvaluator:
+    """How likely each scan is and where it is not: ``scores.csv``, ``_anomaly`` maps, and how well they find lesions.
+
+    Args:
+        common: what all jobs share.
+        importance_samples, anomaly_smoothing, restore: see :class:`scripts.inference.scoring.Scoring`; by default maps
+            are smoothed by a voxel of a grid of 128.
+        mask_dir, mask_pattern: of masks of lesions, see :func:`scripts.inference.masks.pair_masks`; None: there are
+            none.
+        unmasked_healthy: scans without a mask count as healthy.
+    """
+    cohort, layout = common.cohort, common.layout(common.cohort.root)
+    scans = cohort.items if mask_dir is None else cohort.with_masks(mask_dir, mask_pattern)
+    scans = cohort.with_covariates(common.prior, scans)
+    preprocessing = unclipped(common.preprocessing)  # the brightest lesions are what clipping hides
+    if mask_dir is not None:
+        preprocessing = with_steps(preprocessing, lesions.ReadLesionsd("image"), lesions.FitLesionsd("image"))
+    if anomaly_smoothing is None:
+        anomaly_smoothing = min(common.network.spatial_shape) / 128
+    numbers = {"importance_samples": importance_samples, "restore": restore, "anomaly_smoothing": anomaly_smoothing}
+    masks = {"mask_dir": mask_dir, "mask_pattern": mask_pattern}
+    row, counts = layout("score", ".json"), layout("lesions", ".npz")
+    read = list(takewhile(lambda step: not isinstance(step, FitShaped), common.preprocessing.transforms))
+    return ScanEvaluator(
+        common,
+        "score",
+        Dataset(scans, preprocessing),
+        Scoring(importance_samples, anomaly_smoothing, restore, common.prior),
+        [
+            common.figure(layout("anomaly", ".png"), outputs.draw_anomaly),
+            lesions.CountVoxels("network", common.value_range),
+            ToScand("anomaly", "number"),
+            lesions.CountVoxels("scan", common.value_range),
+            outputs.SaveScansd("anomaly", layout),
+            lesions.SaveCounts(counts),
+            outputs.SaveRowd(row),
+        ],
+        [layout("anomaly"), row, *([counts] if mask_dir else [])],
+        {"population_prior": common.prior_file, **numbers, **masks},
+        arguments=partial(stack_features, common.prior),
+        likelihood=lambda item: float(item["bits_per_dim"]),
+        summary=ScoreSummary(common, layout, scans, read, mask_dir, unmasked_healthy),
+        report=Report(("scores.csv", "lesions.csv"), ("most_unusual.png",), SCORES),
+    )
+
+
+def counterfactual(
+    common: Common, covariates: Any, word: str = "counterfactual", only: str | None = None
+) -> ScanEvaluator:
+    """Each scan as it would look under other covariates: ``_counterfactual``, ``_difference``, a film strip.
+
+    Args:
+        common: what all jobs share; its prior has covariates.
+        covariates: to change to, see :func:`scripts.inference.covariates.targets`.
+        word: what the results are called.
+        only: the kind of the covariates that may be changed; None: any.
+    """
+    prior = need_covariates(common.prior)
+    changed_to = targets(prior.coding, covariates, only)
+    inferer, layout = Counterfactual(prior, changed_to), common.layout(common.cohort.root)
+    changes, add = inferer.images(), AddChanged(inferer.images(), word)
+    return ScanEvaluator(
+        common,
+        word,
+        Dataset(common.cohort.with_covariates(prior), with_steps(common.preprocessing, KeepScand("image"))),
+        inferer,
+        [
+            common.figure(layout(word, ".png"), covariate_results.DrawStrip(changed_to)),
+            ToScand(changes, "deviation"),
+            add,
+            outputs.SaveScansd(add.images(), layout),
+        ],
+        [layout(name) for name in add.images()],
+        {"population_prior": common.prior_file, "covariates": covariates},
+        arguments=partial(stack_features, prior),
+    )
+
+
+def harmonise(common: Common, covariates: Any) -> ScanEvaluator:
+    """Each scan as it would look had it come from another site, ``_harmonised``: categories alone are changed."""
+    return counterfactual(common, covariates, "harmonised", "categorical")
+
+
+def deviation(common: Common, draws: int | None = None, atlas: str | os.PathLike | None = None) -> ScanEvaluator:
+    """How far each voxel is from what is usual for the scan's covariates, and with an atlas each region.
+
+    Args:
+        common: what all jobs share; its prior has covariates.
+        draws: of what is usual; by default 32.
+        atlas: a NIfTI file of region numbers.
+    """
+    prior, network, layout = need_covariates(common.prior), common.network, common.layout(common.cohort.root)
+    labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
+    regions, scans = layout("regions", ".json"), common.cohort.with_covariates(prior)
+    inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
+    curves = RegionCurves(inferer, network, scans, common.seed)
+    return ScanEvaluator(
+        common,
+        "deviation",
+        Dataset(scans, common.preprocessing),
+        inferer,
+        [
+            common.figure(layout("deviation", ".png"), covariate_results.draw_deviation),
+            ToScand(images, ["intensity", "deviation", "number"]),
+            outputs.SaveScansd(images, layout),
+            covariate_results.SaveRegions(regions, covariate_results.region_names(atlas, labels)),
+        ],
+        [layout("deviation"), *([regions] if atlas else [])],
+        {"population_prior": common.prior_file, "draws": inferer.draws, "atlas": atlas},
+        arguments=partial(stack_features, prior),
+        summary=partial(covariate_results.region_table, common.output_dir, regions, common.cohort.columns, curves),
+        report=Report(("deviation_z.csv", "deviation.csv"), ("regions.png",), DEVIATIONS),
+    )
+
+
+def predict_covariates(common: Common) -> ScanEvaluator:
+    """What each scan itself says of its covariates, such as its age: ``covariates.csv`` and curves."""
+    prior, layout = need_covariates(common.prior), common.layout(common.cohort.root)
+    content, picture = layout("covariates", ".json"), layout("covariates", ".png") if common.figures else None
+    table = os.path.join(common.output_dir, "covariates.csv")
+    return ScanEvaluator(
+        common,
+        "predict_covariates",
+        Dataset(common.cohort.with_covariates(prior), common.preprocessing),
+        CovariatePosterior(prior),
+        covariate_results.SavePosteriors(content, picture, prior.coding),
+        [content],
+        {"population_prior": common.prior_file},
+        arguments=partial(stack_features, prior),
+        summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns),
+        report=Report(("covariates.csv",), legend=PREDICTIONS),
+    )
+
+
+def fit_prior(common: Common, factors: int = 64, covariates: Any = None) -> PopulationFit:
+    """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
+
+    Args:
+        common: what all jobs share.
+        factors: how many at most.
+        covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
+    """
+    cohort = common.cohort
+    training, validation = distributed.from_rank_zero(coordinates.scans_to_fit, cohort.folder, cohort.pattern)
+    return PopulationFit(
+        common.network,
+        Dataset(training, common.preprocessing),
+        Dataset(validation, common.preprocessing),
+        os.path.join(common.output_dir, "population_prior.pt"),
+        factors,
+        **common.loading,
+        device=common.device,
+        seed=common.seed,
+        covariates=read_cohort(training, validation, cohort.folder, covariates, cohort.covariates_file),
+    )
+
+
+def adapt(common: Common, covariates: Any) -> Adaptation:
+    """A population prior that knows one more category, such as a new site: ``population_prior.pt``.
+
+    Args:
+        common: what all jobs share; its prior has covariates.
+        covariates: the new category of a covariate, such as ``{"site": "D"}``.
+    """
+    return Adaptation(
+        common.network,
+        need_covariates(common.prior),
+        Dataset(common.cohort.items, common.preprocessing),
+        covariates,
+        dataset_dir=common.cohort.folder,
+        covariates_file=common.cohort.covariates_file,
+        path=os.path.join(common.output_dir, "population_prior.pt"),
+        **common.loading,
+        device=common.device,
+    )
