@@ -21,9 +21,9 @@ from scripts.data.covariate_tables import parse_rows, read_rows
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
-from scripts.layers.gaussian import gaussian_noise
+from scripts.layers.gaussian import Draws, gaussian_noise
 from scripts.networks import VDVAE
-from scripts.population.prior import PopulationPrior, drawing_innovations, innovation
+from scripts.population.prior import PopulationPrior, given_innovations, innovation
 from scripts.utils.errors import InputError
 from torch import Tensor
 
@@ -158,8 +158,8 @@ class Counterfactual(Inferer):
                         grid, likely = posterior(self.prior, scores[row], values, covariate)
                         numbers = torch.stack([coding.numbers({covariate: v})[own] for v in grid]).to(features)
                         before[row, own] = likely.to(features) @ numbers
-            with drawing_innovations(self.prior.moved(innovations, changed - before)):
-                loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs))
+            draws = given_innovations(self.prior.moved(innovations, changed - before))
+            loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs), draws=draws)
             loc = loc + self.prior.added(changed - before)
             outside = ~foreground(inputs, network) & ~foreground(loc, network)
             results[f"change{name}"] = (loc + scale * residual - inputs).masked_fill(outside, 0.0)
@@ -190,25 +190,29 @@ class Deviation(Inferer):
             masks = torch.stack([(labels == number).flatten() for number in numbers]).float()
             self.masks = masks / masks.sum(1, keepdim=True)
 
-    def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, features: Tensor, *, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """``features`` are ``[batch, numbers]``, what the covariates become."""
-        return next(itertools.islice(self.refined(inputs, network, features), self.draws - 2, None))
+        return next(itertools.islice(self.refined(inputs, network, features, draws), self.draws - 2, None))
 
-    def refined(self, inputs: Tensor, network: VDVAE, features: Tensor) -> Iterator[dict[str, Tensor]]:
+    def refined(
+        self, inputs: Tensor, network: VDVAE, features: Tensor, draws: Draws | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """The results of two draws, of three, and so on without end."""
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
-        for draws in itertools.count(1):
-            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors))
-            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features)
+        for count in itertools.count(1):
+            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors), draws)
+            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features, draws)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self.region_means(loc))
-            if draws == 1:
+            if count == 1:
                 continue
-            expected = total / draws
-            between = (squares / draws - expected.square()).clamp_min(0) * (draws / (draws - 1))
-            spread = self.prior.dispersion * (between + noise / draws).sqrt()
+            expected = total / count
+            between = (squares / count - expected.square()).clamp_min(0) * (count / (count - 1))
+            spread = self.prior.dispersion * (between + noise / count).sqrt()
             results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
             if self.masks is not None:
                 own, drawn = self.region_means(inputs), torch.stack(means)

@@ -32,7 +32,7 @@ from scripts.inference.outputs import SaveFigured
 from scripts.inference.reading import Failure, JobBatches, ReadOrFail, Scans
 from scripts.inference.training_run import TrainingRun
 from scripts.inference.writers import ResultWriters
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
 from scripts.utils import distributed
@@ -321,9 +321,9 @@ class ScanEvaluator(Evaluator):
             for key in ("image", "second"):
                 self._warn_of_place(item.get(key))
         device = self.state.device
-        generators = [scan_generator(self.seed, self._relative(item["name"]), device) for item in scans.items]
-        with self.mode(self.network), autocast(device, self.amp, self.amp_dtype), noise_from(generators):
-            results = self.inferer(inputs, self.network, **arguments)
+        draws = Draws([scan_generator(self.seed, self._relative(item["name"]), device) for item in scans.items])
+        with self.mode(self.network), autocast(device, self.amp, self.amp_dtype):
+            results = self.inferer(inputs, self.network, draws=draws, **arguments)
         before, self._computed = self._computed, (scans.items, to_host({k: v.float() for k, v in results.items()}))
         if before is not None:
             self._add(*before)  # while a GPU computes this batch

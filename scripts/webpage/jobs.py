@@ -24,7 +24,7 @@ from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Encoding, Imputation, Interpolation, Reconstruction, Sampling
 from scripts.inference.layouts import channel_labels
 from scripts.inference.outputs import from_zero_to_one
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 from scripts.layers.levels import find_level, grid_key, grid_name
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError
@@ -190,8 +190,8 @@ class Jobs:
         return Result({"scored": len(indices)})
 
     def _score(self, index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
-        with noise_from([scan_generator(self._seed, self.cohort.row(index)["image"])]):
-            found = self._scoring(self._unclipped(item), self.network, **self._features(item))
+        draws = Draws([scan_generator(self._seed, self.cohort.row(index)["image"])])
+        found = self._scoring(self._unclipped(item), self.network, draws=draws, **self._features(item))
         scores = {name: float(found[name]) for name in SCORES if name in found}
         self.cohort.note(index, error="", **{name: value for name, value in scores.items() if math.isfinite(value)})
         return found
@@ -222,11 +222,11 @@ class Jobs:
         prior = need_covariates(self.prior)
         yield 0, DRAWS
         item = self._read(index)
-        generator = scan_generator(self._seed, self.cohort.row(index)["image"])
-        results = Deviation(prior, DRAWS).refined(self._inputs(item), self.network, self._features(item)["features"])
+        draws = Draws([scan_generator(self._seed, self.cohort.row(index)["image"])])
+        features = self._features(item)["features"]
+        results = Deviation(prior, DRAWS).refined(self._inputs(item), self.network, features, draws)
         for done in range(2, DRAWS + 1):
-            with noise_from([generator]):
-                found = next(results)
+            found = next(results)
             yield done, DRAWS
         image = volume(found["deviation"][0][channel], item["image"].affine)
         return Result({"known": _known(item)}, {"deviation.nii.gz": image})
@@ -299,8 +299,8 @@ class Jobs:
         yield 0, count
         files, images = {}, []
         for number in range(1, count + 1):
-            with noise_from([scan_generator(seed, f"{number:04d}")]):
-                image = self._unit(inferer(1, self.network)["sample"])[channel].cpu()
+            noise = Draws([scan_generator(seed, f"{number:04d}")])
+            image = self._unit(inferer(1, self.network, draws=noise)["sample"])[channel].cpu()
             images.append(image)
             files[f"sample_{number:04d}.nii.gz"] = volume(image, self.network.scan_affine)
             files[f"sample_{number:04d}.png"] = picture(image)
@@ -380,13 +380,12 @@ class Jobs:
         item = self._read(index)
         inputs = self._inputs(item)
         hidden = missing[None, None].to(self.device)
-        generator = scan_generator(self._seed, self.cohort.row(index)["image"])
+        noise = Draws([scan_generator(self._seed, self.cohort.row(index)["image"])])
         images = []
         for draw in range(draws):
-            chain = Imputation(self._iterations, draws).chain(inputs, self.network, hidden)
+            chain = Imputation(self._iterations, draws).chain(inputs, self.network, hidden, noise)
             for done in range(self._iterations):
-                with noise_from([generator]):
-                    filled = next(chain)
+                filled = next(chain)
                 yield draw * self._iterations + done + 1, total
             images.append(self._unit(filled)[channel].cpu())
         scan, stack = self._unit(inputs)[channel].cpu(), torch.stack(images)
