@@ -32,7 +32,7 @@ from scripts.data.covariates import CovariateCoding
 from scripts.data.phantom_people import Cohort
 from scripts.inference.scoring import foreground
 from scripts.networks import VDVAE
-from scripts.population.prior import drawing_innovations, innovation
+from scripts.population.prior import given_innovations, innovation
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
@@ -112,8 +112,8 @@ def counterfactual(network: VDVAE, conditioning: Conditioning, scans: Tensor, ow
     with conditioning.given(own):
         output, posteriors = network.infer(scans, temperature=0.0)
     kept = dict(enumerate(innovation(q) for q in posteriors))
-    with conditioning.given(other), drawing_innovations(kept):
-        loc, scale = network.decode([], temperature=0.0, batch_size=len(scans))
+    with conditioning.given(other):
+        loc, scale = network.decode([], temperature=0.0, batch_size=len(scans), draws=given_innovations(kept))
     changed = (loc + scale * (scans - output.loc) / output.scale).clamp(-1, 1)
     return torch.where(foreground(scans, network) | foreground(loc, network), changed, scans)
 

@@ -34,11 +34,10 @@ from scripts.utils.files import write_text
 
 ROOT = CONFIGS.parent
 NETWORKS = ("default", "lean_64", "lean_128", 256)
-# by what a user would choose; compiling takes a minute each, and comes last
-FIRST = [["bf16", "eager"], ["fp32", "eager"], ["bf16", "graph"], ["fp16", "eager"], ["fp32", "graph"]]
+# by what a user would choose
+SETTINGS = [["bf16", "eager"], ["fp32", "eager"], ["bf16", "graph"], ["fp16", "eager"], ["fp32", "graph"]]
 Command = tuple[Sequence[str], dict[str, Any]]  # words after "python", and settings
 MODULE = ["-m", "benchmarks.gpu_jobs"]
-LAST = [["bf16", "compiled"], ["bf16", "compiled graph"], ["fp32", "compiled"]]
 
 
 class Clock:
@@ -279,12 +278,10 @@ def main(
 
         found |= run_checks(clock, scans, folder, device, inference or {}, training or {})
         keep()
-        steps(FIRST)
+        steps(SETTINGS)
         for network in networks:
             asked = {"network": network, "precision": "bf16", "device": device}
             found["inference"] += clock.run(["-m", "benchmarks.gpu_jobs"], **asked)["lines"]
-        keep()
-        steps(LAST)
     text = tables(found)
     write_text(target / "gpu.md", text)
     print(text)

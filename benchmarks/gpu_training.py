@@ -28,12 +28,7 @@ from benchmarks.throughput import forward_costs
 from scripts.training.trainer import VDVAETrainer
 
 PRECISIONS = {"fp32": (False, None), "bf16": (True, torch.bfloat16), "fp16": (True, torch.float16)}
-MODES = {
-    "eager": {"cuda_graph": False},
-    "graph": {"cuda_graph": True},
-    "compiled": {"compile": True, "cuda_graph": False},
-    "compiled graph": {"compile": True, "cuda_graph": True},
-}
+MODES = {"eager": {"cuda_graph": False}, "graph": {"cuda_graph": True}}
 WARMUP = 5  # iterations: a graph is captured at the fourth
 # after the first two iterations and after each ten the host waits for the device, so that it does not run far ahead
 WAIT = 10
@@ -185,7 +180,6 @@ def main(
     """Measure one setting after the other; see :func:`measure`. Each is ``[precision, mode]``."""
     with tempfile.TemporaryDirectory() as folder:
         for number, (precision, mode) in enumerate(settings):
-            torch.compiler.reset()
             row = measure(
                 network, precision, mode, dataset_dir, f"{folder}/{number}", torch.device(device), batch_size, seconds
             )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import Imputation
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
 from scripts.utils.command_line import run
@@ -79,13 +79,12 @@ def measure(network: VDVAE, items: Sequence[dict], inferer: Imputation) -> dict[
         "prior's mean scan": [rms(prior_mean - truth), math.nan, math.nan],
     }
     draws: dict[int, list[Tensor]] = {iterations: [] for iterations in ITERATIONS}
-    generators = [scan_generator(0, item["image"].meta["filename_or_obj"]) for item in items]
-    with noise_from(generators):
-        for _ in range(inferer.draws):
-            chain = itertools.islice(inferer.chain(scans, network, missing), max(ITERATIONS))
-            for iterations, filled in enumerate(chain, start=1):
-                if iterations in draws:
-                    draws[iterations].append(filled)
+    noise = Draws([scan_generator(0, item["image"].meta["filename_or_obj"]) for item in items])
+    for _ in range(inferer.draws):
+        chain = itertools.islice(inferer.chain(scans, network, missing, noise), max(ITERATIONS))
+        for iterations, filled in enumerate(chain, start=1):
+            if iterations in draws:
+                draws[iterations].append(filled)
     for iterations, found in draws.items():
         stack = torch.stack(found)
         rows[f"{iterations} iteration{'s' * (iterations > 1)}"] = [

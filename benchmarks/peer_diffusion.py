@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from benchmarks.peer_models import LatentDiffusionAutoencoder, TrainedPeer
-from scripts.layers.gaussian import gaussian_noise
+from scripts.layers.gaussian import Draws, gaussian_noise
 
 LATENTS_PER_BATCH = 32  # they are small, so that more of them pay
 STEPS = 100  # of sampling
@@ -72,8 +72,8 @@ class LatentDiffusion(TrainedPeer):
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.autoencoder.reconstruct(x)
 
-    def sample(self, count: int) -> Tensor:
-        noise = gaussian_noise(self.latent_std.new_empty(count, *self.autoencoder.latent_shape()))
+    def sample(self, count: int, draws: Draws | None = None) -> Tensor:
+        noise = gaussian_noise(self.latent_std.new_empty(count, *self.autoencoder.latent_shape()), draws)
         self.inferer.scheduler.set_timesteps(STEPS)
         latents = self.inferer.sample(noise, self.network, verbose=False)
         return self.autoencoder.decode(latents * self.latent_std)[0].clamp(-1, 1)

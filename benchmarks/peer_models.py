@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 
 from scripts.inference.scoring import anomaly_map
-from scripts.layers.gaussian import gaussian_noise, standard_deviation
+from scripts.layers.gaussian import Draws, gaussian_noise, standard_deviation
 from scripts.layers.output import LEAST_INPUT_STD, OUTPUT_RANGES, OUTPUT_STD_RANGE
 from scripts.training.losses import negative_log_likelihood
 from scripts.utils.files import write_whole
@@ -65,7 +65,7 @@ class Peer(nn.Module, ABC):
         """Mean and standard deviation of each voxel, both shaped like the scans."""
 
     @abstractmethod
-    def sample(self, count: int) -> Tensor:
+    def sample(self, count: int, draws: Draws | None = None) -> Tensor:
         """New scans, by noise of :py:func:`scripts.layers.gaussian.gaussian_noise`."""
 
     def anomaly(self, x: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class VoxelGaussian(Peer):
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.mean.expand_as(x), self.std.expand_as(x)
 
-    def sample(self, count: int) -> Tensor:
+    def sample(self, count: int, draws: Draws | None = None) -> Tensor:
         mean = self.mean.expand(count, *self.mean.shape)
-        return (mean + self.std * gaussian_noise(mean)).clamp(-1, 1)
+        return (mean + self.std * gaussian_noise(mean, draws)).clamp(-1, 1)
 
     def size(self) -> int:
         return self.mean.numel() + self.std.numel()
@@ -148,8 +148,8 @@ class PCA(Peer):
         scores = (x.flatten(1) - self.mean) @ self.axes
         return (self.mean + scores @ self.axes.T).view_as(x), self.std.expand_as(x)
 
-    def sample(self, count: int) -> Tensor:
-        scores = gaussian_noise(self.mean.new_empty(count, self.factor.shape[1]))
+    def sample(self, count: int, draws: Draws | None = None) -> Tensor:
+        scores = gaussian_noise(self.mean.new_empty(count, self.factor.shape[1]), draws)
         return (self.mean + scores @ self.factor.T).view(count, 1, *self.spatial_shape).clamp(-1, 1)
 
     def size(self) -> int:
@@ -222,8 +222,8 @@ class Autoencoder(TrainedPeer):
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.decode(self.encode(x)[0])
 
-    def sample(self, count: int) -> Tensor:
-        return self.decode(gaussian_noise(self.mean.new_empty(count, *self.latent_shape())))[0].clamp(-1, 1)
+    def sample(self, count: int, draws: Draws | None = None) -> Tensor:
+        return self.decode(gaussian_noise(self.mean.new_empty(count, *self.latent_shape()), draws))[0].clamp(-1, 1)
 
 
 class VAE(Autoencoder):

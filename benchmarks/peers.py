@@ -42,6 +42,7 @@ from scripts.inference.lesions import with_masks
 from scripts.inference.masks import pair_masks
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import anomaly_map, foreground, image_quality, restored
+from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
 from scripts.population.files import find_population_prior
@@ -111,8 +112,8 @@ class Ours(Peer):
         loc, scale, _ = self.network.infer(x, temperature=0.0)[0]
         return loc, scale
 
-    def sample(self, count: int) -> Tensor:
-        return self.sampling(count, self.network)["sample"]
+    def sample(self, count: int, draws: Draws | None = None) -> Tensor:
+        return self.sampling(count, self.network, draws=draws)["sample"]
 
     def anomaly(self, x: Tensor) -> Tensor:
         expected = self.reconstruct(x.clamp(*OUTPUT_RANGES[self.output_activation]))
@@ -202,7 +203,7 @@ def compare_samples(
         peer,
         [{"image": scan} for scan in scans],
         [{}] * len(scans),
-        lambda count, network: {"sample": network.sample(count)},
+        lambda count, network, draws: {"sample": network.sample(count, draws)},
         samples,
         OUTPUT_RANGES[peer.output_activation],
         scratch_dir,

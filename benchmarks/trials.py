@@ -30,15 +30,13 @@ from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_weights
 from scripts.training.growth import grow_network
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
-from scripts.training.population_training import RunningPopulationPrior
 from scripts.training.precision import autocast
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.command_line import run
 
-COLUMNS = ("name", "seed", "update", "bits_per_dim", "population_bits_per_dim", "mse", "kl", "kl_per_grid", "seconds")
+COLUMNS = ("name", "seed", "update", "bits_per_dim", "mse", "kl", "kl_per_grid", "seconds")
 EXPLANATION = """\
-Population bits per dim are under a population prior of the last 1,024 scans. KL per grid in nats, coarsest first.
-Seconds of training, on one thread."""
+KL per grid in nats, coarsest first. Seconds of training, on one thread."""
 
 
 def trial(
@@ -51,8 +49,6 @@ def trial(
     seed: int = 0,
     weights: str | None = None,
     grow_from: str | None = None,
-    population_prior_from: int | None = None,
-    population_factors: int = 32,
     table: bool = False,
     **changes: Any,
 ) -> None:
@@ -67,8 +63,6 @@ def trial(
         measure_at: numbers of updates after which to measure; the last is always among them.
         weights: to start from, of an earlier trial; the KL then counts in full from the first update.
         grow_from: weights of a network with fewer levels to grow from.
-        population_prior_from: update from which on the KL is taken to a running population prior.
-        population_factors: of that.
         seed: of the weights at the start, the order of scans and the noise; the split of the scans is always that of 0.
         table: print the table of all trials instead.
         changes: other values of keys of the config, such as ``--learning_rate 0.01``.
@@ -100,7 +94,6 @@ def trial(
     optimizer, scheduler, loss_function = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler", "loss"))
     parameters = list(network.parameters())
     penalty = WeightPenalty(parameters, parser["weight_penalty"])
-    running = RunningPopulationPrior(network, population_factors)
     start = time.perf_counter()
     order = endless_order(len(training), parser["batch_size"])
     for update in range(1, updates + 1):
@@ -108,25 +101,20 @@ def trial(
         network.train()
         optimizer.zero_grad()
         with autocast(torch.device("cpu"), parser["amp"], parser["amp_dtype"]):
-            output, posteriors = network.infer(scans)
+            output = network(scans)
         loss, _ = loss_function(output, scans, loss_function.beta(update - 1))
-        gain = running.log_ratio(posteriors) if update > (population_prior_from or 0) else None
-        if population_prior_from is not None and gain is not None:
-            loss = loss - loss_function.beta(update - 1) * gain.mean()
         loss.backward()
         penalty.add_gradient()
         torch.nn.utils.clip_grad_norm_(parameters, parser["max_grad_norm"])
         optimizer.step()
         scheduler.step()
-        running.observe(posteriors)
-        running.update()
         if update in measure_at or update == updates:
             spent = time.perf_counter() - start
             row = {
                 "name": name,
                 "seed": seed,
                 "update": update,
-                **measure(network, validation, running),
+                **measure(network, validation),
                 "seconds": round(spent),
             }
             append(folder / "trials.csv", row, COLUMNS)
@@ -142,26 +130,22 @@ def endless_order(count: int, batch_size: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def measure(network: VDVAE, scans: Tensor, running: RunningPopulationPrior, batch_size: int = 8) -> dict[str, Any]:
+def measure(network: VDVAE, scans: Tensor, batch_size: int = 8) -> dict[str, Any]:
     """Bits per dim and KL of drawn latents, and the squared error of the reconstruction from these."""
     network.eval()
     found = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for x in scans.split(batch_size):
-            output, posteriors = network.infer(x)
+            output = network(x)
             nll = negative_log_likelihood(output.loc, output.scale, x)
             mse = (output.loc - x).square().flatten(1).mean(1)
-            gain = running.log_ratio(posteriors)
-            nats = nll + output.kl.sum(1)
-            under_it = nats * float("nan") if gain is None else nats - gain
-            found.append((bits_per_dim(nats, x), bits_per_dim(under_it, x), mse, output.kl))
-    bits, population_bits, mse, kl = (torch.cat(parts).mean(0) for parts in zip(*found, strict=True))
+            found.append((bits_per_dim(nll + output.kl.sum(1), x), mse, output.kl))
+    bits, mse, kl = (torch.cat(parts).mean(0) for parts in zip(*found, strict=True))
     levels, grids = torch.tensor(network.latent_levels), network.grids()
     per_grid = {level: kl[levels == level].sum().item() for level in sorted(set(network.latent_levels), reverse=True)}
     return {
         "bits_per_dim": round(bits.item(), 4),
-        "population_bits_per_dim": round(population_bits.item(), 4),
         "mse": round(mse.item(), 5),
         "kl": round(kl.sum().item(), 1),
         "kl_per_grid": ", ".join(f"{grid_name(grids[level])} {nats:.1f}" for level, nats in per_grid.items()),

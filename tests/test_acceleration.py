@@ -1,16 +1,13 @@
-"""A compiled network and a graph of an update are the network and the update, or a sentence says why they are not."""
+"""A graph of an update is the update, or a sentence says why there is none."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from test_trainer import loader, tiny, weights
 from torch.testing import assert_close
 
-from scripts.training import acceleration
-from scripts.training.acceleration import GraphedUpdate, check_graph, compile_network
+from scripts.training.acceleration import GraphedUpdate, check_graph
 from scripts.training.losses import ELBOLoss
 from scripts.training.trainer import VDVAETrainer
 from scripts.utils.devices import tune
@@ -62,10 +59,8 @@ def test_all_batches_of_a_graph_are_alike():
         graphed(torch.ones(1, 3), factor=1.0)
 
 
-def test_on_a_cpu_both_say_that_they_do_nothing(caplog):
-    engine = train(1, compile=True, cuda_graph=True)
-    assert engine.graphed is None and engine.network._compiled_call_impl is None
-    assert "compile is True, but the device is 'cpu'" in caplog.text
+def test_on_a_cpu_it_says_that_it_does_nothing(caplog):
+    assert train(1, cuda_graph=True).graphed is None
     assert "cuda_graph is True, but the device is 'cpu'" in caplog.text
 
 
@@ -83,45 +78,6 @@ def test_by_default_a_graph_is_made_where_it_can_be(caplog):
     with caplog.at_level("INFO"):
         assert not check_graph(GPU, None, accumulation_steps=2)
     assert "not as one CUDA graph, since accumulation_steps is 2" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("triton", "capability", "sentence"),
-    [(None, (9, 0), "the package triton"), (True, (6, 1), "P100 is too old"), (True, (9, 0), "takes some minutes")],
-)
-def test_compile_says_why_it_cannot(monkeypatch, caplog, triton, capability, sentence):
-    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: triton)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "P100")
-    network = tiny()
-    with caplog.at_level("INFO"):
-        compile_network(network, GPU)
-    assert sentence in caplog.text
-    assert (network._compiled_call_impl is None) == ("minutes" not in sentence)
-
-
-def test_a_network_that_is_recorded_is_not_compiled(caplog):
-    compile_network(tiny(), GPU, recorded=True)
-    assert "population_prior_from is set" in caplog.text
-
-
-@pytest.mark.parametrize("arguments", [{}, {"rezero": True, "batch_norm": True}])
-def test_the_network_is_one_graph_for_the_compiler(arguments):
-    """Nothing in it sends the compiler back to Python, and what it traces computes the same."""
-    network = tiny(template=True, **arguments)
-    scans = loader(2).dataset.data[0]["image"][None]
-    compiled = copy.deepcopy(network)
-    compiled.compile(backend="eager", fullgraph=True)
-    outputs, gradients = [], []
-    for module in (network, compiled):
-        torch.manual_seed(0)
-        output = module(scans)
-        outputs.append(output)
-        (output.loc.square().sum() + output.kl.sum()).backward()
-        gradients.append([p.grad for p in module.parameters()])
-    assert_close(*outputs)
-    assert_close(*gradients)
-    assert list(compiled.state_dict()) == list(network.state_dict())
 
 
 def test_a_gpu_is_tuned_and_a_cpu_left_alone():

@@ -405,8 +405,8 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     def drawn(prior: PopulationPrior, count: int, **covariates: str) -> torch.Tensor:
         torch.manual_seed(count)
         features = prior.coding.numbers(covariates)[None].expand(count, -1)
-        with prior.drawing(torch.randn(count, 2), 1.0, features):
-            return network.decode([], batch_size=count)[0] + prior.added(features)
+        draws = prior.draws(torch.randn(count, 2), 1.0, features)
+        return network.decode([], batch_size=count, draws=draws)[0] + prior.added(features)
 
     scans = drawn(prior, 20) + torch.linspace(-0.2, 0.2, 8)  # a bias field from left to right
     dataset = Dataset(

@@ -23,7 +23,7 @@ from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, Hi
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
 from scripts.inference.masks import pair_masks
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PAIRING = {"scan_pattern": "*_FLAIR.nii.gz", "mask_pattern": "*_mask.nii.gz"}
@@ -183,8 +183,8 @@ def test_a_chain_keeps_what_was_observed_and_never_sees_what_is_missing(network,
     mask[:, :, 2:5] = True
 
     def draws(scans):
-        with noise_from([torch.Generator().manual_seed(n) for n in (1, 2)]):
-            return Imputation(iterations=3, draws=2)(scans, network, mask)
+        noise = Draws([torch.Generator().manual_seed(n) for n in (1, 2)])
+        return Imputation(iterations=3, draws=2)(scans, network, mask, draws=noise)
 
     found = draws(fitted)
     assert list(found) == ["imputed_00", "imputed_01"]

@@ -31,7 +31,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import Scoring, foreground, quantile
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, negative_log_likelihood
 
@@ -362,8 +362,9 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
         .get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"]
         .as_tensor()
     )
-    with torch.no_grad(), noise_from([scan_generator(0, "RAS/RAS.nii.gz")]):
-        output = super(VDVAEReconstruction, network).forward(x[None])
+    draws = Draws([scan_generator(0, "RAS/RAS.nii.gz")])
+    with torch.no_grad():
+        output = super(VDVAEReconstruction, network).forward(x[None], draws=draws)
     nll = negative_log_likelihood(output.loc, output.scale, x[None])
     assert one["RAS/RAS.nii.gz"]["nll"] == pytest.approx(float(nll), rel=1e-4)
     assert one["RAS/RAS.nii.gz"]["kl"] == pytest.approx(float(output.kl.sum()), rel=1e-4)

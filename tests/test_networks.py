@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.step_ops import OperationCounter
 from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
 from scripts.layers.convolutions import gelu_convs, repeat_voxels, upsample
-from scripts.layers.gaussian import Posterior, draw, drawing, kl_divergence, noise_from
+from scripts.layers.gaussian import Draws, Posterior, draw, kl_divergence
 from scripts.layers.levels import find_level, grid_name
 from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE, VDVAEReconstruction
@@ -848,14 +848,12 @@ def test_noise_of_a_scan_does_not_depend_on_the_batch():
     network, x = randomise(make()).eval(), scans(batch=3)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
     with torch.no_grad():
-        with noise_from(generators):
-            together = network(x)
+        together = network(x, draws=Draws(generators))
         for i, seed in enumerate((5, 6, 7)):
-            with noise_from([torch.Generator().manual_seed(seed)]):
-                alone = network(x[i : i + 1])
+            alone = network(x[i : i + 1], draws=Draws([torch.Generator().manual_seed(seed)]))
             torch.testing.assert_close(alone.loc[0], together.loc[i], rtol=1e-4, atol=1e-5)
-        with noise_from(generators[:2]), pytest.raises(ValueError, match="2 generators for a batch of 3"):
-            network(x)
+        with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+            network(x, draws=Draws(generators[:2]))
         assert not torch.equal(network(x).loc, network(x).loc)
 
 
@@ -863,8 +861,14 @@ def test_a_rule_chooses_latents_inside_the_decoders_pass():
     network, x = randomise(make()).eval(), scans()
     with torch.no_grad():
         plain = network.infer(x, temperature=0)[1]
-        with drawing(lambda q: q.mean + 1):
-            (loc, scale, _), chosen = network.infer(x, temperature=0)
+        indices = []
+
+        def rule(index, q):
+            indices.append(index)
+            return q.mean + 1
+
+        (loc, scale, _), chosen = network.infer(x, temperature=0, draws=Draws(rule=rule))
+        assert indices == list(range(network.num_latents))
         assert all(torch.equal(q.z, q.mean + 1) for q in chosen)
         # what is below is conditioned on what was chosen above
         assert torch.equal(plain[0].mean, chosen[0].mean)

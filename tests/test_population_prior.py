@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fitted_scans, inference_config, informative_network, run_bundle, run_bundle_process
-from groups import free_port, run_bundle_group, run_group
+from groups import free_port, run_group
 from torch.distributions import LowRankMultivariateNormal, Normal
 
 from scripts.inference.inferers import CoordinateDecoding, Sampling
 from scripts.inference.scoring import Scoring
-from scripts.layers.gaussian import drawing, noise_from, recording
+from scripts.layers.gaussian import Draws
 from scripts.population.files import find_population_prior, list_coordinates, scans_to_fit
 from scripts.population.fit import PopulationFit, prior_from_sketch
 from scripts.population.prior import PopulationPrior, fingerprint, innovation
 from scripts.population.sketch import FactorSketch
 from scripts.training.checkpoints import CheckpointError
-from scripts.training.population_training import RunningPopulationPrior
 
 SHAPES = {0: (3, 1, 1, 1), 2: (2, 2, 2, 2)}  # latent 1 is left out
 TINY = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
@@ -149,14 +148,6 @@ def test_where_nothing_is_left_to_explain_mean_and_variance_are(network):
     assert prior.log_ratio([torch.zeros(1, *grid) for grid in network.latent_grids()]) > 0
 
 
-def test_forgetting_leaves_the_last_vectors():
-    sketch = FactorSketch(8, forgetting=1 - 1 / 20)
-    for block in torch.cat([blocks(200, seed=1) + 50, blocks(200, seed=2)]).split(10):
-        sketch.add(block, torch.ones_like(block))
-    assert sketch.count == pytest.approx(20, rel=0.3)
-    torch.testing.assert_close(sketch.mean, blocks(200, seed=2).mean(0), rtol=0, atol=3)
-
-
 def merged(rank: int) -> dict:
     sketch = FactorSketch(40)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -166,7 +157,7 @@ def merged(rank: int) -> dict:
         sketch.add(blocks()[25:], torch.ones(35, 40))
     sketch.merge()
     torch.distributed.destroy_process_group()
-    return sketch.state_dict()
+    return vars(sketch)
 
 
 def test_processes_merge_their_sketches(monkeypatch):
@@ -175,17 +166,11 @@ def test_processes_merge_their_sketches(monkeypatch):
     first, second = run_group(merged)
     whole = FactorSketch(40)
     whole.add(blocks(), torch.ones(60, 40))
-    for name, value in whole.state_dict().items():
+    for name, value in vars(whole).items():
         assert torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])), name
         if name != "basis":
             torch.testing.assert_close(torch.as_tensor(first[name]), torch.as_tensor(value), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(first["basis"].T @ first["basis"], whole.basis.T @ whole.basis, rtol=1e-3, atol=0.05)
-
-
-@pytest.mark.parametrize("forgetting", [0, 1.5])
-def test_sketch_refuses_what_it_cannot_forget(forgetting):
-    with pytest.raises(ValueError, match="forgetting"):
-        FactorSketch(4, forgetting)
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +246,8 @@ def test_latents_are_drawn_where_the_prior_says(network):
         {i: torch.ones(grid) for i, grid in enumerate(grids)},
         {i: torch.zeros(1, *grid) for i, grid in enumerate(grids)},
     )
-    with torch.no_grad(), prior.drawing(torch.zeros(1, 1), 0.0):
-        loc = network.decode([])[0]
+    with torch.no_grad():
+        loc = network.decode([], draws=prior.draws(torch.zeros(1, 1), 0.0))[0]
     # the same by hand: each latent at its prior's mean plus so many deviations
     latents = []
     with torch.no_grad():
@@ -276,13 +261,13 @@ def prior_of_next(network, latents):
     """The prior of the first latent that is not given."""
     seen = []
 
-    def rule(p):
-        seen.append(p)
+    def rule(index, p):
+        seen.append((index, p))
         return p.z
 
-    with drawing(rule):
-        loc = network.decode(latents, temperature=0.0)[0]
-    return loc, seen[0]
+    loc = network.decode(latents, temperature=0.0, draws=Draws(rule=rule))[0]
+    assert [index for index, _ in seen] == list(range(len(latents), network.num_latents))
+    return loc, seen[0][1]
 
 
 def test_samples_need_their_temperature_and_their_noise_alone(network, fitted):
@@ -291,10 +276,8 @@ def test_samples_need_their_temperature_and_their_noise_alone(network, fitted):
         cold = Sampling(0.0, prior=prior)(2, network)["sample"]
         mean = CoordinateDecoding(prior)(torch.zeros(1, prior.factors), network)["sample"]
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        with noise_from(generators):
-            both = Sampling(prior=prior)(2, network)["sample"]
-        with noise_from([torch.Generator().manual_seed(2)]):
-            alone = Sampling(prior=prior)(1, network)["sample"]
+        both = Sampling(prior=prior)(2, network, draws=Draws(generators))["sample"]
+        alone = Sampling(prior=prior)(1, network, draws=Draws([torch.Generator().manual_seed(2)]))["sample"]
         warm = CoordinateDecoding(prior, 1.0)(torch.zeros(1, prior.factors), network)["sample"]
     assert (Sampling(prior=prior).temperature, Sampling().temperature) == (1.0, 0.7)
     assert not torch.allclose(warm[0], mean[0])
@@ -335,73 +318,6 @@ def test_few_scans_have_no_population_prior(network, cohort, tmp_path, caplog):
     assert "too few for a population prior" in caplog.text and not (tmp_path / "p.pt").exists()
     with pytest.raises(ValueError, match="prior_factors is -1"):
         PopulationFit(network, few, few, tmp_path / "p.pt", factors=-1)
-
-
-def test_running_prior_follows_the_scans(network, fitted):
-    """Its KL is an honest one: held-out scans are more likely under it, and it forgets what it was told to drop."""
-    _, _, held_out = fitted
-    running = RunningPopulationPrior(network, factors=2)
-    with torch.no_grad():
-        assert running.log_ratio(network.infer(held_out)[1]) is None
-        for scans in held_out[:8].split(2):
-            running.observe(network.infer(scans)[1])
-            running.update()
-        running.observe(network.infer(torch.full_like(held_out[:2], torch.nan))[1])
-        running.update(take=False)
-        assert running.sketch.count == pytest.approx(8, rel=0.01)
-        gain = running.log_ratio(network.infer(held_out[8:])[1])
-    assert gain.mean() > 1
-
-
-def test_gradients_flow_through_the_running_prior(network, fitted):
-    _, _, held_out = fitted
-    running = RunningPopulationPrior(network, factors=2)
-    with torch.no_grad():
-        running.observe(network.infer(held_out)[1])
-        running.update()
-    with recording() as posteriors:
-        network(held_out[:2])
-    running.log_ratio(posteriors).sum().backward()
-    heads = [
-        block.posterior.mean.weight.grad for group in network.decoder.groups for block in group if block.index >= 0
-    ]
-    assert all(grad is not None and grad.abs().sum() > 0 for grad in heads)
-    network.zero_grad()
-
-
-UNDER_IT = ("--population_prior_from", 3, "--population_prior_factors", 2, "--network_def#init", "informative")
-
-
-def train(folder, cohort, *arguments):
-    done = run_bundle("--dataset_dir", cohort, "--output_dir", folder, *UNDER_IT, *arguments, configs=TINY)
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "checkpoints" / "checkpoint.pt", weights_only=True)
-
-
-def test_training_under_it_resumes_bit_for_bit(cohort, tmp_path):
-    whole = train(tmp_path / "whole", cohort, "--epochs", 4)
-    train(tmp_path / "parts", cohort, "--epochs", 2)
-    resumed = train(tmp_path / "parts", cohort, "--epochs", 4, "--resume", True)
-    for part in ("network", "average", "population_prior"):
-        for name, value in whole[part].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[part][name])), name
-    # and it is another loss than without
-    plain = train(tmp_path / "plain", cohort, "--epochs", 4, "--population_prior_from", None)
-    assert "population_prior" not in plain
-    assert not torch.equal(plain["network"]["output.weight"], whole["network"]["output.weight"])
-
-
-def test_accumulated_batches_are_all_taken_in(cohort, tmp_path):
-    done = train(tmp_path / "run", cohort, "--epochs", 2, "--batch_size", 2, "--accumulation_steps", 2)
-    assert done["population_prior"]["count"] == pytest.approx(20, rel=0.02)  # 11 scans, 5 batches of 2 an epoch
-
-
-def test_processes_share_the_running_prior(cohort, tmp_path):
-    words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--epochs", 2, "--batch_size", 2, *UNDER_IT)
-    done = run_bundle_group(*words, configs=[*TINY, "configs/multi_gpu_train.json"])
-    assert all(process.returncode == 0 for process in done), done[0].stderr
-    state = torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)
-    assert state["population_prior"]["count"] == pytest.approx(16, rel=0.02)  # of each epoch 2 batches of 2 on both
 
 
 def table(path):

@@ -59,7 +59,7 @@ class Fit(NamedTuple):
         return {name: np.asarray(value) for name, value in self._asdict().items() if name != "files"}
 
     def scaled(self, values: Tensor) -> Tensor:
-        """Intensities in the scan's units, ``[channels, *spatial]`` of any grid, as the network sees them, not clipped."""
+        """Intensities in the scan's units, on any grid, as the network sees them, but not clipped."""
         return (values - per_channel(self.offset, values)) * per_channel(self.gain, values) + self.b_min
 
 

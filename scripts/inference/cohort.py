@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from scripts.data.covariate_tables import parse_rows, read_rows
+from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.datalist import common_root, list_sides
 from scripts.inference.masks import pair_masks
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainingRun
 from scripts.population.prior import PopulationPrior
 from scripts.utils import distributed
+from scripts.utils.errors import InputError
 
-__all__ = ["Cohort", "list_scans"]
+__all__ = ["UNUSABLE", "Cohort", "list_scans"]
+
+UNUSABLE = "unusable"  # in an item: why it cannot be read
 
 
 def list_scans(
@@ -94,16 +97,22 @@ class Cohort:
     ) -> list[dict[str, Any]]:
         """The scans, each with ``covariates``: what is known of it, by name; as they are where the prior has none.
 
+        One whose covariates make no sense, or are unknown to the prior, says why instead and cannot be read.
+
         Args:
             prior: with covariates or without.
             scans: some of the cohort's; None: all.
 
         Raises:
-            InputError: a value makes no sense, or the prior's cohort had no such category.
+            InputError: there is no table, or it cannot be read.
         """
         scans = self.items if scans is None else scans
         if prior is None or prior.coding is None:
             return [dict(item) for item in scans]
-        rows = read_rows(scans, self.folder, self.covariates_file)
-        parsed = parse_rows(prior.coding, scans, rows, self.unseen)
-        return [{**item, "covariates": values} for item, values in zip(scans, parsed, strict=True)]
+        found = []
+        for item, row in zip(scans, read_rows(scans, self.folder, self.covariates_file), strict=True):
+            try:
+                found.append({**item, "covariates": parse_row(prior.coding, item, row, self.unseen)})
+            except InputError as error:
+                found.append({**item, "covariates": dict.fromkeys(prior.coding.variables), UNUSABLE: str(error)})
+        return found

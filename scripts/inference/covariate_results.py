@@ -6,25 +6,22 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import Dataset
 from monai.transforms import Transform
 from scripts.data.covariate_tables import read_table
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
-from scripts.inference.covariates import AddChanged, Counterfactual, summary, targets
-from scripts.inference.engine import ScanEvaluator
+from scripts.inference.covariates import summary
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.outputs import IntensityUnitsd, SaveScansd, file_names
+from scripts.inference.outputs import file_names
 from scripts.inference.region_curves import RegionCurves
 from scripts.inference.tables import ScanColumns
-from scripts.population.prior import PopulationPrior
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
@@ -35,7 +32,6 @@ __all__ = [
     "DrawStrip",
     "SavePosteriors",
     "SaveRegions",
-    "change_evaluator",
     "covariate_table",
     "draw_deviation",
     "fit_atlas",
@@ -44,54 +40,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-def change_evaluator(
-    word: str,
-    only: str | None = None,
-    *,
-    evaluator: Callable[..., ScanEvaluator],
-    prior: PopulationPrior,
-    covariates: Any,
-    settings: Mapping[str, Any],
-    dataset: Dataset,
-    arguments: Callable,
-    figure: Callable,
-    layout: Callable[..., ScanLayout],
-    invert: Callable,
-) -> ScanEvaluator:
-    """The evaluator of a job that shows scans under other covariates.
-
-    Args:
-        word: what its results are called.
-        only: the kind of the covariates that it may change; None: any.
-        evaluator: makes one, with what all jobs have in common.
-        prior: with covariates.
-        covariates: to change to, see :func:`scripts.inference.covariates.targets`.
-        settings, dataset, arguments: of the evaluator.
-        figure: makes what draws a scan's result.
-        layout: makes the layout of a result's files.
-        invert: makes the inverse of the preprocessing.
-    """
-    changed_to = targets(prior.coding, covariates, only)
-    inferer = Counterfactual(prior, changed_to)
-    keys = inferer.images()
-    add = AddChanged(keys, word)
-    return evaluator(
-        job=word,
-        settings=settings,
-        dataset=dataset,
-        arguments=arguments,
-        inferer=inferer,
-        postprocessing=[
-            figure(layout(word, ".png"), DrawStrip(changed_to)),
-            IntensityUnitsd(keys, ["deviation"] * len(keys)),
-            invert(keys, transform=dataset.transform),
-            add,
-            SaveScansd(add.images(), layout),
-        ],
-        layouts=[layout(key) for key in add.images()],
-    )
 
 
 class DrawStrip(Transform):
@@ -107,7 +55,7 @@ class DrawStrip(Transform):
 
     def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
         image = data["image"].as_tensor()
-        scans = [image, *(image + data[f"{self.key}{end}"].as_tensor() for end in self.targets)]
+        scans = [image, *(image + data[f"{self.key}{end}"] for end in self.targets)]
         own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
         labels = [f"scan ({own})" if own else "scan"]
         labels += [", ".join(f"{name} {_text(v)}" for name, v in values.items()) for values in self.targets.values()]

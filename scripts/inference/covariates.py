@@ -8,7 +8,6 @@ Decoded under other covariates these give the counterfactual.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
-from scripts.data.covariate_tables import parse_rows, read_rows
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
-from scripts.layers.gaussian import gaussian_noise
+from scripts.layers.gaussian import Draws, gaussian_noise
 from scripts.networks import VDVAE
-from scripts.population.prior import PopulationPrior, drawing_innovations, innovation
+from scripts.population.prior import PopulationPrior, given_innovations, innovation
 from scripts.utils.errors import InputError
 from torch import Tensor
 
@@ -37,7 +35,6 @@ __all__ = [
     "stack_features",
     "summary",
     "targets",
-    "with_covariates",
 ]
 
 OTHER_STEPS = 9  # values of another continuous covariate that is not known
@@ -58,35 +55,14 @@ def need_covariates(prior: PopulationPrior | None) -> PopulationPrior:
     return prior
 
 
-def with_covariates(
-    scans: Sequence[Mapping[str, Any]],
-    dataset_dir: str | os.PathLike,
-    covariates_file: str | os.PathLike | None,
-    prior: PopulationPrior | None,
-    unseen: str = "error",
-) -> list[dict[str, Any]]:
-    """The scans, each with ``covariates``: what is known of it, by name; as they are where the prior has none.
+def stack_features(prior: PopulationPrior | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``features`` and ``known`` for inferers: what the items' covariates become, and the covariates themselves.
 
-    Args:
-        scans: items of a data set.
-        dataset_dir, covariates_file: see :func:`scripts.data.covariate_tables.read_rows`.
-        prior: with covariates or without.
-        unseen: see :func:`scripts.data.covariate_tables.parse_rows`.
-
-    Raises:
-        ValueError: a value makes no sense, or the cohort had no such category.
+    Nothing where the prior knows no covariates.
     """
     if prior is None or prior.coding is None:
-        return [dict(item) for item in scans]
-    rows = read_rows(scans, dataset_dir, covariates_file)
-    parsed = parse_rows(prior.coding, scans, rows, unseen)
-    return [{**item, "covariates": values} for item, values in zip(scans, parsed, strict=True)]
-
-
-def stack_features(coding: CovariateCoding | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``features`` and ``known`` for inferers: what the items' covariates become, and the covariates themselves."""
-    if coding is None:
         return {}
+    coding = prior.coding
     known = [item["covariates"] for item in items]
     return {"features": torch.stack([coding.numbers(values) for values in known]), "known": known}
 
@@ -158,8 +134,8 @@ class Counterfactual(Inferer):
                         grid, likely = posterior(self.prior, scores[row], values, covariate)
                         numbers = torch.stack([coding.numbers({covariate: v})[own] for v in grid]).to(features)
                         before[row, own] = likely.to(features) @ numbers
-            with drawing_innovations(self.prior.moved(innovations, changed - before)):
-                loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs))
+            draws = given_innovations(self.prior.moved(innovations, changed - before))
+            loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs), draws=draws)
             loc = loc + self.prior.added(changed - before)
             outside = ~foreground(inputs, network) & ~foreground(loc, network)
             results[f"change{name}"] = (loc + scale * residual - inputs).masked_fill(outside, 0.0)
@@ -190,25 +166,29 @@ class Deviation(Inferer):
             masks = torch.stack([(labels == number).flatten() for number in numbers]).float()
             self.masks = masks / masks.sum(1, keepdim=True)
 
-    def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, features: Tensor, *, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """``features`` are ``[batch, numbers]``, what the covariates become."""
-        return next(itertools.islice(self.refined(inputs, network, features), self.draws - 2, None))
+        return next(itertools.islice(self.refined(inputs, network, features, draws), self.draws - 2, None))
 
-    def refined(self, inputs: Tensor, network: VDVAE, features: Tensor) -> Iterator[dict[str, Tensor]]:
+    def refined(
+        self, inputs: Tensor, network: VDVAE, features: Tensor, draws: Draws | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """The results of two draws, of three, and so on without end."""
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
-        for draws in itertools.count(1):
-            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors))
-            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features)
+        for count in itertools.count(1):
+            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors), draws)
+            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features, draws)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self.region_means(loc))
-            if draws == 1:
+            if count == 1:
                 continue
-            expected = total / draws
-            between = (squares / draws - expected.square()).clamp_min(0) * (draws / (draws - 1))
-            spread = self.prior.dispersion * (between + noise / draws).sqrt()
+            expected = total / count
+            between = (squares / count - expected.square()).clamp_min(0) * (count / (count - 1))
+            spread = self.prior.dispersion * (between + noise / count).sqrt()
             results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
             if self.masks is not None:
                 own, drawn = self.region_means(inputs), torch.stack(means)

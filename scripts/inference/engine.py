@@ -27,12 +27,12 @@ from monai.utils import ensure_tuple
 from scripts.data.reasons import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
-from scripts.inference.cohort import Cohort
+from scripts.inference.cohort import UNUSABLE, Cohort
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
 from scripts.inference.writers import ResultWriters
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.prior import PopulationPrior
 from scripts.training.precision import autocast
@@ -52,7 +52,7 @@ MACHINES = ("out of memory", "not enough memory", "CUDA error")
 
 
 class Failure(NamedTuple):
-    """A scan of which no results came, and why, as half a sentence; ``image`` is relative to the data set in the end."""
+    """A scan without results, and why, as half a sentence; ``image`` is relative to the data set in the end."""
 
     image: str
     reason: str
@@ -145,6 +145,9 @@ class Common:
     naming: Mapping[str, bool] = field(default_factory=dict)
     describe: Callable[[str], object] | None = None
 
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.output_dir).expanduser()
+
     @property
     def value_range(self) -> tuple[float, float]:
         """What scans are scaled to, and the network predicts."""
@@ -211,6 +214,18 @@ def stack_images(items: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.stack([item["image"].as_tensor() for item in items])
 
 
+def read_item(dataset: Dataset, index: int) -> dict[str, Any]:
+    """An item of a data set after its transforms, with its ``name``.
+
+    Raises:
+        Exception: what a transform raised; MONAI wraps it.
+    """
+    item = dataset.data[index]
+    if UNUSABLE in item:
+        raise ScanError(item[UNUSABLE])
+    return {**dataset[index], "name": item_path(item)}
+
+
 class ReadOrFail(torch.utils.data.Dataset):
     """Items of a data set, each with its ``name``, or a :class:`Failure` where one cannot be read."""
 
@@ -222,11 +237,10 @@ class ReadOrFail(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any] | Failure:
         index = self.indices[position]
-        item = self.dataset.data[index]
         try:
-            return {**self.dataset[index], "name": item_path(item)}
+            return read_item(self.dataset, index)
         except Exception as error:  # whatever a scan holds, the others are done
-            return Failure.of(item, error)
+            return Failure.of(self.dataset.data[index], error)
 
 
 @dataclass
@@ -382,15 +396,16 @@ class ScanEvaluator(Evaluator):
         (batch,) = on_device([self.batch(items)], self.state.device)
         return self._infer(batch)
 
-    def generators(self, items: Sequence[Mapping[str, Any]]) -> list[torch.Generator]:
-        """The random numbers of each scan."""
-        return [scan_generator(self.common.seed, self.relative(item["name"]), self.state.device) for item in items]
+    def draws(self, items: Sequence[Mapping[str, Any]]) -> Draws:
+        """Noise of each scan's own."""
+        seed, device = self.common.seed, self.state.device
+        return Draws([scan_generator(seed, self.relative(item["name"]), device) for item in items])
 
     def _infer(self, batch: Batch) -> dict[str, Tensor]:
         scans, inputs, arguments = batch
         cast = autocast(self.state.device, self.amp, self.common.precision.get("amp_dtype"))
-        with self.mode(self.network), cast, noise_from(self.generators(scans.items)):
-            return self.inferer(inputs, self.network, **arguments)
+        with self.mode(self.network), cast:
+            return self.inferer(inputs, self.network, draws=self.draws(scans.items), **arguments)
 
     def relative(self, name: str) -> str:
         """A scan's path in its data set."""
@@ -401,7 +416,7 @@ class ScanEvaluator(Evaluator):
 
     def _note_settings(self) -> None:
         """Refuse to mix results of different settings; leave those of this run beside its results."""
-        folder = Path(self.common.output_dir)
+        folder = self.common.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.job}.json"
         settings = {name: _identity(value) for name, value in self.settings.items()}

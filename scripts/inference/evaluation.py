@@ -17,7 +17,7 @@ from ignite.engine import Events
 from monai.metrics import MSEMetric
 from monai.utils.enums import CommonKeys as Keys
 from scripts.data.datalist import common_root, make_datalist
-from scripts.inference.engine import list_scans
+from scripts.inference.cohort import list_scans
 from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import image_quality
 from scripts.inference.tables import ScanColumns

@@ -14,8 +14,9 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
+from scripts.data.to_scan import Fit
 from scripts.data.transforms import ScanError
-from scripts.inference.masks import FitLike, read_mask, scaled_like
+from scripts.inference.masks import FitLike, read_mask
 from scripts.inference.outputs import file_names
 from scripts.utils import figures
 from scripts.utils.names import image_path
@@ -93,7 +94,7 @@ class FitMaskd(MapTransform):
                 raise ScanError(f"The mask of '{name}' leaves no voxel of the network's grid: use a smaller one.")
             d["missing_fitted"] = fitted
             shown = fit(MetaTensor(observed.as_tensor().nan_to_num(), affine=observed.affine)).as_tensor()
-            d["shown"] = scaled_like(image, shown)
+            d["shown"] = Fit.of(image).scaled(shown)
         return d
 
 

@@ -1,8 +1,8 @@
 """What can be asked of a trained network, each as a MONAI inferer that takes a batch (its docstring says of what).
 
 Scans are ``[batch, channels, *spatial]`` in the range of the network's output activation. Every inferer returns a
-dictionary of tensors whose first axis is the batch. Noise comes from :func:`scripts.layers.gaussian.noise_from`
-where the caller uses it, so that the result of a scan does not depend on its batch.
+dictionary of tensors whose first axis is the batch. Noise is drawn as :class:`scripts.layers.gaussian.Draws` says, the
+argument ``draws`` of each call, so that the result of a scan need not depend on its batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from monai.inferers import Inferer
 from monai.utils import ensure_tuple
-from scripts.layers.gaussian import gaussian_noise
+from scripts.layers.gaussian import Draws, gaussian_noise
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.prior import PopulationPrior, innovation
@@ -86,12 +86,14 @@ class Reconstruction(Inferer):
             levels = [find_level("levels", self.levels, grids)]
         return {f"recon_to{grid_key(grids[level])}": latents_up_to(network, level) for level in levels}
 
-    def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         temperature = level_temperatures(network, "temperature", self.temperature)
         if self.levels is None:
-            loc, scale, _ = network.infer(inputs, temperature, keep_posteriors=False)[0]
+            loc, scale, _ = network.infer(inputs, temperature, keep_posteriors=False, draws=draws)[0]
             return _with_zscore(inputs, loc, scale)
-        latents = network.encode(inputs, temperature)
+        latents = network.encode(inputs, temperature, draws)
         recons = {
             name: network.decode(latents[:count], temperature=0.0) for name, count in self._steps(network).items()
         }
@@ -116,10 +118,12 @@ class Encoding(Inferer):
     def __init__(self, temperature: Temperature = 0.0, prior: PopulationPrior | None = None) -> None:
         self.temperature, self.prior = temperature, prior
 
-    def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         results = {}
         temperature = level_temperatures(network, "temperature", self.temperature)
-        posteriors = network.infer(inputs, temperature)[1]
+        posteriors = network.infer(inputs, temperature, draws=draws)[1]
         for index, q in enumerate(posteriors):
             results |= {f"z{index:02d}": q.z, f"mean{index:02d}": q.mean, f"std{index:02d}": q.std}
         if self.prior is not None:
@@ -137,9 +141,12 @@ class Decoding(Inferer):
     def __init__(self, temperature: Temperature = 0.0) -> None:
         self.temperature = temperature
 
-    def __call__(self, inputs: Sequence[Tensor], network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Sequence[Tensor], network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """``inputs`` are the first latents, each ``[batch, latent_channels, *grid]``, top first."""
-        loc, scale = network.decode(inputs, level_temperatures(network, "temperature", self.temperature))
+        temperature = level_temperatures(network, "temperature", self.temperature)
+        loc, scale = network.decode(inputs, temperature, draws=draws)
         return {"recon": loc, "scale": scale}
 
 
@@ -154,10 +161,12 @@ class CoordinateDecoding(Inferer):
     def __init__(self, prior: PopulationPrior, temperature: Temperature = 0.0) -> None:
         self.prior, self.temperature = prior, temperature
 
-    def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """``inputs`` are ``[batch, factors]``."""
         temperature = level_temperatures(network, "temperature", self.temperature)
-        return {"sample": decode_coordinates(network, self.prior, inputs, temperature)[0]}
+        return {"sample": decode_coordinates(network, self.prior, inputs, temperature, draws=draws)[0]}
 
 
 class Sampling(Inferer):
@@ -187,18 +196,20 @@ class Sampling(Inferer):
                 raise InputError("covariates: the samples' population prior knows none; leave out --covariates.")
             self.features = prior.coding.numbers(prior.coding.given(covariates))
 
-    def __call__(self, inputs: int, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: int, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """``inputs`` is the number of scans."""
         temperature = level_temperatures(network, "sample_temperature", self.temperature)
         if self.prior is None:
-            loc, scale = network.decode([], temperature, batch_size=inputs)
+            loc, scale = network.decode([], temperature, batch_size=inputs, draws=draws)
         else:
-            coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors))
+            coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors), draws)
             if not isinstance(temperature, list):
                 coordinates = temperature * coordinates
             features = None if self.features is None else self.features.to(coordinates).expand(inputs, -1)
-            loc, scale = decode_coordinates(network, self.prior, coordinates, temperature, features)
-        return {"sample": draw_voxels(loc, scale, network) if self.voxel_noise else loc}
+            loc, scale = decode_coordinates(network, self.prior, coordinates, temperature, features, draws)
+        return {"sample": draw_voxels(loc, scale, network, draws) if self.voxel_noise else loc}
 
 
 def decode_coordinates(
@@ -207,20 +218,21 @@ def decode_coordinates(
     coordinates: Tensor,
     temperature: float | list[float],
     features: Tensor | None = None,
+    draws: Draws | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each voxel given a population prior's factors, and what covariates become."""
     of_latents = temperature
     if isinstance(temperature, list):
         of_latents = [temperature[level] for level in network.latent_levels]
-    with prior.drawing(coordinates, of_latents, features):
-        loc, scale = network.decode([], temperature, batch_size=len(coordinates))
+    draws = prior.draws(coordinates, of_latents, features, draws)
+    loc, scale = network.decode([], temperature, batch_size=len(coordinates), draws=draws)
     return loc + prior.added(features), scale
 
 
-def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:
+def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, draws: Draws | None = None) -> Tensor:
     """Draw each voxel from its distribution; what scans are scaled to bounds it."""
     low, high = OUTPUT_RANGES[network.output_activation]
-    return (loc + scale * gaussian_noise(loc)).clamp(low, high)
+    return (loc + scale * gaussian_noise(loc, draws)).clamp(low, high)
 
 
 class Interpolation(Inferer):
@@ -298,21 +310,23 @@ class Imputation(Inferer):
         """The names of its results."""
         return [f"imputed_{draw:02d}" for draw in range(self.draws)]
 
-    def __call__(self, inputs: Tensor, network: VDVAE, mask: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Tensor, network: VDVAE, mask: Tensor, *args: Any, draws: Draws | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """``mask``, ``[batch, 1, *spatial]``, is true where a voxel is missing, and ``inputs`` are not used there."""
         results = {}
         for name in self.images():
-            chain = self.chain(inputs, network, mask)
+            chain = self.chain(inputs, network, mask, draws)
             results[name] = next(itertools.islice(chain, self.iterations - 1, None))
         return results
 
-    def chain(self, inputs: Tensor, network: VDVAE, mask: Tensor) -> Iterator[Tensor]:
+    def chain(self, inputs: Tensor, network: VDVAE, mask: Tensor, draws: Draws | None = None) -> Iterator[Tensor]:
         """A chain without end; yields what the scans would be after each iteration."""
         start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
         filled = torch.where(mask, start, inputs)
         while True:
             temperature = level_temperatures(network, "temperature", self.temperature)
-            loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False)[0]
-            drawn = draw_voxels(loc, scale, network)
+            loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False, draws=draws)[0]
+            drawn = draw_voxels(loc, scale, network, draws)
             filled = torch.where(mask, drawn, inputs)
             yield filled if self.voxel_noise else torch.where(mask, loc, inputs)

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
-from scripts.inference.engine import list_scans
+from scripts.inference.cohort import Cohort
 from scripts.inference.inferers import moving_levels
 from scripts.inference.layouts import VOLUME, ScanLayout, scan_stem
 from scripts.inference.outputs import file_names, from_zero_to_one, split_channels
-from scripts.inference.training_run import TrainingRun
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
@@ -30,29 +29,25 @@ __all__ = ["BothScans", "PairLayout", "SaveStepsd", "list_pair", "report_levels"
 logger = logging.getLogger(__name__)
 
 
-def list_pair(
-    scans_between: Sequence[Any] | None,
-    dataset_dir: str | os.PathLike,
-    scan_pattern: str | Sequence[str],
-    training_run: TrainingRun | None = None,
-) -> list[dict[str, Any]]:
+def list_pair(scans_between: Sequence[Any] | None, cohort: Cohort) -> list[dict[str, Any]]:
     """The two scans to interpolate between, as the one item of a data set: ``[{"image": first, "second": second}]``.
 
     Args:
         scans_between: paths of the two, each a list of paths where a scan has several channels. None: the first two of
-            ``dataset_dir``.
-        dataset_dir, scan_pattern, training_run: see :func:`scripts.inference.engine.list_scans`.
+            the cohort, which is not looked at otherwise.
+        cohort: of scans.
 
     Raises:
-        ValueError: when there are not two.
-        FileNotFoundError: when one does not exist.
+        InputError: when there are not two.
+        NotFoundError: when one does not exist.
     """
     if scans_between is None:
-        scans = [scan["image"] for scan in list_scans(dataset_dir, scan_pattern, training_run)[:2]]
+        scans = [scan["image"] for scan in cohort.items[:2]]
         if len(scans) < 2:
-            held_out = " that was held out" if training_run and dataset_dir == training_run.datalist else ""
+            run = cohort.training_run
+            held_out = " that was held out" if run is not None and cohort.folder == run.datalist else ""
             raise InputError(
-                f"dataset_dir '{dataset_dir}' holds one scan alone{held_out}: set --scans_between to two scans."
+                f"dataset_dir '{cohort.folder}' holds one scan alone{held_out}: set --scans_between to two scans."
             )
     elif isinstance(scans_between, str) or len(scans_between) != 2:
         raise InputError(

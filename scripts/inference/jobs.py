@@ -20,7 +20,7 @@ from scripts.data.covariate_tables import read_cohort
 from scripts.data.datalist import common_root
 from scripts.data.to_scan import ToScand
 from scripts.data.transforms import FitShaped, unclipped
-from scripts.inference import covariate_results, coordinates, lesions, outputs
+from scripts.inference import coordinates, covariate_results, lesions, outputs
 from scripts.inference.covariates import (
     AddChanged,
     Counterfactual,
@@ -203,9 +203,7 @@ def sample(
     )
 
 
-def decode_coordinates(
-    common: Common, path: str | os.PathLike | None, temperature: Temperature = 0.0
-) -> ScanEvaluator:
+def decode_coordinates(common: Common, path: str | os.PathLike | None, temperature: Temperature = 0.0) -> ScanEvaluator:
     """``_decoded`` for each row of a table of coordinates in the population prior, and a sheet of them."""
     rows = distributed.from_rank_zero(coordinates.list_coordinates, path, common.output_dir, common.prior)
     inferer, inputs = CoordinateDecoding(common.prior, temperature), coordinates.stack_coordinates
@@ -235,7 +233,7 @@ def _generated(
         [layout],
         {"population_prior": common.prior_file, **settings},
         inputs=inputs,
-        summary=partial(outputs.sample_sheet, os.path.join(common.output_dir, sheet), layout),
+        summary=partial(outputs.sample_sheet, common.output_dir / sheet, layout),
         report=Report(sheets=(sheet,)),
     )
 
@@ -255,7 +253,8 @@ def interpolate(
     """
     report_levels(common.network, levels_between)
     pair = list_pair(scans_between, common.cohort)
-    layout, inferer = partial(PairLayout, pair, common.output_dir, **common.naming), Interpolation(steps, levels_between)
+    layout = partial(PairLayout, pair, common.output_dir, **common.naming)
+    inferer = Interpolation(steps, levels_between)
     ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
     return ScanEvaluator(
         common,
@@ -433,7 +432,7 @@ def predict_covariates(common: Common) -> ScanEvaluator:
     """What each scan itself says of its covariates, such as its age: ``covariates.csv`` and curves."""
     prior, layout = need_covariates(common.prior), common.layout(common.cohort.root)
     content, picture = layout("covariates", ".json"), layout("covariates", ".png") if common.figures else None
-    table = os.path.join(common.output_dir, "covariates.csv")
+    table = common.output_dir / "covariates.csv"
     return ScanEvaluator(
         common,
         "predict_covariates",
@@ -462,7 +461,7 @@ def fit_prior(common: Common, factors: int = 64, covariates: Any = None) -> Popu
         common.network,
         Dataset(training, common.preprocessing),
         Dataset(validation, common.preprocessing),
-        os.path.join(common.output_dir, "population_prior.pt"),
+        common.output_dir / "population_prior.pt",
         factors,
         **common.loading,
         device=common.device,
@@ -485,7 +484,7 @@ def adapt(common: Common, covariates: Any) -> Adaptation:
         covariates,
         dataset_dir=common.cohort.folder,
         covariates_file=common.cohort.covariates_file,
-        path=os.path.join(common.output_dir, "population_prior.pt"),
+        path=common.output_dir / "population_prior.pt",
         **common.loading,
         device=common.device,
     )

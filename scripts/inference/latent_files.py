@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 import zlib
@@ -12,21 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample, Transform
-from monai.utils import ImageMetaKey, ensure_tuple
-from scripts.data.geometry import fill_outside
-from scripts.data.transforms import OUTSIDE, ScanError, per_channel, unscaled
-from scripts.inference.engine import list_scans
+from monai.transforms import MapTransform, Transform
+from scripts.data.to_scan import Fit
+from scripts.data.transforms import ScanError
+from scripts.inference.cohort import list_scans
 from scripts.inference.layouts import ScanLayout, scan_stem
-from scripts.inference.outputs import scaling_of
 from scripts.utils.files import write_whole
 from scripts.utils.names import CHANNEL_FILES, image_files
 
-__all__ = ["FitBackd", "LoadLatentsd", "SaveLatentsd", "list_latents", "stack_latents"]
+__all__ = ["LoadLatentsd", "SaveLatentsd", "list_latents", "stack_latents"]
 
 PATTERN = "*_*latents*.npz"  # x_latents.npz, and by BIDS sub-01_desc-latents_T1w.npz
 CHANNEL_NAMES = "channel_names"
+MOST_VOXELS = 2**32  # of a scan; the largest that is known, of 100 micrometres, has 2**31
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -63,42 +62,6 @@ def _channel_files(path: str) -> list[str] | None:
     return [os.path.normpath(folder / place.parent / name) for place, name in zip(places, renamed, strict=True)]
 
 
-def background_of(image: MetaTensor) -> list[float]:
-    """What each channel of a scan has around it, in its own units."""
-    (background,) = (operation[OUTSIDE] for operation in image.applied_operations if OUTSIDE in operation)
-    return background
-
-
-class FitBackd(MapTransform):
-    """Take what was decoded to the grid and the units of the scan that its latents came from.
-
-    Needs what :class:`LoadLatentsd` reads. Input: ``[channels, *spatial]``; output: on the scan's grid.
-
-    Args:
-        keys: of the decoded images.
-        deviation: keys among them that hold standard deviations.
-    """
-
-    def __init__(self, keys: KeysCollection, deviation: KeysCollection = (), allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.deviation = ensure_tuple(deviation)
-        self.resample = SpatialResample(mode="bilinear", padding_mode="border")
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            values = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
-            values = values / per_channel(d["gain"], values) if key in self.deviation else unscaled(values, d)
-            image = MetaTensor(values, affine=torch.as_tensor(d["affine"]))
-            fitted = self.resample(
-                image, dst_affine=torch.as_tensor(d["scan_affine"]), spatial_size=d["scan_shape"].tolist()
-            )
-            fitted.meta |= {ImageMetaKey.FILENAME_OR_OBJ: d["path"], CHANNEL_FILES: d.get(CHANNEL_FILES)}
-            outside = [0.0] * len(fitted) if key in self.deviation else d.get("background", d["offset"])
-            d[key] = fill_outside(fitted, d["affine"], values.shape[1:], outside)
-        return d
-
-
 class SaveLatentsd(Transform):
     """Write a scan's latents as ``.npz``: arrays ``z00``, ``mean00``, ``std00``, ``z01``, ..., ``[channels, *grid]``.
 
@@ -118,14 +81,7 @@ class SaveLatentsd(Transform):
         image = data[self.key]
         names = ("z", "mean", "std", "coordinates")
         latents = {k: np.asarray(v) for k, v in data.items() if str(k).rstrip("0123456789") in names}
-        content = {
-            "affine": np.asarray(image.affine),
-            "scan_affine": np.asarray(image.meta["geometry"]["affine"]),
-            "scan_shape": np.asarray(image.meta["geometry"]["shape"]),
-            "background": np.asarray(background_of(image)),
-            **{name: np.asarray(value) for name, value in scaling_of(image).items()},
-            CHANNEL_NAMES: np.asarray(self._names(image_files(image))),
-        }
+        content = {**Fit.of(image).arrays(), CHANNEL_NAMES: np.asarray(self._names(image_files(image)))}
         path = self.layout.filename(image_files(image)[0])
         write_whole(path, lambda temporary: np.savez(temporary, **latents, **content))
         return data
@@ -139,16 +95,22 @@ class SaveLatentsd(Transform):
 class LoadLatentsd(MapTransform):
     """Read what :class:`SaveLatentsd` wrote; latents may be missing from some place on.
 
+    Adds ``latents``, a list of tensors, and ``fit``, see :class:`scripts.data.to_scan.Fit`.
+
     Args:
+        keys: of the paths.
         grids: of each latent, ``(channels, *grid)``, top first.
+        channels: of the scans.
 
     Raises:
         ScanError: when the file is damaged, not such a file, or of another network.
     """
 
-    def __init__(self, keys: KeysCollection, grids: Sequence[Sequence[int]], allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, grids: Sequence[Sequence[int]], channels: int = 1, allow_missing_keys: bool = False
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.grids = [tuple(grid) for grid in grids]
+        self.grids, self.channels = [tuple(grid) for grid in grids], channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -157,28 +119,63 @@ class LoadLatentsd(MapTransform):
             try:
                 with np.load(path, allow_pickle=False) as file:
                     content = {name: file[name] for name in file.files}
-            except UNREADABLE as error:
+            except (*UNREADABLE, MemoryError) as error:
                 raise ScanError(f"'{path}' cannot be read as latents ({error}): encode the scan again.") from error
-            lacking = {"affine", "scan_affine", "scan_shape", "gain", "offset", "b_min"} - set(content)
-            if lacking:
-                raise ScanError(f"'{path}' lacks {', '.join(sorted(lacking))}: encode the scan again.")
-            count = sum(name[0] == "z" and name[1:].isdigit() for name in content)
-            missing = [f"z{i:02d}" for i in range(count) if f"z{i:02d}" not in content]
-            if missing:
-                raise ScanError(
-                    f"'{path}' lacks {missing[0]} but has later latents: leave latents out from the end on."
-                )
-            shapes = [content[f"z{i:02d}"].shape for i in range(count)]
-            wrong = next((i for i in range(count) if i >= len(self.grids) or shapes[i] != self.grids[i]), None)
-            if wrong is not None:
-                expected = list(self.grids[wrong]) if wrong < len(self.grids) else "no such latent"
-                raise ScanError(
-                    f"'{path}': z{wrong:02d} has shape {list(shapes[wrong])}, but the network has {expected}: decode "
-                    "with the weights and the network_def that it was encoded with."
-                )
-            d |= content | {"path": str(path)}
-            d["latents"] = [torch.as_tensor(content[f"z{i:02d}"]).float() for i in range(count)]
+            d["latents"] = self._latents(path, content)
+            d["fit"] = self._fit(path, content)._replace(files=d.get(CHANNEL_FILES) or [str(path)])
         return d
+
+    def _latents(self, path: str, content: Mapping[str, np.ndarray]) -> list[torch.Tensor]:
+        """The latents of a file, checked."""
+        count = sum(name[0] == "z" and name[1:].isdigit() for name in content)
+        missing = [f"z{i:02d}" for i in range(count) if f"z{i:02d}" not in content]
+        if missing:
+            raise ScanError(f"'{path}' lacks {missing[0]} but has later latents: leave latents out from the end on.")
+        latents = [content[f"z{i:02d}"] for i in range(count)]
+        for i, latent in enumerate(latents):
+            if i >= len(self.grids) or latent.shape != self.grids[i]:
+                expected = list(self.grids[i]) if i < len(self.grids) else "no such latent"
+                raise ScanError(
+                    f"'{path}': z{i:02d} has shape {list(latent.shape)}, but the network has {expected}: decode with "
+                    "the weights and the network_def that it was encoded with."
+                )
+            _check_numbers(path, f"z{i:02d}", latent)
+        return [torch.as_tensor(latent).float() for latent in latents]
+
+    def _fit(self, path: str, content: Mapping[str, np.ndarray]) -> Fit:
+        """How the scan was brought to the network's grid, checked."""
+        content = {"background": content.get("offset"), **content}  # of earlier versions
+        lacking = sorted(set(Fit._fields) - {"files"} - {name for name, value in content.items() if value is not None})
+        if lacking:
+            raise ScanError(f"'{path}' lacks {', '.join(lacking)}: encode the scan again.")
+        dims = len(self.grids[0]) - 1
+        shapes = {"affine": (4, 4), "scan_affine": (4, 4), "scan_shape": (dims,), "b_min": ()}
+        for name in set(Fit._fields) - {"files"}:
+            value, shape = content[name], shapes.get(name, (self.channels,))
+            if value.shape != shape:
+                raise ScanError(
+                    f"'{path}': {name} has shape {list(value.shape)} where {list(shape)} is expected: encode the scan "
+                    "again."
+                )
+            _check_numbers(path, name, value)
+        for name in ("affine", "scan_affine"):
+            if np.linalg.matrix_rank(content[name]) < 4:
+                raise ScanError(f"'{path}': {name} is singular: encode the scan again.")
+        if (content["gain"] <= 0).any():
+            raise ScanError(f"'{path}': gain is {content['gain'].tolist()}, not above 0: encode the scan again.")
+        shape = content["scan_shape"].astype(int).tolist()
+        if min(shape) < 1 or math.prod(shape) > MOST_VOXELS:
+            raise ScanError(f"'{path}': scan_shape is {shape}: no scan has such a grid; encode the scan again.")
+        values = {name: content[name] for name in Fit._fields if name != "files"}
+        return Fit(**values | {"scan_shape": shape, "b_min": float(content["b_min"])})
+
+
+def _check_numbers(path: str, name: str, values: np.ndarray) -> None:
+    """Refuse an array that holds anything but finite real numbers."""
+    if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise ScanError(
+            f"'{path}': {name} holds what is no finite number (type {values.dtype}): mend it, or encode the scan again."
+        )
 
 
 def stack_latents(items: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, MapTransform, SpatialResample, Transform
+from monai.transforms import MapTransform, SpatialResample, Transform
+from scripts.data.to_scan import Fit
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.masks import read_mask, scaled_like
+from scripts.inference.masks import read_mask
 from scripts.utils.files import write_whole
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -32,7 +33,6 @@ __all__ = [
     "count_voxels",
     "edges",
     "ordered",
-    "with_masks",
 ]
 
 GRIDS = ("network", "scan")
@@ -127,12 +127,6 @@ def count_voxels(anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray)
     return found | {"scores": np.array(scores)}
 
 
-def with_masks(preprocessing: Compose) -> Compose:
-    """A preprocessing, which begins with loading, that also reads the scans' masks, and fits them at its end."""
-    load, *others = preprocessing.transforms
-    return Compose([load, ReadLesionsd("image"), *others, FitLesionsd("image")])
-
-
 class ReadLesionsd(MapTransform):
     """Read a scan's mask of lesions, and keep a copy of the scan as it was loaded.
 
@@ -199,7 +193,7 @@ class CountVoxels(Transform):
             return data
         scan, lesion = data["image"].as_tensor(), data["lesion_fitted"]
         if self.grid == "scan":
-            scan, lesion = scaled_like(data["image"], data["measured"].as_subclass(Tensor)), data["lesion"]
+            scan, lesion = Fit.of(data["image"]).scaled(data["measured"].as_subclass(Tensor)), data["lesion"]
         intensity = (scan.numpy() - self.low) / (self.high - self.low)
         counts = count_voxels(np.asarray(data["anomaly"]), intensity, lesion.numpy())
         return {**data, ("counts", self.grid): counts}

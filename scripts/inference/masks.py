@@ -17,14 +17,13 @@ from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple
 from scripts.data.datalist import find_by_wildcards
 from scripts.data.patterns import compile_pattern, fill_pattern
-from scripts.data.transforms import FitShape, LoadScand, ScanError, per_channel
-from scripts.inference.outputs import scaling_of
+from scripts.data.transforms import FitShape, LoadScand, ScanError
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
 
-__all__ = ["FitLike", "pair_masks", "read_kinds", "read_mask", "scaled_like"]
+__all__ = ["FitLike", "pair_masks", "read_kinds", "read_mask"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,15 +158,3 @@ class FitLike(FitShape):
         for corner in itertools.product((0, 1), repeat=rank):
             found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
         return torch.from_numpy(found)[None]
-
-
-def scaled_like(image: MetaTensor, values: Tensor) -> Tensor:
-    """Intensities in a scan's own units, ``[channels, *spatial]``, scaled as the scan was, but not clipped.
-
-    Args:
-        image: the preprocessed scan.
-        values: on any grid.
-    """
-    info = scaling_of(image)
-    gain, offset = (per_channel(info[name], values) for name in ("gain", "offset"))
-    return (values - offset) * gain + info["b_min"]

@@ -16,19 +16,19 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import MapTransform, SaveImage, SplitDim, Transform
-from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
-from scripts.data.transforms import OUTSIDE, RobustScaled, ScanError, per_channel
+from monai.utils import ImageMetaKey
+from scripts.data.transforms import ScanError
 from scripts.inference.inferers import latents_up_to
 from scripts.inference.layouts import ScanLayout
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures
-from scripts.utils.errors import InputError
 from scripts.utils.files import write_text, write_whole
 from scripts.utils.names import image_files, image_path
 from scripts.utils.nifti import save_nifti
 
-__all__ = ["IntensityUnitsd", "SaveFigured", "SaveRowd", "SaveScansd", "WholeNibabelWriter", "read_row"]
+__all__ = ["SaveFigured", "SaveRowd", "SaveScansd", "WholeNibabelWriter", "read_row"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,47 +44,6 @@ class WholeNibabelWriter(NibabelWriter):
 
     def write(self, filename: str | os.PathLike, verbose: bool = False, **kwargs: Any) -> None:
         write_whole(filename, lambda temporary: super(WholeNibabelWriter, self).write(temporary, verbose, **kwargs))
-
-
-class IntensityUnitsd(MapTransform):
-    """Prepare results that are no intensities for the inverse of the preprocessing, which takes all for intensities.
-
-    ``deviation``: a standard deviation goes back to the scan's units by their scale alone, without their offset.
-    ``none``: a number without units, such as a z-score, comes out as it goes in. Both are 0 where the network's grid
-    does not reach.
-
-    Args:
-        keys: of the results.
-        units: one word for each key.
-        scan: key of the preprocessed scan, whose trace is what will be inverted.
-    """
-
-    def __init__(self, keys: KeysCollection, units: Sequence[str] | str, scan: str = "image") -> None:
-        super().__init__(keys)
-        self.units, self.scan = ensure_tuple(units), scan
-        if set(self.units) - {"deviation", "none"} or len(self.units) != len(self.keys):
-            raise InputError(f"units are {list(self.units)}: give 'deviation' or 'none' for each of {list(self.keys)}.")
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        info = scaling_of(d[self.scan])
-        gain, offset = (per_channel(info[name], d[self.scan]) for name in ("gain", "offset"))
-        for key, units in self.key_iterator(d, self.units):
-            result = (d[key] if units == "deviation" else d[key] * gain) - offset * gain + info["b_min"]
-            trace, zeros = result.applied_operations, {OUTSIDE: [0.0] * len(result)}
-            result.applied_operations = [step | zeros if OUTSIDE in step else step for step in trace]
-            d[key] = result
-        return d
-
-
-def scaling_of(image: MetaTensor) -> dict[str, Any]:
-    """What :class:`scripts.data.transforms.RobustScaled` did to a scan: ``gain``, ``offset`` and ``b_min``."""
-    (info,) = (
-        operation[TraceKeys.EXTRA_INFO]
-        for operation in image.applied_operations
-        if operation[TraceKeys.CLASS_NAME] == RobustScaled.__name__
-    )
-    return info
 
 
 class SaveScansd(MapTransform):
@@ -155,6 +114,12 @@ def draw_reconstruction(path: str, data: Mapping[Hashable, Any], value_range: tu
     """A scan beside its reconstruction, the predicted standard deviation and the difference."""
     titles = file_names(data["image"])
     figures.reconstructions(path, [data["image"]], [data["recon"]], [data["scale"]], [titles], value_range)
+
+
+def reconstruction_bits(data: Mapping[Hashable, Any]) -> float:
+    """The bits per dim of a reconstructed scan, without the KL divergence, which would only add to them."""
+    image, loc, scale = (torch.as_tensor(data[k]).as_subclass(torch.Tensor)[None] for k in ("image", "recon", "scale"))
+    return float(bits_per_dim(negative_log_likelihood(loc, scale, image), image))
 
 
 def file_names(image: MetaTensor) -> list[str]:

@@ -20,7 +20,7 @@ from monai.inferers import Inferer
 from monai.networks.utils import eval_mode
 from monai.utils.enums import CommonKeys as Keys
 from scripts.inference.engine import list_samples, scan_generator
-from scripts.layers.gaussian import noise_from
+from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
 from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 from scripts.training.precision import autocast
@@ -123,10 +123,9 @@ class SampleComparison:
         numbers = range(1 + idist.get_rank(), self.samples + 1, idist.get_world_size())
         for start in _progress(range(0, len(numbers), self.batch_size), "drawing samples"):
             batch = numbers[start : start + self.batch_size]
-            generators = [scan_generator(self.seed, names[number - 1], self.device) for number in batch]
-            cast = autocast(self.device, self.amp, self.amp_dtype)
-            with eval_mode(self.network), cast, noise_from(generators):
-                drawn = self.inferer(len(batch), self.network)["sample"]
+            draws = Draws([scan_generator(self.seed, names[number - 1], self.device) for number in batch])
+            with eval_mode(self.network), autocast(self.device, self.amp, self.amp_dtype):
+                drawn = self.inferer(len(batch), self.network, draws=draws)["sample"]
             for number, image in zip(batch, drawn.float().cpu().numpy(), strict=True):
                 np.save(self._path("sample", number), image)
 

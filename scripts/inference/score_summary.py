@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
+from scripts.inference.engine import Common
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts
 from scripts.inference.masks import read_kinds
-from scripts.inference.tables import ScanColumns, row_table
+from scripts.inference.tables import row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_files, item_path
@@ -33,32 +34,27 @@ class ScoreSummary:
     """Writes ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv`` and ``lesions.md``.
 
     Args:
-        output_dir: where they go.
+        common: what all jobs share.
         layout: makes the layout of a result's files, see :py:class:`scripts.inference.layouts.ScanLayout`.
         scans: items of the data set, with ``mask`` where there are masks.
-        columns: what tables say of a scan.
         read: transforms that read a scan and turn it to RAS, for the picture.
-        figures: False draws no picture.
         mask_dir: the folder of the masks, see :func:`scripts.inference.masks.read_kinds`.
         unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
     """
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        common: Common,
         layout: Callable[..., ScanLayout],
         scans: Sequence[Mapping[str, Any]],
-        columns: ScanColumns,
         read: Sequence[Callable],
-        figures: bool = True,
         mask_dir: str | os.PathLike | None = None,
         unmasked_healthy: bool = False,
     ) -> None:
-        self.output_dir, self.layout = Path(output_dir), layout
-        self.columns = columns
+        self.output_dir, self.figures, self.columns = common.output_dir, common.figures, common.cohort.columns
         self.items = {item_path(item): item for item in scans}
-        self.read, self.figures, self.unmasked_healthy = Compose(read), figures, unmasked_healthy
-        self.mask_dir = mask_dir
+        self.layout, self.read = layout, Compose(read)
+        self.mask_dir, self.unmasked_healthy = mask_dir, unmasked_healthy
 
     def __call__(self, scans: Sequence[str]) -> None:
         """Write all, given the paths of the scans, in the order of the tables."""

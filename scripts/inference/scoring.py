@@ -11,7 +11,7 @@ from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.networks.layers.factories import Pool
-from scripts.layers.gaussian import SLICE, Posterior, drawing
+from scripts.layers.gaussian import SLICE, Draws, Posterior
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.prior import PopulationPrior, innovation
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
@@ -66,13 +66,21 @@ class Scoring(Inferer):
         self.restore = restore
         self.prior = prior
 
-    def __call__(self, inputs: Tensor, network: VDVAE, features: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: VDVAE,
+        features: Tensor | None = None,
+        *,
+        draws: Draws | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
         """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
         scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
         weights, nlls, kls, gains = [], [], [], []
         for _ in range(self.importance_samples):
             record = LatentRecord(self.prior, with_ratios=self.importance_samples > 1)
-            output = record.infer(network, scans, temperature=1.0)
+            output = record.infer(network, scans, temperature=1.0, draws=draws)
             nll = negative_log_likelihood(output.loc, output.scale, scans)
             nlls.append(nll)
             kls.append(output.kl)
@@ -119,14 +127,13 @@ class LatentRecord:
         self.innovations: list[Tensor] = []
         self.log_ratio: Tensor | float = 0.0
 
-    def infer(self, network: VDVAE, scans: Tensor, temperature: float) -> VDVAEOutput:
+    def infer(self, network: VDVAE, scans: Tensor, temperature: float, draws: Draws | None = None) -> VDVAEOutput:
         """The network's output for scans, recorded."""
-        with drawing(self._record):
-            return network.infer(scans, temperature, keep_posteriors=False)[0]
+        draws = Draws(None if draws is None else draws.generators, self._record)
+        return network.infer(scans, temperature, keep_posteriors=False, draws=draws)[0]
 
-    def _record(self, q: Posterior) -> Tensor:
-        concerned = len(self.innovations) in self.concerned
-        self.innovations.append(innovation(q) if concerned else q.mean.new_zeros(0))
+    def _record(self, index: int, q: Posterior) -> Tensor:
+        self.innovations.append(innovation(q) if index in self.concerned else q.mean.new_zeros(0))
         if self.with_ratios:
             self.log_ratio = self.log_ratio + log_ratio(q)
         return q.z

@@ -12,11 +12,11 @@ from monai.bundle import ConfigParser
 from scripts.networks import VDVAE
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.names import item_path
-from scripts.utils.settings import given_keys
 
 __all__ = ["TrainedScans", "TrainingRun"]
 
-FROM_THE_RUN = ("network_def", "spatial_shape")  # keys that cannot be given beside run_dir
+INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
+DEFAULTS = {"scan_pattern": "*.nii*", "keep_aspect": True, "percentiles": [0.05, 99.95]}  # without a run
 TRANSFORMS = ("LoadScand", "CheckScand", "Orientationd", "FitShaped", "RobustScaled")  # of inference's preprocessing
 
 
@@ -54,8 +54,8 @@ class TrainingRun:
         run_dir: the ``output_dir`` of the run; None for no run.
 
     Raises:
-        FileNotFoundError: there is no run in that folder.
-        ValueError: ``config.json`` is damaged, or the command line gives what the run says.
+        NotFoundError: there is no run in that folder.
+        InputError: ``config.json`` is damaged, or the run's preprocessing is not that of inference.
     """
 
     def __init__(self, run_dir: str | os.PathLike | None) -> None:
@@ -69,9 +69,6 @@ class TrainingRun:
             raise NotFoundError(
                 f"run_dir '{self.folder}' holds no config.json: set --run_dir to the output_dir of a training run."
             )
-        both = [key for key in given_keys() if key.split("#")[0] in FROM_THE_RUN]
-        if both:
-            raise InputError(f"--{both[0]}: the run in run_dir '{self.folder}' says it; leave out one of the two.")
         try:
             config = ConfigParser.load_config_files(str(path))  # with keys such as network_def#channels in their place
             config.pop("imports", None)  # its modules need not be those of today
@@ -84,7 +81,9 @@ class TrainingRun:
             self.datalist, self.trained = str(datalist), TrainedScans(datalist)
 
     def _check_preprocessing(self) -> None:
-        transforms = self._parser.get("preprocessing#transforms", [])
+        steps = self._parser.get("preprocessing#transforms", [])
+        # by a reference to what has a name, since version 0.10.0
+        transforms = [self._parser.get(step[1:], {}) if isinstance(step, str) else step for step in steps]
         names = tuple(str(transform.get("_target_", "")).rpartition(".")[2] for transform in transforms)
         if names != TRANSFORMS:
             raise InputError(
@@ -112,23 +111,46 @@ class TrainingRun:
             )
         return str(path)
 
-    def get(self, key: str, default: Any) -> Any:
-        """The run's value of a key of the config; ``default`` without a run, or where the command line gives the key.
+    def get(self, key: str, given: Any) -> Any:
+        """A setting: the value that was given, else the run's, else the default.
 
         Args:
-            key: such as ``scan_pattern`` or ``preprocessing#transforms#4#lower``.
+            key: ``scan_pattern``, ``keep_aspect`` or ``percentiles``.
+            given: None where nothing was.
         """
-        if self.folder is None or key in given_keys():
-            return default
-        return self._parser.get_parsed_content(key) if self._parser.get(key) is not None else default
+        if given is not None:
+            return given
+        of_run = None if self.folder is None else self._parser.get(key)
+        return DEFAULTS[key] if of_run is None else self._parser.get_parsed_content(key)
 
-    def network(self, default: VDVAE) -> VDVAE:
-        """An untrained network of the run's architecture and the class of ``default``; that one without a run."""
+    def network(self, given: VDVAE) -> VDVAE:
+        """An untrained network of the run's architecture and the class of ``given``; that one without a run.
+
+        Raises:
+            InputError: the network that was given is neither the run's nor the one that inference takes by default.
+        """
         if self.folder is None:
-            return default
-        arguments = self._parser.get_parsed_content("network_def", instantiate=False).resolve_args()
-        return type(default)(**arguments)
+            return given
+        network = type(given)(**_arguments(self._parser))
+        if given.arguments not in (network.arguments, _default_arguments(type(given))):
+            raise InputError(
+                f"network_def or spatial_shape is given, but the run in run_dir '{self.folder}' says them: leave out "
+                "one of the two."
+            )
+        return network
 
     def knows(self, item: Mapping[str, Any]) -> str:
         """Whether the run was trained on a scan, see :meth:`TrainedScans.knows`; empty where that is not known."""
         return "" if self.trained is None else self.trained.knows(item)
+
+
+def _arguments(parser: ConfigParser) -> dict[str, Any]:
+    """Those of a config's network."""
+    return parser.get_parsed_content("network_def", instantiate=False).resolve_args()
+
+
+def _default_arguments(kind: type[VDVAE]) -> dict[str, Any]:
+    """Those of the network that inference takes where nothing is said."""
+    content = ConfigParser.load_config_file(str(INFERENCE))
+    shown = {key: content[key] for key in ("spatial_shape", "network_def")}
+    return kind(**_arguments(ConfigParser(shown))).arguments

@@ -3,9 +3,8 @@
 Without postponed annotations, since TorchScript reads those of a named tuple as they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -47,11 +46,11 @@ def standard_deviation(s: Tensor, bounds: tuple[float, float], form: str) -> Ten
     return lo + (hi - lo) * share if torch.is_grad_enabled() else share.mul_(hi - lo).add_(lo)
 
 
-def draw(mean: Tensor, std: Tensor, temperature: float) -> Tensor:
-    """A draw from ``N(mean, (temperature * std)^2)``; temperature 0 gives the mean without drawing."""
+def draw(mean: Tensor, std: Tensor, temperature: float, draws: Any = None) -> Tensor:
+    """A draw from ``N(mean, (temperature * std)^2)``, see :class:`Draws`; temperature 0 gives the mean undrawn."""
     if temperature == 0:
         return mean
-    noise = gaussian_noise(mean)
+    noise = gaussian_noise(mean, draws)
     scaled = temperature * std
     return mean + scaled * noise if torch.is_grad_enabled() else scaled.mul_(noise).add_(mean)
 
@@ -105,71 +104,41 @@ def memory_order(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1)
 
 
-def _current(variable: ContextVar) -> Any:
-    """What a context has set; nothing in code that ``torch.compile`` makes, which knows no context variables."""
-    return None if torch.compiler.is_compiling() else variable.get()
+@dataclass(frozen=True)
+class Draws:
+    """How what is random in a pass of the network is drawn; handed on from the network to each of its blocks.
 
+    Where the network's code says ``Any``, it is this or None: TorchScript cannot compile it, and never needs it.
 
-_drawing_rule: ContextVar[Callable[[Posterior], Tensor] | None] = ContextVar("drawing_rule", default=None)
-
-
-@contextmanager
-def drawing(rule: Callable[[Posterior], Tensor]) -> Iterator[None]:
-    """Let ``rule(distribution)`` choose z of each latent, instead of a draw.
-
-    It is called inside the decoder's pass, from the coarsest latent on: with the posterior of a latent that is inferred
-    from a scan, else with the prior (which has no ``prior_mean``). Both are conditioned on what the rule chose above.
+    Args:
+        generators: one for each scan of the batch, which draws its noise, on the generator's device. What a scan draws
+            then does not depend on which others are in its batch. None: PyTorch's own generator draws all.
+        rule: ``rule(index, distribution)`` gives z of each latent, instead of the draw that the distribution holds. It
+            is called inside the decoder's pass with the latent's index, coarsest first, and with the posterior of a
+            latent that is inferred from a scan, else with the prior (which has no ``prior_mean``). Both are conditioned
+            on what the rule chose above.
     """
-    token = _drawing_rule.set(rule)
-    try:
-        yield
-    finally:
-        _drawing_rule.reset(token)
+
+    generators: Sequence[torch.Generator] | None = None
+    rule: Callable[[int, Posterior], Tensor] | None = None
 
 
-@contextmanager
-def recording() -> Iterator[list[Posterior]]:
-    """Keep the distribution of each latent of the passes inside, which it does not change, in a list."""
-    found: list[Posterior] = []
-
-    def rule(q: Posterior) -> Tensor:
-        found.append(q)
-        return q.z
-
-    with drawing(rule):
-        yield found
-
-
-def choose(q: Posterior) -> Posterior:
-    """The distribution with the z that the rule of :func:`drawing` chooses, if there is one."""
-    rule = _current(_drawing_rule)
-    return q if rule is None else q._replace(z=rule(q))
-
-
-_scan_generators: ContextVar[Sequence[torch.Generator] | None] = ContextVar("scan_generators", default=None)
-
-
-@contextmanager
-def noise_from(generators: Sequence[torch.Generator] | None) -> Iterator[None]:
-    """Draw the noise of each scan of a batch from a generator of its own, on the generator's device.
-
-    What a scan draws then does not depend on which others are in its batch. None leaves it to PyTorch's own generator.
-    """
-    token = _scan_generators.set(generators)
-    try:
-        yield
-    finally:
-        _scan_generators.reset(token)
+def choose(q: Posterior, index: int, draws: Draws | None) -> Posterior:
+    """The distribution of a latent with the z that the rule of ``draws`` chooses, if there is one."""
+    return q if draws is None or draws.rule is None else q._replace(z=draws.rule(index, q))
 
 
 @torch.jit.unused
-def gaussian_noise(like: Tensor) -> Tensor:
-    """Standard normal noise shaped like a channels-last tensor.
+def gaussian_noise(like: Tensor, draws: Any = None) -> Tensor:
+    """Standard normal noise shaped like a channels-last tensor, from the generators of :class:`Draws`.
 
     Drawn with the channels as the last axis in memory: on a CPU eight times faster than ``randn_like`` of such a one.
+
+    Raises:
+        ValueError: there are not as many generators as scans.
     """
     shape = (*like.shape[2:], like.shape[1])
-    generators = _current(_scan_generators)
+    generators = None if draws is None else draws.generators
     if generators is None:
         return torch.randn((like.shape[0], *shape), device=like.device, dtype=torch.float32).movedim(-1, 1)
     if len(generators) != like.shape[0]:

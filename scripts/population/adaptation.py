@@ -158,8 +158,8 @@ class Adaptation:
         """Scans less the mean of what the prior draws for their covariates."""
         usual = prior.added(features)
         for _ in range(DRAWS):
-            with prior.drawing(gaussian_noise(scans.new_empty(len(scans), prior.factors)), 1.0, features):
-                usual = usual + self.network.decode([], batch_size=len(scans))[0] / DRAWS
+            draws = prior.draws(gaussian_noise(scans.new_empty(len(scans), prior.factors)), 1.0, features)
+            usual = usual + self.network.decode([], batch_size=len(scans), draws=draws)[0] / DRAWS
         return scans - usual
 
     def _save(self, prior: PopulationPrior, kept: float) -> None:

@@ -20,7 +20,7 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.layers.gaussian import Posterior, gaussian_noise
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.effects import Effects
-from scripts.population.prior import PopulationPrior, drawing_innovations, fingerprint, innovation, ratio
+from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
 from scripts.population.sketch import FactorSketch
 from scripts.training.checkpoints import unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
@@ -258,8 +258,8 @@ class PopulationFit:
                 for number in range(self.coding.size):
                     change = torch.zeros(len(vectors.u), self.coding.size)
                     change[:, number] = sign
-                    with drawing_innovations(prior.moved(innovations, change)):
-                        decoded.append(self.network.decode([], 0.0, batch_size=len(change))[0].cpu())
+                    draws = given_innovations(prior.moved(innovations, change))
+                    decoded.append(self.network.decode([], 0.0, batch_size=len(change), draws=draws)[0].cpu())
             below, above = decoded[: self.coding.size], decoded[self.coding.size :]
             for number, (less, more) in enumerate(zip(below, above, strict=True)):
                 found[number] += 2 * (more - less).sum(0)
@@ -327,8 +327,8 @@ class PopulationFit:
             means, variances = [], []
             for _ in range(DISPERSION_DRAWS):
                 coordinates = gaussian_noise(torch.empty(len(vectors.scans), prior.factors))
-                with prior.drawing(coordinates, 1.0, vectors.features):
-                    loc, scale = self.network.decode([], batch_size=len(coordinates))
+                draws = prior.draws(coordinates, 1.0, vectors.features)
+                loc, scale = self.network.decode([], batch_size=len(coordinates), draws=draws)
                 means.append(loc.cpu() + prior.added(vectors.features))
                 variances.append(scale.cpu().square())
             means = torch.stack(means)

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from scripts.data.covariates import CovariateCoding
-from scripts.layers.gaussian import Posterior, drawing, gaussian_noise
+from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
@@ -63,6 +63,7 @@ class PopulationPrior(nn.Module):
     Attributes:
         factors: their number.
         features: the number of numbers that covariates become.
+        path: of the file that it was read from.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
     """
 
@@ -81,6 +82,7 @@ class PopulationPrior(nn.Module):
     ) -> None:
         super().__init__()
         self.coding, self.sharpness, self.dispersion = coding, sharpness, dispersion
+        self.path: Path | None = None
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
         effects = effects or {index: mean[index].new_zeros(0, *mean[index].shape) for index in self.latents}
@@ -204,7 +206,11 @@ class PopulationPrior(nn.Module):
         return (median + 10 * spread.clamp_min(LEAST_SPREAD)).item()
 
     def innovations(
-        self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0, features: Tensor | None = None
+        self,
+        coordinates: Tensor,
+        temperature: float | Sequence[float] = 1.0,
+        features: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> dict[int, Tensor]:
         """A draw of u given the factors, by the latents' indices: ``[batch, channels, *grid]`` each.
 
@@ -212,13 +218,14 @@ class PopulationPrior(nn.Module):
             coordinates: ``[batch, factors]``.
             temperature: multiplies the standard deviation of e; one number, or one per latent.
             features: what the covariates become, ``[batch, features]``; None: they are not known.
+            draws: whose generators draw e.
         """
         drawn = {}
         with torch.autocast(coordinates.device.type, enabled=False):
             for index, (mean, variance, directions, effects) in zip(self.latents, self._parts(), strict=True):
                 u = shifted(mean, effects, features) + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
                 factor = temperature if isinstance(temperature, int | float) else temperature[index]
-                drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u) if factor else u
+                drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u, draws) if factor else u
         return drawn
 
     def added(self, features: Tensor | None) -> Tensor | float:
@@ -236,19 +243,22 @@ class PopulationPrior(nn.Module):
             for index, (mean, _, _, effects) in zip(self.latents, self._parts(), strict=True)
         }
 
-    @contextmanager
-    def drawing(
-        self, coordinates: Tensor, temperature: float | Sequence[float] = 1.0, features: Tensor | None = None
-    ) -> Iterator[None]:
-        """Let ``network.decode([], ...)`` draw its latents from this prior, given the factors.
+    def draws(
+        self,
+        coordinates: Tensor,
+        temperature: float | Sequence[float] = 1.0,
+        features: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> Draws:
+        """What lets ``network.decode([], ..., draws=...)`` draw its latents from this prior, given the factors.
 
         Args:
             coordinates: ``[batch, factors]``; N(0, I) for samples.
             temperature: of what the factors do not say, see :meth:`innovations`.
             features: what the covariates become, ``[batch, features]``; None: they are not known.
+            draws: whose generators draw all noise.
         """
-        with drawing_innovations(self.innovations(coordinates, temperature, features)):
-            yield
+        return given_innovations(self.innovations(coordinates, temperature, features, draws), draws)
 
     def moved(self, innovations: Sequence[Tensor], change: Tensor) -> dict[int, Tensor]:
         """Innovations of the same scans under other covariates: ``[batch, channels, *grid]`` each, by index.
@@ -308,17 +318,19 @@ class PopulationPrior(nn.Module):
         )
 
 
-@contextmanager
-def drawing_innovations(innovations: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let ``network.decode([], ...)`` take these u, by the latents' indices; other latents are drawn as usual."""
-    counter = iter(range(10**9))
+def given_innovations(innovations: Mapping[int, Tensor], draws: Draws | None = None) -> Draws:
+    """What lets ``network.decode([], ..., draws=...)`` take these u, by the latents' indices.
 
-    def rule(p: Posterior) -> Tensor:
-        u = innovations.get(next(counter))
+    Args:
+        innovations: ``[batch, channels, *grid]`` each; latents that are left out are drawn as usual.
+        draws: whose generators draw them.
+    """
+
+    def rule(index: int, p: Posterior) -> Tensor:
+        u = innovations.get(index)
         return p.z if u is None else p.mean + p.std * u.to(p.mean.device)
 
-    with drawing(rule):
-        yield
+    return Draws(None if draws is None else draws.generators, rule)
 
 
 def shifted(mean: Tensor, effects: Tensor, features: Tensor | None) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ignite.distributed as idist
 import torch
 from scripts.utils.errors import InputError
@@ -19,17 +17,12 @@ class FactorSketch:
 
     Args:
         directions: how many to keep.
-        forgetting: what earlier vectors count for after a further one; 1 forgets nothing. With 1 - 1 / n the sketch is
-            of about the last n vectors.
     """
 
-    def __init__(self, directions: int, forgetting: float = 1.0) -> None:
+    def __init__(self, directions: int) -> None:
         if directions < 1:
             raise InputError(f"directions is {directions}: it must be 1 or more.")
-        if not 0 < forgetting <= 1:
-            raise InputError(f"forgetting is {forgetting}: it must be above 0 and at most 1.")
-        self.directions, self.forgetting = directions, forgetting
-        self.count = 0.0
+        self.directions, self.count = directions, 0
         self.mean = self.scatter = self.square = self.basis = torch.zeros(0)
 
     def add(self, shifts: Tensor, ratios: Tensor) -> None:
@@ -42,20 +35,19 @@ class FactorSketch:
         rest = shifts - mean
         self._join(len(shifts), mean, rest, rest.square().sum(0), ratios.square().sum(0))
 
-    def _join(self, count: float, mean: Tensor, rows: Tensor, scatter: Tensor, square: Tensor) -> None:
+    def _join(self, count: int, mean: Tensor, rows: Tensor, scatter: Tensor, square: Tensor) -> None:
         """Take in ``count`` vectors about their ``mean``, whose scatter matrix is ``rows^T rows``."""
         if self.count == 0:
             empty = torch.zeros_like(mean)
             self.mean, self.scatter, self.square, self.basis = empty, empty, empty, mean.new_zeros(0, len(mean))
-        weight = self.forgetting**count
-        before = self.count * weight
+        before = self.count
         self.count = before + count
         shift = mean - self.mean
         between = before * count / self.count
-        rows = torch.cat([self.basis * weight**0.5, rows, between**0.5 * shift[None]])
+        rows = torch.cat([self.basis, rows, between**0.5 * shift[None]])
         self.mean = self.mean + shift * (count / self.count)
-        self.scatter = self.scatter * weight + scatter + between * shift.square()
-        self.square = self.square * weight + square
+        self.scatter = self.scatter + scatter + between * shift.square()
+        self.square = self.square + square
         # of the small Gram matrix: the rows are few and long
         values, vectors = torch.linalg.eigh((rows @ rows.T).double())
         kept = vectors[:, -self.directions :][:, values[-self.directions :] > 1e-6 * values[-1]].float()
@@ -66,14 +58,14 @@ class FactorSketch:
         if idist.get_world_size() == 1:
             return
         names = ("mean", "basis", "scatter", "square")
-        own = self.state_dict()
+        mine = {name: getattr(self, name) for name in names}
         counts = idist.all_gather(self.count)
-        self.count = 0.0
+        self.count = 0
         for rank, count in enumerate(counts):
             if count > 0:
                 # one process's at a time, since each may take as much memory as the network
                 mean, basis, scatter, square = (
-                    idist.broadcast(own[name] if rank == idist.get_rank() else None, src=rank, safe_mode=True)
+                    idist.broadcast(mine[name] if rank == idist.get_rank() else None, src=rank, safe_mode=True)
                     for name in names
                 )
                 self._join(count, mean, basis, scatter, square)
@@ -101,12 +93,3 @@ class FactorSketch:
         directions = self.basis[:rank] * (share / max(self.count - 1, 1) ** 0.5)[:, None]
         variance = self.scatter / max(self.count - 1, 1) - directions.square().sum(0)
         return self.mean, self.square / self.count + variance.clamp_min(0), directions
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: getattr(self, name) for name in ("count", "mean", "basis", "scatter", "square")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        for name, value in state.items():
-            setattr(self, name, value)

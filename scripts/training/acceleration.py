@@ -1,8 +1,7 @@
-"""Fewer launches from Python on a GPU: a compiled network, and a whole update as one CUDA graph."""
+"""Fewer launches from Python on a GPU: a whole update as one CUDA graph."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,36 +9,12 @@ from typing import Any
 
 import torch
 from scripts.utils.errors import InputError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
 WARMUP = 3  # updates before the graph is captured, in which libraries choose their algorithms and states are made
-
-
-def compile_network(network: nn.Module, device: torch.device, recorded: bool = False) -> None:
-    """Let ``torch.compile`` make the network's forward and backward pass, or say why it cannot and leave it as it is.
-
-    Args:
-        network: the network itself, not wrapped for several processes. Its weights keep their names.
-        device: that it trains on.
-        recorded: whether the distributions of its latents are looked at as they are made, as a population prior that
-            follows the training does.
-    """
-    if recorded:
-        reason = "population_prior_from is set, and what a compiled network's latents are is not seen outside"
-    elif device.type != "cuda":
-        reason = f"the device is '{device}', and compiling pays on NVIDIA GPUs"
-    elif importlib.util.find_spec("triton") is None:
-        reason = "the package triton is not installed, which writes the code for the GPU"
-    elif torch.cuda.get_device_capability(device) < (7, 0):
-        reason = f"{torch.cuda.get_device_name(device)} is too old: it needs compute capability 7.0"
-    else:
-        network.compile()
-        logger.info("The network is compiled at the first batch, which takes some minutes.")
-        return
-    logger.warning("compile is True, but %s: the network is run as it is.", reason)
 
 
 def check_graph(device: torch.device, asked: bool | None, **unfit: Any) -> bool:

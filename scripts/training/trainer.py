@@ -17,13 +17,11 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys as Keys
-from scripts.layers.gaussian import Posterior, recording
 from scripts.networks import VDVAEOutput
-from scripts.training.acceleration import GraphedUpdate, check_graph, compile_network
+from scripts.training.acceleration import GraphedUpdate, check_graph
 from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.numbers import BatchNote, BatchNumbers, NumberEvents
-from scripts.training.population_training import RunningPopulationPrior
 from scripts.training.precision import LowPrecision, autocast
 from scripts.training.update import GuardedStep, place_counters
 from scripts.utils.devices import on_device
@@ -79,10 +77,7 @@ class VDVAETrainer(SupervisedTrainer):
         accumulation_steps: batches whose gradients make one update.
         log_interval: updates from one look at the numbers to the next, where the host runs ahead of the device (a GPU).
             It would have to wait for them otherwise.
-        compile: let ``torch.compile`` make the network's passes, on a GPU.
         cuda_graph: let a GPU repeat whole updates as one CUDA graph; None: where nothing speaks against it.
-        population_prior: the KL divergence is taken to this running prior instead of the network's own.
-        population_prior_from: from so many updates on; before, it only follows.
 
     Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
     their gradients. Under float16 the loss scaler lowers its scale on each. ``engine.state`` gains ``updates`` (tried
@@ -112,10 +107,7 @@ class VDVAETrainer(SupervisedTrainer):
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         log_interval: int = 10,
-        compile: bool = False,
         cuda_graph: bool | None = False,
-        population_prior: RunningPopulationPrior | None = None,
-        population_prior_from: int = 0,
         non_blocking: bool = True,
         inferer: Inferer | None = None,
         key_train_metric: dict[str, Metric] | None = None,
@@ -149,7 +141,6 @@ class VDVAETrainer(SupervisedTrainer):
         self.skip_grad_norm = skip_grad_norm
         self.skip_warmup = skip_warmup
         self.amp_dtype = amp_dtype
-        self.population_prior, self.population_prior_from = population_prior, population_prior_from
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.penalty = WeightPenalty(self.parameters, weight_penalty) if weight_penalty else None
         kind = self.state.device.type
@@ -161,20 +152,16 @@ class VDVAETrainer(SupervisedTrainer):
         self.step = GuardedStep(network, optimizer)
         self.numbers = BatchNumbers(self, log_interval, max_skips)
         self.state.updates = 0
-        if compile:
-            compile_network(unwrap(network), self.state.device, population_prior is not None)
         unfit = {
             "accumulation_steps": accumulation_steps > 1 and accumulation_steps,
-            "population_prior_from": population_prior is not None and population_prior_from,
             "amp_dtype": needs_scaling and torch.float16,
             "network_def#checkpoint_levels": unwrap(network).arguments["checkpoint_levels"],
             "the number of processes": isinstance(network, DistributedDataParallel) and idist.get_world_size(),
         }
         graphs = check_graph(self.state.device, cuda_graph, **unfit)
         self.graphed = GraphedUpdate(self._batch, optimizer) if graphs else None
-        # a compiled network casts within other operations; several processes send gradients while others are computed
-        alone = network is unwrap(network) and network._compiled_call_impl is None
-        self.low_precision = LowPrecision(network) if amp and alone else None
+        # several processes send gradients while others are computed
+        self.low_precision = LowPrecision(network) if amp and network is unwrap(network) else None
 
     @property
     def epoch_ends(self) -> bool:
@@ -199,7 +186,7 @@ class VDVAETrainer(SupervisedTrainer):
         results = run(scans, **settings)
         state.output = {Keys.IMAGE: scans, **results}
         if last:
-            engine._end_update(results["taken"])
+            engine._end_update()
         note = BatchNote(state.iteration, state.updates if last else None, _names(batchdata, len(scans)), learning_rate)
         engine.numbers.add(state.output, note)
         if engine.epoch_ends:
@@ -229,31 +216,19 @@ class VDVAETrainer(SupervisedTrainer):
         # gradients travel between processes once per update, not once per batch
         waits = isinstance(self.network, DistributedDataParallel) and not last
         with self.network.no_sync() if waits else contextlib.nullcontext():
-            recorded = contextlib.nullcontext([]) if self.population_prior is None else recording()
-            with autocast(self.state.device, self.amp, self.amp_dtype), recorded as posteriors:
+            with autocast(self.state.device, self.amp, self.amp_dtype):
                 network = self.network if self.low_precision is None else self.low_precision.cast()
                 output = self.inferer(scans, network)
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
             loss, nll = self.loss_function(output, scans, beta)
-            if self.population_prior is not None:
-                loss = loss - beta * self._population_gain(posteriors)
             self.fire_event(IterationEvents.LOSS_COMPLETED)
             self.scaler.scale(loss / batches).backward()
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
         loss = loss.detach() if self.penalty is None else loss.detach() + self.penalty.value()
-        if self.population_prior is not None:
-            self.population_prior.observe(posteriors)
         norm, taken = self._step(largest_norm) if last else (torch.zeros_like(loss), torch.ones_like(loss))
         quantities = step_quantities(output, nll, scans)
         return {Keys.PRED: output, Keys.LOSS: loss, **quantities, "grad_norm": norm, "taken": taken}
-
-    def _population_gain(self, posteriors: Sequence[Posterior]) -> Tensor:
-        """What the KL to the population prior is less than that to the network's own, a scalar in nats per scan."""
-        gain = self.population_prior.log_ratio(posteriors)
-        if gain is None or self.state.updates < self.population_prior_from:
-            return torch.zeros((), device=self.state.device)
-        return gain.mean()
 
     @property
     def largest_norm(self) -> float:
@@ -284,11 +259,9 @@ class VDVAETrainer(SupervisedTrainer):
         self.scaler.update()
         return norm, taken
 
-    def _end_update(self, taken: Tensor) -> None:
+    def _end_update(self) -> None:
         """What the host has to do with an update."""
         self.state.updates += 1
-        if self.population_prior is not None:
-            self.population_prior.update(take=bool(taken))
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 

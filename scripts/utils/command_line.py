@@ -71,3 +71,8 @@ def check_options(commands: Callable | dict[str, Callable], words: Sequence[str]
         known = ", ".join(f"--{name}" for name in known)
         print(f"Error: there is no option {word.split('=')[0]}: did you mean {known}?", file=sys.stderr)
         sys.exit(2)
+
+
+def program_words() -> list[str]:
+    """What this program's command line says after the program's name; no other module reads it."""
+    return sys.argv[1:]

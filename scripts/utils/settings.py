@@ -6,17 +6,17 @@ import ast
 import difflib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
 from scripts.utils.arguments import check_integer
+from scripts.utils.command_line import program_words
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_text
 
-__all__ = ["command_line_config", "given_keys", "given_value", "save_config"]
+__all__ = ["command_line_config", "save_config"]
 
 # of ``python -m monai.bundle run`` itself
 MONAI_ARGUMENTS = {
@@ -33,6 +33,7 @@ MONAI_ARGUMENTS = {
     "bundle_root",
     "_meta_",
 }
+RENAMED = {"covariates": "predict_covariates"}  # jobs, by their names in earlier versions
 NO_JOBS = ("imports", "initialize", "finalize")
 # whole numbers, and the least that makes sense
 LEAST = {
@@ -64,7 +65,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             gives a string instead of True or False, such as ``false``, which counts as true, or instead of a number or
             list, or gives a value that makes no sense; or there is no such job.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = program_words() if arguments is None else arguments
     options = _options(arguments)
     if "config_file" not in options:
         return {}
@@ -89,24 +90,12 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
     return config
 
 
-def given_keys() -> set[str]:
-    """The keys of the config that this program's command line gives."""
-    return {key.replace("::", "#") for key in _options(sys.argv[1:])}
-
-
-def given_value(key: str) -> Any:
-    """The value that this program's command line gives a key; None where it gives none.
-
-    For an option that has the name of a job, so that no reference to the key can tell it.
-    """
-    options = _options(sys.argv[1:])
-    return _literal(options[key]) if key in options else None
-
-
 def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[str, str]) -> None:
     """Refuse what no config file calls a job, before anything is read; MONAI would say so after ``initialize``."""
     named = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("--") else "run"
     job = options.get("run_id", named)
+    if job in RENAMED and not _is_job(config.get(job)):
+        raise InputError(f"The job '{job}' has another name since version 0.10.0: run {RENAMED[job]}.")
     if job not in config:
         jobs = [key for key in config if key not in NO_JOBS and _is_job(config[key])]
         raise InputError(f"The config files have no job '{job}'; those that exist are {', '.join(jobs)}.")

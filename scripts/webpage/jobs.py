@@ -1,7 +1,7 @@
 """What the page can ask of a trained network: each job a generator of steps, see :mod:`scripts.webpage.work`.
 
-They use the inferers, the preprocessing and the seeds of configs/inference.json, so that a scan's numbers are those of
-its jobs. Volumes lie on the network's grid: scans and what the network makes of them from 0 (background) to 1.
+They are made by the functions of :mod:`scripts.inference.jobs`, so that a scan's numbers are those of its jobs. Volumes
+lie on the network's grid: scans and what the network makes of them from 0 (background) to 1.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
-from scripts.data.covariate_tables import parse_row, read_rows
 from scripts.data.covariates import Categorical, Continuous
-from scripts.data.transforms import ScanError
-from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets
-from scripts.inference.engine import scan_generator
-from scripts.inference.inferers import CoordinateDecoding, Encoding, Imputation, Interpolation, Reconstruction, Sampling
+from scripts.inference import jobs
+from scripts.inference.covariates import need_covariates, targets
+from scripts.inference.engine import ScanEvaluator, read_item
+from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction
 from scripts.inference.layouts import channel_labels
 from scripts.inference.outputs import from_zero_to_one
-from scripts.layers.gaussian import noise_from
 from scripts.layers.levels import find_level, grid_key, grid_name
 from scripts.population.prior import PopulationPrior
-from scripts.utils.errors import InputError
+from scripts.utils.devices import on_device
+from scripts.utils.errors import BundleError, InputError, root_cause
+from scripts.utils.names import image_files
 from scripts.webpage.cohort import SCORES, Cohort
 from scripts.webpage.images import painted, picture, volume
 from scripts.webpage.work import Result, Steps, request_key
@@ -56,23 +56,17 @@ class Jobs:
     """
 
     def __init__(self, config: ConfigParser) -> None:
-        self._config = config
-        self.network = config.get_parsed_content("network").eval()
-        self.prior: PopulationPrior | None = config.get_parsed_content("population_prior")
-        self.cohort = Cohort(config.get_parsed_content("scans"), config.get_parsed_content("columns"))
-        self.name = str(config.get_parsed_content("ckpt"))
+        self.common = config.get_parsed_content("common")
+        self.network = self.common.network.eval()
+        self.prior: PopulationPrior | None = self.common.prior
+        self.cohort = Cohort(self.common.cohort.items, self.common.cohort.columns)
+        self.name = str(self.common.ckpt)
         self.device = next(self.network.parameters()).device
-        covariates = config.get_parsed_content("scan_folder"), config.get_parsed_content("covariates_file")
-        with_covariates = self.prior is not None and self.prior.coding is not None
-        self._known = read_rows(self.cohort.items, *covariates) if with_covariates else None
-        self._preprocessing = config.get_parsed_content("scored#preprocessing")
-        self._scoring = config.get_parsed_content("scoring_inferer")
-        self._features_of = config.get_parsed_content("features_of")
-        self._range = config.get_parsed_content("output_range")
-        patterns = ensure_tuple(config.get_parsed_content("pattern"))
+        self._scoring: ScanEvaluator = config.get_parsed_content("scoring")
+        self._range = self.common.value_range
+        patterns = ensure_tuple(self.common.cohort.pattern)
         count = self.network.in_channels
         self._channels = channel_labels(patterns if len(patterns) == count > 1 else [""] * count)
-        self._seed = config.get_parsed_content("seed")
         self._iterations = config.get_parsed_content("iterations")
         self._decoded = lru_cache(maxsize=8)(self._decode)
         self.kinds: dict[str, Callable[..., Steps]] = {
@@ -127,36 +121,39 @@ class Jobs:
             raise InputError(f"The job '{kind}' was asked for wrongly: {error}.") from error
         return request_key(kind, arguments), job(**arguments)
 
+    @cached_property
+    def _reconstruction(self) -> ScanEvaluator:
+        return jobs.reconstruct(self.common, Reconstruction(levels="each"))
+
+    @cached_property
+    def _encoding(self) -> ScanEvaluator:
+        return jobs.encode(self.common)
+
+    @cached_property
+    def _deviation(self) -> ScanEvaluator:
+        return jobs.deviation(self.common, DRAWS)
+
     # each scan is read again when it is asked for: a cohort need not fit into memory
-    def _read(self, index: Any) -> dict[str, Any]:
-        """A scan after preprocessing, which does not clip it, with the covariates that are known of it.
+    def _read(self, index: Any, job: ScanEvaluator | None = None) -> dict[str, Any]:
+        """A scan after a job's preprocessing, that of scores by default.
 
         Raises:
-            ScanError: it cannot be used; its row says so then.
-            ValueError: there is no such scan, or one of its covariates makes no sense.
+            BundleError: it cannot be used; its row says so then.
+            InputError: there is no such scan.
         """
-        item = self.cohort.items[self.cohort.check(index)]
+        index = self.cohort.check(index)
         try:
-            found = self._preprocessing(item)
-        except (ScanError, RuntimeError) as error:  # Compose wraps the one in the other
-            cause = error if isinstance(error, ScanError) else error.__cause__
-            if not isinstance(cause, ScanError):
-                raise
-            self.cohort.note(index, error=str(cause))
-            raise cause from None
-        if self._known is not None:
-            found["covariates"] = parse_row(self.prior.coding, item, self._known[index])
-        return found
-
-    def _unclipped(self, item: Mapping[str, Any]) -> Tensor:
-        return item["image"].as_tensor()[None].to(self.device)
+            return read_item((job or self._scoring).dataset, index)
+        except Exception as error:
+            cause = root_cause(error)  # MONAI's Compose wraps it
+            if isinstance(cause, BundleError):
+                self.cohort.note(index, error=str(cause))
+                raise cause from None
+            raise
 
     def _inputs(self, item: Mapping[str, Any]) -> Tensor:
-        return self._unclipped(item).clamp(*self._range)
-
-    def _features(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        found = self._features_of([item])
-        return {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in found.items()}
+        """A scan as the network sees it, ``[1, channels, *spatial]``."""
+        return item["image"].as_tensor()[None].to(self.device).clamp(*self._range)
 
     def _unit(self, images: Tensor) -> Tensor:
         """The first scan of a batch, from 0 to 1, ``[channels, *spatial]``."""
@@ -190,8 +187,7 @@ class Jobs:
         return Result({"scored": len(indices)})
 
     def _score(self, index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
-        with noise_from([scan_generator(self._seed, self.cohort.row(index)["image"])]):
-            found = self._scoring(self._unclipped(item), self.network, **self._features(item))
+        found = self._scoring.compute([item])
         scores = {name: float(found[name]) for name in SCORES if name in found}
         self.cohort.note(index, error="", **{name: value for name, value in scores.items() if math.isfinite(value)})
         return found
@@ -203,7 +199,7 @@ class Jobs:
         item = self._read(index)
         inputs, affine = self._inputs(item), item["image"].affine
         yield 1, 3
-        found = Reconstruction(levels="each")(inputs, self.network)
+        found = self._reconstruction.compute([self._read(index, self._reconstruction)])
         yield 2, 3
         scored = self._score(index, item)
         files = {"scan": self._unit(inputs), "restored": self._unit(scored["restored"])}
@@ -219,26 +215,25 @@ class Jobs:
     def deviation(self, index: int, channel: int = 0) -> Steps:
         """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
         channel = self._channel(channel)
-        prior = need_covariates(self.prior)
+        job = self._deviation
         yield 0, DRAWS
-        item = self._read(index)
-        generator = scan_generator(self._seed, self.cohort.row(index)["image"])
-        results = Deviation(prior, DRAWS).refined(self._inputs(item), self.network, self._features(item)["features"])
+        item = self._read(index, job)
+        (batch,) = on_device([job.batch([item])], self.device)
+        scans, inputs, arguments = batch
+        results = job.inferer.refined(inputs, self.network, arguments["features"], job.draws(scans.items))
         for done in range(2, DRAWS + 1):
-            with noise_from([generator]):
-                found = next(results)
+            found = next(results)
             yield done, DRAWS
         image = volume(found["deviation"][0][channel], item["image"].affine)
         return Result({"known": _known(item)}, {"deviation.nii.gz": image})
 
     def coordinates(self, index: int) -> Steps:
         """A scan's coordinates in the population prior."""
-        prior = self._need_prior()
+        self._need_prior()
         yield 0, 2
-        item = self._read(index)
+        item = self._read(index, self._encoding)
         yield 1, 2
-        found = Encoding(prior=prior)(self._inputs(item), self.network)["coordinates"][0]
-        return Result({"coordinates": found.tolist()})
+        return Result({"coordinates": self._encoding.compute([item])["coordinates"][0].tolist()})
 
     def _need_prior(self) -> PopulationPrior:
         if self.prior is None:
@@ -293,22 +288,22 @@ class Jobs:
         for value in temperature.values() if isinstance(temperature, Mapping) else [temperature]:
             if isinstance(value, float | int) and not 0 <= value <= HOTTEST:
                 raise InputError(f"temperature is {value!r}: it must be from 0 to {HOTTEST}.")
-        inferer = Sampling(temperature, prior=chosen, covariates=covariates or None)
         if covariates:
             self._check_near(covariates)
+        common = self.common.replace(prior=chosen, seed=seed)
+        job = jobs.sample(common, count, temperature, covariates=covariates or None)
         yield 0, count
-        files, images = {}, []
+        files = {}
         for number in range(1, count + 1):
-            with noise_from([scan_generator(seed, f"{number:04d}")]):
-                image = self._unit(inferer(1, self.network)["sample"])[channel].cpu()
-            images.append(image)
+            drawn = job.compute([read_item(job.dataset, number - 1)])["sample"]
+            image = self._unit(drawn)[channel].cpu()
             files[f"sample_{number:04d}.nii.gz"] = volume(image, self.network.scan_affine)
             files[f"sample_{number:04d}.png"] = picture(image)
             yield number, count
         return Result({"count": count}, files)
 
     def _check_near(self, covariates: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` where a number lies far outside of what the prior's cohort had."""
+        """Raise ``InputError`` where a number lies far outside of what the prior's cohort had."""
         for name, value in self.prior.coding.given(covariates).items():
             variable = self.prior.coding.variables[name]
             if variable.kind == "continuous" and value is not None:
@@ -323,23 +318,23 @@ class Jobs:
     def change(self, index: int, covariates: Mapping[str, Any], channel: int = 0) -> Steps:
         """A scan under other covariates, of which one may be a list: a film strip."""
         channel = self._channel(channel)
-        prior = need_covariates(self.prior)
-        wanted = targets(prior.coding, covariates)
+        wanted = targets(need_covariates(self.prior).coding, covariates)
         if len(wanted) > MOST_STEPS:
             raise InputError(f"{len(wanted)} values were asked for: {MOST_STEPS} are the most.")
         for values in wanted.values():
             self._check_near(values)
         yield 0, len(wanted) + 1
         item = self._read(index)
-        inputs, features = self._inputs(item), self._features(item)
+        inputs = self._inputs(item)
         frames = [("as it is", inputs)]
-        for name, values in wanted.items():
+        for values in wanted.values():
             yield len(frames), len(wanted) + 1
-            found = Counterfactual(prior, {name: values})(inputs, self.network, **features)
+            job = jobs.counterfactual(self.common, values)
             label = ", ".join(
                 f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
             )
-            frames.append((label, inputs + found[f"change{name}"]))
+            change = job.compute([{**item, "image": item["image"].clamp(*self._range)}])["change"]
+            frames.append((label, inputs + change))
         return self._strip(frames, item["image"], channel, {"known": _known(item)})
 
     def mix(
@@ -353,14 +348,13 @@ class Jobs:
             for level in levels:
                 find_level("levels", level, self.network.grids())
         yield 0, 2
-        items = [self._read(index) for index in (first, second)]
+        ends = [self._read(index)["image"] for index in (first, second)]
+        job = jobs.interpolate(self.common, [image_files(image) for image in ends], steps, levels)
         yield 1, 2
-        inferer = Interpolation(steps, levels)
-        pair = torch.stack([self._inputs(item) for item in items], dim=1)
-        found = inferer(pair, self.network)
+        found = job.compute([read_item(job.dataset, 0)])
         shares = [f"{step / (steps - 1):.0%}" for step in range(steps)]
-        frames = [(share, found[name]) for share, name in zip(shares, inferer.images(), strict=True)]
-        return self._strip(frames, items[0]["image"], channel, {})
+        frames = [(share, found[name]) for share, name in zip(shares, job.inferer.images(), strict=True)]
+        return self._strip(frames, ends[0], channel, {})
 
     def scan(self, index: int, channel: int = 0) -> Steps:
         """A scan alone."""
@@ -380,13 +374,12 @@ class Jobs:
         item = self._read(index)
         inputs = self._inputs(item)
         hidden = missing[None, None].to(self.device)
-        generator = scan_generator(self._seed, self.cohort.row(index)["image"])
+        noise = self._scoring.draws([item])
         images = []
         for draw in range(draws):
-            chain = Imputation(self._iterations, draws).chain(inputs, self.network, hidden)
+            chain = Imputation(self._iterations, draws).chain(inputs, self.network, hidden, noise)
             for done in range(self._iterations):
-                with noise_from([generator]):
-                    filled = next(chain)
+                filled = next(chain)
                 yield draw * self._iterations + done + 1, total
             images.append(self._unit(filled)[channel].cpu())
         scan, stack = self._unit(inputs)[channel].cpu(), torch.stack(images)
