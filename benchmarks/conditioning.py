@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.covariates import KINDS, People, year_shifts
 from benchmarks.peers import stack
 from benchmarks.trials import append, endless_order
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
 from scripts.data.phantom_people import Cohort
 from scripts.inference.scoring import foreground
@@ -152,7 +152,7 @@ def main(
     parser.update({"last_checkpoint": None, "weights": weights, "updates": updates, "dataset_dir": dataset_dir})
     parser.update({"cache_dir": str(folder / "cache"), "augment": False, "num_workers": 0, **changes})
     training = stack(parser.get_parsed_content("train#dataset"))
-    rows = read_rows(parser.get_parsed_content("datalist")["training"], dataset_dir)
+    rows = Covariates(parser.get_parsed_content("datalist")["training"], dataset_dir).rows
     coding = CovariateCoding.learn(KINDS, rows)
     features = torch.stack([coding.numbers(coding.parse(row)) for row in rows])
     network = load_weights(parser.get_parsed_content("network_def"), weights)

@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
 from scripts.data.phantom_anatomy import random_streams
@@ -165,7 +165,7 @@ def main(
     prior = need_covariates(parser.get_parsed_content("population_prior"))
     coding, preprocess = prior.coding, parser.get_parsed_content("preprocessing")
     items, _, _ = list_sides(dataset_dir)
-    rows = [coding.parse(row) for row in read_rows(items["training"], dataset_dir)]
+    rows = [coding.parse(row) for row in Covariates(items["training"], dataset_dir).rows]
     training = torch.stack(
         [preprocess(dict(item))["image"].as_tensor() for item in tqdm(items["training"], "training scans", unit="scan")]
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from joblib import delayed
 from scripts.data.datalist import find_scans
-from scripts.data.subjects import subject_names
+from scripts.data.subjects import session_name, subject_names
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
@@ -82,7 +82,7 @@ def check(
 
     from scripts.data.check_report import Report, contact_sheet, write_rows
     from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
-    from scripts.data.covariate_tables import describe_participants
+    from scripts.data.covariate_tables import Covariates
     from scripts.data.inspection import THUMBNAIL, inspect_scan
     from scripts.data.transforms import CheckScand
     from scripts.data.unmatched import find_unmatched
@@ -119,7 +119,15 @@ def check(
     tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
     write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
-    covariates = describe_participants(Path(dataset_dir).expanduser(), subjects)
+    items = [
+        {"image": str(paths[0]), "subject": subject, "session": session_name(name[0])}
+        for paths, name, subject in zip(files, names, subjects, strict=True)
+    ]
+    try:
+        known = Covariates(items, root)
+        covariates = [*known.describe(), *known.without_rows()]
+    except InputError as error:
+        covariates = [str(error)]
     return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from monai.data import Dataset
 from monai.transforms import Transform
-from scripts.data.covariate_tables import read_table
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
+from scripts.data.tables import read_table
 from scripts.inference.covariates import AddChanged, Counterfactual, summary, targets
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.layouts import ScanLayout

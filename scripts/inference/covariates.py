@@ -17,7 +17,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
-from scripts.data.covariate_tables import parse_rows, read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
@@ -69,17 +69,16 @@ def with_covariates(
 
     Args:
         scans: items of a data set.
-        dataset_dir, covariates_file: see :func:`scripts.data.covariate_tables.read_rows`.
+        dataset_dir, covariates_file: see :class:`scripts.data.covariate_tables.Covariates`.
         prior: with covariates or without.
-        unseen: see :func:`scripts.data.covariate_tables.parse_rows`.
+        unseen: see its method ``values``.
 
     Raises:
         ValueError: a value makes no sense, or the cohort had no such category.
     """
     if prior is None or prior.coding is None:
         return [dict(item) for item in scans]
-    rows = read_rows(scans, dataset_dir, covariates_file)
-    parsed = parse_rows(prior.coding, scans, rows, unseen)
+    parsed = Covariates(scans, dataset_dir, covariates_file).values(prior.coding, unseen)
     return [{**item, "covariates": values} for item, values in zip(scans, parsed, strict=True)]
 
 

@@ -16,7 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
-from scripts.data.covariate_tables import parse_row, read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import Categorical, Continuous
 from scripts.data.transforms import ScanError
 from scripts.inference.covariates import Counterfactual, Deviation, need_covariates, targets
@@ -64,7 +64,7 @@ class Jobs:
         self.device = next(self.network.parameters()).device
         covariates = config.get_parsed_content("scan_folder"), config.get_parsed_content("covariates_file")
         with_covariates = self.prior is not None and self.prior.coding is not None
-        self._known = read_rows(self.cohort.items, *covariates) if with_covariates else None
+        self._known = Covariates(self.cohort.items, *covariates) if with_covariates else None
         self._preprocessing = config.get_parsed_content("scored#preprocessing")
         self._scoring = config.get_parsed_content("scoring_inferer")
         self._features_of = config.get_parsed_content("features_of")
@@ -145,7 +145,7 @@ class Jobs:
             self.cohort.note(index, error=str(cause))
             raise cause from None
         if self._known is not None:
-            found["covariates"] = parse_row(self.prior.coding, item, self._known[index])
+            found["covariates"] = self._known.values_of(index, self.prior.coding)
         return found
 
     def _unclipped(self, item: Mapping[str, Any]) -> Tensor:
