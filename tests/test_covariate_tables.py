@@ -215,7 +215,7 @@ def test_a_table_of_a_spreadsheet_is_read_with_a_warning(tmp_path, caplog):
         ("a,b\n1,2\n".encode("utf-16-le"), "holds zero bytes"),
         (b"a,b\n1,2,3\n", r"cannot be read as a table \(.*line 2"),
         (b'a,b\n1,"2\n', "cannot be read as a table"),
-        (b"a,a\n1,2\n", "several columns 'a'"),
+        (b"a,a\n1,2\n", "has several columns 'a'"),
     ],
 )
 def test_what_is_no_table_is_refused_by_name(tmp_path, content, message):
