@@ -25,7 +25,7 @@ from scripts.data.subjects import session_name, subject_names
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder
+from scripts.utils.files import as_folder, expand
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -76,7 +76,7 @@ def check(
     _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
     if not isinstance(scan_pattern, str) and len(scan_pattern) != channels:
         raise InputError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
-    root = Path(str(dataset_dir)).expanduser()
+    root = Path(expand(dataset_dir))
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
 

@@ -40,7 +40,7 @@ from scripts.data.phantom_people import Cohort
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
 from scripts.utils.errors import ExistsError, InputError
-from scripts.utils.files import as_folder, write_bytes, write_csv, write_text
+from scripts.utils.files import as_folder, expand, write_bytes, write_csv, write_text
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -140,7 +140,7 @@ def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike
         cohort: what else :py:func:`make_brains` takes.
     """
     if dataset_dir != phantom_dir:
-        return str(dataset_dir)
+        return expand(dataset_dir)
     from scripts.utils.distributed import from_rank_zero  # Ignite comes with it, 700 modules, and no command needs it
 
     return from_rank_zero(make_brains, phantom_dir, count, **cohort)
@@ -210,14 +210,14 @@ def _make_cohort(
             jobs.append(delayed(_write_phantom)(phantom, index, image_path, mask_path, world))
     if not jobs:
         logger.info("%s: all %d phantoms (%s) are there already.", folder, len(indices), recipe["kind"])
-        return str(output_dir)
+        return str(folder)
 
     logger.info("Making %d of %d phantoms (%s) in %s.", len(jobs), len(indices), recipe["kind"], folder)
     if mask_folder is not None:
         mask_folder.mkdir(parents=True, exist_ok=True)
     for _ in run_parallel(jobs, workers or choose_workers(len(jobs)), f"phantoms ({recipe['kind']})", in_order=False):
         pass
-    return str(output_dir)
+    return str(folder)
 
 
 def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) -> None:
@@ -266,7 +266,7 @@ def _write_phantom(
 
 
 def _beside(output_dir: str | os.PathLike) -> Path:
-    folder = Path(str(output_dir)).expanduser().resolve()
+    folder = Path(expand(output_dir)).resolve()
     return folder.with_name(folder.name + "_masks")
 
 

@@ -17,6 +17,7 @@ from scripts.data.covariates import CovariateCoding, Value, check_kinds, missing
 from scripts.data.datalist import common_root
 from scripts.data.tables import ScanName, ScanTable
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import expand
 from scripts.utils.names import item_path
 from torch import Tensor
 
@@ -58,9 +59,9 @@ class Covariates:
         dataset_dir: str | os.PathLike,
         covariates_file: str | os.PathLike | None = None,
     ) -> None:
-        place = Path(dataset_dir).expanduser()
+        place = Path(expand(dataset_dir))
         root = Path(common_root(items, place))
-        paths = [os.path.normpath(Path(item_path(item)).expanduser().absolute()) for item in items]
+        paths = [os.path.normpath(Path(item_path(item)).absolute()) for item in items]
         self._scans = [_scan_name(item, path, root) for item, path in zip(items, paths, strict=True)]
         self._places = {item_path(item): index for index, item in enumerate(items)}
         participants = _read_participants(root)
@@ -309,7 +310,7 @@ def _read_sessions(root: Path, subject: str) -> ScanTable | None:
 
 
 def _read_own_table(covariates_file: str | os.PathLike) -> ScanTable:
-    path = Path(covariates_file).expanduser()
+    path = Path(expand(covariates_file))
     if not path.is_file():
         raise NotFoundError(f"covariates_file '{covariates_file}' does not exist: check the path.")
     table = ScanTable(path)
@@ -330,7 +331,7 @@ def _datalist_fields(path: Path) -> dict[str, dict[str, Any]]:
         for entry in side if isinstance(side, list) else ():
             if isinstance(entry, dict) and entry.get("image"):
                 first = entry["image"] if isinstance(entry["image"], str) else entry["image"][0]
-                absolute = os.path.normpath(path.parent.absolute() / Path(first).expanduser())
+                absolute = os.path.normpath(path.parent.absolute() / expand(first))
                 found[absolute] = {
                     k: v for k, v in entry.items() if isinstance(v, str | int | float) and k not in NO_COVARIATES
                 }
