@@ -29,10 +29,10 @@ from torch import Tensor
 from benchmarks.covariates import KINDS, People, brain_age, in_batches
 from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
-from scripts.data.phantom_people import Cohort
 from scripts.inference.covariates import CovariatePosterior, Deviation
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
+from scripts.phantoms.people import Cohort
 from scripts.population.prior import PopulationPrior
 from scripts.utils.command_line import run
 

@@ -29,9 +29,9 @@ from benchmarks.peers import stack
 from benchmarks.trials import append, endless_order
 from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
-from scripts.data.phantom_people import Cohort
 from scripts.inference.scoring import foreground
 from scripts.networks import VDVAE
+from scripts.phantoms.people import Cohort
 from scripts.population.prior import drawing_innovations, innovation
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood

@@ -30,13 +30,13 @@ from tqdm import tqdm
 from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
-from scripts.data.phantom_anatomy import random_streams
-from scripts.data.phantom_images import brain_phantom
-from scripts.data.phantom_people import AGES, SITES, Cohort, Person
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Sampling
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
+from scripts.phantoms.anatomy import random_streams
+from scripts.phantoms.images import brain_phantom
+from scripts.phantoms.people import AGES, SITES, Cohort, Person
 from scripts.population.prior import innovation
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
