@@ -27,12 +27,12 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from benchmarks.covariates import KINDS, People, brain_age, in_batches
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
-from scripts.data.phantom_people import Cohort
 from scripts.inference.covariates import CovariatePosterior, Deviation
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
+from scripts.phantoms.people import Cohort
 from scripts.population.prior import PopulationPrior
 from scripts.utils.command_line import run
 
@@ -121,7 +121,7 @@ def main(
     networks = list(ensure_tuple(network_config))
     jobs = Jobs(Path(output_dir), networks)
     items = list_sides(Path(dataset_dir).absolute())[0]["training"]
-    rows = read_rows(items, dataset_dir)
+    rows = Covariates(items, dataset_dir).rows
     everyone = [{**item, **{name: row[name] for name in KINDS}} for item, row in zip(items, rows, strict=True)]
     cohort, new = ([item for item in everyone if (item["site"] == site) == own] for own in (False, True))
     ways = treat(jobs, Path(ckpt).absolute(), cohort, new[:adapt_to], site, epochs, learning_rate)

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from benchmarks.covariates import KINDS, People, year_shifts
 from benchmarks.peers import stack
 from benchmarks.trials import append, endless_order
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
-from scripts.data.phantom_people import Cohort
 from scripts.inference.scoring import foreground
 from scripts.networks import VDVAE
-from scripts.population.prior import given_innovations, innovation
+from scripts.phantoms.people import Cohort
+from scripts.population.prior import drawing_innovations, innovation
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
@@ -112,8 +112,8 @@ def counterfactual(network: VDVAE, conditioning: Conditioning, scans: Tensor, ow
     with conditioning.given(own):
         output, posteriors = network.infer(scans, temperature=0.0)
     kept = dict(enumerate(innovation(q) for q in posteriors))
-    with conditioning.given(other):
-        loc, scale = network.decode([], temperature=0.0, batch_size=len(scans), draws=given_innovations(kept))
+    with conditioning.given(other), drawing_innovations(kept):
+        loc, scale = network.decode([], temperature=0.0, batch_size=len(scans))
     changed = (loc + scale * (scans - output.loc) / output.scale).clamp(-1, 1)
     return torch.where(foreground(scans, network) | foreground(loc, network), changed, scans)
 
@@ -152,7 +152,7 @@ def main(
     parser.update({"last_checkpoint": None, "weights": weights, "updates": updates, "dataset_dir": dataset_dir})
     parser.update({"cache_dir": str(folder / "cache"), "augment": False, "num_workers": 0, **changes})
     training = stack(parser.get_parsed_content("train#dataset"))
-    rows = read_rows(parser.get_parsed_content("datalist")["training"], dataset_dir)
+    rows = Covariates(parser.get_parsed_content("datalist")["training"], dataset_dir).rows
     coding = CovariateCoding.learn(KINDS, rows)
     features = torch.stack([coding.numbers(coding.parse(row)) for row in rows])
     network = load_weights(parser.get_parsed_content("network_def"), weights)

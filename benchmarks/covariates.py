@@ -27,16 +27,16 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.data.covariate_tables import read_rows
+from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
-from scripts.data.phantom_anatomy import random_streams
-from scripts.data.phantom_images import brain_phantom
-from scripts.data.phantom_people import AGES, SITES, Cohort, Person
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Sampling
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
+from scripts.phantoms.anatomy import random_streams
+from scripts.phantoms.images import brain_phantom
+from scripts.phantoms.people import AGES, SITES, Cohort, Person
 from scripts.population.prior import innovation
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
@@ -165,7 +165,7 @@ def main(
     prior = need_covariates(parser.get_parsed_content("population_prior"))
     coding, preprocess = prior.coding, parser.get_parsed_content("preprocessing")
     items, _, _ = list_sides(dataset_dir)
-    rows = [coding.parse(row) for row in read_rows(items["training"], dataset_dir)]
+    rows = [coding.parse(row) for row in Covariates(items["training"], dataset_dir).rows]
     training = torch.stack(
         [preprocess(dict(item))["image"].as_tensor() for item in tqdm(items["training"], "training scans", unit="scan")]
     )

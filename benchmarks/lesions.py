@@ -18,13 +18,13 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
-from scripts.data.phantom_lesions import KINDS
 from scripts.inference.detection import Detection, best, by_kind, detect, sentences
 from scripts.inference.engine import list_scans
 from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks, read_kinds
 from scripts.inference.scoring import anomaly_map
 from scripts.phantoms import make_brains
+from scripts.phantoms.lesions import KINDS
 from scripts.utils.command_line import run
 from scripts.utils.names import item_path
 

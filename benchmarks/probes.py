@@ -30,16 +30,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.peers import cohort_scans, stack
-from scripts.data.phantom_anatomy import brain_anatomy, near_ventricles, random_streams
-from scripts.data.phantom_images import draw_contrast
 from scripts.inference.inferers import Encoding
 from scripts.phantoms import make_brains
+from scripts.phantoms.anatomy import brain_anatomy, near_ventricles, random_streams
+from scripts.phantoms.images import draw_contrast
 from scripts.utils.command_line import run
 
 PENALTIES = np.logspace(-1, 5, 13)
 FOLDS = 10
 COARSE = 4  # grids up to 4³
-VENTRICLES = 0.6  # of scripts.data.phantom_anatomy.near_ventricles: inside, and up to 4 mm beyond the wall
+VENTRICLES = 0.6  # of scripts.phantoms.anatomy.near_ventricles: inside, and up to 4 mm beyond the wall
 
 
 def phantom_facts(index: int, seed: int, spacing: float) -> dict[str, float]:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from joblib import delayed
 from scripts.data.datalist import find_scans
-from scripts.data.subjects import subject_names
+from scripts.data.subjects import session_name, subject_names
 from scripts.utils.arguments import check_integer
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder
+from scripts.utils.files import as_folder, expand
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -76,13 +76,13 @@ def check(
     _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
     if not isinstance(scan_pattern, str) and len(scan_pattern) != channels:
         raise InputError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
-    root = Path(str(dataset_dir)).expanduser()
+    root = Path(expand(dataset_dir))
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
 
     from scripts.data.check_report import Report, contact_sheet, write_rows
     from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
-    from scripts.data.covariate_tables import describe_participants
+    from scripts.data.covariate_tables import Covariates
     from scripts.data.inspection import THUMBNAIL, inspect_scan
     from scripts.data.transforms import CheckScand
     from scripts.data.unmatched import find_unmatched
@@ -119,7 +119,15 @@ def check(
     tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
     write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
-    covariates = describe_participants(Path(dataset_dir).expanduser(), subjects)
+    items = [
+        {"image": str(paths[0]), "subject": subject, "session": session_name(name[0])}
+        for paths, name, subject in zip(files, names, subjects, strict=True)
+    ]
+    try:
+        known = Covariates(items, root)
+        covariates = [*known.describe(), *known.without_rows()]
+    except InputError as error:
+        covariates = [str(error)]
     return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
 
 

@@ -23,7 +23,7 @@ from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import write_text, write_whole
+from scripts.utils.files import as_folder, expand, write_text, write_whole
 from torch import Tensor
 
 ENCODER, DECODER, OUTPUT = (
@@ -56,7 +56,7 @@ def load_published_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ConversionError: not a checkpoint, a damaged one, or one that holds other Python objects.
     """
-    path = Path(path)
+    path = Path(expand(path))
     if not path.is_file():
         raise NotFoundError(f"checkpoint '{path}' does not exist: give the file that the published code saved.")
     try:
@@ -295,7 +295,7 @@ def _refuse_leftovers(used: set[str], graphs: Mapping[str, Mapping[str, Tensor]]
 def write_bundle_weights(checkpoint: str, output_dir: str) -> None:
     """Write ``model.pt`` and ``network.json`` for a checkpoint of the published code."""
     state, args = convert(load_published_checkpoint(checkpoint))
-    folder = Path(output_dir)
+    folder = as_folder("output_dir", output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     shape = args.pop("spatial_shape", None)
     overlay: dict[str, Any] = {} if shape is None else {"spatial_shape": shape}

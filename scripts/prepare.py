@@ -22,7 +22,7 @@ from scripts.data.datalist import find_scans
 from scripts.utils.arguments import check_integer, check_number
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError, NotAFolderError
-from scripts.utils.files import write_csv, write_text, write_whole
+from scripts.utils.files import expand, write_csv, write_text, write_whole
 from scripts.utils.formats import IMAGE_SUFFIXES, without_image_suffix
 from scripts.utils.parallel import run_parallel
 from scripts.utils.report import write_report
@@ -83,7 +83,7 @@ def prepare(
     if workers is not None:
         check_integer("workers", workers, 1)
     scans = find_scans(dataset_dir, scan_pattern)
-    root, folder = Path(dataset_dir).expanduser(), Path(output_dir).expanduser()
+    root, folder = Path(expand(dataset_dir)), Path(expand(output_dir))
     inner, outer = folder.resolve(), root.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise InputError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
@@ -209,7 +209,7 @@ def _stems(names: Sequence[str]) -> list[str]:
 
 def _masks(names: Sequence[str], mask_dir: str | os.PathLike) -> list[Path | None]:
     """The mask of each scan: the same relative path, whatever the suffix; None where there is none or several."""
-    root = Path(mask_dir).expanduser()
+    root = Path(expand(mask_dir))
     if not root.is_dir():
         raise NotAFolderError(f"mask_dir '{root}' is not a folder: set --mask_dir to the folder of the masks.")
     found = []

@@ -32,7 +32,7 @@ from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import write_bytes
+from scripts.utils.files import as_folder, expand, write_bytes
 from torch import Tensor
 
 __all__ = ["ReleaseError", "make_release", "ship_weights"]
@@ -96,7 +96,7 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
         ReleaseError: the bundle is incomplete or contradicts itself, a large file has no url, or there is another
             release of this version.
     """
-    root = Path(bundle_root)
+    root = Path(expand(bundle_root))
     files = _list_files(root)
     _check_layout(root, files)
     metadata = _read_json(root / "configs/metadata.json")
@@ -115,7 +115,7 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
     large = [file for file in files if (root / file).stat().st_size > SIZE_LIMIT]
     entries = _list_large_files(root, large, files, url)
     name = _bundle_name(metadata)
-    path = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
+    path = as_folder("output_dir", output_dir) / f"{name}_v{metadata['version']}.zip"
     contents = {file: (root / file).read_bytes() for file in files if file not in large}
     contents[LARGE_FILES] = _large_files_text(root, entries).encode()
     archive = _zip(name, contents, executable={file for file in contents if os.access(root / file, os.X_OK)})
@@ -390,7 +390,7 @@ def ship_weights(
         ReleaseError: the weights don't fit the network, or a value is not finite, or too large for half precision.
     """
     config_files = [config_file] if isinstance(config_file, str) else list(config_file)
-    state = _load(_read_network(Path(), config_files), Path(checkpoint), config_files).state_dict()
+    state = _load(_read_network(Path(), config_files), Path(expand(checkpoint)), config_files).state_dict()
     _refuse_infinities(state, checkpoint)
     halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
     for name, tensor in halved.items():
@@ -401,7 +401,7 @@ def ship_weights(
             )
     buffer = io.BytesIO()
     torch.save(halved, buffer)
-    path = write_bytes(output, buffer.getvalue())
+    path = write_bytes(expand(output), buffer.getvalue())
     logger.info("%s  %s (%.1f MB)", _sha256(buffer.getvalue()), path, len(buffer.getvalue()) / 1e6)
     return path
 

@@ -18,8 +18,8 @@ from benchmarks.step import TrainingStep, network_def
 from benchmarks.throughput import forward_costs, seconds
 from benchmarks.throughput import main as throughput
 from benchmarks.trials import trial
-from scripts.data.phantom_images import brain_phantom
 from scripts.networks import VDVAE
+from scripts.phantoms.images import brain_phantom
 
 
 def numbers(text: str) -> list[float]:

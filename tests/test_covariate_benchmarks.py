@@ -12,7 +12,7 @@ from conftest import ROOT, informative_network, run_command
 from benchmarks import adaptation
 from benchmarks.conditioning import Conditioning, counterfactual
 from benchmarks.covariates import true_differences, year_shifts
-from scripts.data.phantom_people import Person
+from scripts.phantoms.people import Person
 
 
 @pytest.mark.parametrize("form", ["film", "shift", "none"])

@@ -17,8 +17,7 @@ from monai.data import Dataset
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
-from scripts.data.covariate_tables import parse_rows, read_cohort, read_rows
-from scripts.data.covariates import Categorical, Continuous, CovariateCoding
+from scripts.data.covariates import Continuous, CovariateCoding
 from scripts.inference.covariates import (
     Counterfactual,
     Deviation,
@@ -100,88 +99,11 @@ def test_values_that_make_no_sense_are_refused(coding, value, message):
         targets(coding, value)
 
 
-def test_a_category_that_no_training_scan_has_may_count_as_not_known(coding, caplog):
-    items = [{"image": f"sub-{k}.nii"} for k in "12"]
-    rows = [{"age": "60", "sex": "F", "site": "D"}, {"age": "70", "site": "n/a"}]
-    assert parse_rows(coding, items, rows, "unknown") == [
-        {"age": 60.0, "sex": "F", "site": None},
-        {"age": 70.0, "sex": None, "site": None},
-    ]
-    assert "count as not known: site 'D' (1 scan(s))" in caplog.text
-    with pytest.raises(ValueError, match=r"no training scan has site 'D'.*set --unseen_categories unknown"):
-        parse_rows(coding, items, rows)
-    with pytest.raises(ValueError, match=r"'sub-1.nii': age is 'old'"):
-        parse_rows(coding, items, [{"age": "old"}, {}], "unknown")
-    with pytest.raises(ValueError, match="set --unseen_categories to error or unknown"):
-        parse_rows(coding, items, rows, "drop")
-
-
 def test_targets_name_results(coding):
     assert targets(coding, {"age": 80, "sex": "M"}) == {"": {"age": 80.0, "sex": "M"}}
     assert list(targets(coding, {"age": [50, 60.5]})) == ["_age-50", "_age-60.5"]
     with pytest.raises(ValueError, match="categorical alone"):
         targets(coding, {"age": 80}, only="categorical")
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Three scans of two subjects, by name alone."""
-    items = []
-    for subject, session in (("01", "a"), ("01", "b"), ("02", "a")):
-        path = tmp_path / f"sub-{subject}" / f"ses-{session}" / f"sub-{subject}_ses-{session}_T1w.nii.gz"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        items.append({"image": str(path), "subject": f"sub-{subject}", "session": f"ses-{session}"})
-    (tmp_path / "participants.tsv").write_text("participant_id\tsex\tage\nsub-01\tF\t60\nsub-02\tn/a\t70\n")
-    return tmp_path, items
-
-
-def test_tables_of_bids_and_a_table_of_ones_own(tree):
-    root, items = tree
-    assert read_rows(items, root)[0] == {"sex": "F", "age": "60"}
-    sessions = "session_id\tage\nses-a\t60.5\nses-b\t62.5\n"
-    (root / "sub-01" / "sub-01_sessions.tsv").write_text(sessions)
-    rows = read_rows(items, root)
-    assert [row["age"] for row in rows] == ["60.5", "62.5", "70"]
-    assert rows[2]["sex"] == ""
-    table = root / "mine.csv"
-    table.write_text("subject,session,age\n01,b,63\n02,a,\n")
-    assert [row["age"] for row in read_rows(items, root, table)] == ["60.5", "63", "70"]
-    table.write_text("image,age\nsub-02/ses-a/sub-02_ses-a_T1w.nii.gz,71\n")
-    assert [row["age"] for row in read_rows(items, root, table)] == ["60.5", "62.5", "71"]
-    datalist = root / "list.json"
-    entries = [{"image": item["image"], "age": 50 + k} for k, item in enumerate(items)]
-    datalist.write_text(json.dumps({"training": entries}))
-    assert [row["age"] for row in read_rows(items, datalist)] == [50, 51, 52]
-
-
-def test_what_a_table_lacks_is_said(tree):
-    root, items = tree
-    with pytest.raises(ValueError, match=r"'weight' is in no table.*found are age, sex"):
-        read_cohort(items, [], root, {"weight": "continuous"})
-    with pytest.raises(ValueError, match="say of what kind each is"):
-        read_cohort(items, [], root, {"age": "number"})
-    with pytest.raises(FileNotFoundError, match=r"covariates_file .* does not exist"):
-        read_cohort(items, [], root, KINDS, root / "none.csv")
-    (root / "mine.csv").write_text("name,age\n01,63\n")
-    with pytest.raises(ValueError, match="no column image or participant_id"):
-        read_rows(items, root, root / "mine.csv")
-    (root / "mine.csv").write_text("subject,age\n01,63\nsub-01,64\n")
-    with pytest.raises(ValueError, match="two rows for 01"):
-        read_rows(items, root, root / "mine.csv")
-    found = read_cohort(items[:2], items[2:], root, {"age": "continuous", "sex": "categorical"})
-    assert found.coding.variables["sex"] == Categorical("sex", ("F",), (1.0,))
-    assert found.training.shape == (2, 1) and found.validation.shape == (1, 1)
-
-
-def test_a_category_of_the_validation_side_alone_counts_as_not_known(tree, caplog):
-    root, items = tree
-    (root / "participants.tsv").write_text("participant_id\tsite\nsub-01\tA\nsub-02\tB\n")
-    (root / "sub-01" / "sub-01_sessions.tsv").write_text("session_id\tsite\nses-b\tC\n")
-    found = read_cohort(items[:2], items[2:], root, {"site": "categorical"})
-    assert found.coding.variables["site"].categories == ("A", "C")
-    assert not found.validation.any() and found.training.any()
-    assert "site 'B' (1 scan(s))" in caplog.text
 
 
 def test_check_says_what_participants_are_like(tmp_path):

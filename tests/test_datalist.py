@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts.data.datalist import check_batch_size, find_scans, make_datalist, session_name, write_datalist
+from scripts.data.datalist import (
+    check_batch_size,
+    common_root,
+    find_scans,
+    list_sides,
+    make_datalist,
+    session_name,
+    write_datalist,
+)
 from scripts.data.subjects import split_by_subject, subject_names, subject_rule
+from scripts.utils.files import as_folder, expand
 
 
 def make_files(root: Path, names) -> Path:
@@ -343,3 +352,15 @@ def test_forty_thousand_scans_are_listed_and_split_in_seconds(tmp_path, monkeypa
     datalist = make_datalist(tmp_path)
     assert time.perf_counter() - start < 5
     assert len(datalist["training"]) == 38_000
+
+
+def test_paths_begin_at_the_home_of_the_user_where_they_enter(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("sub-1.nii", "sub-2.nii"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "~/sub-1.nii"}, {"image": "sub-2.nii"}]}))
+    expected = [{"image": str(tmp_path / f"sub-{k}.nii"), "subject": f"sub-{k}"} for k in "12"]
+    assert list_sides("~")[0] == list_sides("~/list.json")[0] == {"training": expected}
+    assert common_root([], "~/list.json") == str(tmp_path)
+    assert expand("~/x") == str(tmp_path / "x") and expand("x/~") == "x/~" and expand(None) is None
+    assert as_folder("output_dir", Path("~/x")) == tmp_path / "x"

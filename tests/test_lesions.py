@@ -15,7 +15,6 @@ from groups import run_bundle_group
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.lesions import main as benchmark
-from scripts.data.phantom_lesions import KINDS
 from scripts.data.transforms import unclipped
 from scripts.inference.detection import (
     average_precision,
@@ -42,6 +41,7 @@ from scripts.inference.lesions import (
 )
 from scripts.inference.masks import pair_masks, read_kinds
 from scripts.phantoms import make_brains
+from scripts.phantoms.lesions import KINDS
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PATTERNS = ("--scan_pattern", "*_FLAIR.nii.gz", "--mask_pattern", "*_lesions.nii.gz")

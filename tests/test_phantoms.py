@@ -11,10 +11,10 @@ import pytest
 from conftest import run_command, run_command_process
 from scipy import ndimage
 
-from scripts.data.phantom_anatomy import random_streams
-from scripts.data.phantom_lesions import KINDS
-from scripts.data.phantom_people import Cohort
-from scripts.phantoms import brain_anatomy, brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
+from scripts.phantoms import brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
+from scripts.phantoms.anatomy import brain_anatomy, random_streams
+from scripts.phantoms.lesions import KINDS
+from scripts.phantoms.people import Cohort
 
 SPACING = 8.0
 

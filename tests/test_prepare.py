@@ -23,8 +23,9 @@ from scipy.spatial.transform import Rotation
 from scripts import prepare as module
 from scripts.data import registration
 from scripts.data.alignment import judge
-from scripts.data.random_fields import EXTENT, ORIGIN
-from scripts.phantoms import brain_anatomy, brain_phantom
+from scripts.phantoms import brain_phantom
+from scripts.phantoms.anatomy import brain_anatomy
+from scripts.phantoms.fields import EXTENT, ORIGIN
 from scripts.prepare import prepare
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ def test_a_config_is_read_in_any_locale(config):
 
 
 # each of them imports from itself and those before it; the commands, scripts/*.py but networks.py, come last
-LAYERS = ("utils", "data", "layers", "networks", "training", "population", "inference", "webpage")
+LAYERS = ("utils", "data", "phantoms", "layers", "networks", "training", "population", "inference", "webpage")
 
 
 def layer(module: str) -> int:

@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from scripts.data.covariate_tables import read_participants
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun
 
@@ -61,15 +60,3 @@ def test_scans_that_were_trained_on_are_marked(data_set, tmp_path):
     run.trained = TrainedScans(tmp_path / "datalist.json")
     columns = ScanColumns(items, root, run)
     assert [columns(item["image"])["trained_on"] for item in items] == ["yes", "no"]
-
-
-def test_a_table_of_participants_without_their_names_is_not_joined(tmp_path, caplog):
-    (tmp_path / "participants.tsv").write_text("id\tage\n1\t63\n")
-    assert read_participants(tmp_path) == {}
-    assert "has no column participant_id" in caplog.text
-
-
-def test_participants_are_found_above_a_few_scans(data_set, tmp_path):
-    root, _ = data_set
-    assert read_participants(root / "sub-01" / "ses-1" / "anat")["01"]["age"] == "63"
-    assert read_participants(root / "a" / "b" / "c" / "d") == {}

@@ -34,7 +34,7 @@ class Report(NamedTuple):
         suffixes: how many files of each suffix it does not match, images and others.
         folder: where ``report.csv`` and ``contact_sheet.png`` are.
         passed: whether nothing is unusable and, if ``strict``, nothing suspicious.
-        covariates: a line about each column of ``participants.tsv``.
+        covariates: a line about each column of ``participants.tsv``, and what is wrong with it.
     """
 
     scans: list[Scan]
@@ -142,7 +142,7 @@ def summary(report: Report) -> str:
     if counts["unusable"] < len(report.scans):
         lines.append(_alignment([scan for scan in report.scans if scan.verdict != "unusable"]))
     if report.covariates:
-        lines.append("Covariates of the subjects (participants.tsv):")
+        lines.append("Covariates of the scans (participants.tsv):")
         lines += [f"  {line}" for line in report.covariates]
     if counts["unusable"]:
         lines.append(

@@ -1,42 +1,222 @@
-"""Where covariates of scans are read: BIDS tables, a CSV file, or the fields of a datalist."""
+"""What is known of scans: BIDS tables, a file of one's own and the fields of a datalist, read in one way for all."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scripts.data.covariates import CovariateCoding, Value, check_kinds
+from scripts.data.covariates import CovariateCoding, Value, check_kinds, missing, parse_number, shortened
 from scripts.data.datalist import common_root
+from scripts.data.tables import ScanName, ScanTable
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import expand
 from scripts.utils.names import item_path
 from torch import Tensor
 
-__all__ = [
-    "CohortCovariates",
-    "describe_participants",
-    "parse_row",
-    "parse_rows",
-    "read_cohort",
-    "read_participants",
-    "read_rows",
-    "read_table",
-]
+__all__ = ["CohortCovariates", "Covariates", "read_cohort"]
 
 logger = logging.getLogger(__name__)
 
 PARTICIPANTS = "participants.tsv"
-MISSING = ("n/a", "")
+NO_COVARIATES = ("image", "subject", "session", "channel_files")  # of a datalist's item
 MOST_NAMED = 8  # categories of a covariate, in a message
-SUBJECT_COLUMNS = ("participant_id", "subject", "subject_id")
-SESSION_COLUMNS = ("session_id", "session")
+
+
+class Covariates:
+    """What tables say of the scans of a data set: the one place where covariates are read, and where all ask.
+
+    The first of these that has a value of a covariate says it: ``covariates_file``; the fields of a datalist's items;
+    BIDS ``sub-X/sub-X_sessions.tsv``; BIDS ``participants.tsv``, with a row for each participant, or for each
+    participant and session (a column ``session_id``, ``session`` or ``ses``).
+
+    Args:
+        items: of a datalist, with ``image`` and, as far as they are known, ``subject`` and ``session``.
+        dataset_dir: the folder or datalist that they come from; ``~`` is the user's home.
+        covariates_file: CSV, or TSV by its ending, with a column ``image`` (paths relative to the data set) or
+            ``participant_id``, and if need be ``session_id``.
+
+    Attributes:
+        names: of all that any table says of a scan, in the order of the tables' columns.
+        rows: of each scan its values by their names, as they are written, in the items' order; a value that is missing
+            in all tables that have its column is an empty text.
+
+    Raises:
+        NotFoundError: there is no ``covariates_file``.
+        InputError: it has no such column; a table has two different rows for one scan, or is no table.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        dataset_dir: str | os.PathLike,
+        covariates_file: str | os.PathLike | None = None,
+    ) -> None:
+        place = Path(expand(dataset_dir))
+        root = Path(common_root(items, place))
+        paths = [os.path.normpath(Path(item_path(item)).absolute()) for item in items]
+        self._scans = [_scan_name(item, path, root) for item, path in zip(items, paths, strict=True)]
+        self._places = {item_path(item): index for index, item in enumerate(items)}
+        participants = _read_participants(root)
+        given = None if covariates_file is None else _read_own_table(covariates_file)
+        self._tables = [table for table in (participants, given) if table is not None]
+        fields = _datalist_fields(place)
+        sessions = {scan.subject: _read_sessions(root, scan.subject) for scan in self._scans}
+        self.rows: list[dict[str, Any]] = []
+        self._sources: list[dict[str, str]] = []  # the file of each value
+        for scan, path in zip(self._scans, paths, strict=True):
+            tables = (table for table in (participants, sessions[scan.subject], given) if table is not None)
+            found = [(str(table.path), table.find(scan) or {}) for table in tables]
+            found.insert(len(found) - (given is not None), (str(place), fields.get(path, {})))
+            row: dict[str, Any] = {}
+            sources = {}
+            for file, values in found:  # the later count more
+                for name, value in values.items():
+                    if not missing(value):
+                        row[name], sources[name] = value, file
+                    row.setdefault(name, "")
+            self.rows.append(row)
+            self._sources.append(sources)
+        of_tables = [name for table in self._tables for name in table.names]
+        self.names = list(dict.fromkeys([*of_tables, *(name for row in self.rows for name in row)]))
+
+    def of(self, scan: str) -> dict[str, str]:
+        """All that is written of one scan, as text, by ``names``: what is used of it, for tables of results.
+
+        Args:
+            scan: the path of its first file, as the items have it; of others all is empty.
+        """
+        place = self._places.get(scan)
+        row = {} if place is None else self.rows[place]
+        return {name: str(row.get(name, "")) for name in self.names}
+
+    def values(
+        self, coding: CovariateCoding, unseen: str = "error", refused: dict[int, str] | None = None
+    ) -> list[dict[str, Value]]:
+        """The values of all covariates of a coding, of each scan; None for what is not known.
+
+        Args:
+            coding: of the covariates.
+            unseen: what a category is that no training scan had: an ``error``, or ``unknown``, with a warning.
+            refused: takes up why the values of a scan are refused, by its place; such a scan's are all None then.
+
+        Raises:
+            InputError: a value makes no sense, or the training scans had no such category: the sentence names the scan
+                and the file. Or ``unseen`` is neither.
+        """
+        if unseen not in ("error", "unknown"):
+            raise InputError(f"unseen_categories is {unseen!r}: set --unseen_categories to error or unknown.")
+        values, unknown = [], Counter()
+        for place, row in enumerate(self.rows):
+            new = coding.unseen(row)
+            try:
+                if new and unseen == "error":
+                    raise self._unseen(place, coding, new)
+                values.append(self.values_of(place, coding, without=new))
+            except InputError as error:
+                if refused is None:
+                    raise
+                refused[place] = str(error)
+                values.append(dict.fromkeys(coding.variables))
+            else:
+                unknown.update(f"{name} {shortened(word)}" for name, word in new.items())
+        if unknown:
+            named = ", ".join(f"{what} ({count} scan(s))" for what, count in unknown.most_common(MOST_NAMED))
+            logger.warning("Categories that no training scan has count as not known: %s.", named)
+        return values
+
+    def _unseen(self, place: int, coding: CovariateCoding, new: Mapping[str, Any]) -> InputError:
+        """That a scan has categories which no training scan has."""
+        words = ", ".join(
+            f"{name} {shortened(word)}, but {', '.join(coding.variables[name].categories)}"
+            for name, word in new.items()
+        )
+        return InputError(
+            f"'{self._scans[place].image}': no training scan has {words}. Write n/a for what is not known, or set "
+            f"--unseen_categories unknown. See '{self._sources[place][next(iter(new))]}'."
+        )
+
+    def values_of(self, place: int, coding: CovariateCoding, without: Iterable[str] = ()) -> dict[str, Value]:
+        """The values of one scan, by its place among the items.
+
+        Args:
+            place: of the scan.
+            coding: of the covariates.
+            without: names of covariates that are None whatever is written.
+
+        Raises:
+            InputError: as :meth:`values`.
+        """
+        left_out = set(without)
+        return {
+            name: None if name in left_out else self._parsed(place, name, variable.parse)
+            for name, variable in coding.variables.items()
+        }
+
+    def _parsed(self, place: int, name: str, parse: Callable[[Any], Value]) -> Value:
+        try:
+            return parse(self.rows[place].get(name))
+        except InputError as error:
+            raise InputError(f"'{self._scans[place].image}': {error} See '{self._sources[place][name]}'.") from error
+
+    def learn(self, kinds: Mapping[str, str]) -> CovariateCoding:
+        """How the covariates of these scans, those to train on, become numbers.
+
+        Args:
+            kinds: ``continuous`` or ``categorical`` by the covariates' names.
+
+        Raises:
+            InputError: no scan has a value of one, or a value makes no sense.
+        """
+        for name, kind in kinds.items():
+            if all(missing(row.get(name)) for row in self.rows):
+                why = " ".join(["", *self.without_rows()])
+                raise InputError(f"covariates: no training scan has a value for '{name}'.{why}")
+            if kind == "continuous":
+                for place in range(len(self.rows)):
+                    self._parsed(place, name, partial(parse_number, name))
+        return CovariateCoding.learn(kinds, self.rows)
+
+    def without_rows(self) -> list[str]:
+        """A sentence for each table in which scans have no row: how many, and how both spell a name. For every job.
+
+        Of ``covariates_file`` and ``participants.tsv``; a ``1`` in a table is not taken for ``sub-0001``.
+        """
+        return [sentence for table in self._tables if (sentence := table.without_row(self._scans))]
+
+    def outside_range(self, coding: CovariateCoding, values: Sequence[Mapping[str, Value]]) -> tuple[list[bool], str]:
+        """Which scans have a continuous covariate outside of the range of the training scans.
+
+        Args:
+            coding: of the covariates.
+            values: of each scan, see :meth:`values`.
+
+        Returns:
+            Of each scan whether it has, and a sentence on them, empty where none has.
+        """
+        beyond = [[n for n, variable in coding.variables.items() if variable.outside(v[n])] for v in values]
+        if not any(beyond):
+            return [False] * len(beyond), ""
+        place, names = next((place, names) for place, names in enumerate(beyond) if names)
+        ranges = ", ".join(
+            f"{name} {values[place][name]:g} ({coding.variables[name].low:g} to {coding.variables[name].high:g})"
+            for name in names
+        )
+        return list(map(bool, beyond)), (
+            f"{sum(map(bool, beyond))} of {len(beyond)} scan(s) have covariates outside of the range of the training "
+            f"scans, such as '{self._scans[place].image}': {ranges}. What is said of them is extrapolated."
+        )
+
+    def describe(self) -> list[str]:
+        """A line about each name: range, mean and standard deviation, or how many scans have each category."""
+        return [f"{name}: {_summary([row.get(name) for row in self.rows])}" for name in self.names]
 
 
 class CohortCovariates(NamedTuple):
@@ -61,48 +241,49 @@ def read_cohort(
 ) -> CohortCovariates | None:
     """Read the covariates of a data set, and learn from its training side how they become numbers.
 
+    A category of a validation scan that no training scan has counts as not known.
+
     Args:
         training, validation: items of a datalist.
         dataset_dir: where they come from.
         covariates: ``continuous`` or ``categorical`` by the covariates' names; None: there are none.
-        covariates_file: a table, see :func:`read_rows`.
+        covariates_file: a table, see :class:`Covariates`.
 
     Raises:
-        ValueError: a covariate is found nowhere, or a value makes no sense; a covariate of a validation scan whose
-            category no training scan has counts as not known.
-        FileNotFoundError: there is no ``covariates_file``.
+        InputError: a covariate is found nowhere, or a value makes no sense.
+        NotFoundError: there is no ``covariates_file``.
     """
     if covariates is None:
         return None
     kinds = check_kinds(covariates)
-    sides = [read_rows(items, dataset_dir, covariates_file) for items in (training, validation)]
-    known = {name for rows in sides for row in rows for name in row}
+    sides = [Covariates(items, dataset_dir, covariates_file) for items in (training, validation)]
+    names = sorted({name for side in sides for name in side.names})
     for name in kinds:
-        if name not in known:
+        if name not in names:
             raise InputError(
                 f"covariates: '{name}' is in no table of dataset_dir '{dataset_dir}'"
                 + (f" or '{covariates_file}'" if covariates_file else "")
-                + (f"; found are {', '.join(sorted(known))}." if known else ": there is no participants.tsv.")
+                + (f"; found are {', '.join(names)}." if names else ": there is no participants.tsv.")
             )
-    coding = CovariateCoding.learn(kinds, sides[0])
-    parsed = [parse_rows(coding, training, sides[0]), parse_rows(coding, validation, sides[1], "unknown")]
+    for name, side in zip(("training", "validation"), sides, strict=True):
+        for sentence in side.without_rows():
+            logger.warning("Of the %s side %s", name, sentence)
+    coding = sides[0].learn(kinds)
+    parsed = [sides[0].values(coding), sides[1].values(coding, "unknown")]
     for name in kinds:
-        both = "; ".join(
-            f"{side} {describe([values[name] for values in found])}"
+        ranges = "; ".join(
+            f"{side} {_summary([values[name] for values in found])}"
             for side, found in zip(("training", "validation"), parsed, strict=True)
             if found
         )
-        logger.info("Covariate %s: %s.", name, both)
+        logger.info("Covariate %s: %s.", name, ranges)
     numbers = [torch.stack([coding.numbers(v) for v in found]) if found else torch.zeros(0, 0) for found in parsed]
     return CohortCovariates(coding, *numbers)
 
 
-def describe(values: Sequence[Any]) -> str:
-    """A covariate of some scans in a few words: its range, mean and standard deviation, or how many are of each
-    category; and how many lack it.
-    """
-    known = [value for value in values if value not in (None, *MISSING)]
-    missing = len(values) - len(known)
+def _summary(values: Sequence[Any]) -> str:
+    """A covariate of some scans in a few words, and how many lack it."""
+    known = [value for value in values if not missing(value)]
     try:
         numbers = [float(value) for value in known]
     except ValueError:
@@ -112,130 +293,46 @@ def describe(values: Sequence[Any]) -> str:
     elif numbers:
         text = f"{min(numbers):g} to {max(numbers):g}, mean {np.mean(numbers):.4g}, sd {np.std(numbers):.3g}"
     else:
-        counts = Counter(map(str, known)).most_common(MOST_NAMED + 1)
-        named = ", ".join(f"{category} {count}" for category, count in counts[:MOST_NAMED])
+        counts = Counter(str(value) for value in known).most_common(MOST_NAMED + 1)
+        named = ", ".join(f"{shortened(category).strip(chr(39))} {count}" for category, count in counts[:MOST_NAMED])
         text = named + (" and others" if len(counts) > MOST_NAMED else "")
-    return text + (f", {missing} of {len(values)} missing" if missing else "")
+    lacking = len(values) - len(known)
+    return text + (f", {lacking} of {len(values)} missing" if lacking else "")
 
 
-def describe_participants(root: str | os.PathLike, subjects: Sequence[str]) -> list[str]:
-    """A line about each column of a data set's ``participants.tsv``, as far as it is about these subjects."""
-    rows = read_participants(Path(root))
-    own = [rows.get(_plain(subject), {}) for subject in sorted(set(subjects))]
-    columns = next(iter(rows.values()), {})
-    return [f"{name}: {describe([row.get(name, '') for row in own])}" for name in columns]
+def _scan_name(item: Mapping[str, Any], path: str, root: Path) -> ScanName:
+    relative = Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
+    return ScanName(relative, *(str(item.get(name) or "") for name in ("subject", "session")))
 
 
-def parse_row(coding: CovariateCoding, item: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Value]:
-    """What is written of a scan, as values of all covariates.
-
-    Raises:
-        ValueError: a value makes no sense, or the cohort had no such category; the sentence names the scan.
-    """
-    try:
-        return coding.parse(row)
-    except ValueError as error:
-        raise InputError(f"'{item_path(item)}': {error}") from error
+def _read_participants(root: Path) -> ScanTable | None:
+    """The ``participants.tsv`` of a data set, or of one that the folder of a few scans lies in; None without."""
+    path = next((f / PARTICIPANTS for f in (root, *root.parents[:3]) if (f / PARTICIPANTS).is_file()), None)
+    table = None if path is None else ScanTable(path)
+    if table is not None and not table.named:
+        logger.warning("'%s' has no column participant_id, and is not read.", path)
+        return None
+    return table
 
 
-def parse_rows(
-    coding: CovariateCoding,
-    items: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    unseen: str = "error",
-) -> list[dict[str, Value]]:
-    """What is written of several scans, as values of all covariates.
-
-    Args:
-        items, rows: of each scan.
-        unseen: what a category is that no training scan had: an ``error``, or ``unknown``, with a warning.
-
-    Raises:
-        ValueError: as :func:`parse_row`; or ``unseen`` is neither.
-    """
-    if unseen not in ("error", "unknown"):
-        raise InputError(f"unseen_categories is {unseen!r}: set --unseen_categories to error or unknown.")
-    parsed, found = [], Counter()
-    for item, row in zip(items, rows, strict=True):
-        new = coding.unseen(row)
-        if new and unseen == "error":
-            words = ", ".join(
-                f"{name} {word!r}, but {', '.join(coding.variables[name].categories)}" for name, word in new.items()
-            )
-            raise InputError(
-                f"'{item_path(item)}': no training scan has {words}. Write n/a for what is not known, or set "
-                "--unseen_categories unknown."
-            )
-        found.update(f"{name} {word!r}" for name, word in new.items())
-        parsed.append(parse_row(coding, item, {name: value for name, value in row.items() if name not in new}))
-    if found:
-        named = ", ".join(f"{what} ({count} scan(s))" for what, count in found.most_common(MOST_NAMED))
-        logger.warning("Categories that no training scan has count as not known: %s.", named)
-    return parsed
+def _read_sessions(root: Path, subject: str) -> ScanTable | None:
+    """The BIDS ``sub-X_sessions.tsv`` of a subject; None without."""
+    name = f"sub-{subject.removeprefix('sub-')}"
+    paths = (folder / f"{name}_sessions.tsv" for folder in (root / name, root))
+    path = next((path for path in paths if path.is_file()), None)
+    return None if path is None else ScanTable(path, subject)
 
 
-def read_rows(
-    items: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike, covariates_file: str | os.PathLike | None = None
-) -> list[dict[str, Any]]:
-    """What is written of each scan: names and values, as far as there are any.
-
-    The first of these that has a value says it: ``covariates_file``; the fields of a datalist's items; BIDS
-    ``sub-X/sub-X_sessions.tsv``; BIDS ``participants.tsv``.
-
-    Args:
-        items: with ``image``, and as far as they are known ``subject`` and ``session``.
-        dataset_dir: the folder or datalist that they come from.
-        covariates_file: CSV, or TSV by its ending, with a column ``image`` (paths relative to the data set) or
-            ``participant_id``, and if need be ``session_id``.
-
-    Raises:
-        FileNotFoundError: there is no ``covariates_file``.
-        ValueError: it has no such column, or two rows for one scan.
-    """
-    root = Path(common_root(items, dataset_dir))
-    given = _Table(covariates_file) if covariates_file is not None else None
-    fields = _datalist_fields(Path(dataset_dir))
-    participants, sessions = read_participants(root), {}
-    rows = []
-    for item in items:
-        subject, session = (str(item.get(name, "")) for name in ("subject", "session"))
-        path = Path(os.path.normpath(Path(item_path(item)).expanduser().absolute()))
-        if subject not in sessions:
-            sessions[subject] = _read_sessions(root, subject)
-        row = dict(participants.get(_plain(subject), {}))
-        row |= sessions[subject].get(_plain(session), {})
-        row |= fields.get(str(path), {})
-        if given is not None:
-            image = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-            row |= given.row(image, _plain(subject), _plain(session))
-        rows.append(row)
-    return rows
-
-
-def read_participants(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of a BIDS ``participants.tsv`` by the subject's name without ``sub-``; empty where there is no file.
-
-    Args:
-        root: the folder of a data set, or that of a few scans in it.
-    """
-    found = [folder / PARTICIPANTS for folder in (root, *root.parents[:3]) if (folder / PARTICIPANTS).is_file()]
-    if not found:
-        return {}
-    columns, rows = read_table(found[0])
-    if "participant_id" not in columns:
-        logger.warning("'%s' has no column participant_id, and is not read.", found[0])
-        return {}
-    return {_plain(row.pop("participant_id")): row for row in rows}
-
-
-def _read_sessions(root: Path, subject: str) -> dict[str, dict[str, str]]:
-    """The rows of a BIDS ``sub-X_sessions.tsv`` by the session's name without ``ses-``, empty cells left out."""
-    name = f"sub-{_plain(subject)}"
-    path = next((p for p in (root / name, root) if (p / f"{name}_sessions.tsv").is_file()), None)
-    if path is None:
-        return {}
-    _, rows = read_table(path / f"{name}_sessions.tsv")
-    return {_plain(row.pop("session_id", "")): {k: v for k, v in row.items() if v} for row in rows}
+def _read_own_table(covariates_file: str | os.PathLike) -> ScanTable:
+    path = Path(expand(covariates_file))
+    if not path.is_file():
+        raise NotFoundError(f"covariates_file '{covariates_file}' does not exist: check the path.")
+    table = ScanTable(path)
+    if not table.named:
+        raise InputError(
+            f"covariates_file '{covariates_file}' has no column image or participant_id to say which scan a row is of."
+        )
+    return table
 
 
 def _datalist_fields(path: Path) -> dict[str, dict[str, Any]]:
@@ -248,53 +345,8 @@ def _datalist_fields(path: Path) -> dict[str, dict[str, Any]]:
         for entry in side if isinstance(side, list) else ():
             if isinstance(entry, dict) and entry.get("image"):
                 first = entry["image"] if isinstance(entry["image"], str) else entry["image"][0]
-                absolute = os.path.normpath(path.parent.absolute() / Path(first).expanduser())
-                values = {k: v for k, v in entry.items() if isinstance(v, str | int | float) and k != "image"}
-                found[absolute] = values
+                absolute = os.path.normpath(path.parent.absolute() / expand(first))
+                found[absolute] = {
+                    k: v for k, v in entry.items() if isinstance(v, str | int | float) and k not in NO_COVARIATES
+                }
     return found
-
-
-class _Table:
-    """The rows of a table of covariates, by image, or by subject and session."""
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise NotFoundError(f"covariates_file '{path}' does not exist: check the path.")
-        columns, rows = read_table(file)
-        self.by_image = "image" in columns
-        keys = ["image"] if self.by_image else [c for c in SUBJECT_COLUMNS if c in columns][:1]
-        if not keys:
-            raise InputError(
-                f"covariates_file '{path}' has no column image or participant_id to say which scan a row is of."
-            )
-        keys += [] if self.by_image else [c for c in SESSION_COLUMNS if c in columns][:1]
-        self.with_session = len(keys) == 2
-        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
-        for row in rows:
-            key = tuple(row.pop(k) if k == "image" else _plain(row.pop(k)) for k in keys)
-            if key in self.rows:
-                raise InputError(f"covariates_file '{path}' has two rows for {' '.join(key)}: leave one.")
-            self.rows[key] = {k: v for k, v in row.items() if v}
-
-    def row(self, image: str, subject: str, session: str) -> dict[str, str]:
-        """Of a scan; empty where there is none."""
-        key = (image,) if self.by_image else (subject, session) if self.with_session else (subject,)
-        return self.rows.get(key, {})
-
-
-def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a CSV or TSV file; cells that say nothing are empty."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        columns = list(reader.fieldnames or ())
-        rows = [
-            {k: "" if v is None or v.strip() in MISSING else v.strip() for k, v in row.items() if k is not None}
-            for row in reader
-        ]
-    return columns, rows
-
-
-def _plain(name: str) -> str:
-    """The name of a subject or session without ``sub-`` or ``ses-``."""
-    return name.removeprefix("sub-").removeprefix("ses-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -12,13 +13,17 @@ import torch
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = ["Categorical", "Continuous", "CovariateCoding", "Value"]
+__all__ = ["Categorical", "Continuous", "CovariateCoding", "Value", "missing", "parse_number", "shortened"]
 
 Value = float | str | None  # of a covariate; None: not known
 
 KINDS = ("continuous", "categorical")
 KNOTS = (0.05, 0.35, 0.65, 0.95)  # quantiles of the training side, after Harrell
 MOST_CATEGORIES = 64
+# what tables write where they know nothing, in small letters: BIDS, R, pandas, spreadsheets, SAS
+MISSING = ("", "n/a", "na", "nan", "none", "null", "<na>", "#n/a", "-", ".")
+LARGEST = 1e12  # of a number, and its distance from the mean in standard deviations: its cube still fits in float32
+MOST_SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,14 @@ class Continuous:
         Raises:
             ValueError: it is no number.
         """
-        if _missing(value):
-            return None
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(value, bool) or not math.isfinite(number):
-            raise InputError(f"{self.name} is {value!r}: it must be a number, or n/a where it is not known.")
+        number = parse_number(self.name, value)
+        if number is not None and abs(number - self.mean) / self.std > LARGEST:
+            raise InputError(f"{self.name} is {shortened(value)}: it is too large; correct it, or write n/a.")
         return number
+
+    def outside(self, value: Value) -> bool:
+        """Whether a value lies outside of the range of the training side."""
+        return value is not None and not self.low <= value <= self.high
 
     def grid(self, steps: int = 81) -> list[float]:
         """Values to ask about: evenly spaced over the range of the training side."""
@@ -122,8 +126,8 @@ class Categorical:
         categories = sorted(set(values))
         if len(categories) > MOST_CATEGORIES:
             raise InputError(
-                f"covariates: {name} has {len(categories)} different values, such as {categories[0]!r}: a categorical "
-                f"one can have {MOST_CATEGORIES}. Is it continuous?"
+                f"covariates: {name} has {len(categories)} different values, such as {shortened(categories[0])}: a "
+                f"categorical one can have {MOST_CATEGORIES}. Is it continuous?"
             )
         return cls(name, tuple(categories), tuple(values.count(c) / len(values) for c in categories))
 
@@ -141,14 +145,22 @@ class Categorical:
         """
         if not self.has(value):
             raise InputError(
-                f"{self.name} is {_word(value)!r}: the cohort that the model was fitted to has "
+                f"{self.name} is {shortened(_word(value))}: the cohort that the model was fitted to has "
                 f"{', '.join(self.categories)}; write n/a for one that is not known."
             )
-        return None if _missing(value) else _word(value)
+        return None if missing(value) else self._known()[_word(value)]
 
     def has(self, value: Any) -> bool:
         """Whether a value as it is written is missing or one that the training side had."""
-        return _missing(value) or _word(value) in self.categories
+        return missing(value) or _word(value) in self._known()
+
+    def _known(self) -> dict[str, str]:
+        """The categories by how they are written now; a file of an earlier version may have 2.0 for 2."""
+        return {_word(category): category for category in self.categories}
+
+    def outside(self, value: Value) -> bool:
+        """False: what no training scan had is refused."""
+        return False
 
     def grid(self) -> list[str]:
         """Values to ask about: all categories."""
@@ -182,14 +194,13 @@ class CovariateCoding:
         """
         variables: list[Continuous | Categorical] = []
         for name, kind in check_kinds(kinds).items():
-            written = [row.get(name) for row in rows if not _missing(row.get(name))]
+            written = [row.get(name) for row in rows if not missing(row.get(name))]
             if not written:
                 raise InputError(f"covariates: no training scan has a value for '{name}'.")
             if kind == "categorical":
                 variables.append(Categorical.learn(name, [_word(value) for value in written]))
             else:
-                reader = Continuous(name, 0.0, 1.0, 0.0, 0.0, (), ())
-                variables.append(Continuous.learn(name, [reader.parse(value) for value in written]))
+                variables.append(Continuous.learn(name, [parse_number(name, value) for value in written]))
         return cls(variables)
 
     def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
@@ -264,10 +275,41 @@ def check_kinds(kinds: Any) -> dict[str, str]:
     return dict(kinds)
 
 
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() in ("", "n/a")
+def parse_number(name: str, value: Any) -> float | None:
+    """The value of a continuous covariate as it is written; None where it is missing.
+
+    Raises:
+        InputError: it is no number, or one whose cube is none in single precision.
+    """
+    if missing(value):
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not abs(number) <= LARGEST:
+        raise InputError(
+            f"{name} is {shortened(value)}: it must be a number alone, with a point before its decimals and no larger "
+            f"than {LARGEST:g}, or n/a where it is not known."
+        )
+    return number
+
+
+def missing(value: Any) -> bool:
+    """Whether a value as it is written says nothing: None, NaN, an empty text, or a word such as ``n/a`` or R's NA."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip().lower() in MISSING
+
+
+def shortened(value: Any) -> str:
+    """A value as it is written, for a message: quoted, and cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(str(value))} characters)"
 
 
 def _word(value: Any) -> str:
-    """A category as text: 1 and 1.0 are the same."""
-    return f"{value:g}" if isinstance(value, float) else str(value).strip()
+    """A category as text: 2, 2.0 and "2.0" are the same; "02" is another."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else f"{value:g}"
+    text = str(value).strip()
+    whole = re.fullmatch(r"([+-]?\d+)\.0*", text)
+    return whole[1] if whole else text

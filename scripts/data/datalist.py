@@ -8,14 +8,14 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.data.patterns import compile_pattern
 from scripts.data.subjects import cohort_summary, session_name, split_by_subject, subject_rule
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
-from scripts.utils.files import write_text
+from scripts.utils.files import expand, write_text
 from scripts.utils.names import item_files, item_path
 
 __all__ = [
@@ -66,7 +66,7 @@ def find_scans(
         NotADirectoryError: when ``dataset_dir`` is a file.
         ValueError: when ``scan_pattern`` is empty.
     """
-    root = Path(dataset_dir).expanduser()
+    root = Path(expand(dataset_dir))
     if not root.exists():
         raise NotFoundError(
             f"dataset_dir '{root}' does not exist: set --dataset_dir to the folder that holds the scans."
@@ -241,7 +241,7 @@ def list_sides(
         the sides, of items ``{"image", "subject", "session"}``; how subjects are recognised; the folder that names
         are relative to.
     """
-    root = Path(dataset_dir).expanduser()
+    root = Path(expand(dataset_dir))
     if root.suffix == ".json" and root.is_file():
         folder = Path(os.path.normpath(root.parent))
         return *_with_entities(_read_datalist(root), folder), folder
@@ -251,7 +251,7 @@ def list_sides(
 
 def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLike) -> str:
     """The folder that names of results are relative to: ``dataset_dir``, or for a datalist what all its scans share."""
-    root = Path(dataset_dir).expanduser()
+    root = Path(expand(dataset_dir))
     if root.is_dir():
         return str(root.absolute())
     if root.suffix == ".json" and root.is_file():
@@ -322,13 +322,18 @@ def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     absolute = {
-        side: [{**item, "image": _absolute(item["image"])} for item in items] for side, items in datalist.items()
+        side: [{**item, "image": _each_path(_absolute, item["image"])} for item in items]
+        for side, items in datalist.items()
     }
     write_text(path, json.dumps(absolute, indent=1) + "\n")
 
 
-def _absolute(image: str | list[str]) -> str | list[str]:
-    return [str(Path(i).absolute()) for i in image] if isinstance(image, list) else str(Path(image).absolute())
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _each_path(change: Callable[[str], str], image: str | list[str]) -> str | list[str]:
+    return [change(path) for path in image] if isinstance(image, list) else change(image)
 
 
 def as_text(found: Path | list[Path]) -> str | list[str]:
@@ -395,11 +400,16 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
     sides = {}
     for side in SIDES:
         entries = content.get(side) or []
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("image") for e in entries):
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and _is_image(e.get("image")) for e in entries):
             raise InputError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
         if entries:
-            # the commands that only look for scans do without MONAI, which takes seconds to import
-            from monai.data import load_decathlon_datalist
-
-            sides[side] = load_decathlon_datalist(path, is_segmentation=False, data_list_key=side)
+            sides[side] = [
+                {**e, "image": _each_path(lambda name: os.path.normpath(path.parent / expand(name)), e["image"])}
+                for e in entries
+            ]
     return sides
+
+
+def _is_image(image: Any) -> bool:
+    """Whether it is a path, or a list of paths."""
+    return bool(image) and all(isinstance(path, str) for path in (image if isinstance(image, list) else [image]))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-from scripts.data.covariate_tables import parse_row, read_rows
+from scripts.data.covariate_tables import Covariates
+from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.datalist import common_root, list_sides
 from scripts.inference.masks import pair_masks
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainingRun
 from scripts.population.prior import PopulationPrior
 from scripts.utils import distributed
-from scripts.utils.errors import InputError
+from scripts.utils.names import item_path
 
 __all__ = ["UNUSABLE", "Cohort", "list_scans"]
+
+logger = logging.getLogger(__name__)
 
 UNUSABLE = "unusable"  # in an item: why it cannot be read
 
@@ -51,7 +55,7 @@ class Cohort:
         scan_pattern, training_run: see :func:`list_scans`.
         covariates_file: a table of covariates; None: the data set's own.
         unseen: what becomes of categories that a prior does not know, see
-            :func:`scripts.data.covariate_tables.parse_rows`.
+            :meth:`scripts.data.covariate_tables.Covariates.values`.
     """
 
     def __init__(
@@ -83,7 +87,12 @@ class Cohort:
     @cached_property
     def columns(self) -> ScanColumns:
         """What tables say of each scan."""
-        return ScanColumns(self.items, self.root, self.training_run)
+        return ScanColumns(self.items, self.root, self.covariates, self.training_run)
+
+    @cached_property
+    def covariates(self) -> Covariates:
+        """What tables say of the scans' covariates."""
+        return Covariates(self.items, self.folder, self.covariates_file)
 
     def with_masks(
         self, mask_dir: str | os.PathLike | None, mask_pattern: str | None, masked_only: bool = False
@@ -97,22 +106,34 @@ class Cohort:
     ) -> list[dict[str, Any]]:
         """The scans, each with ``covariates``: what is known of it, by name; as they are where the prior has none.
 
-        One whose covariates make no sense, or are unknown to the prior, says why instead and cannot be read.
+        One whose covariates make no sense, or are unknown to the prior, says why instead and cannot be read. Warnings
+        name scans that no table knows, and those outside of the range of the prior's cohort, which tables mark.
 
         Args:
             prior: with covariates or without.
-            scans: some of the cohort's; None: all.
+            scans: the cohort's, with more keys; None: its items.
 
         Raises:
-            InputError: there is no table, or it cannot be read.
+            InputError: a table cannot be read.
         """
         scans = self.items if scans is None else scans
         if prior is None or prior.coding is None:
             return [dict(item) for item in scans]
-        found = []
-        for item, row in zip(scans, read_rows(scans, self.folder, self.covariates_file), strict=True):
-            try:
-                found.append({**item, "covariates": parse_row(prior.coding, item, row, self.unseen)})
-            except InputError as error:
-                found.append({**item, "covariates": dict.fromkeys(prior.coding.variables), UNUSABLE: str(error)})
-        return found
+        values, refused, outside = self._values_under(prior.coding)
+        for item, beyond in zip(self.items, outside, strict=True):
+            self.columns.marks[item_path(item)] = {"outside_training_range": "yes" if beyond else "no"}
+        return [
+            {**item, "covariates": known} | ({UNUSABLE: refused[place]} if place in refused else {})
+            for place, (item, known) in enumerate(zip(scans, values, strict=True))
+        ]
+
+    @lru_cache(maxsize=1)  # noqa: B019 (a program has one cohort, and asks it often)
+    def _values_under(self, coding: CovariateCoding) -> tuple[list[dict[str, Value]], dict[int, str], list[bool]]:
+        """The values of all scans, why some are refused, and which lie outside of the range of the prior's cohort."""
+        refused: dict[int, str] = {}
+        values = self.covariates.values(coding, self.unseen, refused)
+        outside, sentence = self.covariates.outside_range(coding, values)
+        for warning in (*self.covariates.without_rows(), sentence):
+            if warning:
+                logger.warning("%s", warning)
+        return values, refused, outside

@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Transform
-from scripts.data.covariate_tables import read_table
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
+from scripts.data.tables import read_table
 from scripts.inference.covariates import summary
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import file_names

@@ -128,7 +128,7 @@ class ScanTable:
         training_run: TrainingRun | None = None,
     ) -> None:
         self.items = items
-        self.columns = ScanColumns(items, common_root(items, dataset_dir), training_run)
+        self.columns = ScanColumns(items, common_root(items, dataset_dir), training_run=training_run)
         self.numbers: list[dict[str, float]] = []
 
     def attach(self, engine: VDVAEEvaluator) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scripts.data.covariate_tables import read_participants
+from scripts.data.covariate_tables import Covariates
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import read_row
 from scripts.inference.training_run import TrainingRun
@@ -24,25 +24,33 @@ logger = logging.getLogger(__name__)
 
 
 class ScanColumns:
-    """Which scan a row is of: ``image``, ``subject``, ``session``, ``trained_on``, and what ``participants.tsv`` says.
+    """Which scan a row is of: ``image``, ``subject``, ``session``, ``trained_on``, and its covariates.
 
     ``image`` is the scan's path, relative to the data set; ``session`` is left out where no scan has one, and
-    ``trained_on`` without a training run. The columns of ``participants.tsv``, where the data set has one, are joined
-    by the subject.
+    ``trained_on`` without a training run. What tables such as ``participants.tsv`` say of the scan is joined.
 
     Args:
         items: of the data set, with ``image`` and as far as they are known ``subject`` and ``session``.
         root: the folder that paths are relative to.
+        covariates: of the items; None: what tables of the data set say.
         training_run: tells which scans it was trained on.
+
+    Attributes:
+        marks: further columns by the scan's path, the same for all scans.
     """
 
     def __init__(
-        self, items: Sequence[Mapping[str, Any]], root: str | os.PathLike, training_run: TrainingRun | None = None
+        self,
+        items: Sequence[Mapping[str, Any]],
+        root: str | os.PathLike,
+        covariates: Covariates | None = None,
+        training_run: TrainingRun | None = None,
     ) -> None:
+        self.marks: dict[str, dict[str, str]] = {}
         self.root = Path(root).expanduser().absolute()
         self.items = {item_path(item): item for item in items}
         self.training_run = training_run
-        self.participants = read_participants(self.root)
+        self.covariates = Covariates(items, self.root) if covariates is None else covariates
         known = {name for item in items for name in ("subject", "session") if item.get(name)}
         self.names = [name for name in ("subject", "session") if name in known]
 
@@ -58,14 +66,11 @@ class ScanColumns:
         columns = {"image": image} | {name: item.get(name, "") for name in self.names}
         if self.training_run is not None and self.training_run.trained is not None:
             columns["trained_on"] = self.training_run.knows(item)
-        return columns
+        return columns | self.marks.get(scan, {})
 
     def details(self, scan: str) -> dict[str, str]:
-        """What ``participants.tsv`` says of the scan's subject; empty texts for a subject that it lacks."""
-        subject = str(self.items.get(scan, {}).get("subject", ""))
-        known = self.participants.get(subject.removeprefix("sub-"), {})
-        names = next(iter(self.participants.values()), {})
-        return {name: known.get(name, "") for name in names}
+        """What :class:`scripts.data.covariate_tables.Covariates` has of the scan; empty texts where it lacks it."""
+        return self.covariates.of(scan)
 
     def write(self, path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]], last: bool = False) -> None:
         """Write a table.

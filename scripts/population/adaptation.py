@@ -13,8 +13,8 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from monai.networks.utils import eval_mode
-from scripts.data.covariate_tables import parse_row, read_rows
-from scripts.data.covariates import Categorical, CovariateCoding, Value
+from scripts.data.covariate_tables import Covariates
+from scripts.data.covariates import Categorical, CovariateCoding
 from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
 from scripts.population.effects import shrunk_mean
@@ -89,15 +89,12 @@ class Adaptation:
         self.name, self.category = name, str(category)
         self.coding = extended(prior.coding, self.name, self.category)
         self.network, self.prior, self.dataset, self.path = network, prior, dataset, Path(path)
+        known = Covariates(dataset.data, dataset_dir, covariates_file)
         self.values = [
-            self._others(item, row)
-            for item, row in zip(dataset.data, read_rows(dataset.data, dataset_dir, covariates_file), strict=True)
+            {**known.values_of(place, prior.coding, without=[self.name]), self.name: self.category}
+            for place in range(len(dataset))
         ]
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
-
-    def _others(self, item: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Value]:
-        others = {name: value for name, value in row.items() if name != self.name}
-        return {**parse_row(self.prior.coding, item, others), self.name: self.category}
 
     @torch.no_grad()
     def run(self) -> PopulationPrior:

@@ -16,6 +16,15 @@ from typing import Any
 from scripts.utils.errors import InputError, NotAFolderError, ResourceError
 
 
+def expand(path: str | os.PathLike | None) -> str | None:
+    """A path as somebody gives it, with the user's home in place of a ``~`` at its start; None stays None.
+
+    Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the configs, such as
+    ``$files.expand(@dataset_dir)``. Elsewhere a ``~`` is a folder of that name.
+    """
+    return None if path is None else os.path.expanduser(str(path))  # noqa: PTH111 (pathlib's raises where there is no such user)
+
+
 def write_whole(
     path: str | os.PathLike, write: Callable[[str], object], before: Callable[[], object] | None = None
 ) -> Path:
@@ -77,12 +86,12 @@ def as_folder(name: str, path: str | os.PathLike) -> Path:
 
     Args:
         name: of the argument, for the message.
-        path: of the folder; ``~`` is the user's home.
+        path: of the folder.
 
     Raises:
         NotADirectoryError: it is a file, or lies within one.
     """
-    folder = Path(str(path)).expanduser()
+    folder = Path(expand(path))
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise NotAFolderError(f"{name} is '{folder}', but '{place}' is a file: give the name of a folder.")

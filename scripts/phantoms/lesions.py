@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from scripts.data.phantom_anatomy import Anatomy, near_ventricles, random_streams
-from scripts.data.random_fields import EXTENT
+from scripts.phantoms.anatomy import Anatomy, near_ventricles, random_streams
+from scripts.phantoms.fields import EXTENT
 from scripts.utils.errors import InputError
 
 __all__ = ["KINDS", "check_kinds", "grow_mass", "lesion_kind", "lesion_opacity", "shrink_tissue"]
@@ -88,7 +88,7 @@ def grow_mass(
         rng: where the mass's place, size and tissue come from.
         anatomy: the brain without it.
         displaced: makes the same brain with its points displaced, see
-            :py:func:`scripts.data.phantom_anatomy.brain_anatomy`.
+            :py:func:`scripts.phantoms.anatomy.brain_anatomy`.
         spacing: edge of a voxel in mm.
 
     Returns:

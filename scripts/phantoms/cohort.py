@@ -1,4 +1,4 @@
-"""Make cohorts of phantoms: synthetic scans to train on, to test with and to learn from, without any scans of people.
+"""Cohorts of phantoms in folders, by command or when a run needs its default data set.
 
     python -m scripts.phantoms brains --output_dir phantoms --count 256
     python -m scripts.phantoms ellipsoids --output_dir ellipsoids --count 64 --size 32
@@ -27,24 +27,23 @@ from pathlib import Path
 from typing import Any
 
 from joblib import delayed
-from scripts.data.phantom_anatomy import brain_anatomy, random_streams
-from scripts.data.phantom_images import (
+from scripts.phantoms.anatomy import random_streams
+from scripts.phantoms.images import (
     Phantom,
     brain_phantom,
     check_brain_phantom,
     check_ellipsoid_phantom,
     ellipsoid_phantom,
 )
-from scripts.data.phantom_lesions import lesion_kind
-from scripts.data.phantom_people import Cohort
+from scripts.phantoms.lesions import lesion_kind
+from scripts.phantoms.people import Cohort
 from scripts.utils.arguments import check_integer
-from scripts.utils.command_line import run
 from scripts.utils.errors import ExistsError, InputError
-from scripts.utils.files import as_folder, write_bytes, write_csv, write_text
+from scripts.utils.files import as_folder, expand, write_bytes, write_csv, write_text
 from scripts.utils.nifti import nifti_bytes
 from scripts.utils.parallel import choose_workers, run_parallel
 
-__all__ = ["Phantom", "brain_anatomy", "brain_phantom", "ellipsoid_phantom", "make_brains", "make_ellipsoids"]
+__all__ = ["ensure_cohort", "make_brains", "make_ellipsoids"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def make_brains(
         lesions: probability that a scan has lesions, 0 to 1. If it is more than 0, each scan gets a lesion mask, empty
             ones included, and ``kinds.csv`` beside the masks says of what kind each scan's lesions are.
         lesion_kinds: some of ``bright`` (white-matter hyperintensities), ``dark``, ``mass`` and ``atrophy``, see
-            :py:func:`scripts.data.phantom_images.brain_phantom`; each scan with lesions has one of them.
+            :py:func:`scripts.phantoms.images.brain_phantom`; each scan with lesions has one of them.
         mask_dir: folder for the lesion masks, ``sub-0001_lesions.nii.gz`` and so on; ``<output_dir>_masks`` if not
             given. It is not the scans' folder, so that no pattern for scans matches a mask.
         covariates: give the phantoms ages from 45 to 85 years, a sex and one of three sites, with their effects, and
@@ -140,7 +139,7 @@ def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike
         cohort: what else :py:func:`make_brains` takes.
     """
     if dataset_dir != phantom_dir:
-        return str(dataset_dir)
+        return expand(dataset_dir)
     from scripts.utils.distributed import from_rank_zero  # Ignite comes with it, 700 modules, and no command needs it
 
     return from_rank_zero(make_brains, phantom_dir, count, **cohort)
@@ -210,14 +209,14 @@ def _make_cohort(
             jobs.append(delayed(_write_phantom)(phantom, index, image_path, mask_path, world))
     if not jobs:
         logger.info("%s: all %d phantoms (%s) are there already.", folder, len(indices), recipe["kind"])
-        return str(output_dir)
+        return str(folder)
 
     logger.info("Making %d of %d phantoms (%s) in %s.", len(jobs), len(indices), recipe["kind"], folder)
     if mask_folder is not None:
         mask_folder.mkdir(parents=True, exist_ok=True)
     for _ in run_parallel(jobs, workers or choose_workers(len(jobs)), f"phantoms ({recipe['kind']})", in_order=False):
         pass
-    return str(output_dir)
+    return str(folder)
 
 
 def _claim(folder: Path, recipe: dict[str, Any], indices: range, suffix: str) -> None:
@@ -266,7 +265,7 @@ def _write_phantom(
 
 
 def _beside(output_dir: str | os.PathLike) -> Path:
-    folder = Path(str(output_dir)).expanduser().resolve()
+    folder = Path(expand(output_dir)).resolve()
     return folder.with_name(folder.name + "_masks")
 
 
@@ -275,12 +274,3 @@ def _check_cohort(count: int, start: int, workers: int | None) -> None:
     check_integer("start", start, 0)
     if workers is not None:
         check_integer("workers", workers, 1)
-
-
-def main() -> None:
-    """Run the command line of this module."""
-    print(run("python -m scripts.phantoms", {"brains": make_brains, "ellipsoids": make_ellipsoids}))
-
-
-if __name__ == "__main__":
-    main()

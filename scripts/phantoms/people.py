@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scripts.data.random_fields import sample_maps, smooth_fields
+from scripts.phantoms.fields import sample_maps, smooth_fields
 from scripts.utils.arguments import check_number
 from scripts.utils.errors import InputError
 
@@ -129,7 +129,7 @@ def hyperintensities(
         rng: of the person.
         near: how near the ventricles each voxel is, 1 at their wall.
         white: the fraction of white matter in it.
-        atlas_points: where it lies, see :class:`scripts.data.phantom_anatomy.Anatomy`.
+        atlas_points: where it lies, see :class:`scripts.phantoms.anatomy.Anatomy`.
         aged: of the person.
     """
     field = sample_maps(smooth_fields(rng, 1, ((6.0, 0.15), (14.0, 0.1))), atlas_points)[0]

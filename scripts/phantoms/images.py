@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from scripts.data.phantom_anatomy import brain_anatomy, check_brain, near_ventricles, one_thread, random_streams
-from scripts.data.phantom_lesions import check_kinds, grow_mass, lesion_kind, lesion_opacity, shrink_tissue
-from scripts.data.phantom_people import SITES, Cohort, hyperintensities
-from scripts.data.random_fields import ORIGIN, grid_points, sample_maps, smooth_fields
+from scripts.phantoms.anatomy import brain_anatomy, check_brain, near_ventricles, one_thread, random_streams
+from scripts.phantoms.fields import ORIGIN, grid_points, sample_maps, smooth_fields
+from scripts.phantoms.lesions import check_kinds, grow_mass, lesion_kind, lesion_opacity, shrink_tissue
+from scripts.phantoms.people import SITES, Cohort, hyperintensities
 from scripts.utils.arguments import check_integer, check_number
 from scripts.utils.errors import InputError
 
@@ -60,7 +60,7 @@ def brain_phantom(
       where CSF fills at least 0.4 of a voxel more.
 
     The person and the scanner are the same whatever ``spacing``, ``lesions`` and ``lesion_kinds`` are, so a pair with
-    and without lesions differs in the lesions alone. What age, sex and site change: :mod:`scripts.data.phantom_people`.
+    and without lesions differs in the lesions alone. What age, sex and site change: :mod:`scripts.phantoms.people`.
 
     Args:
         index: number of the scan, 0 or more.

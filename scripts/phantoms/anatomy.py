@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from scripts.data.phantom_people import Person
-from scripts.data.random_fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
+from scripts.phantoms.fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
+from scripts.phantoms.people import Person
 from scripts.utils.arguments import check_integer, check_number
 
 __all__ = ["Anatomy", "brain_anatomy", "check_brain", "near_ventricles", "one_thread", "random_streams"]
@@ -83,7 +83,7 @@ def brain_anatomy(
     person: Person | None = None,
     displace: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Anatomy:
-    """Brain mask and tissue fractions behind :py:func:`scripts.data.phantom_images.brain_phantom`.
+    """Brain mask and tissue fractions behind :py:func:`scripts.phantoms.images.brain_phantom`.
 
     Args:
         index: number of the scan, 0 or more.
