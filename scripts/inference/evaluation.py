@@ -17,8 +17,10 @@ from ignite.engine import Events
 from monai.metrics import MSEMetric
 from monai.utils.enums import CommonKeys as Keys
 from scripts.data.datalist import common_root, make_datalist
+from scripts.inference import jobs
 from scripts.inference.cohort import list_scans
-from scripts.inference.sample_comparison import SampleComparison
+from scripts.inference.engine import Common
+from scripts.inference.sample_comparison import compare_samples
 from scripts.inference.scoring import image_quality
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
@@ -30,15 +32,16 @@ from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 from scripts.utils.report import write_report
+from torch.utils.data import Dataset
 
-__all__ = ["ScanTable", "evaluate", "held_out", "prepare", "scans_to_evaluate"]
+__all__ = ["ScanTable", "evaluate", "held_out", "make_folder", "scans_to_evaluate"]
 
 logger = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
 
 
-def prepare(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
+def make_folder(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
     """Make the folder of the results.
 
     Raises:
@@ -167,32 +170,39 @@ class ScanTable:
 def evaluate(
     evaluator: VDVAEEvaluator,
     table: ScanTable,
-    comparison: SampleComparison,
-    evaluation_dir: str | os.PathLike,
-    settings: Mapping[str, Any],
+    common: Common,
+    dataset: Dataset,
+    samples: int = 64,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Evaluate, and write ``evaluation.csv`` (one row per scan) and ``summary.json``, by rank 0.
 
     Args:
         evaluator: runs the network on this process's share of the held-out scans.
         table: attached to it.
-        comparison: of samples with the scans.
-        evaluation_dir: an existing folder.
-        settings: that tell what was evaluated, for the summary.
+        common: what jobs share; its folder exists.
+        dataset: of all held-out scans, which samples are compared with.
+        samples: how many; 0 compares none.
+        settings: ``temperature`` and ``voxel_noise`` of the samples.
     """
+    if samples < 0:
+        raise InputError(f"samples is {samples}: set --samples to 2 or more, or to 0 to compare none.")
+    settings = settings or {}
     evaluator.run()
     table.gather()
-    samples = comparison.run()
+    sampling = jobs.sample(common, samples, **settings) if samples else None
+    compared = compare_samples(sampling, dataset, table.items, common.seed)
     if idist.get_rank() > 0:
         return
-    folder = Path(evaluation_dir)
-    summary = {"settings": dict(settings), "held_out": table.summary(), "samples": samples}
+    folder = common.output_dir
+    known = {**common.settings(), "population_prior": common.prior_file, **settings}
+    summary = {"settings": known, "held_out": table.summary(), "samples": compared}
     table.write(folder / "evaluation.csv")
     write_text(folder / "summary.json", json.dumps(_plain(summary), indent=2) + "\n")
     lead = f"{len(table.items)} held-out scan(s)."
     pictures = sorted(folder.glob("*.png"))
     write_report(
-        folder, "evaluate", lead, [folder / "evaluation.csv"], pictures, {**settings, "summary": _as_table(summary)}
+        folder, "evaluate", lead, [folder / "evaluation.csv"], pictures, {**known, "summary": _as_table(summary)}
     )
     logger.info("%s", _as_table(summary))
     logger.info("Results: '%s' and '%s'.", folder / "summary.json", folder / "evaluation.csv")
