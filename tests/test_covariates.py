@@ -144,7 +144,7 @@ def test_a_scan_under_its_own_covariates_is_itself(network, coding):
     prior = prior_with_effects(network, coding)
     scans = torch.rand(2, 1, 8, 8, 8) * 2 - 1
     items = [{"covariates": {"age": 50.0, "sex": "F", "site": "A"}}, {"covariates": dict.fromkeys(KINDS)}]
-    arguments = stack_features(coding, items)
+    arguments = stack_features(prior, items)
     same = Counterfactual(prior, {"": {"age": 50.0, "sex": "F"}})(scans, network, **arguments)["change"]
     assert same[0].abs().max() < 1e-4
     other = Counterfactual(prior, {"": {"age": 70.0}})(scans, network, **arguments)["change"]

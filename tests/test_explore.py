@@ -27,6 +27,7 @@ from scripts.inference.covariates import Deviation
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
+from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import Draws
 from scripts.webpage.app import create_app
 from scripts.webpage.cohort import Cohort
@@ -244,7 +245,7 @@ def test_a_scan_is_shown_as_the_jobs_see_it(client, cohort, network):
     assert {"scan", "restored", "anomaly", "scale"} <= {name.removesuffix(".nii.gz") for name in job["files"]}
     # the numbers are those of `score`
     draws = Draws([scan_generator(0, job["result"]["row"]["image"])])
-    scoring = inference_config(population_prior=None).get_parsed_content("scoring_inferer")
+    scoring = Scoring(smoothing=8 / 128)
     expected = scoring(scans[3:4], network, draws=draws)
     assert job["result"]["row"]["bits_per_dim"] == pytest.approx(float(expected["bits_per_dim"]), rel=1e-5)
 

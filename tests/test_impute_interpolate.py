@@ -18,10 +18,12 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from benchmarks import imputation as benchmark
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
-from scripts.inference.engine import list_scans
+from scripts.inference.cohort import Cohort, list_scans
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
+from scripts.inference.jobs import impute as impute_job
+from scripts.inference.jobs import interpolate, with_steps
 from scripts.inference.masks import pair_masks
 from scripts.layers.gaussian import Draws
 
@@ -89,8 +91,10 @@ def impute(folder: Path, output: Path, weights: str, **changes) -> dict[str, np.
     """Every result, by its file's name."""
     settings = {"dataset_dir": str(folder / "scans"), "mask_dir": str(folder / "masks"), "ckpt": weights, **PAIRING}
     content = parser(**{**settings, "output_dir": str(output), **changes})
-    content.get_parsed_content("imputing").run()
-    assert not content.get_parsed_content("failures").found
+    common = content.get_parsed_content("common")
+    settings = {key: content[key] for key in ("mask_dir", "mask_pattern", "iterations", "draws", "voxel_noise")}
+    impute_job(common, **settings).run()
+    assert not common.failures.found
     return {path.name: nib.load(path).get_fdata() for path in output.glob("*.nii.gz")}
 
 
@@ -132,14 +136,14 @@ def test_steps_and_levels_that_cannot_be_are_refused(network, fitted):
 
 def test_a_pair_is_two_scans(cohort, tmp_path):
     first, second = sorted(str(path) for path in cohort.glob("*.nii.gz"))[:2]
-    assert list_pair(None, cohort, "*.nii*") == [{"image": first, "second": second}]
-    assert list_pair([second, first], "nowhere", "*.nii*") == [{"image": second, "second": first}]
+    assert list_pair(None, Cohort(cohort)) == [{"image": first, "second": second}]
+    assert list_pair([second, first], Cohort("nowhere")) == [{"image": second, "second": first}]
     for wrong in (first, [first], [first] * 3):
         with pytest.raises(ValueError, match="give the paths of two scans"):
-            list_pair(wrong, cohort, "*.nii*")
+            list_pair(wrong, Cohort(cohort))
     save(tmp_path / "only.nii.gz", np.eye(4))
     with pytest.raises(ValueError, match="holds one scan alone"):
-        list_pair(None, tmp_path, "*.nii*")
+        list_pair(None, Cohort(tmp_path))
 
 
 def test_a_pair_of_other_fields_of_view_is_named(tmp_path, caplog):
@@ -172,7 +176,8 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
     changes = {"steps": 3, "levels_between": [2, 4], "output_dir": str(tmp_path / "out")}
     other = parser(scans_between=[second, first], ckpt=weights, **changes)
     with pytest.raises(FileExistsError, match="made with another first, second: set --output_dir"):
-        other.get_parsed_content("interpolating").run()
+        words = {key: other[key] for key in ("scans_between", "steps", "levels_between")}
+        interpolate(other.get_parsed_content("common"), **words).run()
 
 
 # Imputing: the inferer
@@ -430,8 +435,8 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
 
 def test_the_benchmark_measures_the_missing_voxels_alone(network, cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ITERATIONS", (1, 3))
-    content = parser(ckpt=None)
-    preprocessing = content.get_parsed_content("imputed#preprocessing")
+    preprocessing = parser().get_parsed_content("preprocessing")
+    preprocessing = with_steps(preprocessing, HideMissingd("image"), FitMaskd("image"))
     for kind, volume in (("slab", None), ("sphere", 4 / 3 * np.pi * benchmark.RADIUS**3)):
         items = benchmark.write_holes(kind, sorted(cohort.glob("*.nii.gz"))[:2], tmp_path / kind)
         removed = nib.load(items[0]["mask"])

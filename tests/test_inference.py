@@ -25,11 +25,12 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
-from scripts.inference.engine import ScanEvaluator, list_scans, scan_generator
+from scripts.inference import jobs
+from scripts.inference.cohort import list_scans
+from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
-from scripts.inference.sample_comparison import SampleComparison
 from scripts.inference.scoring import Scoring, foreground, quantile
 from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAEOutput, VDVAEReconstruction
@@ -279,10 +280,9 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
     assert np.allclose(sample.affine, network.scan_affine)
     assert 0 <= sample.get_fdata().min() < 0.01 < 0.3 < sample.get_fdata().max() <= 1
     # an evaluation compares the same samples with scans
-    comparison = SampleComparison(network, [], [], Sampling(), 4, (-1, 1), tmp_path / "images", batch_size=2)
-    comparison.scratch_dir.mkdir()
-    comparison._keep_samples()
-    compared = np.load(tmp_path / "images" / "sample_0002.npy")[0]
+    config = inference_config(network=network, output_dir=str(tmp_path / "images"))
+    sampling = jobs.sample(config.get_parsed_content("common"), 4)
+    compared = sampling.compute([read_item(sampling.dataset, 1)])["sample"][0, 0]
     assert np.allclose((compared.clip(-1, 1) + 1) / 2, one, atol=1e-5)
     loc, noisy = (Sampling(0.0, voxel_noise=noise)(1, network)["sample"] for noise in (False, True))
     scale = network.decode([], 0.0)[1].square().mean().sqrt()
@@ -617,8 +617,9 @@ def test_training_and_inference_prepare_scans_alike(scans):
     inferred = infer.get_parsed_content("preprocessing")(path)["image"]
     assert torch.allclose(trained.as_tensor(), inferred.as_tensor(), atol=1e-6)
     assert torch.equal(trained.affine, inferred.affine)
-    for key in ("spatial_shape", "keep_aspect", "scan_pattern"):
-        assert train[key] == infer[key]
+    assert train["spatial_shape"] == infer["spatial_shape"]
+    for key in ("keep_aspect", "percentiles", "scan_pattern"):
+        assert infer.get_parsed_content("training_run").get(key, infer[key]) == train[key]
     own = {key: value for key, value in infer["network_def"].items() if key != "_target_"}
     assert own == {key: value for key, value in train["network_def"].items() if key != "_target_"}
 

@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.lesions import main as benchmark
 from scripts.data.transforms import unclipped
+from scripts.inference.cohort import list_scans
 from scripts.inference.detection import (
     average_precision,
     best,
@@ -27,7 +28,6 @@ from scripts.inference.detection import (
     sentences,
     table,
 )
-from scripts.inference.engine import list_scans
 from scripts.inference.lesions import (
     BINS,
     DETECTORS,

@@ -220,9 +220,9 @@ def test_channels_whose_results_would_have_one_name_are_refused(tmp_path):
     same = [str(tmp_path / "sub-01.nii.gz"), str(tmp_path / "sub-01.mha")]
     evaluator = SimpleNamespace(layouts=[layout], dataset=SimpleNamespace(data=[{"image": same}]))
     with pytest.raises(ValueError, match="would both be written to"):
-        ScanEvaluator._check_names(evaluator)
+        ScanEvaluator.check_names(evaluator)
     evaluator.layouts = [ScanLayout(tmp_path, tmp_path / "out", "recon", join_channels=True)]
-    ScanEvaluator._check_names(evaluator)
+    ScanEvaluator.check_names(evaluator)
 
 
 def test_files_of_several_channels_each_are_refused_with_what_to_do():

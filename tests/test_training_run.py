@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 import zlib
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import run_bundle
-from monai.bundle import ConfigParser
+from conftest import ROOT, run_bundle
+from monai.bundle import ConfigParser, create_workflow
 
 from scripts.data.datalist import common_root
 from scripts.inference.evaluation import scans_to_evaluate
@@ -114,14 +113,19 @@ def test_preprocessing_is_the_runs(run_dir):
     image = preprocessing({"image": held_out(run_dir)[0]})["image"]
     assert image.shape == (1, 8, 8, 8)
     assert preprocessing.transforms[4].lower == 1.0
-    assert parser.get_parsed_content("pattern") == "*_FLAIR.nii.gz"
+    assert parser.get_parsed_content("cohort").pattern == "*_FLAIR.nii.gz"
 
 
-def test_the_command_line_goes_before_the_run(run_dir, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run", "--scan_pattern", "*_T1w.nii.gz"])
+def test_what_is_given_goes_before_the_run_however_it_is_given(run_dir, tmp_path):
     assert TrainingRun(run_dir).get("scan_pattern", "*_T1w.nii.gz") == "*_T1w.nii.gz"
-    assert TrainingRun(run_dir).get("train_fraction", 0.9) == 0.5
-    assert TrainingRun(run_dir).get("no_such_key", 3) == 3
+    assert TrainingRun(run_dir).get("percentiles", None) == [1.0, 99.0]
+    settings = {"run_dir": str(run_dir), "percentiles": [2.0, 98.0]}
+    (tmp_path / "overlay.json").write_text(json.dumps(settings))
+    files = [str(ROOT / "configs/inference.json"), str(tmp_path / "overlay.json")]
+    by_file = ConfigParser(ConfigParser.load_config_files(files))
+    by_workflow = create_workflow(config_file=files[0], workflow_type="infer", bundle_root=str(ROOT), **settings)
+    for parser in (by_file, by_workflow.parser):
+        assert parser.get_parsed_content("preprocessing").transforms[4].lower == 2.0
 
 
 def test_the_network_is_the_runs_and_of_the_class_that_is_asked_for(run_dir):
@@ -134,10 +138,11 @@ def test_the_network_is_the_runs_and_of_the_class_that_is_asked_for(run_dir):
     assert type(TrainingRun(run_dir).network(VDVAE(**default.arguments))) is VDVAE
 
 
-def test_no_run_changes_nothing():
+def test_no_run_leaves_what_is_given_and_the_defaults():
     run = TrainingRun(None)
     assert (run.ckpt, run.datalist, run.knows({"image": "a.nii"})) == (None, None, "")
-    assert run.get("keep_aspect", True) is True
+    assert run.get("keep_aspect", False) is False
+    assert run.get("keep_aspect", None) is True
 
 
 def test_scans_are_known_by_path_and_by_subject(tmp_path):
@@ -151,7 +156,14 @@ def test_scans_are_known_by_path_and_by_subject(tmp_path):
     assert trained.knows({"image": str(tmp_path / "data" / "sub-7.nii"), "subject": "sub-7"}) == "no"
 
 
-def test_what_is_no_run_is_named(run_dir, tmp_path, monkeypatch):
+def test_another_network_than_the_runs_is_refused(run_dir):
+    parser = ConfigParser(ConfigParser.load_config_files("configs/inference.json"))
+    parser.update({"run_dir": str(run_dir), "spatial_shape": [64, 64, 64]})
+    with pytest.raises(ValueError, match="network_def or spatial_shape is given, but the run in run_dir"):
+        TrainingRun(run_dir).network(parser.get_parsed_content("network_def"))
+
+
+def test_what_is_no_run_is_named(run_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json: set --run_dir to the output_dir"):
         TrainingRun(tmp_path)
     shutil.copy(run_dir / "config.json", tmp_path)
@@ -166,6 +178,3 @@ def test_what_is_no_run_is_named(run_dir, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="preprocessed its scans by LoadScand, "):
         TrainingRun(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["run", "--run_dir", str(run_dir), "--spatial_shape", "[16,16,16]"])
-    with pytest.raises(ValueError, match="--spatial_shape: the run in run_dir"):
-        TrainingRun(run_dir)

@@ -46,13 +46,18 @@ class Fit(NamedTuple):
     def of(cls, scan: MetaTensor) -> Fit:
         """That of a preprocessed scan, from its metadata and the trace of its transforms."""
         steps = scan.applied_operations
-        (background,) = (step[OUTSIDE] for step in steps if OUTSIDE in step)
+        (fit,) = (step for step in steps if OUTSIDE in step)
         (scaling,) = (
             step[TraceKeys.EXTRA_INFO] for step in steps if step[TraceKeys.CLASS_NAME] == RobustScaled.__name__
         )
-        geometry = scan.meta["geometry"]
+        # the file's own grid; without CheckScand, which notes it, that from which the scan was fitted
+        geometry = scan.meta.get("geometry") or {
+            "affine": fit[TraceKeys.EXTRA_INFO]["src_affine"],
+            "shape": fit[TraceKeys.ORIG_SIZE],
+        }
         grids = np.asarray(scan.affine), np.asarray(geometry["affine"]), tuple(geometry["shape"])
-        return cls(*grids, background, scaling["gain"], scaling["offset"], float(scaling["b_min"]), image_files(scan))
+        numbers = scaling["gain"], scaling["offset"], float(scaling["b_min"])
+        return cls(*grids, fit[OUTSIDE], *numbers, image_files(scan))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All but the files, as arrays by name."""

@@ -161,7 +161,7 @@ class Common:
     @property
     def prior_file(self) -> str | None:
         """Where the population prior is, for the record of a job."""
-        return None if self.prior is None else str(self.prior.path)
+        return str(self.prior.path) if self.prior is not None and self.prior.path is not None else None
 
     def replace(self, **changes: Any) -> Common:
         """The same but for some attributes."""

@@ -329,7 +329,7 @@ def score(
     scans = cohort.with_covariates(common.prior, scans)
     preprocessing = unclipped(common.preprocessing)  # the brightest lesions are what clipping hides
     if mask_dir is not None:
-        preprocessing = with_steps(preprocessing, lesions.ReadLesionsd("image"), lesions.FitLesionsd("image"))
+        preprocessing = lesions.with_masks(preprocessing)
     if anomaly_smoothing is None:
         anomaly_smoothing = min(common.network.spatial_shape) / 128
     numbers = {"importance_samples": importance_samples, "restore": restore, "anomaly_smoothing": anomaly_smoothing}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample, Transform
+from monai.transforms import Compose, MapTransform, SpatialResample, Transform
 from scripts.data.to_scan import Fit
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.masks import read_mask
@@ -33,6 +33,7 @@ __all__ = [
     "count_voxels",
     "edges",
     "ordered",
+    "with_masks",
 ]
 
 GRIDS = ("network", "scan")
@@ -125,6 +126,12 @@ def count_voxels(anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray)
     sign = {"brighter": np.positive, "darker": np.negative, "either": np.abs}
     scores = [np.percentile(sign[order](values[what][foreground]), PERCENTILE) for what, order in DETECTORS]
     return found | {"scores": np.array(scores)}
+
+
+def with_masks(preprocessing: Compose) -> Compose:
+    """A preprocessing, which begins with loading, that also reads the scans' masks, and fits them at its end."""
+    load, *others = preprocessing.transforms
+    return Compose([load, ReadLesionsd("image"), *others, FitLesionsd("image")])
 
 
 class ReadLesionsd(MapTransform):
