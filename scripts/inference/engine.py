@@ -36,7 +36,7 @@ from scripts.layers.gaussian import Draws
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
 from scripts.utils import distributed
-from scripts.utils.devices import on_device, runs_ahead, to_host
+from scripts.utils.devices import is_async, on_device, to_host
 from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
@@ -327,7 +327,7 @@ class ScanEvaluator(Evaluator):
         before, self._computed = self._computed, (scans.items, to_host({k: v.float() for k, v in results.items()}))
         if before is not None:
             self._add(*before)  # while a GPU computes this batch
-        if not runs_ahead(device):
+        if not is_async(device):
             self._write_computed()
         return {}
 
