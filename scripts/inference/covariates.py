@@ -19,9 +19,8 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from scripts.data.covariate_tables import parse_rows, read_rows
 from scripts.data.covariates import CovariateCoding, Value
-from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
-from scripts.layers.gaussian import Draws, gaussian_noise
+from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior, given_innovations, innovation
 from scripts.utils.errors import InputError
@@ -203,8 +202,7 @@ class Deviation(Inferer):
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
         for count in itertools.count(1):
-            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors), draws)
-            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features, draws)
+            loc, scale = self.prior.usual(network, features, draws)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self.region_means(loc))

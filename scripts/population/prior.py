@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
+from scripts.networks import VDVAE
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
@@ -225,6 +226,39 @@ class PopulationPrior(nn.Module):
                 drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u, draws) if factor else u
         return drawn
 
+    def decode(
+        self,
+        network: VDVAE,
+        coordinates: Tensor,
+        temperature: float | list[float] = 1.0,
+        features: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scans given the factors and the covariates: mean and standard deviation of each voxel.
+
+        Args:
+            network: to whose latents the prior belongs.
+            coordinates: ``[batch, factors]``.
+            temperature: of what the factors do not say; one number, or one per level of the network, finest first.
+            features: what the covariates become, ``[batch, features]``; None: they are not known.
+            draws: whose generators draw all noise.
+
+        Returns:
+            loc and scale, ``[batch, channels, *spatial]``.
+        """
+        of_latents = temperature
+        if isinstance(temperature, list):
+            of_latents = [temperature[level] for level in network.latent_levels]
+        draws = self.draws(coordinates, of_latents, features, draws)
+        loc, scale = network.decode([], temperature, batch_size=len(coordinates), draws=draws)
+        added = self.added(features)
+        return loc + (added.to(loc) if isinstance(added, Tensor) else added), scale
+
+    def usual(self, network: VDVAE, features: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """A draw of what is usual under covariates, one scan for each row of ``features``; see :meth:`decode`."""
+        coordinates = gaussian_noise(self.inverse.new_empty(len(features), self.factors), draws)
+        return self.decode(network, coordinates, 1.0, features, draws)
+
     def added(self, features: Tensor | None) -> Tensor | float:
         """What covariates add to the mean of each voxel beside their effect on the latents, ``[batch, channels,
         *spatial]``.
@@ -351,8 +385,8 @@ def from_bytes(small: Tensor, scale: Tensor) -> Tensor:
 
 def fingerprint(network: nn.Module) -> str:
     """What tells the weights of a network from all others: a checksum of its state dict."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        checksum.update(name.encode())
+        checksum.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return checksum.hexdigest()
