@@ -20,9 +20,16 @@ from monai.inferers import Inferer
 from monai.networks.utils import eval_mode
 from monai.utils.enums import CommonKeys as Keys
 from scripts.inference.engine import list_samples, scan_generator
+from scripts.inference.sample_metrics import (
+    gaussian_kernel,
+    kernel_features,
+    mean_of_pairs,
+    mmd,
+    ms_ssim_metric,
+    random_halves,
+)
 from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
-from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 from scripts.training.precision import autocast
 from scripts.utils.errors import InputError
 from scripts.utils.names import item_path

@@ -417,15 +417,15 @@ def place_in_epoch(scans: int, scans_per_batch: int, batches: int, accumulation_
     return done - done % accumulation_steps
 
 
-def _first_difference(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:
-    """In words, the first tensor of two state dicts that does not match."""
-    saved = {"scan_grid": own["scan_grid"], **saved}  # weights of earlier versions may lack it
-    for name, tensor in own.items():
+def _first_difference(saved: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
+    """In words, the first tensor of saved weights that does not match the network's."""
+    saved = {"scan_grid": state["scan_grid"], **saved}  # weights of earlier versions may lack it
+    for name, tensor in state.items():
         if name not in saved:
             return f"it lacks '{name}'"
         if saved[name].shape != tensor.shape:
             return f"'{name}' is {list(saved[name].shape)} there and {list(tensor.shape)} here"
-    extra = next(name for name in saved if name not in own)
+    extra = next(name for name in saved if name not in state)
     return f"it has '{extra}' besides"
 
 

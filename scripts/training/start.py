@@ -30,7 +30,7 @@ __all__ = ["check_inputs", "grow_network", "start_network", "starts_untrained", 
 logger = logging.getLogger(__name__)
 
 LEVEL = re.compile(r"^encoder\.(levels|downsamples)\.(\d+)")
-OWN = ("output.", "template_", "scan_grid")  # what belongs to a grid, and is not taken
+OF_THE_GRID = ("output.", "template_", "scan_grid")  # what is not taken
 
 
 def check_inputs(
@@ -143,29 +143,29 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
             wide as the next.
     """
     state = read_weights(weights)
-    trained = 1 + max(
-        (int(found[2]) for found in map(LEVEL.match, state) if found and found[1] == "levels"), default=-1
-    )
+    matches = [match for match in map(LEVEL.match, state) if match and match[1] == "levels"]
+    trained = 1 + max((int(match[2]) for match in matches), default=-1)
     new = network.levels - trained
     if new < 1 or trained < 1:
         raise InputError(
             f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter at least "
             "one more, at the fine end of every list."
         )
-    own = network.state_dict(keep_vars=True)
+    tensors = network.state_dict(keep_vars=True)
     if isinstance(network.encoder.levels[new][0].skip, torch.nn.Identity):
         raise InputError(
             f"network_def: level {grid_name(network.grids()[new])} and the next finer one are as wide as each other: "
             "give the finer one another number of channels, so that it can hand on the scan to one grown from "
             f"'{weights}'."
         )
-    anew = OWN
+    anew = OF_THE_GRID
     finest = f"decoder.groups.{trained - 1}."  # of the trained network
-    if _has_latents(own, finest) and not _has_latents(state, finest):
-        anew = (*OWN, finest)
+    if _has_latents(tensors, finest) and not _has_latents(state, finest):
+        anew = (*OF_THE_GRID, finest)
     for name, tensor in state.items():
         if not name.startswith(anew):
-            _take(network, own, LEVEL.sub(lambda m: f"encoder.{m[1]}.{int(m[2]) + new}", name), tensor, weights, new)
+            target = LEVEL.sub(lambda m: f"encoder.{m[1]}.{int(m[2]) + new}", name)
+            _take(network, tensors.get(target), target, tensor, weights, new)
     for level in range(new):
         for block in network.encoder.levels[level]:
             _pass_on(block, network.in_channels)
@@ -183,10 +183,9 @@ def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
 
 
 def _take(
-    network: VDVAE, own: dict[str, Tensor], name: str, tensor: Tensor, weights: str | os.PathLike, new: int
+    network: VDVAE, place: Tensor | None, name: str, tensor: Tensor, weights: str | os.PathLike, new: int
 ) -> None:
     """Copy a tensor of the weights to its place; the first to see the scan sees it among the features above it."""
-    place = own.get(name)
     entry = name in (f"encoder.levels.{new}.0.convs.0.weight", f"encoder.levels.{new}.0.skip.weight")
     if place is not None and entry and place.shape[0] == tensor.shape[0] and place.shape[2:] == tensor.shape[2:]:
         place.zero_()

@@ -102,8 +102,8 @@ class GuardedStep:
         flat = as_vectors(tensors)
         before = torch.cat(flat)
         self.optimizer.step()
-        known = {id(tensor) for tensor in tensors}
-        made = [tensor for tensor in self._tensors() if id(tensor) not in known]  # the state, by the first step
+        before_ids = {id(tensor) for tensor in tensors}
+        made = [tensor for tensor in self._tensors() if id(tensor) not in before_ids]  # the state, by the first step
         flat += as_vectors(made)
         after = torch.cat(flat)
         before = torch.cat([before, before.new_zeros(len(after) - len(before))]) if made else before
