@@ -94,7 +94,7 @@ class Adaptation:
     @torch.no_grad()
     def run(self) -> PopulationPrior:
         """Learn, and write; with several processes all take part."""
-        # the numbers of the new category are those of none of the known ones, and a 1 of its own at the slice's end
+        # the features of the new category are those of no other, and a 1 at the end of the covariate's slice
         place = self.coding.slices()[self.name].stop - 1
         features = self._features()
         before = {i: getattr(self.prior, f"effects_{i}") for i in self.prior.latents}
@@ -124,14 +124,14 @@ class Adaptation:
         return adapted
 
     def _features(self) -> Tensor:
-        """What the scans' covariates become, ``[scans, numbers]``: as they were read, but for the new category."""
+        """What the scans' covariates become, ``[scans, features]``: as they were read, but for the new category."""
         rows = read_rows(self.dataset.data, self.dataset_dir, self.covariates_file)
-        numbers = []
+        features = []
         for item, row in zip(self.dataset.data, rows, strict=True):
             others = {name: value for name, value in row.items() if name != self.name}
             values = {**parse_row(self.prior.coding, item, others), self.name: self.category}
-            numbers.append(self.coding.numbers(values))
-        return torch.stack(numbers)
+            features.append(self.coding.numbers(values))
+        return torch.stack(features)
 
     def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:
         """The shrunk mean over all scans of what a function leaves of scans, ``[size]``, and the share that is kept."""

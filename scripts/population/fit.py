@@ -75,7 +75,7 @@ def prior_from_sketch(
         sketch: of what the covariates' effects leave.
         rank, shrinkage: see :meth:`FactorSketch.factors`.
         network: whose latents they are.
-        effects: of the covariates, ``[numbers, dimensions]``.
+        effects: of the covariates, ``[features, dimensions]``.
     """
     mean, variance, directions = sketch.factors(rank, shrinkage)
     effects = mean.new_zeros(0, len(mean)) if effects is None else effects
@@ -91,9 +91,9 @@ def prior_from_sketch(
     )
 
 
-def _gathered(numbers: Sequence[Tensor]) -> list[float]:
-    """The numbers of all scans, ``[batch]`` each, of all processes."""
-    here = [number for batch in numbers for number in batch.tolist()]
+def _gather(batches: Sequence[Tensor]) -> list[float]:
+    """One number per scan, ``[batch]`` each, of all processes."""
+    here = [number for batch in batches for number in batch.tolist()]
     return list(itertools.chain(*idist.all_gather(here)))
 
 
@@ -109,7 +109,7 @@ class ScanVectors(NamedTuple):
 
 
 class _Scans(Dataset):
-    """Scans with the numbers that their covariates become."""
+    """Scans with the features that their covariates become."""
 
     def __init__(self, dataset: Dataset, features: Tensor | None) -> None:
         self.dataset = dataset
@@ -204,7 +204,7 @@ class PopulationFit:
         prior.offset = self._offset(prior, means, first)
         prior.dispersion = self._dispersion(prior, chosen)
         prior.distances = self._distances(prior, chosen)
-        prior.bits_per_dim = torch.tensor(_gathered([vectors.bits_per_dim for vectors in drawn]))
+        prior.bits_per_dim = torch.tensor(_gather([vectors.bits_per_dim for vectors in drawn]))
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 
@@ -228,7 +228,7 @@ class PopulationFit:
         """The regressions of the shifts, and of the scans themselves, on the covariates.
 
         Returns:
-            ``[numbers, dimensions]`` and ``[numbers, channels, *spatial]``; None without covariates.
+            ``[features, dimensions]`` and ``[features, channels, *spatial]``; None without covariates.
         """
         if self.coding is None:
             return None, None
@@ -239,10 +239,10 @@ class PopulationFit:
         return latents.fit(), images.fit()
 
     def _offset(self, prior: PopulationPrior, means: Tensor | None, dataset: Dataset) -> Tensor | None:
-        """What the effects on the latents lack of the scans' own mean differences, ``[numbers, channels, *spatial]``.
+        """What the effects on the latents lack of the scans' own mean differences, ``[features, channels, *spatial]``.
 
         The network is not linear, so that effects on its latents are not quite what they are in scans. So that the mean
-        of counterfactuals is right, what some scans gain when they are decoded under half a unit more of each number is
+        of counterfactuals is right, what some scans gain when they are decoded under half a unit more of a feature is
         compared with the regression of the scans themselves.
         """
         if means is None:
@@ -255,14 +255,14 @@ class PopulationFit:
             scans += len(vectors.u)
             decoded = []
             for sign in (-0.25, 0.25):
-                for number in range(self.coding.size):
+                for feature in range(self.coding.size):
                     change = torch.zeros(len(vectors.u), self.coding.size)
-                    change[:, number] = sign
+                    change[:, feature] = sign
                     draws = given_innovations(prior.moved(innovations, change))
                     decoded.append(self.network.decode([], 0.0, batch_size=len(change), draws=draws)[0].cpu())
             below, above = decoded[: self.coding.size], decoded[self.coding.size :]
-            for number, (less, more) in enumerate(zip(below, above, strict=True)):
-                gained[number] += 2 * (more - less).sum(0)
+            for feature, (less, more) in enumerate(zip(below, above, strict=True)):
+                gained[feature] += 2 * (more - less).sum(0)
         total = idist.all_reduce(torch.stack(gained)) / idist.all_reduce(scans)
         return means - total
 
@@ -347,7 +347,7 @@ class PopulationFit:
             prior.typicality(prior.coordinates(split_latents(vectors.u, self.network), vectors.features))[0]
             for vectors in self._vectors(dataset, "measuring distances", temperature=0.0)
         ]
-        return torch.tensor(sorted(_gathered(distances)))
+        return torch.tensor(sorted(_gather(distances)))
 
     def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
         if idist.get_rank() > 0:

@@ -7,8 +7,8 @@ prior of the same network. Over a cohort the shifts t lie near a plane of few di
 draws from; here u is modelled by factor analysis (Rubin & Thayer 1982): ``u = mean + W c + e`` with ``c ~ N(0, I)`` and
 ``e ~ N(0, D)``, D diagonal.
 
-Where covariates of the scans are known, the mean depends on them: ``u = mean + E f + W c + e``, with f the numbers that
-age, sex or site become (:mod:`scripts.data.covariates`), zeros for what is not known. The prior is then that of a
+Where covariates of the scans are known, the mean depends on them: ``u = mean + E f + W c + e``, with f the features
+that age, sex or site become (:mod:`scripts.data.covariates`), zeros for what is not known. The prior is then that of a
 person of this age and sex, a scan's factors are what the covariates do not say, and the likelihood of covariates given
 a scan is a quadratic function of f.
 """
@@ -51,8 +51,8 @@ class PopulationPrior(nn.Module):
             N(0, I).
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
         bits_per_dim: of the same scans, under the network's own prior.
-        effects: the columns of E, ``[numbers, channels, *grid]``, by the latent's index; None: no covariates.
-        offset: what each of the numbers adds to the mean of each voxel beside its effect on the latents, ``[numbers,
+        effects: the columns of E, ``[features, channels, *grid]``, by the latent's index; None: no covariates.
+        offset: what each feature adds to the mean of each voxel beside its effect on the latents, ``[features,
             channels, *spatial]``, in the range of the network's output; None: nothing.
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
@@ -62,7 +62,7 @@ class PopulationPrior(nn.Module):
 
     Attributes:
         factors: their number.
-        features: the number of numbers that covariates become.
+        features: how many features covariates become.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
     """
 
@@ -192,7 +192,7 @@ class PopulationPrior(nn.Module):
         beyond = len(self.distances) - torch.searchsorted(self.distances, distance)
         return distance, (1 + beyond) / (1 + len(self.distances))
 
-    def unlikely_above(self) -> float | None:
+    def outlier_bits_per_dim(self) -> float | None:
         """Bits per dim above which a scan is unlike the cohort: ten robust standard deviations from the median.
 
         None where those of the cohort are not known.
