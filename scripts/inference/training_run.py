@@ -84,7 +84,9 @@ class TrainingRun:
             self.datalist, self.trained = str(datalist), TrainedScans(datalist)
 
     def _check_preprocessing(self) -> None:
-        transforms = self._parser.get("preprocessing#transforms", [])
+        steps = self._parser.get("preprocessing#transforms", [])
+        # by a reference to what has a name, since version 0.10.0
+        transforms = [self._parser.get(step[1:], {}) if isinstance(step, str) else step for step in steps]
         names = tuple(str(transform.get("_target_", "")).rpartition(".")[2] for transform in transforms)
         if names != TRANSFORMS:
             raise InputError(
