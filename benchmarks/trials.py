@@ -28,9 +28,9 @@ from benchmarks.peers import cohort_scans
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_weights
-from scripts.training.growth import grow_network
 from scripts.training.losses import WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.precision import autocast
+from scripts.training.start import grow_network
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.command_line import run
 

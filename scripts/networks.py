@@ -23,6 +23,10 @@ from torch import Tensor
 __all__ = ["OUTPUT_RANGES", "VDVAE", "Decoder", "Encoder", "VDVAEOutput", "VDVAEReconstruction"]
 
 
+# arguments of the network that concern no level
+OF_THE_WHOLE = ("spatial_shape", "strided", "output_activation", "predict_scale", "template", "init")
+
+
 class VDVAEOutput(NamedTuple):
     """What one pass of the network predicts.
 
@@ -83,7 +87,7 @@ class Decoder(nn.Module):
         Args:
             x: ``[batch, any, *coarsest grid]``, which says the shape and the device of what is drawn.
             features: the encoder's, finest first: latents come from the posterior. None: they come from the prior.
-            latents: the first of them, already known, top first.
+            latents: the first of them, top first, which are taken as they are.
             temperatures: what the standard deviation of a draw is multiplied by on each level, finest first.
             keep_posteriors: return z, mean and std of each latent too, which holds on to their memory.
             draws: how the others are drawn, see :class:`scripts.layers.gaussian.Draws`.
@@ -188,28 +192,7 @@ class VDVAE(VoxelGaussian):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(template)
         self.arguments = arguments
-        levels = make_levels(
-            spatial_dims,
-            in_channels,
-            channels=channels,
-            hidden_channels=hidden_channels,
-            decoder_channels=decoder_channels,
-            decoder_hidden_channels=decoder_hidden_channels,
-            num_latents=num_latents,
-            latent_channels=latent_channels,
-            kernel_sizes=kernel_sizes,
-            decoder_kernel_sizes=decoder_kernel_sizes,
-            encoder_blocks=encoder_blocks,
-            shared=shared,
-            latents_off=latents_off,
-            checkpoint_levels=checkpoint_levels,
-            std_form=std_form,
-            kl_floor=kl_floor,
-            batch_norm=batch_norm,
-            plain_encoder=plain_encoder,
-            rezero=rezero,
-            separate_heads=separate_heads,
-        )
+        levels = make_levels(**{name: value for name, value in arguments.items() if name not in OF_THE_WHOLE})
         self.spatial_dims, self.in_channels, self.levels = spatial_dims, in_channels, len(levels)
         self.output_activation = output_activation
         self.spatial_shape: tuple[int, ...] | None = None

@@ -10,17 +10,19 @@ from torch.testing import assert_close
 from scripts.training.acceleration import GraphedUpdate, check_graph
 from scripts.training.losses import ELBOLoss
 from scripts.training.trainer import VDVAETrainer
+from scripts.training.update import StepLimits
 from scripts.utils.devices import tune
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def train(updates: int = 4, **arguments) -> VDVAETrainer:
+def train(updates: int = 4, skip_grad_norm: float = 1e12, **arguments) -> VDVAETrainer:
     network = tiny()
     optimizer = torch.optim.Adamax(network.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update))
+    limits = StepLimits(skip_grad_norm=skip_grad_norm, skip_warmup=2)
     engine = VDVAETrainer(
-        "cpu", 1, loader(2 * updates), network, optimizer, ELBOLoss(kl_warmup=3), schedule, skip_warmup=2, **arguments
+        "cpu", 1, loader(2 * updates), network, optimizer, ELBOLoss(kl_warmup=3), schedule, limits, **arguments
     )
     torch.manual_seed(0)
     engine.run()

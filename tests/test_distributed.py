@@ -122,7 +122,7 @@ def training_with_a_nan_in_one(rank):
     engine = VDVAETrainer("cpu", 1, DataLoader(Dataset(items[:3]), batch_size=1), network, optimizer, ELBOLoss())
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr("scripts.training.numbers.logger.warning", lambda text, *values: said.append(text % values))
+        patch.setattr("scripts.training.update.logger.warning", lambda text, *values: said.append(text % values))
         engine.run()
     weights = torch.cat([p.detach().flatten() for p in network.parameters()])
     return {"weights": weights, "start": start, "skipped": engine.state.skipped, "said": said}

@@ -19,9 +19,16 @@ from monai.inferers import Inferer
 from scripts.inference.evaluation import held_out
 from scripts.inference.inferers import Sampling
 from scripts.inference.sample_comparison import SampleComparison, one_per_subject
+from scripts.inference.sample_metrics import (
+    gaussian_kernel,
+    kernel_features,
+    mean_of_pairs,
+    mmd,
+    ms_ssim_metric,
+    random_halves,
+)
 from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
-from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
 
 EVALUATE = [*TINY, "configs/evaluate.json"]
 EVALUATE_BY_TWO = [*EVALUATE, "configs/multi_gpu_evaluate.json"]

@@ -7,7 +7,7 @@ import torch
 from conftest import run_bundle
 
 from scripts.networks import VDVAE
-from scripts.training.growth import grow_network
+from scripts.training.start import grow_network
 
 COARSE = {
     "spatial_dims": 3,

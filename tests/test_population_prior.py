@@ -395,16 +395,16 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
 def test_the_shipped_prior_knows_what_is_far_outside():
     prior = PopulationPrior.load(torch.load(ROOT / "models" / "population_prior.pt", weights_only=True))
     assert len(prior.bits_per_dim) == 123
-    assert -4.36 < prior.unlikely_above() < -3.9  # above the least likely held-out phantom
+    assert -4.36 < prior.outlier_bits_per_dim() < -3.9  # above the least likely held-out phantom
 
 
 def test_far_outside_is_measured_by_the_cohort():
     prior = random_prior()
-    assert prior.unlikely_above() is None
+    assert prior.outlier_bits_per_dim() is None
     prior.bits_per_dim = torch.tensor([-4.6, -4.5, -4.4, -4.5, -1.0])
-    assert prior.unlikely_above() == pytest.approx(-4.5 + 10 * 1.4826 * 0.1, abs=1e-4)
+    assert prior.outlier_bits_per_dim() == pytest.approx(-4.5 + 10 * 1.4826 * 0.1, abs=1e-4)
     prior.bits_per_dim = torch.tensor([-4.5, -4.5])
-    assert prior.unlikely_above() == pytest.approx(-4.3)
+    assert prior.outlier_bits_per_dim() == pytest.approx(-4.3)
 
 
 def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):

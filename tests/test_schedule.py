@@ -9,6 +9,7 @@ import torch
 from ignite.engine import Engine
 from torch.utils.data import DataLoader
 
+from scripts.training.losses import ELBOLoss
 from scripts.training.schedule import TimeEstimate, duration, learning_rate_factor, log_plan, updates_per_epoch
 
 
@@ -53,11 +54,8 @@ def test_the_last_update_of_an_epoch_may_have_fewer_batches():
 
 
 def test_the_log_says_whom_a_run_trains_on_and_how_long(caplog):
-    visits = [{"image": f"{s}_{v}.nii", "subject": s, "session": v} for s in ("sub-1", "sub-2") for v in ("a", "b")]
-    datalist = {"training": [*visits, {"image": "c.nii", "subject": "sub-3"}], "validation": [{"image": "d.nii"}]}
-    loader = DataLoader(datalist["training"], batch_size=2, drop_last=True)
     with caplog.at_level("INFO"):
-        log_plan(5, loader, 2, 3000, 0.01, 20, 0.5, 150)
+        log_plan(planned(5, 2, 3000, 150), 20, 0.5)
     assert caplog.messages == [
         "1 update(s) per epoch of 4 scans each (1 scan(s) that fill no batch are left out, others in each epoch), "
         "3000 in 3000 epoch(s).",
@@ -65,6 +63,18 @@ def test_the_log_says_whom_a_run_trains_on_and_how_long(caplog):
         "update 150 on: until then the training's bits per dim, in which it always counts in full, may rise while the "
         "network learns.",
     ]
+
+
+def planned(scans: int, accumulation_steps: int, epochs: int, kl_warmup: int) -> SimpleNamespace:
+    """A trainer, as far as the plan is concerned."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    return SimpleNamespace(
+        data_loader=DataLoader([0] * scans, batch_size=2, drop_last=True),
+        state=SimpleNamespace(max_epochs=epochs),
+        loss_function=ELBOLoss(kl_warmup),
+        optimizer=optimizer,
+        accumulation_steps=accumulation_steps,
+    )
 
 
 def own_messages(caplog) -> list[str]:
@@ -103,9 +113,8 @@ def test_durations_are_short(seconds, text):
 
 
 def test_a_run_that_is_too_short_is_told_how_long_to_be(caplog):
-    loader = DataLoader([0] * 8, batch_size=2)
     with caplog.at_level("INFO"):
-        log_plan(8, loader, 1, 10, 0.01, 0, 0.0, 150)
+        log_plan(planned(8, 1, 10, 150), 0, 0.0)
     assert caplog.messages[-1] == (
         "40 updates are few, and end before the KL warm-up (150); the default network of 32³ takes some 2000: --epochs "
         "500 makes as many."

@@ -8,16 +8,15 @@ import pytest
 import torch
 from test_trainer import loader, tiny, trainer, weights
 
-from scripts.training.numbers import NumberEvents, TrainingStalledError
-from scripts.training.update import GuardedStep, place_counters
-from scripts.utils.devices import NumbersOnTheWay
+from scripts.training.update import GuardedStep, NumberEvents, TrainingStalledError, make_capturable
+from scripts.utils.devices import DelayedScalars
 
 
 @pytest.fixture
 def late(monkeypatch):
     """As if the host ran ahead of the device, which is the CPU."""
     for module in ("scripts.utils.devices", "scripts.training.update"):
-        monkeypatch.setattr(f"{module}.runs_ahead", lambda device: True)
+        monkeypatch.setattr(f"{module}.is_async", lambda device: True)
     done = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr("torch.Event", lambda device: done)
 
@@ -50,17 +49,17 @@ def test_counters_go_where_the_weights_are(late):
     optimizer.step()
     state = optimizer.state_dict()
     assert not state["param_groups"][0]["capturable"]
-    place_counters(optimizer)
+    make_capturable(optimizer)
     assert optimizer.param_groups[0]["capturable"]
     # a run on a GPU is resumed from a checkpoint that was written on a CPU
     optimizer.load_state_dict(state)
-    place_counters(optimizer)
+    make_capturable(optimizer)
     assert optimizer.param_groups[0]["capturable"]
     assert optimizer.state[weight]["step"] == 1
 
 
 def test_numbers_arrive_in_order_an_interval_late(late):
-    numbers = NumbersOnTheWay(3)
+    numbers = DelayedScalars(3)
     arrived = [numbers.add(torch.full((1 + n % 2,), float(n)), n) for n in range(8)]
     assert [len(rows) for rows in arrived] == [0, 0, 0, 0, 0, 3, 0, 0]
     assert [note for _, note in numbers.look()] == [3, 4, 5, 6, 7]
@@ -70,10 +69,10 @@ def test_numbers_arrive_in_order_an_interval_late(late):
 
 
 def test_on_a_cpu_numbers_are_there_at_once():
-    numbers = NumbersOnTheWay(3)
+    numbers = DelayedScalars(3)
     assert numbers.add(torch.ones(2), "note") == [([1.0, 1.0], "note")]
     with pytest.raises(ValueError, match="log_interval is 0"):
-        NumbersOnTheWay(0)
+        DelayedScalars(0)
 
 
 def run_with_a_nan(log_interval: int, caplog) -> tuple:

@@ -14,7 +14,7 @@ from scripts.training.losses import ELBOLoss
 from scripts.training.metrics import elbo_metrics, key_metric
 from scripts.training.seeding import SeededDataset
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
-from scripts.training.voxel_statistics import choose_draws, start_from_scans, voxel_statistics
+from scripts.training.voxel_statistics import choose_readings, start_from_scans, voxel_statistics
 
 
 def test_the_template_is_the_mean_and_deviation_of_the_scans():
@@ -80,7 +80,7 @@ def augmented_cohort(folder, factors=0.5):
 
 def test_of_augmented_scans_those_that_move_are_read_and_a_third_of_the_others(tmp_path):
     data = augmented_cohort(tmp_path)
-    chosen = choose_draws(data, 200, augmented=True)
+    chosen = choose_readings(data, 200, augmented=True)
     moved = [draw for draw in chosen if draw.weight == 1]
     assert all(data.moves(draw.epoch, draw.index) for draw in moved)
     assert 70 < len(moved) < 130

@@ -17,9 +17,8 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from scripts.data.covariates import CovariateCoding, Value
-from scripts.inference.inferers import decode_coordinates
 from scripts.inference.scoring import foreground
-from scripts.layers.gaussian import Draws, gaussian_noise
+from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior, given_innovations, innovation
 from scripts.utils.errors import InputError
@@ -179,8 +178,7 @@ class Deviation(Inferer):
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
         for count in itertools.count(1):
-            coordinates = gaussian_noise(self.prior.inverse.new_empty(len(inputs), self.prior.factors), draws)
-            loc, scale = decode_coordinates(network, self.prior, coordinates, 1.0, features, draws)
+            loc, scale = self.prior.usual(network, features, draws)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self.region_means(loc))

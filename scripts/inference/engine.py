@@ -37,7 +37,7 @@ from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.prior import PopulationPrior
 from scripts.training.precision import autocast
 from scripts.utils import distributed
-from scripts.utils.devices import on_device, runs_ahead, to_host
+from scripts.utils.devices import is_async, on_device, to_host
 from scripts.utils.errors import BundleError, ExistsError, InputError, ResourceError, root_cause, sentence
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
@@ -299,7 +299,7 @@ class ScanEvaluator(Evaluator):
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
         self.layouts, self.inputs, self.arguments = layouts, inputs, arguments
         self.likelihood, self.summary, self.report = likelihood, summary, report or Report()
-        self.unlikely_above = common.prior and common.prior.unlikely_above()
+        self.unlikely_above = common.prior and common.prior.outlier_bits_per_dim()
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self._writers: ResultWriters | None = None
         if idist.get_rank() == 0:
@@ -442,7 +442,7 @@ class ScanEvaluator(Evaluator):
             before, self._computed = self._computed, (items, to_host({k: v.float() for k, v in results.items()}))
             if before is not None:
                 self._add(*before)
-            if not runs_ahead(self.state.device):
+            if not is_async(self.state.device):
                 self._write_computed()
         return {}
 

@@ -221,12 +221,7 @@ def decode_coordinates(
     draws: Draws | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each voxel given a population prior's factors, and what covariates become."""
-    of_latents = temperature
-    if isinstance(temperature, list):
-        of_latents = [temperature[level] for level in network.latent_levels]
-    draws = prior.draws(coordinates, of_latents, features, draws)
-    loc, scale = network.decode([], temperature, batch_size=len(coordinates), draws=draws)
-    return loc + prior.added(features), scale
+    return prior.decode(network, coordinates, temperature, features, draws)
 
 
 def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, draws: Draws | None = None) -> Tensor:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from monai.networks.utils import eval_mode
 from scripts.inference.covariates import Deviation
-from scripts.inference.inferers import decode_coordinates
-from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
 from scripts.utils import plots
 from scripts.utils.names import item_path
@@ -55,8 +53,7 @@ class RegionCurves:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
                     torch.manual_seed(self.seed)
                     for _ in range(self.deviation.draws):
-                        coordinates = gaussian_noise(prior.inverse.new_empty(1, prior.factors))
-                        loc, _ = decode_coordinates(self.network, prior, coordinates, 1.0, features)
+                        loc, _ = prior.usual(self.network, features)
                         regions.append(self.deviation.region_means(loc)[0].cpu())
                 drawn = torch.stack(regions)
                 means.append(drawn.mean(0))

@@ -15,7 +15,14 @@ import torch
 from monai.metrics import MultiScaleSSIMMetric
 from monai.utils.enums import CommonKeys as Keys
 from scripts.inference.engine import ScanEvaluator, read_item
-from scripts.training.metrics import gaussian_kernel, kernel_features, mean_of_pairs, mmd, ms_ssim_metric, random_halves
+from scripts.inference.sample_metrics import (
+    gaussian_kernel,
+    kernel_features,
+    mean_of_pairs,
+    mmd,
+    ms_ssim_metric,
+    random_halves,
+)
 from scripts.utils.errors import InputError
 from torch import Tensor
 from torch.utils.data import Dataset

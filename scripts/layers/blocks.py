@@ -204,7 +204,7 @@ class DecoderBlock(Block):
     Args of ``forward``:
         x: ``[batch, channels, *grid]``, from the block before.
         features: the encoder's of this level; None to draw from the prior.
-        z: the latent, where it is known.
+        z: the latent; None to draw it.
         temperature: multiplies the standard deviation of what is drawn.
         draws: how, see :class:`scripts.layers.gaussian.Draws`; None: by PyTorch's own generator.
 
@@ -318,7 +318,7 @@ class StochasticBlock(DecoderBlock):
 
     Args:
         level, enters_level, index: see :class:`DecoderBlock`.
-        share: take the prior net, posterior net and z projection of this other block; only the residual is own.
+        share: take the prior net, posterior net and z projection of this other block, and add a residual.
     """
 
     def __init__(self, level: Level, enters_level: bool, index: int, share: StochasticBlock | None = None) -> None:

@@ -91,57 +91,30 @@ def make_levels(
     Raises:
         ValueError: an argument cannot be honoured; the sentence names it.
     """
-    check_whole_number("spatial_dims", spatial_dims)
-    check_whole_number("in_channels", in_channels)
-    check_whole_number("checkpoint_levels", checkpoint_levels)
-    if spatial_dims not in (2, 3):
-        raise InputError(f"network_def: spatial_dims is {spatial_dims}: it must be 2 or 3.")
-    if in_channels < 1:
-        raise InputError(f"network_def: in_channels is {in_channels}: it must be 1 or more.")
     check_list("channels", channels)
     if len(channels) == 0:
         raise InputError("network_def: channels is empty: give one width per level.")
     channels = _per_level("channels", channels, channels)
-    hidden = _per_level("hidden_channels", hidden_channels, channels)
-    widths = _per_level("decoder_channels", decoder_channels, channels)
-    decoder_hidden = _per_level("decoder_hidden_channels", decoder_hidden_channels, widths)
-    counts = _per_level("num_latents", num_latents, channels, minimum=0)
-    latent_channels = _per_level("latent_channels", latent_channels, channels)
-    kernels = _kernels("kernel_sizes", kernel_sizes, channels)
-    decoder_kernels = _kernels("decoder_kernel_sizes", decoder_kernel_sizes, kernels)
     number = len(channels)
-    if isinstance(encoder_blocks, int):
-        encoder_blocks = ensure_tuple_rep(encoder_blocks, number)
-    blocks = _per_level("encoder_blocks", encoder_blocks, channels)
-    shared = (shared,) * number if isinstance(shared, bool) else shared
-    check_list("shared", shared)
-    if len(shared) != number:
-        raise InputError(f"network_def: shared has {len(shared)} entries but channels has {number}.")
-    if any(not isinstance(value, bool) for value in shared):
-        raise InputError(f"network_def: shared is {list(shared)}: every entry must be true or false.")
-    if counts[-1] == 0:
-        raise InputError("network_def: num_latents ends in 0: the coarsest level needs a latent, the first of all.")
-    check_list("latents_off", latents_off)
-    total, off = sum(counts), set(latents_off)
-    if not off <= set(range(1, total)):
-        raise InputError(
-            f"network_def: latents_off is {sorted(off)}: it can hold 1 to {total - 1}, "
-            "counted from the coarsest latent; latent 0 cannot be switched off."
-        )
-    if not 0 <= checkpoint_levels <= number:
-        raise InputError(f"network_def: checkpoint_levels is {checkpoint_levels}: it can be 0 to {number} (levels).")
+    _check_numbers(spatial_dims, in_channels, checkpoint_levels, number, kl_floor)
+    check_choice("std_form", std_form, ("sigmoid", "exp"))
     if checkpoint_levels and batch_norm:
         raise InputError(
             "network_def: checkpoint_levels with batch_norm would count every batch twice in the running "
             "statistics: set one of them to 0 or false."
         )
-    check_choice("std_form", std_form, ("sigmoid", "exp"))
-    if isinstance(kl_floor, bool) or not isinstance(kl_floor, int | float) or not 0 <= kl_floor < 1:
-        raise InputError(f"network_def: kl_floor is {kl_floor!r}: it must be a number from 0 to below 1.")
-
-    # positions among all latents are those of latents_off; indices count the enabled ones alone
-    enabled = [position for position in range(total) if position not in off]
-    indices = {position: index for index, position in enumerate(enabled)}
+    hidden = _per_level("hidden_channels", hidden_channels, channels)
+    widths = _per_level("decoder_channels", decoder_channels, channels)
+    decoder_hidden = _per_level("decoder_hidden_channels", decoder_hidden_channels, widths)
+    latent_channels = _per_level("latent_channels", latent_channels, channels)
+    kernels = _kernels("kernel_sizes", kernel_sizes, channels)
+    decoder_kernels = _kernels("decoder_kernel_sizes", decoder_kernel_sizes, kernels)
+    if isinstance(encoder_blocks, int):
+        encoder_blocks = ensure_tuple_rep(encoder_blocks, number)
+    blocks = _per_level("encoder_blocks", encoder_blocks, channels)
+    shared = _flags("shared", shared, number)
+    latents = _latents(_per_level("num_latents", num_latents, channels, minimum=0), latents_off)
+    depth = sum(map(len, latents)) + 2 * (number - 1)
     return tuple(
         Level(
             number=k,
@@ -155,14 +128,14 @@ def make_levels(
             decoder_channels=widths[k],
             decoder_hidden_channels=decoder_hidden[k],
             decoder_kernel_size=decoder_kernels[k],
-            latents=tuple(indices.get(sum(counts[k + 1 :]) + i) for i in range(counts[k])),
+            latents=latents[k],
             latent_channels=min(latent_channels[k], widths[k]),
             coarsest=k == number - 1,
             shared=shared[k],
             std_form=std_form,
             kl_floor=float(kl_floor),
             batch_norm=batch_norm,
-            init_scale=math.sqrt(1 / (total + 2 * (number - 1))),
+            init_scale=math.sqrt(1 / depth),
             recompute=k < checkpoint_levels,
             **variants,
         )
@@ -170,27 +143,69 @@ def make_levels(
     )
 
 
+def _check_numbers(spatial_dims: int, in_channels: int, checkpoint_levels: int, levels: int, kl_floor: float) -> None:
+    check_whole_number("spatial_dims", spatial_dims)
+    check_whole_number("in_channels", in_channels)
+    check_whole_number("checkpoint_levels", checkpoint_levels)
+    if spatial_dims not in (2, 3):
+        raise InputError(f"network_def: spatial_dims is {spatial_dims}: it must be 2 or 3.")
+    if in_channels < 1:
+        raise InputError(f"network_def: in_channels is {in_channels}: it must be 1 or more.")
+    if not 0 <= checkpoint_levels <= levels:
+        raise InputError(f"network_def: checkpoint_levels is {checkpoint_levels}: it can be 0 to {levels} (levels).")
+    if isinstance(kl_floor, bool) or not isinstance(kl_floor, int | float) or not 0 <= kl_floor < 1:
+        raise InputError(f"network_def: kl_floor is {kl_floor!r}: it must be a number from 0 to below 1.")
+
+
+def _flags(name: str, values: bool | Sequence[bool], levels: int) -> Sequence[bool]:
+    """One truth value per level, of one or a list."""
+    values = (values,) * levels if isinstance(values, bool) else values
+    check_list(name, values)
+    if len(values) != levels:
+        raise InputError(f"network_def: {name} has {len(values)} entries but channels has {levels}.")
+    if any(not isinstance(value, bool) for value in values):
+        raise InputError(f"network_def: {name} is {list(values)}: every entry must be true or false.")
+    return values
+
+
+def _latents(counts: Sequence[int], latents_off: Sequence[int]) -> list[tuple[int | None, ...]]:
+    """The latents of each level, finest first: the index among those that are on, None for one that is off."""
+    if counts[-1] == 0:
+        raise InputError("network_def: num_latents ends in 0: the coarsest level needs a latent, the first of all.")
+    check_list("latents_off", latents_off)
+    total, off = sum(counts), set(latents_off)
+    if not off <= set(range(1, total)):
+        raise InputError(
+            f"network_def: latents_off is {sorted(off)}: it can hold 1 to {total - 1}, "
+            "counted from the coarsest latent; latent 0 cannot be switched off."
+        )
+    # positions among all latents are those of latents_off; indices count those that are on alone
+    on = [position for position in range(total) if position not in off]
+    indices = {position: index for index, position in enumerate(on)}
+    return [tuple(indices.get(sum(counts[k + 1 :]) + i) for i in range(counts[k])) for k in range(len(counts))]
+
+
 def check_whole_number(name: str, value: object) -> None:
-    """Raise a ``ValueError`` unless an argument is a whole number."""
+    """Refuse an argument that is no whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"network_def: {name} is {value!r}: it must be a whole number.")
 
 
 def check_list(name: str, values: object) -> None:
-    """Raise a ``ValueError`` unless an argument is a list."""
+    """Refuse an argument that is no list."""
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise InputError(f"network_def: {name} is {values!r}: it must be a list.")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    """Raise a ``ValueError`` unless an argument is one of several words."""
+    """Refuse an argument that is none of several words; return it."""
     if value not in choices:
         raise InputError(f"network_def: {name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
     return value
 
 
 def check_shape(shape: list[int], spatial_dims: int, levels: int) -> list[int]:
-    """Raise a ``ValueError`` unless a grid can be halved between so many levels; return it."""
+    """Refuse a grid that cannot be halved between so many levels; return it."""
     divisor = 1 << (levels - 1)
     if len(shape) != spatial_dims:
         raise InputError(
@@ -256,5 +271,5 @@ def find_level(setting: str, value: Any, grids: Sequence[Sequence[int]]) -> int:
     for number, grid in enumerate(grids):
         if not isinstance(value, bool) and name in (grid_key(grid), "x".join(map(str, grid))):
             return number
-    known = ", ".join(grid_key(grid) for grid in reversed(grids))
-    raise InputError(f"{setting} names the grid {value!r}: this network's levels have the grids {known}.")
+    names = ", ".join(grid_key(grid) for grid in reversed(grids))
+    raise InputError(f"{setting} names the grid {value!r}: this network's levels have the grids {names}.")

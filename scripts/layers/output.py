@@ -65,7 +65,7 @@ class VoxelGaussian(nn.Module):
         """Add the buffers, if there is a Gaussian: mean 0 and deviation 1 until it is set.
 
         Raises:
-            ValueError: the grid is not known.
+            ValueError: there is no ``spatial_shape``.
         """
         if not self.template:
             return

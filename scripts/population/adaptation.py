@@ -15,7 +15,6 @@ import torch
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import Categorical, CovariateCoding
-from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
 from scripts.population.effects import shrunk_mean
 from scripts.population.prior import PopulationPrior, fingerprint, innovation
@@ -40,8 +39,8 @@ def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCodi
     """
     variable = coding.variables.get(name)
     if not isinstance(variable, Categorical):
-        known = [other.name for other in coding.variables.values() if isinstance(other, Categorical)]
-        raise InputError(f"covariates: '{name}' is no categorical covariate of the prior, which has {known}.")
+        names = [other.name for other in coding.variables.values() if isinstance(other, Categorical)]
+        raise InputError(f"covariates: '{name}' is no categorical covariate of the prior, which has {names}.")
     if category in variable.categories:
         raise InputError(f"covariates: {name} '{category}' is known already; give the new one another name.")
     longer = replace(variable, categories=(*variable.categories, category), shares=(*variable.shares, 0.0))
@@ -89,21 +88,17 @@ class Adaptation:
         self.name, self.category = name, str(category)
         self.coding = extended(prior.coding, self.name, self.category)
         self.network, self.prior, self.dataset, self.path = network, prior, dataset, Path(path)
-        known = Covariates(dataset.data, dataset_dir, covariates_file)
-        self.values = [
-            {**known.values_of(place, prior.coding, without=[self.name]), self.name: self.category}
-            for place in range(len(dataset))
-        ]
+        self.dataset_dir, self.covariates_file = dataset_dir, covariates_file
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
 
     @torch.no_grad()
     def run(self) -> PopulationPrior:
         """Learn, and write; with several processes all take part."""
-        # the numbers of the new category are those of none of the known ones, and a 1 of its own at the slice's end
+        # the features of the new category are those of no other, and a 1 at the end of the covariate's slice
         place = self.coding.slices()[self.name].stop - 1
-        features = torch.stack([self.coding.numbers(values) for values in self.values])
-        known = {i: getattr(self.prior, f"effects_{i}") for i in self.prior.latents}
-        sizes = [effects[0].numel() for effects in known.values()]
+        features = self._features()
+        before = {i: getattr(self.prior, f"effects_{i}") for i in self.prior.latents}
+        sizes = [effects[0].numel() for effects in before.values()]
         without = torch.cat([features[:, :place], features[:, place + 1 :]], dim=1)
         row, kept = self._mean(self._shifts, without, sum(sizes))
         parts = (
@@ -115,7 +110,7 @@ class Adaptation:
             *parts,
             self.prior.distances,
             self.prior.bits_per_dim,
-            effects={i: _inserted(known[i], place, own) for i, own in zip(known, row.split(sizes), strict=True)},
+            effects={i: _inserted(before[i], place, new) for i, new in zip(before, row.split(sizes), strict=True)},
             offset=None if offset is None else _inserted(offset, place, torch.zeros_like(offset[0])),
             coding=self.coding,
             sharpness=self.prior.sharpness,
@@ -128,6 +123,12 @@ class Adaptation:
             self._save(adapted, kept)
         return adapted
 
+    def _features(self) -> Tensor:
+        """What the scans' covariates become, ``[scans, features]``: as they were read, but for the new category."""
+        tables = Covariates(self.dataset.data, self.dataset_dir, self.covariates_file)
+        values = (tables.values_of(place, self.prior.coding, without=[self.name]) for place in range(len(self.dataset)))
+        return torch.stack([self.coding.numbers({**known, self.name: self.category}) for known in values])
+
     def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:
         """The shrunk mean over all scans of what a function leaves of scans, ``[size]``, and the share that is kept."""
         share = range(idist.get_rank(), len(self.dataset), idist.get_world_size())
@@ -139,8 +140,8 @@ class Adaptation:
             torch.manual_seed(idist.get_rank())
             for items in tqdm(loader, f"{self.name} {self.category}", unit="batch", disable=idist.get_rank() > 0):
                 scans = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
-                own = features[[next(indices) for _ in items]].to(self.device)
-                left = rest(scans.to(self.device), own).flatten(1)
+                rows = features[[next(indices) for _ in items]].to(self.device)
+                left = rest(scans.to(self.device), rows).flatten(1)
                 total, squares = total + left.sum(0), squares + left.square().sum()
         return shrunk_mean(idist.all_reduce(total), idist.all_reduce(squares), len(self.dataset))
 
@@ -153,11 +154,7 @@ class Adaptation:
 
     def _unexpected(self, prior: PopulationPrior, scans: Tensor, features: Tensor) -> Tensor:
         """Scans less the mean of what the prior draws for their covariates."""
-        usual = prior.added(features)
-        for _ in range(DRAWS):
-            draws = prior.draws(gaussian_noise(scans.new_empty(len(scans), prior.factors)), 1.0, features)
-            usual = usual + self.network.decode([], batch_size=len(scans), draws=draws)[0] / DRAWS
-        return scans - usual
+        return scans - sum(prior.usual(self.network, features)[0] for _ in range(DRAWS)) / DRAWS
 
     def _save(self, prior: PopulationPrior, kept: float) -> None:
         def write(path: str) -> None:

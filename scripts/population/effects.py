@@ -10,19 +10,19 @@ __all__ = ["Effects", "shrunk_mean"]
 
 
 class Effects:
-    """A linear regression of quantities on the numbers that covariates become.
+    """A linear regression of quantities on the features that covariates become.
 
-    A cohort tells the effect of a number on 100,000 quantities only with noise, which a counterfactual would add to a
+    A cohort tells the effect of a feature on 100,000 quantities only with noise, which a counterfactual would add to a
     scan. So each effect is shrunk as a whole, by the share of its size that is noise (James and Stein 1961, positive
-    part; over the quantities, in the basis in which the numbers are uncorrelated: first the straight line of age, then
+    part; over the quantities, in the basis in which the features are uncorrelated: first the straight line of age, then
     its bends, and so on). An effect that is no larger than noise is left out.
 
     Args:
-        numbers: that the covariates of a scan become.
+        features: how many they are.
     """
 
-    def __init__(self, numbers: int) -> None:
-        self.gram = torch.zeros(numbers + 1, numbers + 1, dtype=torch.float64)
+    def __init__(self, features: int) -> None:
+        self.gram = torch.zeros(features + 1, features + 1, dtype=torch.float64)
         self.moments, self.squares = torch.zeros(()), torch.zeros(())
         self.shape: tuple[int, ...] = ()
 
@@ -30,7 +30,7 @@ class Effects:
         """Take in some scans.
 
         Args:
-            features: ``[batch, numbers]``, of mean 0 over the cohort.
+            features: ``[batch, features]``, of mean 0 over the cohort.
             values: the quantities, ``[batch, ...]``.
         """
         design = torch.cat([torch.ones(len(features), 1), features], dim=1)
@@ -40,10 +40,10 @@ class Effects:
         self.squares = self.squares + flat.square().sum(0)
 
     def fit(self) -> Tensor:
-        """The effects, ``[numbers, ...]``, from the scans of all processes, which all have to ask."""
+        """The effects, ``[features, ...]``, from the scans of all processes, which all have to call this."""
         gram, moments, squares = (idist.all_reduce(total) for total in (self.gram, self.moments, self.squares))
         scans = gram[0, 0].item()
-        ridge = torch.ones(len(gram), dtype=gram.dtype)  # as strong as one scan, where numbers cannot be told apart
+        ridge = torch.ones(len(gram), dtype=gram.dtype)  # as strong as one scan, where features cannot be told apart
         ridge[0] = 0
         # the design times the inverse of the transpose of this has uncorrelated columns of size 1
         factor = torch.linalg.cholesky(gram + ridge.diag()).float()

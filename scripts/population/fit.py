@@ -17,7 +17,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
-from scripts.layers.gaussian import Posterior, gaussian_noise
+from scripts.layers.gaussian import Posterior
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.effects import Effects
 from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
@@ -75,7 +75,7 @@ def prior_from_sketch(
         sketch: of what the covariates' effects leave.
         rank, shrinkage: see :meth:`FactorSketch.factors`.
         network: whose latents they are.
-        effects: of the covariates, ``[numbers, dimensions]``.
+        effects: of the covariates, ``[features, dimensions]``.
     """
     mean, variance, directions = sketch.factors(rank, shrinkage)
     effects = mean.new_zeros(0, len(mean)) if effects is None else effects
@@ -91,10 +91,10 @@ def prior_from_sketch(
     )
 
 
-def _gathered(numbers: Sequence[Tensor]) -> list[float]:
-    """The numbers of all scans, ``[batch]`` each, of all processes."""
-    own = [number for batch in numbers for number in batch.tolist()]
-    return list(itertools.chain(*idist.all_gather(own)))
+def _gather(batches: Sequence[Tensor]) -> list[float]:
+    """One number per scan, ``[batch]`` each, of all processes."""
+    here = [number for batch in batches for number in batch.tolist()]
+    return list(itertools.chain(*idist.all_gather(here)))
 
 
 class ScanVectors(NamedTuple):
@@ -109,7 +109,7 @@ class ScanVectors(NamedTuple):
 
 
 class _Scans(Dataset):
-    """Scans with the numbers that their covariates become."""
+    """Scans with the features that their covariates become."""
 
     def __init__(self, dataset: Dataset, features: Tensor | None) -> None:
         self.dataset = dataset
@@ -188,10 +188,10 @@ class PopulationFit:
             logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
             return None
         if idist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the fit
-        known = Subset(self.training, indices)
-        effects, means = self._effects(known)
-        sketch = self._sketch(known, effects)
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # before the fit: an error comes at once
+        first = Subset(self.training, indices)
+        effects, means = self._effects(first)
+        sketch = self._sketch(first, effects)
         chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
         drawn = list(self._vectors(chosen, "choosing the number of factors"))
         rank, shrinkage, gain = self._choose(sketch, effects, drawn)
@@ -201,10 +201,10 @@ class PopulationFit:
             sketch = self._sketch(self.training, effects)
         prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
         prior.coding, prior.sharpness = self.coding, sharpness
-        prior.offset = self._offset(prior, means, known)
+        prior.offset = self._offset(prior, means, first)
         prior.dispersion = self._dispersion(prior, chosen)
         prior.distances = self._distances(prior, chosen)
-        prior.bits_per_dim = torch.tensor(_gathered([vectors.bits_per_dim for vectors in drawn]))
+        prior.bits_per_dim = torch.tensor(_gather([vectors.bits_per_dim for vectors in drawn]))
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 
@@ -228,7 +228,7 @@ class PopulationFit:
         """The regressions of the shifts, and of the scans themselves, on the covariates.
 
         Returns:
-            ``[numbers, dimensions]`` and ``[numbers, channels, *spatial]``; None without covariates.
+            ``[features, dimensions]`` and ``[features, channels, *spatial]``; None without covariates.
         """
         if self.coding is None:
             return None, None
@@ -239,15 +239,15 @@ class PopulationFit:
         return latents.fit(), images.fit()
 
     def _offset(self, prior: PopulationPrior, means: Tensor | None, dataset: Dataset) -> Tensor | None:
-        """What the effects on the latents lack of the scans' own mean differences, ``[numbers, channels, *spatial]``.
+        """What the effects on the latents lack of the scans' own mean differences, ``[features, channels, *spatial]``.
 
         The network is not linear, so that effects on its latents are not quite what they are in scans. So that the mean
-        of counterfactuals is right, what some scans gain when they are decoded under half a unit more of each number is
+        of counterfactuals is right, what some scans gain when they are decoded under half a unit more of a feature is
         compared with the regression of the scans themselves.
         """
         if means is None:
             return None
-        found = [torch.zeros_like(mean) for mean in means]
+        gained = [torch.zeros_like(mean) for mean in means]
         scans = 0
         some = Subset(dataset, range(min(len(dataset), OFFSET_SCANS)))
         for vectors in self._vectors(some, "mean differences", temperature=0.0):
@@ -255,15 +255,15 @@ class PopulationFit:
             scans += len(vectors.u)
             decoded = []
             for sign in (-0.25, 0.25):
-                for number in range(self.coding.size):
+                for feature in range(self.coding.size):
                     change = torch.zeros(len(vectors.u), self.coding.size)
-                    change[:, number] = sign
+                    change[:, feature] = sign
                     draws = given_innovations(prior.moved(innovations, change))
                     decoded.append(self.network.decode([], 0.0, batch_size=len(change), draws=draws)[0].cpu())
             below, above = decoded[: self.coding.size], decoded[self.coding.size :]
-            for number, (less, more) in enumerate(zip(below, above, strict=True)):
-                found[number] += 2 * (more - less).sum(0)
-        total = idist.all_reduce(torch.stack(found)) / idist.all_reduce(scans)
+            for feature, (less, more) in enumerate(zip(below, above, strict=True)):
+                gained[feature] += 2 * (more - less).sum(0)
+        total = idist.all_reduce(torch.stack(gained)) / idist.all_reduce(scans)
         return means - total
 
     def _sketch(self, dataset: Dataset, effects: Tensor | None) -> FactorSketch:
@@ -295,7 +295,7 @@ class PopulationFit:
     def _sharpness(self, prior: PopulationPrior, drawn: Sequence[ScanVectors]) -> float:
         """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors.
 
-        Each covariate in turn is asked for, as if all values of its grid were as likely and no other one were known.
+        Each covariate in turn is inferred, as if all values of its grid were as likely and no other one were known.
         """
         if self.coding is None:
             return 1.0
@@ -304,13 +304,13 @@ class PopulationFit:
         total = torch.zeros(len(SHARPNESSES))
         for name, variable in self.coding.variables.items():
             values = torch.stack([self.coding.numbers({name: value}) for value in variable.grid()])
-            own = self.coding.slices()[name]
-            known = features[:, own].abs().sum(1) > 0
-            nearest = torch.cdist(features[:, own], values[:, own]).argmin(1)
+            columns = self.coding.slices()[name]
+            has_value = features[:, columns].abs().sum(1) > 0
+            nearest = torch.cdist(features[:, columns], values[:, columns]).argmin(1)
             likelihoods = prior.covariate_likelihoods(scores, values)
             for place, sharpness in enumerate(SHARPNESSES):
                 posterior = (sharpness * likelihoods).log_softmax(1)
-                total[place] += posterior.gather(1, nearest[:, None])[known].sum()
+                total[place] += posterior.gather(1, nearest[:, None])[has_value].sum()
         return SHARPNESSES[int(idist.all_reduce(total).argmax())]
 
     def _dispersion(self, prior: PopulationPrior, dataset: Dataset) -> float:
@@ -326,10 +326,8 @@ class PopulationFit:
         for vectors in self._vectors(some, "how far scans deviate", temperature=0.0):
             means, variances = [], []
             for _ in range(DISPERSION_DRAWS):
-                coordinates = gaussian_noise(torch.empty(len(vectors.scans), prior.factors))
-                draws = prior.draws(coordinates, 1.0, vectors.features)
-                loc, scale = self.network.decode([], batch_size=len(coordinates), draws=draws)
-                means.append(loc.cpu() + prior.added(vectors.features))
+                loc, scale = prior.usual(self.network, vectors.features)
+                means.append(loc.cpu())
                 variances.append(scale.cpu().square())
             means = torch.stack(means)
             spread = means.var(0) + torch.stack(variances).mean(0)
@@ -345,11 +343,11 @@ class PopulationFit:
 
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
-        found = [
+        distances = [
             prior.typicality(prior.coordinates(split_latents(vectors.u, self.network), vectors.features))[0]
             for vectors in self._vectors(dataset, "measuring distances", temperature=0.0)
         ]
-        return torch.tensor(sorted(_gathered(found)))
+        return torch.tensor(sorted(_gather(distances)))
 
     def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
         if idist.get_rank() > 0:

@@ -7,8 +7,8 @@ prior of the same network. Over a cohort the shifts t lie near a plane of few di
 draws from; here u is modelled by factor analysis (Rubin & Thayer 1982): ``u = mean + W c + e`` with ``c ~ N(0, I)`` and
 ``e ~ N(0, D)``, D diagonal.
 
-Where covariates of the scans are known, the mean depends on them: ``u = mean + E f + W c + e``, with f the numbers that
-age, sex or site become (:mod:`scripts.data.covariates`), zeros for what is not known. The prior is then that of a
+Where covariates of the scans are known, the mean depends on them: ``u = mean + E f + W c + e``, with f the features
+that age, sex or site become (:mod:`scripts.data.covariates`), zeros for what is not known. The prior is then that of a
 person of this age and sex, a scan's factors are what the covariates do not say, and the likelihood of covariates given
 a scan is a quadratic function of f.
 """
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
+from scripts.networks import VDVAE
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
@@ -51,8 +52,8 @@ class PopulationPrior(nn.Module):
             N(0, I).
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
         bits_per_dim: of the same scans, under the network's own prior.
-        effects: the columns of E, ``[numbers, channels, *grid]``, by the latent's index; None: no covariates.
-        offset: what each of the numbers adds to the mean of each voxel beside its effect on the latents, ``[numbers,
+        effects: the columns of E, ``[features, channels, *grid]``, by the latent's index; None: no covariates.
+        offset: what each feature adds to the mean of each voxel beside its effect on the latents, ``[features,
             channels, *spatial]``, in the range of the network's output; None: nothing.
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
@@ -62,7 +63,7 @@ class PopulationPrior(nn.Module):
 
     Attributes:
         factors: their number.
-        features: the number of numbers that covariates become.
+        features: how many features covariates become.
         path: of the file that it was read from.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
     """
@@ -194,7 +195,7 @@ class PopulationPrior(nn.Module):
         beyond = len(self.distances) - torch.searchsorted(self.distances, distance)
         return distance, (1 + beyond) / (1 + len(self.distances))
 
-    def unlikely_above(self) -> float | None:
+    def outlier_bits_per_dim(self) -> float | None:
         """Bits per dim above which a scan is unlike the cohort: ten robust standard deviations from the median.
 
         None where those of the cohort are not known.
@@ -227,6 +228,39 @@ class PopulationPrior(nn.Module):
                 factor = temperature if isinstance(temperature, int | float) else temperature[index]
                 drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u, draws) if factor else u
         return drawn
+
+    def decode(
+        self,
+        network: VDVAE,
+        coordinates: Tensor,
+        temperature: float | list[float] = 1.0,
+        features: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scans given the factors and the covariates: mean and standard deviation of each voxel.
+
+        Args:
+            network: to whose latents the prior belongs.
+            coordinates: ``[batch, factors]``.
+            temperature: of what the factors do not say; one number, or one per level of the network, finest first.
+            features: what the covariates become, ``[batch, features]``; None: they are not known.
+            draws: whose generators draw all noise.
+
+        Returns:
+            loc and scale, ``[batch, channels, *spatial]``.
+        """
+        of_latents = temperature
+        if isinstance(temperature, list):
+            of_latents = [temperature[level] for level in network.latent_levels]
+        draws = self.draws(coordinates, of_latents, features, draws)
+        loc, scale = network.decode([], temperature, batch_size=len(coordinates), draws=draws)
+        added = self.added(features)
+        return loc + (added.to(loc) if isinstance(added, Tensor) else added), scale
+
+    def usual(self, network: VDVAE, features: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """A draw of what is usual under covariates, one scan for each row of ``features``; see :meth:`decode`."""
+        coordinates = gaussian_noise(self.inverse.new_empty(len(features), self.factors), draws)
+        return self.decode(network, coordinates, 1.0, features, draws)
 
     def added(self, features: Tensor | None) -> Tensor | float:
         """What covariates add to the mean of each voxel beside their effect on the latents, ``[batch, channels,
@@ -354,8 +388,8 @@ def from_bytes(small: Tensor, scale: Tensor) -> Tensor:
 
 def fingerprint(network: nn.Module) -> str:
     """What tells the weights of a network from all others: a checksum of its state dict."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        checksum.update(name.encode())
+        checksum.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return checksum.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class FactorSketch:
-    """What is known of a posterior's shifts t and ratios r over a cohort, without keeping these.
+    """Of a posterior's shifts t and ratios r over a cohort: what factor analysis needs, without keeping these.
 
     Each block of vectors is joined with the directions that are kept by a singular value decomposition of both (the
     incremental principal component analysis of Ross et al. 2008), which is exact up to the variance of the directions

@@ -17,28 +17,28 @@ logger = logging.getLogger(__name__)
 WARMUP = 3  # updates before the graph is captured, in which libraries choose their algorithms and states are made
 
 
-def check_graph(device: torch.device, asked: bool | None, **unfit: Any) -> bool:
+def check_graph(device: torch.device, cuda_graph: bool | None, **obstacles: Any) -> bool:
     """Whether updates are captured as a CUDA graph.
 
     Args:
-        device: that is trained on; one that has no graphs runs updates as they are, and says so if they were asked for.
-        asked: None: where it can be.
-        unfit: settings that a graph cannot honour, by name; None or False where they are not asked for.
+        device: that is trained on; one that has no graphs runs updates as they are, and says so if a graph is wanted.
+        cuda_graph: the setting; None: where it can be.
+        obstacles: settings that a graph cannot honour, by name; None or False where they are not set.
 
     Raises:
-        ValueError: a graph is asked for and one of these too.
+        ValueError: a graph is wanted and one of these is set.
     """
-    if asked is False:
+    if cuda_graph is False:
         return False
     if device.type != "cuda":
-        if asked:
+        if cuda_graph:
             logger.warning("cuda_graph is True, but the device is '%s': updates are run as they are.", device)
         return False
-    for name, value in unfit.items():
+    for name, value in obstacles.items():
         if not value:
             continue
         reason = f"{name} is {value}: a graph is one fixed update of one process."
-        if asked:
+        if cuda_graph:
             raise InputError(f"cuda_graph is True, and {reason} Set one of the two otherwise.")
         logger.info("Updates are launched operation by operation, not as one CUDA graph, since %s", reason)
         return False

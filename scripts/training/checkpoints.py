@@ -5,20 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from ignite.handlers import EMAHandler
 from scripts.networks import VDVAE
-from scripts.training.update import place_counters
+from scripts.training.schedule import base_rate
+from scripts.training.update import make_capturable
+from scripts.utils.devices import is_async
 from scripts.utils.errors import BundleError, InputError, NotFoundError
 from scripts.utils.files import check_archive, remove_leftovers, write_whole
 from torch import nn
+
+if TYPE_CHECKING:
+    from monai.engines import Evaluator
+    from scripts.training.protocol import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +209,7 @@ class CheckpointHandler:
         save_minutes: float | None = None,
         keep_last: int = 3,
         keep_checkpoints: bool = False,
-        validator: Engine | None = None,
+        validator: Evaluator | None = None,
         stateful: dict[str, Any] | None = None,
         datalist: dict[str, list[dict]] | None = None,
         extras: dict[str, Any] | None = None,
@@ -230,7 +237,7 @@ class CheckpointHandler:
         self.extras = extras or {}
         self._saved_at = (0, time.monotonic())  # update, seconds
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Attach after validation, so that the metrics of the epoch are known. One process saves for all."""
         if idist.get_rank() > 0:
             return
@@ -238,15 +245,15 @@ class CheckpointHandler:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Trainer) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
         self._saved_at = (engine.state.updates, time.monotonic())
 
-    def _after_batch(self, engine: Engine) -> None:
+    def _after_batch(self, engine: Trainer) -> None:
         if engine.between_updates and not engine.epoch_ends and self._due(engine) and _is_stable(engine):
             self.save(engine)
 
-    def _after_epoch(self, engine: Engine) -> None:
+    def _after_epoch(self, engine: Trainer) -> None:
         state = engine.state
         if self.validator is not None and self.validator.state.best_metric_epoch == state.epoch:
             self._write(self.average.ema_model.state_dict(), "best_model.pt")
@@ -254,14 +261,14 @@ class CheckpointHandler:
         if state.epoch == state.max_epochs or (due and _is_stable(engine)):
             self.save(engine)
 
-    def _due(self, engine: Engine) -> bool:
+    def _due(self, engine: Trainer) -> bool:
         update, seconds = self._saved_at
         updates, minutes = engine.state.updates - update, (time.monotonic() - seconds) / 60
         return (self.save_updates is not None and updates >= self.save_updates) or (
             self.save_minutes is not None and minutes >= self.save_minutes
         )
 
-    def save(self, engine: Engine) -> None:
+    def save(self, engine: Trainer) -> None:
         """Save now, between two updates. Only rank 0 does anything."""
         state = engine.state
         if idist.get_rank() > 0 or self._saved_at[0] == state.updates > 0:
@@ -309,19 +316,21 @@ class CheckpointHandler:
             if (self.ckpt_dir / newer).exists():
                 (self.ckpt_dir / newer).replace(self.ckpt_dir / older)
 
-    def resume(self, engine: Engine, path: str | os.PathLike, restore_optimizer: bool = True) -> None:
+    def resume(self, engine: Trainer, path: str | os.PathLike | None, restore_optimizer: bool = True) -> None:
         """Go on from a checkpoint, with the same scans, batch size and number of processes bit for bit.
 
         With others the epoch is resumed at the batch that holds the first scan that has not been seen in it.
 
         Args:
             engine: the trainer, before it runs.
-            path: as :func:`newest_checkpoint` gives it.
+            path: as :func:`newest_checkpoint` gives it; None does nothing.
             restore_optimizer: False takes the weights alone and starts optimizer, epochs and history anew.
 
         Raises:
             CheckpointError: it is damaged, of another architecture, or has trained on what is validated on now.
         """
+        if path is None:
+            return
         checkpoint = load_checkpoint(path)
         state = engine.state
         _load_state(self.network, checkpoint["network"], path)
@@ -333,10 +342,10 @@ class CheckpointHandler:
         within_epoch = place_in_epoch(
             checkpoint["scans_into_epoch"], _scans_per_batch(engine), state.epoch_length, engine.accumulation_steps
         )
-        rates = [_base_rate(group) for group in self.optimizer.param_groups]
+        rates = [base_rate(group) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            place_counters(self.optimizer)
+            make_capturable(self.optimizer)
         except ValueError as error:  # weights of an earlier version may lack a parameter, see FirstLatent
             raise CheckpointError(
                 f"The optimizer of '{path}' has other parameters than this network ({error}): start a new run from its "
@@ -367,10 +376,10 @@ class CheckpointHandler:
         if before != now:
             logger.info("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
 
-    def _set_learning_rates(self, engine: Engine, rates: list[float]) -> None:
+    def _set_learning_rates(self, engine: Trainer, rates: list[float]) -> None:
         """Those of this run in the place of a checkpoint's, at the same point of their schedule."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            before = _base_rate(group)
+            before = base_rate(group)
             if rate != before:
                 group["lr"], group["initial_lr"] = rate * group["lr"] / before, rate
                 logger.info("The learning rate was %g, and is %g from now on.", before, rate)
@@ -390,16 +399,11 @@ class CheckpointHandler:
             )
 
 
-def _base_rate(group: dict[str, Any]) -> float:
-    """The learning rate before its schedule."""
-    return group.get("initial_lr", group["lr"])
-
-
-def _is_stable(engine: Engine) -> bool:
+def _is_stable(engine: Trainer) -> bool:
     return engine.numbers.skips()[1] < STREAK
 
 
-def _scans_per_batch(engine: Engine) -> int:
+def _scans_per_batch(engine: Trainer) -> int:
     """On all processes together."""
     return engine.data_loader.batch_size * idist.get_world_size()
 
@@ -413,13 +417,57 @@ def place_in_epoch(scans: int, scans_per_batch: int, batches: int, accumulation_
     return done - done % accumulation_steps
 
 
-def _first_difference(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:
-    """In words, the first tensor of two state dicts that does not match."""
-    saved = {"scan_grid": own["scan_grid"], **saved}  # weights of earlier versions may lack it
-    for name, tensor in own.items():
+def _first_difference(saved: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
+    """In words, the first tensor of saved weights that does not match the network's."""
+    saved = {"scan_grid": state["scan_grid"], **saved}  # weights of earlier versions may lack it
+    for name, tensor in state.items():
         if name not in saved:
             return f"it lacks '{name}'"
         if saved[name].shape != tensor.shape:
             return f"'{name}' is {list(saved[name].shape)} there and {list(tensor.shape)} here"
-    extra = next(name for name in saved if name not in own)
+    extra = next(name for name in saved if name not in state)
     return f"it has '{extra}' besides"
+
+
+class Preemption:
+    """At SIGTERM, SIGUSR1 or Ctrl-C: end the running update, save a checkpoint, stop training.
+
+    The signal may reach any of several processes; all stop after the same update. One that comes while an epoch is
+    validated counts after that.
+
+    Args:
+        checkpoint: what saves the checkpoint.
+    """
+
+    def __init__(self, checkpoint: CheckpointHandler) -> None:
+        self.checkpoint = checkpoint
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach last, so that everything else of an update or an epoch is done."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_told)
+
+    def _after_batch(self, engine: Trainer) -> None:
+        # the end of an epoch comes with its validation, which belongs to it
+        if engine.between_updates and not engine.epoch_ends and self._may_ask(engine):
+            self._stop_if_told(engine)
+
+    def _may_ask(self, engine: Trainer) -> bool:
+        """Processes on GPUs ask each other every ``log_interval`` updates: they would wait for the GPUs each time."""
+        alone = idist.get_world_size() == 1 or not is_async(idist.device())
+        return alone or engine.state.updates % engine.numbers.log_interval == 0
+
+    def _stop_if_told(self, engine: Trainer) -> None:
+        number = idist.all_reduce(engine.signals.received, op="MAX")
+        all_done = engine.epoch_ends and engine.state.epoch == engine.state.max_epochs
+        if not number or all_done:
+            return
+        engine.numbers.end()
+        self.checkpoint.save(engine)
+        if idist.get_rank() == 0:
+            logger.warning(
+                "Stopped by %s after update %d; the checkpoint is saved, resume by --resume True.",
+                signal.Signals(int(number)).name,
+                engine.state.updates,
+            )
+        engine.terminate()

@@ -21,7 +21,8 @@ from monai.handlers import TensorBoardStatsHandler
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
-from scripts.training.numbers import NumberEvents
+from scripts.training.protocol import Trainer
+from scripts.training.update import NumberEvents
 from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
 from scripts.utils.names import image_captions
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def update_scalars(output: dict[str, Any]) -> dict[str, float]:
-    """What is known of the last batches, under names of their own: the plain ones are the means over epochs."""
+    """The numbers of the last batch, as ``update/loss`` and so on: the plain names are the means over epochs."""
     return {f"update/{name}": value for name, value in output["numbers"].items() if name != "iteration"}
 
 
@@ -48,12 +49,12 @@ class TrainingTensorBoard(TensorBoardStatsHandler):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir, iteration_log=False)
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
         super().attach(engine)
         engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._write_numbers)
 
-    def _write_numbers(self, engine: Engine) -> None:
+    def _write_numbers(self, engine: Trainer) -> None:
         numbers = engine.state.numbers
         for name, value in update_scalars({"numbers": numbers}).items():
             self._write_scalar(engine, self._writer, name, value, numbers["iteration"])
@@ -62,35 +63,37 @@ class TrainingTensorBoard(TensorBoardStatsHandler):
 class MovingAverage(EMAHandler):
     """Ignite's moving average of the weights, which moves with each update, however many batches make one."""
 
-    def attach(self, engine: Engine, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
+    def attach(self, engine: Trainer, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
         """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
         update = Events.ITERATION_COMPLETED(event_filter=lambda engine, _: engine.between_updates)
         super().attach(engine, name, warn_if_exists, update)
 
-    def _update_ema_model(self, engine: Engine, name: str) -> None:
+    def _update_ema_model(self, engine: Trainer, name: str) -> None:
         # as Ignite's, for all tensors at once
         momentum = getattr(engine.state, name)
         average, network = ([p.data for p in model.parameters()] for model in (self.ema_model, self.model))
         torch._foreach_mul_(average, 1.0 - momentum)
         torch._foreach_add_(average, network, alpha=momentum)
-        for own, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
-            own.data = buffer.data
+        for averaged, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            averaged.data = buffer.data
 
 
-class NoHandler:
-    """Stands for a handler that is disabled."""
+class HandlerGroup:
+    """Handlers that the config defines under names of their own, attached one after the other.
+
+    MONAI's check of a workflow reads the ``_target_`` of each entry of the trainer's list of handlers, so that a bare
+    reference cannot stand there.
+
+    Args:
+        handlers: in the order in which they are attached; None stands for one that is disabled.
+    """
+
+    def __init__(self, handlers: Sequence[Any]) -> None:
+        self.handlers = [handler for handler in handlers if handler is not None]
 
     def attach(self, engine: Engine) -> None:
-        """Attach nothing."""
-
-
-def by_reference(handler: Any) -> Any:
-    """A handler that the config defines under a name, so that an overlay can change it.
-
-    MONAI's federated client and its check of a workflow read a ``_target_`` in each entry of the lists of handlers of
-    training and validation, so that a bare reference cannot stand there.
-    """
-    return NoHandler() if handler is None else handler
+        for handler in self.handlers:
+            handler.attach(engine)
 
 
 def close(*handlers: Any) -> None:
@@ -103,17 +106,17 @@ def close(*handlers: Any) -> None:
 class ListOutput:
     """Leave a step's output as a list of one dictionary, as MONAI's experiment tracking reads it. Attach last."""
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Trainer) -> None:
         engine.state.output = [engine.state.output]
 
 
 class Progress:
     """A progress bar for each epoch, with loss, bits per dim and scans per second, on standard error."""
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Attach first, so that the bar's line ends before others write theirs. One process shows it for all."""
         if idist.get_rank() > 0:
             return
@@ -139,11 +142,11 @@ class History:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.rows: list[tuple[str, str, int, int, float]] = []
-        self._trainer: Engine | None = None
+        self._trainer: Trainer | None = None
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Attach to the trainer, and through :meth:`watch` to the evaluator."""
         self._trainer = engine
         engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._note_batch)
@@ -153,17 +156,17 @@ class History:
         """Record the metrics of each run of an evaluator."""
         evaluator.add_event_handler(Events.COMPLETED, self._note_validation)
 
-    def epoch(self, own: int) -> int:
-        """The trainer's epoch, for handlers of an evaluator, whose ``own`` count starts at 1."""
-        return own if self._trainer is None else self._trainer.state.epoch
+    def epoch(self, evaluator_epoch: int) -> int:
+        """The trainer's epoch, for handlers of an evaluator, which counts from 1 in each run."""
+        return evaluator_epoch if self._trainer is None else self._trainer.state.epoch
 
-    def _note_batch(self, engine: Engine) -> None:
+    def _note_batch(self, engine: Trainer) -> None:
         numbers = engine.state.numbers
         self._losses.append(numbers["loss"])
         if "grad_norm" in numbers:
             self._grad_norms.append(numbers["grad_norm"])
 
-    def _note_training(self, engine: Engine) -> None:
+    def _note_training(self, engine: Trainer) -> None:
         state = engine.state
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
         scalars = dict(state.metrics)
@@ -190,10 +193,10 @@ class History:
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Columns and rows of the CSV file; a cell is empty where a part lacks a quantity."""
         quantities = list(dict.fromkeys(name for _, name, *_ in self.rows))
-        found: dict[tuple[str, int, int], dict[str, str]] = {}
+        cells: dict[tuple[str, int, int], dict[str, str]] = {}
         for part, name, epoch, update, value in self.rows:
-            found.setdefault((part, epoch, update), {})[name] = f"{value:.8g}"
-        rows = [[*key, *(values.get(name, "") for name in quantities)] for key, values in found.items()]
+            cells.setdefault((part, epoch, update), {})[name] = f"{value:.8g}"
+        rows = [[*key, *(values.get(name, "") for name in quantities)] for key, values in cells.items()]
         return ["part", "epoch", "update", *quantities], rows
 
     def series(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -273,12 +276,12 @@ class Figures:
         self.device = torch.device(device)
         self.seed = seed
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Attach after validation, so that the curves are complete. One process draws for all."""
         if self.figure_interval > 0 and idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Trainer) -> None:
         state = engine.state
         if state.epoch % self.figure_interval and state.epoch != state.max_epochs:
             return
@@ -332,8 +335,8 @@ class Figures:
         levels, grids = self.network.latent_levels, self.network.grids()
         recons, labels = [], []
         for level in sorted(set(levels), reverse=True):
-            known = sum(other >= level for other in levels)
-            recons.append(self.network.decode(latents[:known], temperature=0.0)[0][0].cpu())
+            count = sum(other >= level for other in levels)
+            recons.append(self.network.decode(latents[:count], temperature=0.0)[0][0].cpu())
             labels.append(f"to {grid_name(grids[level])}")
         figures.progressive(self._path("progressive", suffix), scans[0], recons, labels, value_range=self.value_range)
 

@@ -58,12 +58,12 @@ class WeightPenalty:
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """Add the penalty's gradient to the weights' own."""
+        """Add the penalty's gradient to those of the weights."""
         for p in self.weights:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        own = torch._foreach_mul(self.weights, [2 * self.factor / p.numel() for p in self.weights])
-        torch._foreach_add_([p.grad for p in self.weights], own)
+        gradients = torch._foreach_mul(self.weights, [2 * self.factor / p.numel() for p in self.weights])
+        torch._foreach_add_([p.grad for p in self.weights], gradients)
 
 
 class ELBOLoss(nn.Module):

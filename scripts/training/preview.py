@@ -16,11 +16,23 @@ from scripts.utils.nifti import save_nifti
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["save_augmentations", "save_preview"]
+__all__ = ["save_augmentations", "save_preview", "save_previews"]
 
 logger = logging.getLogger(__name__)
 
 DRAWS = 8  # of each augmentation, of which the strongest is shown
+
+
+def save_previews(
+    output_dir: str | os.PathLike,
+    dataset: Dataset,
+    value_range: Sequence[float],
+    cache: Dataset,
+    augmentation: Mapping[str, RandomizableTransform],
+) -> None:
+    """:func:`save_preview` of a data set, and :func:`save_augmentations` of the scans that it augments."""
+    save_preview(output_dir, dataset, value_range)
+    save_augmentations(output_dir, cache, augmentation)
 
 
 def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: Sequence[float], count: int = 8) -> None:

@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ignite.distributed as idist
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+from scripts.training.protocol import Trainer
 from scripts.utils.errors import InputError
-from torch.utils.data import DataLoader
 
-__all__ = ["TimeEstimate", "learning_rate_factor", "log_plan", "updates_per_epoch"]
+__all__ = ["TimeEstimate", "base_rate", "learning_rate_factor", "log_plan", "updates_per_epoch"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,39 +57,32 @@ def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[i
     return factor
 
 
-def log_plan(
-    scans: int,
-    dataloader: DataLoader,
-    accumulation_steps: int,
-    epochs: int,
-    learning_rate: float,
-    learning_rate_warmup: int,
-    learning_rate_decay: float,
-    kl_warmup: int,
-) -> None:
+def base_rate(group: dict[str, Any]) -> float:
+    """The learning rate of an optimizer's group of parameters, before its schedule."""
+    return group.get("initial_lr", group["lr"])
+
+
+def log_plan(trainer: Trainer, learning_rate_warmup: int, learning_rate_decay: float) -> None:
     """Log, on rank 0, over how many updates a run goes, and its schedule.
 
     Args:
-        scans: to train on.
-        dataloader: of this process's share of the training scans.
-        accumulation_steps: batches that make an update.
-        epochs: of the whole run.
-        learning_rate, learning_rate_warmup, learning_rate_decay: see :func:`learning_rate_factor`.
-        kl_warmup: updates until the KL divergence counts in full; 0 where it does from the start.
+        trainer: before it runs.
+        learning_rate_warmup, learning_rate_decay: see :func:`learning_rate_factor`.
     """
     if idist.get_rank() > 0:
         return
+    dataloader, epochs, kl_warmup = trainer.data_loader, trainer.state.max_epochs, trainer.loss_function.kl_warmup
     batch_size = dataloader.batch_size * idist.get_world_size()
-    per_epoch = updates_per_epoch(len(dataloader), accumulation_steps)
+    per_epoch = updates_per_epoch(len(dataloader), trainer.accumulation_steps)
     updates = epochs * per_epoch
-    left_out = scans - len(dataloader) * batch_size
+    left_out = len(dataloader.dataset) - len(dataloader) * batch_size
     logger.info(
         "%d update(s) per epoch of %d scans each%s, %d in %d epoch(s).",
-        *(per_epoch, batch_size * accumulation_steps),
+        *(per_epoch, batch_size * trainer.accumulation_steps),
         f" ({left_out} scan(s) that fill no batch are left out, others in each epoch)" if left_out else "",
         *(updates, epochs),
     )
-    sentences = [f"Learning rate {learning_rate:g}"]
+    sentences = [f"Learning rate {base_rate(trainer.optimizer.param_groups[0]):g}"]
     if learning_rate_warmup > 1:
         sentences[0] += f" from update {learning_rate_warmup} on"
     if learning_rate_decay:
@@ -113,19 +107,19 @@ class TimeEstimate:
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None  # seconds, batches
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Attach after all that takes time at the end of an epoch: validation, figures, checkpoints."""
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_STARTED, self._start)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Trainer) -> None:
         if self._begun is None:
             self._begun = self._first = (time.monotonic(), engine.state.iteration)
             self._epoch = engine.state.epoch
 
-    def _after_batch(self, engine: Engine) -> None:
+    def _after_batch(self, engine: Trainer) -> None:
         state, batches = engine.state, engine.state.iteration - self._begun[1]
         if batches == 1:
             self._first = (time.monotonic(), state.iteration)  # what starts once is over
@@ -136,7 +130,7 @@ class TimeEstimate:
                 *(FIRST_BATCHES, duration(seconds), duration(left)),
             )
 
-    def _after_epoch(self, engine: Engine) -> None:
+    def _after_epoch(self, engine: Trainer) -> None:
         if engine.state.epoch == self._epoch < engine.state.max_epochs:
             seconds, left = self._left(engine, *self._begun)
             logger.info(
@@ -145,7 +139,7 @@ class TimeEstimate:
             )
 
     @staticmethod
-    def _left(engine: Engine, since: float, batches: int) -> tuple[float, float]:
+    def _left(engine: Trainer, since: float, batches: int) -> tuple[float, float]:
         """Seconds that have passed since so many batches were done, and those to the end of the run."""
         state, seconds = engine.state, time.monotonic() - since
         left = state.max_epochs * state.epoch_length - state.iteration

@@ -1,19 +1,54 @@
-"""How a run starts: with which weights, from which update on, and on which grid its scans lie."""
+"""How a run starts: from which weights, from which update on, and on which grid its scans lie.
+
+A network of a finer grid can grow from the weights of one that was trained on a coarser grid.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from collections.abc import Mapping, Sequence
 
 import ignite.distributed as idist
+import torch
+from monai.transforms import Transform
+from scripts.data.augmentations import try_augmentations
+from scripts.data.datalist import check_channels
 from scripts.data.scan_grid import ScanGrid
+from scripts.layers.blocks import RefiningBlock, ResidualBlock
+from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import load_checkpoint, load_weights, read_weights
-from scripts.training.growth import grow_network
 from scripts.training.seeding import SeededDataset
 from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.errors import InputError
+from torch import Tensor
 
-__all__ = ["start_network", "starts_untrained", "stored_grid"]
+__all__ = ["check_inputs", "grow_network", "start_network", "starts_untrained", "stored_grid"]
+
+logger = logging.getLogger(__name__)
+
+LEVEL = re.compile(r"^encoder\.(levels|downsamples)\.(\d+)")
+OF_THE_GRID = ("output.", "template_", "scan_grid")  # what is not taken
+
+
+def check_inputs(
+    datalist: Mapping[str, Sequence[Mapping]], network: VDVAE, augmentation: Mapping[str, Transform]
+) -> None:
+    """Refuse scans and augmentation that a network cannot train on, before anything is read or written.
+
+    Args:
+        datalist: see :func:`scripts.data.datalist.make_datalist`.
+        network: says the number of channels and of spatial axes.
+        augmentation: the random transforms by name; none where nothing is augmented.
+
+    Raises:
+        ValueError: the sentence names the scan or the transform.
+    """
+    check_channels(datalist, network.in_channels)
+    if augmentation:
+        try_augmentations(augmentation, network.in_channels, network.spatial_dims)
 
 
 def start_network(
@@ -38,7 +73,7 @@ def start_network(
         weights: a ``model.pt``.
         checkpoint: leave the network alone, since this will be loaded.
         grid: how the scans are fitted to the network's grid, which it keeps; given weights have their own.
-        grow_from: weights of a network with fewer levels, see :func:`scripts.training.growth.grow_network`.
+        grow_from: weights of a network with fewer levels, see :func:`grow_network`.
         workers: of each process, which read scans.
 
     Raises:
@@ -85,3 +120,93 @@ def stored_grid(weights: str | os.PathLike | None, checkpoint: str | os.PathLike
     else:
         return None
     return ScanGrid.from_tensor(state["scan_grid"]) if "scan_grid" in state else ScanGrid()
+
+
+@torch.no_grad()
+def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
+    """Start a network's coarser levels from a trained network whose finest grid one of these has.
+
+    Both count levels from the coarsest: level 16³ of one is level 16³ of the other. The new finest levels pass the scan
+    on to the levels that are taken, so that these see what they have learnt to see, at the even voxels. How the new
+    levels refine it, and the output, are learnt anew; so is the decoder of what was the finest level, if it had no
+    latents there and gets some.
+
+    Args:
+        network: at the start of its training.
+        weights: a ``model.pt``.
+
+    Returns:
+        the same network.
+
+    Raises:
+        ValueError: it has no finer levels than the weights, a level that both have differs, or the last new level is as
+            wide as the next.
+    """
+    state = read_weights(weights)
+    matches = [match for match in map(LEVEL.match, state) if match and match[1] == "levels"]
+    trained = 1 + max((int(match[2]) for match in matches), default=-1)
+    new = network.levels - trained
+    if new < 1 or trained < 1:
+        raise InputError(
+            f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter at least "
+            "one more, at the fine end of every list."
+        )
+    tensors = network.state_dict(keep_vars=True)
+    if isinstance(network.encoder.levels[new][0].skip, torch.nn.Identity):
+        raise InputError(
+            f"network_def: level {grid_name(network.grids()[new])} and the next finer one are as wide as each other: "
+            "give the finer one another number of channels, so that it can hand on the scan to one grown from "
+            f"'{weights}'."
+        )
+    anew = OF_THE_GRID
+    finest = f"decoder.groups.{trained - 1}."  # of the trained network
+    if _has_latents(tensors, finest) and not _has_latents(state, finest):
+        anew = (*OF_THE_GRID, finest)
+    for name, tensor in state.items():
+        if not name.startswith(anew):
+            target = LEVEL.sub(lambda m: f"encoder.{m[1]}.{int(m[2]) + new}", name)
+            _take(network, tensors.get(target), target, tensor, weights, new)
+    for level in range(new):
+        for block in network.encoder.levels[level]:
+            _pass_on(block, network.in_channels)
+    for block in network.decoder.groups[trained - 1]:
+        # on the finest level, which this was, such a block adds to nothing
+        if isinstance(block, RefiningBlock) and not isinstance(block.skip, torch.nn.Identity):
+            block.skip.weight.zero_()
+    logger.info("Levels up to %s start from '%s'.", grid_name(network.grids()[new]), weights)
+    return network
+
+
+def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
+    """Whether a level of the decoder has latents, by the names of its weights."""
+    return any(name.startswith(level) and "z_projection" in name for name in state)
+
+
+def _take(
+    network: VDVAE, place: Tensor | None, name: str, tensor: Tensor, weights: str | os.PathLike, new: int
+) -> None:
+    """Copy a tensor of the weights to its place; the first to see the scan sees it among the features above it."""
+    entry = name in (f"encoder.levels.{new}.0.convs.0.weight", f"encoder.levels.{new}.0.skip.weight")
+    if place is not None and entry and place.shape[0] == tensor.shape[0] and place.shape[2:] == tensor.shape[2:]:
+        place.zero_()
+        place[:, : tensor.shape[1]] = tensor
+        return
+    if place is None or place.shape != tensor.shape:
+        raise InputError(
+            f"grow_from '{weights}': its {name} has shape {list(tensor.shape)}, but network_def makes it "
+            f"{'none' if place is None else list(place.shape)}: give the levels up to "
+            f"{grid_name(network.grids()[new])} the widths, kernels and latents that they were trained with."
+        )
+    place.copy_(tensor)
+
+
+def _pass_on(block: ResidualBlock, channels: int) -> None:
+    """Let a block hand on its first channels, which are the scan's, as they are."""
+    last = block.convs[-1]
+    last.weight[:channels].zero_()
+    last.bias[:channels].zero_()
+    if not isinstance(block.skip, torch.nn.Identity):
+        block.skip.weight[:channels].zero_()
+        block.skip.bias[:channels].zero_()
+        for channel in range(channels):
+            block.skip.weight[channel, channel] = 1.0

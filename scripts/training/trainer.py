@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from ignite.metrics import Metric
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
-from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys as Keys
 from scripts.networks import VDVAEOutput
 from scripts.training.acceleration import GraphedUpdate, check_graph
 from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
-from scripts.training.numbers import BatchNote, BatchNumbers, NumberEvents
 from scripts.training.precision import LowPrecision, autocast
-from scripts.training.update import GuardedStep, place_counters
+from scripts.training.update import BatchNote, BatchNumbers, GuardedStep, NumberEvents, StepLimits, make_capturable
 from scripts.utils.devices import on_device
 from scripts.utils.signals import SignalWatch
 from torch import Tensor
@@ -42,6 +38,11 @@ def scan_batch(batchdata: dict[str, Any], device=None, non_blocking: bool = Fals
     scans = scans.as_tensor() if hasattr(scans, "as_tensor") else scans
     scans = scans.to(device=device, non_blocking=non_blocking, **kwargs)
     return scans, scans
+
+
+def is_lower(current: float, best: float) -> bool:
+    """MONAI's ``metric_cmp_fn``: the lower bits per dim are, the better."""
+    return current < best
 
 
 def step_quantities(output: VDVAEOutput, nll: Tensor, scans: Tensor) -> dict[str, Tensor]:
@@ -65,28 +66,28 @@ def step_quantities(output: VDVAEOutput, nll: Tensor, scans: Tensor) -> dict[str
 class VDVAETrainer(SupervisedTrainer):
     """MONAI's ``SupervisedTrainer`` whose step minimises the negative ELBO and guards every update.
 
+    What handlers may ask of it is :class:`scripts.training.protocol.Trainer`.
+
+    Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
+    their gradients. Under float16 the loss scaler lowers its scale on each. On a GPU the host learns of a skipped
+    update some updates late (``log_interval``), and so late come the sentence about it, and the end of a run that skips
+    all.
+
     Args:
-        loss_function: :class:`scripts.training.losses.ELBOLoss`.
+        device, max_epochs, train_data_loader, network, optimizer: see MONAI's.
+        loss_function: says the loss, and how the weight of the KL rises.
         lr_scheduler: moves on with every update, not with every batch.
-        weight_penalty: factor of the mean squares of the weight tensors; 0 leaves them out.
-        max_grad_norm: gradients are clipped to this norm.
-        skip_grad_norm: an update whose gradients' norm is above this is skipped, after ``skip_warmup`` updates.
-        skip_warmup: number of first updates that are clipped but not skipped for their size.
-        max_skips: so many skipped updates in a row end the run.
-        amp_dtype: ``torch.float16`` or ``torch.bfloat16``; default what the device can do, bfloat16 first.
+        limits: of weights and gradients; when updates are skipped.
+        amp, amp_dtype: mixed precision in ``torch.float16`` or ``torch.bfloat16``; by default what the device can do,
+            bfloat16 first.
         accumulation_steps: batches whose gradients make one update.
         log_interval: updates from one look at the numbers to the next, where the host runs ahead of the device (a GPU).
             It would have to wait for them otherwise.
         cuda_graph: let a GPU repeat whole updates as one CUDA graph; None: where nothing speaks against it.
-
-    Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
-    their gradients. Under float16 the loss scaler lowers its scale on each. ``engine.state`` gains ``updates`` (tried
-    so far, skipped ones included), and as far as they are known on the host ``skipped``, ``skipped_in_a_row`` and
-    ``numbers``, what is reported of a batch by name. On a GPU these are some updates late (``log_interval``), and so is
-    what follows from them: the sentence about a skipped update, and the end of a run that skips all.
+        kwargs: further arguments of MONAI's ``SupervisedTrainer``: inferer, metrics, handlers.
 
     Raises:
-        TrainingStalledError: ``max_skips`` updates in a row were skipped.
+        TrainingStalledError: ``limits.max_skips`` updates in a row were skipped.
     """
 
     def __init__(
@@ -98,22 +99,13 @@ class VDVAETrainer(SupervisedTrainer):
         optimizer: Optimizer,
         loss_function: ELBOLoss,
         lr_scheduler: LRScheduler | None = None,
-        weight_penalty: float = 1e-4,
-        max_grad_norm: float = 100.0,
-        skip_grad_norm: float = 1e12,
-        skip_warmup: int = 50,
-        max_skips: int = 50,
+        limits: StepLimits | None = None,
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         log_interval: int = 10,
         cuda_graph: bool | None = False,
-        non_blocking: bool = True,
-        inferer: Inferer | None = None,
-        key_train_metric: dict[str, Metric] | None = None,
-        additional_metrics: dict[str, Metric] | None = None,
-        metric_cmp_fn: Callable = lambda current, best: current < best,
-        train_handlers: Sequence | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             device=device,
@@ -123,43 +115,38 @@ class VDVAETrainer(SupervisedTrainer):
             optimizer=optimizer,
             loss_function=loss_function,
             prepare_batch=scan_batch,
-            non_blocking=non_blocking,
-            inferer=inferer,
-            key_train_metric=key_train_metric,
-            additional_metrics=additional_metrics,
-            metric_cmp_fn=metric_cmp_fn,
-            train_handlers=train_handlers,
+            non_blocking=True,
+            metric_cmp_fn=is_lower,
             decollate=False,
             amp=amp,
             optim_set_to_none=True,
             accumulation_steps=accumulation_steps,
             event_names=[NumberEvents],
+            **kwargs,
         )
         self.data_loader = on_device(self.data_loader, self.state.device)
         self.lr_scheduler = lr_scheduler
-        self.max_grad_norm = max_grad_norm
-        self.skip_grad_norm = skip_grad_norm
-        self.skip_warmup = skip_warmup
+        self.limits = limits or StepLimits()
         self.amp_dtype = amp_dtype
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.penalty = WeightPenalty(self.parameters, weight_penalty) if weight_penalty else None
-        kind = self.state.device.type
+        factor = self.limits.weight_penalty
+        self.penalty = WeightPenalty(self.parameters, factor) if factor else None
         needs_scaling = amp and autocast(self.state.device, True, amp_dtype).fast_dtype == torch.float16
         # a loss in nats is large: starting low saves the first updates from overflow
-        self.scaler = torch.amp.GradScaler(kind, init_scale=1.0, enabled=needs_scaling)
+        self.scaler = torch.amp.GradScaler(self.state.device.type, init_scale=1.0, enabled=needs_scaling)
         self.signals = SignalWatch()
-        place_counters(optimizer)
+        make_capturable(optimizer)
         self.step = GuardedStep(network, optimizer)
-        self.numbers = BatchNumbers(self, log_interval, max_skips)
+        self.numbers = BatchNumbers(self, log_interval, self.limits)
         self.state.updates = 0
-        unfit = {
+        obstacles = {
             "accumulation_steps": accumulation_steps > 1 and accumulation_steps,
             "amp_dtype": needs_scaling and torch.float16,
             "network_def#checkpoint_levels": unwrap(network).arguments["checkpoint_levels"],
             "the number of processes": isinstance(network, DistributedDataParallel) and idist.get_world_size(),
         }
-        graphs = check_graph(self.state.device, cuda_graph, **unfit)
-        self.graphed = GraphedUpdate(self._batch, optimizer) if graphs else None
+        graphs = check_graph(self.state.device, cuda_graph, **obstacles)
+        self.graphed = GraphedUpdate(self.batch, optimizer) if graphs else None
         # several processes send gradients while others are computed
         self.low_precision = LowPrecision(network) if amp and network is unwrap(network) else None
 
@@ -179,23 +166,26 @@ class VDVAETrainer(SupervisedTrainer):
         engine.numbers.start()
         scans, _ = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
         engine.network.train()
-        last = engine.between_updates
+        ends_update = engine.between_updates
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        settings = {"beta": engine.loss_function.beta(state.updates), "largest_norm": engine.largest_norm}
-        run = engine._batch if engine.graphed is None else engine.graphed
-        results = run(scans, **settings)
-        state.output = {Keys.IMAGE: scans, **results}
-        if last:
-            engine._end_update()
-        note = BatchNote(state.iteration, state.updates if last else None, _names(batchdata, len(scans)), learning_rate)
-        engine.numbers.add(state.output, note)
+        beta, largest_norm = engine.loss_function.beta(state.updates), engine.limits.largest_norm(state.updates)
+        run = engine.batch if engine.graphed is None else engine.graphed
+        state.output = {Keys.IMAGE: scans, **run(scans, beta=beta, largest_norm=largest_norm)}
+        if ends_update:
+            state.updates += 1
+            if engine.lr_scheduler is not None:
+                engine.lr_scheduler.step()
+        update = state.updates if ends_update else None
+        engine.numbers.add(
+            state.output, BatchNote(state.iteration, update, _names(batchdata, len(scans)), learning_rate)
+        )
         if engine.epoch_ends:
             engine.numbers.end()
         state.output["numbers"] = state.numbers
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
-    def _batch(self, scans: Tensor, beta: float | Tensor, largest_norm: float | Tensor) -> dict[str, Any]:
+    def batch(self, scans: Tensor, beta: float | Tensor, largest_norm: float | Tensor) -> dict[str, Any]:
         """Gradients of a batch, and the update where it ends one. Asks no value of the device.
 
         Args:
@@ -208,13 +198,13 @@ class VDVAETrainer(SupervisedTrainer):
             made, ``taken``: 0 and true where there is none yet.
         """
         place = (self.state.iteration - 1) % self.state.epoch_length
-        last = self.between_updates
+        ends_update = self.between_updates
         # the last update of an epoch may have fewer batches
         batches = min(self.accumulation_steps, self.state.epoch_length - place + place % self.accumulation_steps)
         if place % self.accumulation_steps == 0:
             self.optimizer.zero_grad(set_to_none=True)
         # gradients travel between processes once per update, not once per batch
-        waits = isinstance(self.network, DistributedDataParallel) and not last
+        waits = isinstance(self.network, DistributedDataParallel) and not ends_update
         with self.network.no_sync() if waits else contextlib.nullcontext():
             with autocast(self.state.device, self.amp, self.amp_dtype):
                 network = self.network if self.low_precision is None else self.low_precision.cast()
@@ -226,24 +216,9 @@ class VDVAETrainer(SupervisedTrainer):
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
         loss = loss.detach() if self.penalty is None else loss.detach() + self.penalty.value()
-        norm, taken = self._step(largest_norm) if last else (torch.zeros_like(loss), torch.ones_like(loss))
+        norm, taken = self._step(largest_norm) if ends_update else (torch.zeros_like(loss), torch.ones_like(loss))
         quantities = step_quantities(output, nll, scans)
         return {Keys.PRED: output, Keys.LOSS: loss, **quantities, "grad_norm": norm, "taken": taken}
-
-    @property
-    def largest_norm(self) -> float:
-        """Of the gradients, up to which the next update is made; in any case it must be finite."""
-        largest = torch.finfo(torch.float32).max
-        return min(largest, self.skip_grad_norm) if self.state.updates >= self.skip_warmup else largest
-
-    def run(self) -> None:
-        """Train from the current state until ``max_epochs``; signals to stop are noted in ``signals``."""
-        if self.state.epoch >= self.state.max_epochs:
-            logger.info("All %d epochs are done: set --epochs above that to continue.", self.state.epoch)
-            return
-        with self.signals:
-            # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
-            Workflow.run(self)
 
     def _step(self, largest_norm: float | Tensor) -> tuple[Tensor, Tensor]:
         """Clip, then step or skip. Returns the norm of the gradients before clipping, and whether the step was taken.
@@ -253,17 +228,20 @@ class VDVAETrainer(SupervisedTrainer):
         self.scaler.unscale_(self.optimizer)
         if self.penalty is not None:
             self.penalty.add_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.limits.max_grad_norm)
         taken = norm <= largest_norm
         self.step(taken)
         self.scaler.update()
         return norm, taken
 
-    def _end_update(self) -> None:
-        """What the host has to do with an update."""
-        self.state.updates += 1
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+    def run(self) -> None:
+        """Train from the current state until ``max_epochs``; signals to stop are noted in ``signals``."""
+        if self.state.epoch >= self.state.max_epochs:
+            logger.info("All %d epochs are done: set --epochs above that to continue.", self.state.epoch)
+            return
+        with self.signals:
+            # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
+            Workflow.run(self)
 
 
 def _names(batchdata: dict[str, Any], count: int) -> list[str]:
@@ -279,8 +257,11 @@ class VDVAEEvaluator(SupervisedEvaluator):
     Every run draws the same noise for the latents, so that two epochs differ by the weights alone.
 
     Args:
+        device, val_data_loader, network: see MONAI's.
         seed: of that noise.
         temperature: of the posterior; 1 gives the ELBO.
+        amp, amp_dtype: mixed precision, see :class:`VDVAETrainer`.
+        kwargs: further arguments of MONAI's ``SupervisedEvaluator``: inferer, metrics, handlers.
     """
 
     def __init__(
@@ -292,26 +273,18 @@ class VDVAEEvaluator(SupervisedEvaluator):
         temperature: float = 1.0,
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
-        non_blocking: bool = True,
-        inferer: Inferer | None = None,
-        key_val_metric: dict[str, Metric] | None = None,
-        additional_metrics: dict[str, Metric] | None = None,
-        metric_cmp_fn: Callable = lambda current, best: current < best,
-        val_handlers: Sequence | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
             network=network,
             prepare_batch=scan_batch,
-            non_blocking=non_blocking,
-            inferer=inferer,
-            key_val_metric=key_val_metric,
-            additional_metrics=additional_metrics,
-            metric_cmp_fn=metric_cmp_fn,
-            val_handlers=val_handlers,
+            non_blocking=True,
+            metric_cmp_fn=is_lower,
             decollate=False,
             amp=amp,
+            **kwargs,
         )
         self.data_loader = on_device(self.data_loader, self.state.device)
         self.seed = seed

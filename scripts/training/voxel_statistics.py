@@ -27,19 +27,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-__all__ = ["Draw", "choose_draws", "start_from_scans", "voxel_statistics"]
+__all__ = ["Reading", "choose_readings", "start_from_scans", "voxel_statistics"]
 
 logger = logging.getLogger(__name__)
 
 DRAWS = 512
-KEPT = 3  # of the draws that nothing moves one in so many is read, see choose_draws
+KEPT = 3  # of the draws that nothing moves one in so many is read, see choose_readings
 SMOOTHING = 0.4
 # Voxels are rounded to multiples of this. Sums of 8192 of them, and of their squares, are then exact in double
 # precision (up to an absolute value of 1), so that neither their order nor the number of processes matters.
 RESOLUTION = 2.0**-20
 
 
-class Draw(NamedTuple):
+class Reading(NamedTuple):
     """One reading of a scan, whose augmentation follows from the epoch and the index, and for how many it counts."""
 
     epoch: int
@@ -50,7 +50,7 @@ class Draw(NamedTuple):
 class _Drawn(Dataset):
     """Readings of a data set: voxels, ``[channels, *spatial]``, the affine of their grid, ``[4, 4]``, the weight."""
 
-    def __init__(self, dataset: SeededDataset, draws: Sequence[Draw]) -> None:
+    def __init__(self, dataset: SeededDataset, draws: Sequence[Reading]) -> None:
         self.dataset, self.draws = dataset, draws
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class _Drawn(Dataset):
         return torch.as_tensor(scan).as_subclass(Tensor), torch.as_tensor(affine).double(), draw.weight
 
 
-def choose_draws(dataset: SeededDataset, draws: int = DRAWS, augmented: bool = False) -> list[Draw]:
+def choose_readings(dataset: SeededDataset, draws: int = DRAWS, augmented: bool = False) -> list[Reading]:
     """Which scans of a data set are read: a fixed random part of many, each once; few again and again if augmented.
 
     Of so many ``draws`` of augmented scans those are read that an affine transform moves, since these alone bring brain
@@ -74,9 +74,9 @@ def choose_draws(dataset: SeededDataset, draws: int = DRAWS, augmented: bool = F
     """
     count = len(dataset)
     if count > draws:
-        chosen = [Draw(0, index) for index in random.Random(0).sample(range(count), draws)]
+        chosen = [Reading(0, index) for index in random.Random(0).sample(range(count), draws)]
     else:
-        chosen = [Draw(*divmod(place, count)) for place in range(draws if augmented else count)]
+        chosen = [Reading(*divmod(place, count)) for place in range(draws if augmented else count)]
     if not augmented or not isinstance(dataset, SeededDataset):
         return chosen
     moved, others = [], []
@@ -107,7 +107,7 @@ def voxel_statistics(
     Returns:
         mean and standard deviation, ``[channels, *spatial]`` each, and the scans' median affine, ``[4, 4]``.
     """
-    chosen = choose_draws(dataset, draws, augmented)
+    chosen = choose_readings(dataset, draws, augmented)
     total, squares, affines = _sum_share(dataset, chosen, workers)
     wait_for_all()  # shares take differently long
     total, squares = (idist.all_reduce(sums.to(idist.device())).cpu() for sums in (total, squares))
@@ -120,7 +120,7 @@ def voxel_statistics(
     return mean.float(), std.float(), torch.tensor(affines, dtype=torch.float64).median(0).values
 
 
-def _sum_share(dataset: SeededDataset, draws: Sequence[Draw], workers: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_share(dataset: SeededDataset, draws: Sequence[Reading], workers: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum and sum of squares over this process's share of draws, exact, and their affines, ``[draws, 4, 4]``."""
     rank = idist.get_rank()
     share = draws[rank :: idist.get_world_size()]
@@ -164,8 +164,8 @@ def start_from_scans(network: VDVAE, dataset: SeededDataset, augmented: bool = F
     path = _kept_path(dataset, augmented) if idist.get_rank() == 0 else None
     kept = None if path is None else _read(path)
     if not from_rank_zero(lambda: kept is not None):
-        found = voxel_statistics(dataset, augmented=augmented, workers=workers)
-        kept = dict(zip(("mean", "std", "affine"), found, strict=True))
+        computed = voxel_statistics(dataset, augmented=augmented, workers=workers)
+        kept = dict(zip(("mean", "std", "affine"), computed, strict=True))
         if path is not None:
             write_whole(path, lambda temporary: torch.save(kept, temporary))
     if kept is not None:
@@ -178,7 +178,7 @@ def _kept_path(dataset: SeededDataset, augmented: bool) -> Path | None:
     cache = getattr(dataset, "data", None)
     if not isinstance(cache, ScanCache) or cache.cache_dir is None:
         return None
-    draws = choose_draws(dataset, augmented=augmented)
+    draws = choose_readings(dataset, augmented=augmented)
     scans = {index: cache.path(index).name for index in {draw.index for draw in draws}}
     code = Path(__file__).read_bytes()
     try:

@@ -11,7 +11,7 @@ from scripts.utils.errors import InputError
 from torch import Tensor
 
 
-def runs_ahead(device: torch.device) -> bool:
+def is_async(device: torch.device) -> bool:
     """Whether the host queues work for a device and goes on, so that reading a value would wait for all that is queued.
 
     True of CUDA and its like. MPS counts as a CPU here: PyTorch's optimizers keep their counters on the host for it.
@@ -42,7 +42,7 @@ class Block(NamedTuple):
     copied: torch.Event | None
 
 
-class NumbersOnTheWay:
+class DelayedScalars:
     """Brings vectors from a device to the host, each with a note of the host's own.
 
     So many vectors at a time are copied together, into pinned memory, while the device works on. They are handed out
@@ -67,7 +67,7 @@ class NumbersOnTheWay:
     def add(self, values: Tensor, note: Any) -> list[tuple[list[float], Any]]:
         """Send one vector on its way; returns those that have arrived, in order."""
         self._waiting.append((values, note))
-        if not runs_ahead(values.device):
+        if not is_async(values.device):
             return self.wait()
         return self._start_copy() if len(self._waiting) == self.interval else []
 
@@ -88,7 +88,7 @@ class NumbersOnTheWay:
             device, self._waiting = vectors[0].device, []
             # a copy to the host that need not be waited for goes into pinned memory
             values = torch.cat(vectors).to("cpu", non_blocking=True)
-            copied = torch.Event(device) if runs_ahead(device) else None
+            copied = torch.Event(device) if is_async(device) else None
             if copied is not None:
                 copied.record()
             self._block = Block(values, [len(vector) for vector in vectors], list(notes), copied)
@@ -135,7 +135,7 @@ class Prefetched:
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        if not runs_ahead(self.device):
+        if not is_async(self.device):
             yield from (_each_tensor(batch, self._copy) for batch in self.loader)
             return
         aside = torch.Stream(self.device)
@@ -165,7 +165,7 @@ class Prefetched:
 def to_host(values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Start copies of tensors to the host; what is returned waits for them, and gives them."""
     copies = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
-    devices = {value.device for value in values.values() if runs_ahead(value.device)}
+    devices = {value.device for value in values.values() if is_async(value.device)}
     events = []
     for device in devices:
         events.append(torch.Event(device))
