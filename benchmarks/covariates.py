@@ -40,7 +40,7 @@ from scripts.phantoms.people import AGES, SITES, Cohort, Person
 from scripts.population.prior import innovation
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
-from scripts.utils.nifti import nifti_bytes
+from scripts.utils.formats import nifti_bytes
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}  # of what phantoms have
 YEARS = 20.0  # of a counterfactual

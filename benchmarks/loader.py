@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.step import CONFIGS, TrainingStep, network_def
 from scripts.data.cache import ScanCache
-from scripts.data.datalist import find_scans
+from scripts.data.find import find_scans
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.inferers import Reconstruction

@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.data.datalist import find_scans
+from scripts.data.find import find_scans
 from scripts.inference.inferers import Sampling
 from scripts.utils.command_line import run
 

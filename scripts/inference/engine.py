@@ -23,7 +23,7 @@ from monai.inferers import Inferer
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
 from scripts.data.datalist import list_sides
-from scripts.data.reasons import as_reason
+from scripts.data.reading import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.job_report import write_job_report

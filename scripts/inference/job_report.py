@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.inference.layouts import VOLUME, ScanLayout
-from scripts.utils.report import write_report
-from scripts.utils.volumes import ShownVolume
+from scripts.utils.report import ShownVolume, write_report
 
 __all__ = ["write_job_report"]
 

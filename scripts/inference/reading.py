@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.data import DataLoader, Dataset
-from scripts.data.reasons import as_reason
+from scripts.data.reading import as_reason
 from scripts.data.transforms import ScanError
 from scripts.utils.names import item_files, item_path
 from torch import Tensor
