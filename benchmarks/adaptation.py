@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 from torch import Tensor
 
+from benchmarks.common import CONFIGS, print_table, read_config
 from benchmarks.covariates import KINDS, People, brain_age, in_batches
 from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
@@ -36,7 +36,6 @@ from scripts.phantoms.people import Cohort
 from scripts.population.prior import PopulationPrior
 from scripts.utils.command_line import run
 
-ROOT = Path(__file__).parent.parent
 CHOOSING = 16  # each such scan of the cohort chooses the number of factors
 
 
@@ -70,7 +69,7 @@ class Jobs:
 
 def run_process(words: Sequence[str], job: str) -> None:
     """``python -m monai.bundle run JOB ...``."""
-    subprocess.run([sys.executable, "-m", "monai.bundle", "run", job, *words], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "monai.bundle", "run", job, *words], cwd=CONFIGS.parent, check=True)
 
 
 class Way(NamedTuple):
@@ -126,22 +125,21 @@ def main(
     cohort, new = ([item for item in everyone if (item["site"] == site) == own] for own in (False, True))
     ways = treat(jobs, Path(ckpt).absolute(), cohort, new[:adapt_to], site, epochs, learning_rate)
 
-    parser = _inference(networks, ckpt=ckpt)
+    parser = read_config([CONFIGS / "inference.json", *networks], ckpt=ckpt)
     people = People(Path(output_dir) / "people", parser.get_parsed_content("preprocessing"), seed, spacing)
     of_new = _tested(people, [(index, Cohort(site=site)) for index in range(1, count + 1)])
     others = [index for index in range(1, 20 * count) if people.person(index).site != site][:count]
     of_others = _tested(people, [(index, Cohort()) for index in others])
     columns = {}
     for name, way in ways.items():
-        parser = _inference(networks, ckpt=str(way.ckpt), prior=str(way.prior))
+        parser = read_config([CONFIGS / "inference.json", *networks], ckpt=str(way.ckpt), prior=str(way.prior))
         network, prior = (parser.get_parsed_content(key) for key in ("network", "population_prior"))
         asked = site if site in prior.coding.variables["site"].categories else None
         known = [{**values, "site": asked} for values in of_new.known]
         columns[name] = measure(network.eval(), prior, of_new._replace(known=known), of_others, draws)
         columns[name]["seconds of computing"] = f"{way.seconds:.0f}"
-    print("| measure | " + " | ".join(columns) + " |\n|" + "---|" * (1 + len(columns)))
-    for measured in next(iter(columns.values())):
-        print(f"| {measured} | " + " | ".join(column[measured] for column in columns.values()) + " |")
+    names = next(iter(columns.values()))
+    print_table(["measure", *columns], ([name, *(column[name] for column in columns.values())] for name in names))
 
 
 def treat(
@@ -176,13 +174,6 @@ def treat(
     again, more = jobs("fit_prior", "trained_fitted", ckpt=tuned, dataset_dir=both, covariates=KINDS)
     ways["train on"] = Way(tuned, again / file, seconds + more)
     return ways
-
-
-def _inference(networks: Sequence[str], **settings: str) -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config([str(ROOT / "configs" / "inference.json"), *networks])
-    parser.update(settings)
-    return parser
 
 
 def _tested(people: People, wanted: Sequence[tuple[int, Cohort]]) -> Tested:

@@ -5,8 +5,7 @@
 
 makes phantoms of another seed, and the same people at another age, at another site, and with the brain of an older
 person, and prints a Markdown table of what is measured on the network's grid. ``--dataset_dir`` is what the prior was
-fitted to: PCA and the mean age difference are taken from it. With ``--pairs 448`` so many further people are made at
-two ages each, and what counterfactuals can reach at best is told by regressions of these true differences.
+fitted to: PCA and the mean age difference are taken from it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
-from monai.utils import ensure_tuple
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeCV
 from sklearn.metrics import roc_auc_score
@@ -27,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.common import print_table, read_config, stack
 from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
@@ -37,17 +35,17 @@ from scripts.networks import VDVAE
 from scripts.phantoms.anatomy import random_streams
 from scripts.phantoms.images import brain_phantom
 from scripts.phantoms.people import AGES, SITES, Cohort, Person
-from scripts.population.prior import innovation
+from scripts.population.prior import PopulationPrior, innovation
 from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
-from scripts.utils.nifti import nifti_bytes
+from scripts.utils.formats import nifti_bytes
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}  # of what phantoms have
 YEARS = 20.0  # of a counterfactual
 BANDS = ((45, 58), (58, 72), (72, 86))  # of ages, years
-PAIRS_SEED = 31  # of people that no fit and no other measurement has seen
 PROBED = 512  # training scans that the classifier of sites and the probe of coordinates are fitted to
 PENALTIES = np.logspace(-1, 5, 13)
+Rows = list[tuple[str, str, str]]
 
 
 class People:
@@ -130,6 +128,167 @@ def fluid(scans: Tensor, where: Tensor) -> np.ndarray:
     return (1 - inside / (0.8 * middle)).clamp(0, 1).mean(1).numpy()
 
 
+class Measurement:
+    """What is measured; each method gives rows of the table: the measure, what is found, and what stands beside it.
+
+    Args:
+        network, prior: the prior knows age, sex and site.
+        training: scans of the fit, ``[scans, 1, *spatial]``.
+        rows: their covariates.
+        people: to measure on.
+        count: how many of these.
+        draws: of each expectation, and samples of each age.
+        batch_size: of all passes.
+    """
+
+    def __init__(
+        self,
+        network: VDVAE,
+        prior: PopulationPrior,
+        training: Tensor,
+        rows: Sequence[Mapping[str, Any]],
+        people: People,
+        count: int,
+        draws: int,
+        batch_size: int,
+    ) -> None:
+        self.network, self.prior, self.people = network, prior, people
+        self.training, self.rows, self.draws, self.batch_size = training, rows, draws, batch_size
+        self.own = [people.person(index) for index in range(1, count + 1)]
+        self.known = [{"age": p.age, "sex": p.sex, "site": p.site} for p in self.own]
+        self.scans = people.scans([(i + 1, Cohort()) for i in range(count)], "people")
+        self.ages, self.own_ages = np.array([row["age"] for row in rows]), np.array([p.age for p in self.own])
+        self.brain = (training > -0.9).float().mean(0)[0] > 0.5
+        self.where = ventricles(training, self.ages, self.brain)
+        self.nothing = dict.fromkeys(prior.coding.variables)
+
+    def batches(self, job: Callable, x: Tensor, values: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return in_batches(job, self.network, self.prior.coding, x, values, self.batch_size)
+
+    def aged(self, shifts: Sequence[float], what: str) -> Tensor:
+        """The same people, so many years older."""
+        ages = self.own_ages + shifts
+        return self.people.scans([(i + 1, Cohort(age=float(age))) for i, age in enumerate(ages)], what)
+
+    def counterfactuals(self) -> Rows:
+        """The same people, older or younger: as the prior says, and as they are."""
+        shifts = year_shifts(self.own)
+        others, changed = self.aged(shifts, "at another age"), []
+        for scan, known, age in zip(self.scans.split(1), self.known, self.own_ages + shifts, strict=True):
+            job = Counterfactual(self.prior, {"": {"age": float(age)}})
+            changed.append(scan + self.batches(job, scan, [known])["change"])
+        changed = torch.cat(changed).clamp(-1, 1)
+        slope = LinearRegression().fit(self.ages[:, None], self.training.flatten(1).numpy()).coef_[:, 0]
+        mean = torch.from_numpy(slope * shifts[:, None]).float().reshape(self.scans.shape)
+        bare, error, added = (
+            (x - others).abs()[:, 0][:, self.brain].mean().item()
+            for x in (self.scans, changed, (self.scans + mean).clamp(-1, 1))
+        )
+        nearest = torch.cdist(changed.flatten(1), others.flatten(1)).argmin(1)
+        right = (nearest == torch.arange(len(nearest))).float().mean().item()
+        return [
+            ("counterfactual: error over that of doing nothing", f"{error / bare:.3f}", "0.5 or less"),
+            ("the same of adding the mean age difference", f"{added / bare:.3f}", ""),
+            ("counterfactual is nearest to its own person", f"{right:.0%}", "90 %"),
+        ]
+
+    def samples(self) -> Rows:
+        """Ventricles of samples against the age that was asked for."""
+        ages, sampled, true = np.arange(AGES[0], AGES[1] + 1, 5.0), [], []
+        for age in ages:
+            sampling = Sampling(prior=self.prior, covariates={"age": float(age)})
+            parts = [sampling(self.batch_size, self.network)["sample"] for _ in range(self.draws // self.batch_size)]
+            sampled.append(fluid(torch.cat(parts), self.where).mean())
+            wanted = [(i + 1, Cohort(age=float(age))) for i in range(self.draws)]
+            true.append(fluid(self.people.scans(wanted, f"at {age:.0f}"), self.where).mean())
+        ratio = np.polyfit(ages, sampled, 1)[0] / np.polyfit(ages, true, 1)[0]
+        r = np.corrcoef(sampled, true)[0, 1]
+        return [
+            ("ventricles of samples and of people, over ages: r", f"{r:.3f}", "0.97"),
+            ("their slopes' ratio", f"{ratio:.2f}", "0.9 to 1.1"),
+        ]
+
+    def brain_ages(self) -> Rows:
+        """How old is the brain?"""
+        unknown = [{**values, "age": None} for values in self.known]
+        posteriors = self.batches(CovariatePosterior(self.prior), self.scans, unknown)["posterior_age"]
+        off, inside = brain_age(self.prior.coding, posteriors, self.own_ages)
+        x, own = (scans.flatten(1).numpy() for scans in (self.training, self.scans))
+        pca = PCA(min(64, len(x) - 1), svd_solver="randomized", random_state=0).fit(x)
+        ridge = make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(pca.transform(x), self.ages)
+        beside = np.abs(ridge.predict(pca.transform(own)) - self.own_ages).mean()
+        return [
+            ("age: mean absolute error, years", f"{off:.2f}", f"ridge on PCA scores: {beside:.2f}"),
+            ("its 90 % interval holds the truth", f"{inside:.0%}", "85 to 95 %"),
+        ]
+
+    def coordinates(self) -> Rows:
+        """What the coordinates say of age beside the covariates."""
+
+        def job(x: Tensor, network: VDVAE, features: Tensor, known: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+            _, posteriors = network.infer(x, temperature=0.0)
+            return {"": self.prior.coordinates([innovation(q) for q in posteriors], features)}
+
+        some, probed = slice(0, PROBED), []
+        bare = [self.nothing] * len(self.training)
+        for values, own in ((self.rows[some], self.known), (bare[some], [self.nothing] * len(self.known))):
+            probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
+            probe.fit(self.batches(job, self.training[some], values)[""].numpy(), self.ages[some])
+            probed.append(probe.score(self.batches(job, self.scans, own)[""].numpy(), self.own_ages))
+        return [("age told by coordinates, R²", f"{probed[0]:.2f}", f"covariates not taken off: {probed[1]:.2f}")]
+
+    def deviations(self) -> Rows:
+        """Deviations of healthy people, and of brains that are older than their age or have lesions."""
+        deviation = Deviation(self.prior, self.draws)
+        z, results = self.batches(deviation, self.scans, self.known)["deviation"][:, 0][:, self.brain], []
+        for low, high in BANDS:
+            band = z[(self.own_ages >= low) & (self.own_ages < high)]
+            what = f"z of healthy people of {low} to {high}: mean, sd"
+            results.append((what, f"{band.mean():.2f}, {band.std():.2f}", "0 ± 0.1, 1 ± 0.1"))
+        older = np.minimum(self.own_ages + YEARS, AGES[1] + 10) - self.own_ages
+        everyone = [(i + 1, Cohort()) for i in range(len(self.own))]
+        sick = self.people.scans(everyone, "with lesions", lesions=1.0, lesion_kinds="bright")
+        unusual = {"ventricles wider than at their age": self.aged(older, "older than their age"), "lesions": sick}
+        labels = np.repeat([0, 1], len(self.own))
+        for what, scans in unusual.items():
+            both = torch.cat([self.scans, scans])
+            with_it = self.batches(Scoring(prior=self.prior), both, self.known * 2)
+            without = self.batches(Scoring(prior=self.prior), both, [self.nothing] * len(both))
+            for name in ("bits_per_dim_population", "typicality"):
+                pair = [roc_auc_score(labels, found[name].numpy()) for found in (with_it, without)]
+                results.append((f"AUROC of {name}, {what}", f"{pair[0]:.3f}", f"without covariates: {pair[1]:.3f}"))
+            unusual_z = self.batches(deviation, scans, self.known)["deviation"][:, 0][:, self.brain]
+            largest = [v.abs().topk(v.shape[1] // 50, 1).values.mean(1) for v in (z, unusual_z)]
+            area = roc_auc_score(labels, torch.cat(largest).numpy())
+            results.append((f"AUROC of the 2 % largest |z|, {what}", f"{area:.3f}", ""))
+        healthy = [
+            self.batches(Scoring(prior=self.prior), self.scans, values)["bits_per_dim_population"].mean().item()
+            for values in (self.known, [self.nothing] * len(self.known))
+        ]
+        return [*results, ("bits per dim with covariates", f"{healthy[0]:.4f}", f"without: {healthy[1]:.4f}")]
+
+    def sites(self) -> Rows:
+        """All scans as if they came from one site: a classifier fitted to training scans, as they are or changed."""
+        job, some = Counterfactual(self.prior, {"": {"site": min(SITES)}}), slice(0, PROBED)
+        moved, moved_training = (
+            (x + self.batches(job, x, values)["change"]).clamp(-1, 1)
+            for x, values in ((self.scans, self.known), (self.training[some], self.rows[some]))
+        )
+        sites, own_sites = [row["site"] for row in self.rows[some]], [p.site for p in self.own]
+        chance, results = max(map(own_sites.count, SITES)) / len(self.own), []
+        for what, fitted, x in (
+            ("as they are", self.training[some], self.scans),
+            ("harmonised", moved_training, moved),
+        ):
+            steps = PCA(min(64, len(sites) // 4)), LogisticRegression(C=0.1, max_iter=2000)
+            classifier = make_pipeline(StandardScaler(), *steps).fit(fitted.flatten(1).numpy(), sites)
+            accuracy = classifier.score(x.flatten(1).numpy(), own_sites)
+            effect = np.polyfit(self.own_ages, fluid(x, self.where), 1)[0]
+            measure = f"scans {what}: site classifier; slope of ventricles"
+            results.append((measure, f"{accuracy:.2f}; {effect:.5f}", f"chance is {chance:.2f}"))
+        return results
+
+
 @torch.no_grad()
 def main(
     ckpt: str,
@@ -140,7 +299,6 @@ def main(
     seed: int = 9,
     spacing: float = 2.0,
     draws: int = 32,
-    pairs: int = 0,
     batch_size: int = 8,
 ) -> None:
     """Measure, and print.
@@ -154,210 +312,25 @@ def main(
         seed: of these.
         spacing: of these, in mm.
         draws: of each expectation, and samples of each age.
-        pairs: people at two ages, to learn true counterfactuals from; 0: none.
         batch_size: of all passes.
     """
     torch.manual_seed(0)
-    parser = ConfigParser()
-    parser.read_config(list(ensure_tuple(config_file)))
-    parser.update({"ckpt": ckpt})
-    network = parser.get_parsed_content("network").eval()
+    parser = read_config(config_file, ckpt=ckpt)
+    network, preprocess = parser.get_parsed_content("network").eval(), parser.get_parsed_content("preprocessing")
     prior = need_covariates(parser.get_parsed_content("population_prior"))
-    coding, preprocess = prior.coding, parser.get_parsed_content("preprocessing")
-    items, _, _ = list_sides(dataset_dir)
-    rows = [coding.parse(row) for row in Covariates(items["training"], dataset_dir).rows]
-    training = torch.stack(
-        [preprocess(dict(item))["image"].as_tensor() for item in tqdm(items["training"], "training scans", unit="scan")]
-    )
+    items = list_sides(dataset_dir)[0]["training"]
+    rows = Covariates(items, dataset_dir).values(prior.coding)
+    training = stack(preprocess(dict(item)) for item in tqdm(items, "training scans", unit="scan"))
     people = People(Path(output_dir) / "people", preprocess, seed, spacing)
-    own = [people.person(index) for index in range(1, count + 1)]
-    known = [{"age": p.age, "sex": p.sex, "site": p.site} for p in own]
-    scans = people.scans([(i + 1, Cohort()) for i in range(count)], "people")
-
-    def batches(job: Callable, x: Tensor, values: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return in_batches(job, network, coding, x, values, batch_size)
-
-    results: list[tuple[str, str, str]] = []
-    brain = (training > -0.9).float().mean(0)[0] > 0.5
-    pca = PCA(min(64, len(training) - 1), svd_solver="randomized", random_state=0).fit(training.flatten(1).numpy())
-    scores, own_scores = (pca.transform(x.flatten(1).numpy()) for x in (training, scans))
-    ages, own_ages = np.array([row["age"] for row in rows]), np.array([p.age for p in own])
-
-    # the same people, older or younger
-    shifts = year_shifts(own)
-    others = people.scans([(i + 1, Cohort(age=float(own_ages[i] + shifts[i]))) for i in range(count)], "at another age")
-    asked = [{"age": float(a)} for a in own_ages + shifts]
-    changed = torch.cat(
-        [
-            scans[i : i + 1]
-            + batches(Counterfactual(prior, {"": asked[i]}), scans[i : i + 1], known[i : i + 1])["change"]
-            for i in range(count)
-        ]
-    ).clamp(-1, 1)
-    slope = LinearRegression().fit(ages[:, None], training.flatten(1).numpy()).coef_[:, 0]
-    added = (scans + torch.from_numpy(slope * shifts[:, None]).float().reshape(scans.shape)).clamp(-1, 1)
-
-    def error(x: Tensor) -> float:
-        return (x - others).abs()[:, 0][:, brain].mean().item()
-
-    bare = error(scans)
-    results.append(("counterfactual: error over that of doing nothing", f"{error(changed) / bare:.3f}", "0.5 or less"))
-    results.append(("the same of adding the mean age difference", f"{error(added) / bare:.3f}", ""))
-    if pairs:
-        further = People(Path(output_dir) / "pairs", preprocess, PAIRS_SEED, spacing)
-        for what, predicted in true_differences(further, pairs, scans, own).items():
-            results.append((f"the same of {what}", f"{error((scans + predicted).clamp(-1, 1)) / bare:.3f}", ""))
-    distance = torch.cdist(changed.flatten(1), others.flatten(1))
-    right = (distance.argmin(1) == torch.arange(count)).float().mean().item()
-    results.append(("counterfactual is nearest to its own person", f"{right:.0%}", "90 %"))
-
-    # ventricles of samples against the age that was asked for
-    where = ventricles(training, ages, brain)
-    asked_ages = np.arange(AGES[0], AGES[1] + 1, 5.0)
-    sampled, true = [], []
-    for age in asked_ages:
-        sampling = Sampling(prior=prior, covariates={"age": float(age)})
-        sampled.append(
-            fluid(
-                torch.cat([sampling(batch_size, network)["sample"] for _ in range(draws // batch_size)]), where
-            ).mean()
-        )
-        true.append(
-            fluid(people.scans([(i + 1, Cohort(age=float(age))) for i in range(draws)], f"at {age:.0f}"), where).mean()
-        )
-    results.append(
-        ("ventricles of samples and of people, over ages: r", f"{np.corrcoef(sampled, true)[0, 1]:.3f}", "0.97")
-    )
-    ratio = np.polyfit(asked_ages, sampled, 1)[0] / np.polyfit(asked_ages, true, 1)[0]
-    results.append(("their slopes' ratio", f"{ratio:.2f}", "0.9 to 1.1"))
-
-    # how old is the brain?
-    posteriors = batches(CovariatePosterior(prior), scans, [{**values, "age": None} for values in known])[
-        "posterior_age"
-    ]
-    off, inside = brain_age(coding, posteriors, own_ages)
-    ridge = make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(scores, ages)
-    results.append(
-        (
-            "age: mean absolute error, years",
-            f"{off:.2f}",
-            f"ridge on PCA scores: {np.abs(ridge.predict(own_scores) - own_ages).mean():.2f}",
-        )
-    )
-    results.append(("its 90 % interval holds the truth", f"{inside:.0%}", "85 to 95 %"))
-
-    # what the coordinates say of age beside the covariates
-    def coordinates(
-        x: Tensor, network: VDVAE, features: Tensor, known: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Tensor]:
-        _, posteriors = network.infer(x, temperature=0.0)
-        return {"": prior.coordinates([innovation(q) for q in posteriors], features)}
-
-    some = slice(0, min(len(training), PROBED))
-    probed = []
-    nothing = dict.fromkeys(coding.variables)
-    for values, own_values in ((rows[some], known), ([nothing] * len(training), [nothing] * count)):
-        probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
-        probe.fit(batches(coordinates, training[some], values)[""].numpy(), ages[some])
-        probed.append(probe.score(batches(coordinates, scans, own_values)[""].numpy(), own_ages))
-    results.append(("age told by coordinates, R²", f"{probed[0]:.2f}", f"covariates not taken off: {probed[1]:.2f}"))
-
-    # deviations of healthy people, and of brains that are older than their age
-    deviation = Deviation(prior, draws)
-    z = batches(deviation, scans, known)["deviation"][:, 0][:, brain]
-    for low, high in BANDS:
-        band = z[(own_ages >= low) & (own_ages < high)]
-        results.append(
-            (
-                f"z of healthy people of {low} to {high}: mean, sd",
-                f"{band.mean():.2f}, {band.std():.2f}",
-                "0 ± 0.1, 1 ± 0.1",
-            )
-        )
-    elder = [min(age + YEARS, AGES[1] + 10) for age in own_ages]
-    aged = people.scans([(i + 1, Cohort(age=float(elder[i]))) for i in range(count)], "older than their age")
-    sick = people.scans([(i + 1, Cohort()) for i in range(count)], "with lesions", lesions=1.0, lesion_kinds="bright")
-    for what, unusual in (("ventricles wider than at their age", aged), ("lesions", sick)):
-        both, twice = torch.cat([scans, unusual]), known + known
-        labels = np.repeat([0, 1], count)
-        with_it = batches(Scoring(prior=prior), both, twice)
-        without = batches(Scoring(prior=prior), both, [nothing] * len(both))
-        for name in ("bits_per_dim_population", "typicality"):
-            pair = [roc_auc_score(labels, found[name].numpy()) for found in (with_it, without)]
-            results.append((f"AUROC of {name}, {what}", f"{pair[0]:.3f}", f"without covariates: {pair[1]:.3f}"))
-        brain_z = batches(deviation, unusual, known)["deviation"][:, 0][:, brain]
-        found = [values.abs().topk(values.shape[1] // 50, 1).values.mean(1) for values in (z, brain_z)]
-        results.append(
-            (f"AUROC of the 2 % largest |z|, {what}", f"{roc_auc_score(labels, torch.cat(found).numpy()):.3f}", "")
-        )
-    healthy = [
-        batches(Scoring(prior=prior), scans, values)["bits_per_dim_population"].mean().item()
-        for values in (known, [nothing] * count)
-    ]
-    results.append(("bits per dim with covariates", f"{healthy[0]:.4f}", f"without: {healthy[1]:.4f}"))
-
-    # all scans as if they came from one site: a classifier fitted to training scans, as they are or changed likewise
-    site = sorted(SITES)[0]
-    job = Counterfactual(prior, {"": {"site": site}})
-    moved, moved_training = (
-        (x + batches(job, x, values)["change"]).clamp(-1, 1)
-        for x, values in ((scans, known), (training[some], rows[some]))
-    )
-    sites, own_sites = [row["site"] for row in rows[some]], [p.site for p in own]
-    for what, fitted, x in (("as they are", training[some], scans), ("harmonised", moved_training, moved)):
-        classifier = make_pipeline(
-            StandardScaler(), PCA(min(64, len(sites) // 4)), LogisticRegression(C=0.1, max_iter=2000)
-        )
-        accuracy = classifier.fit(fitted.flatten(1).numpy(), sites).score(x.flatten(1).numpy(), own_sites)
-        effect = np.polyfit(own_ages, fluid(x, where), 1)[0]
-        chance = f"chance is {max(map(own_sites.count, SITES)) / count:.2f}"
-        results.append((f"scans {what}: site classifier; slope of ventricles", f"{accuracy:.2f}; {effect:.5f}", chance))
-
-    print("| measure | found | beside it |\n|---|---|---|")
-    for row in results:
-        print("| " + " | ".join(row) + " |")
+    measured = Measurement(network, prior, training, rows, people, count, draws, batch_size)
+    parts = (measured.counterfactuals, measured.samples, measured.brain_ages, measured.coordinates)
+    results = [row for part in (*parts, measured.deviations, measured.sites) for row in part()]
+    print_table(("measure", "found", "beside it"), results)
 
 
 def year_shifts(people: Sequence[Person]) -> np.ndarray:
     """By how many years each is made older or, near the highest age, younger."""
     return np.array([YEARS if person.age + YEARS <= AGES[1] else -YEARS for person in people])
-
-
-def true_differences(others: People, count: int, scans: Tensor, people: Sequence[Person]) -> dict[str, Tensor]:
-    """What regressions of other people's true differences predict for some people's scans, shaped like these.
-
-    No cohort has such pairs: this is what a counterfactual could reach at best. By the mean difference in each
-    direction; by ridge regression on age and 32 PCA scores; and by the same for somebody who also knows how fast each
-    brain ages, which one scan does not tell.
-    """
-    known = [others.person(index + 1) for index in range(count)]
-    shifts = year_shifts(known)
-    before = others.scans([(i + 1, Cohort()) for i in range(count)], "pairs").flatten(1).numpy()
-    moved = [(i + 1, Cohort(age=known[i].age + float(shifts[i]))) for i in range(count)]
-    differences = others.scans(moved, "pairs, at another age").flatten(1).numpy() - before
-    pca = PCA(min(32, count // 4), svd_solver="randomized", random_state=0, whiten=True).fit(before)
-    x = scans.flatten(1).numpy()
-
-    def plain(people: Sequence[Person], shifts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        ages = (np.array([person.age for person in people]) - 65) / YEARS
-        parts = np.column_stack([np.ones(len(ages)), ages, ages**2, scores])
-        return np.hstack([parts, np.sign(shifts)[:, None] * parts])
-
-    def knowing(people: Sequence[Person], shifts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        older = [person._replace(age=person.age + shift) for person, shift in zip(people, shifts, strict=True)]
-        aged = np.array([b.aged - a.aged for a, b in zip(people, older, strict=True)])[:, None]
-        return np.hstack([aged, aged * scores])
-
-    own_shifts = year_shifts(people)
-    means = {sign: differences[shifts == sign].mean(0) for sign in set(shifts)}
-    found = {"the mean true difference of others": np.stack([means[shift] for shift in own_shifts])}
-    for what, features in (
-        ("a regression of true differences", plain),
-        ("one that knows the speed of ageing", knowing),
-    ):
-        regression = RidgeCV(PENALTIES).fit(features(known, shifts, pca.transform(before)), differences)
-        found[what] = regression.predict(features(people, own_shifts, pca.transform(x)))
-    return {what: torch.from_numpy(value).float().reshape(scans.shape) for what, value in found.items()}
 
 
 def ventricles(training: Tensor, ages: np.ndarray, brain: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ import nibabel
 import numpy as np
 import torch
 
+from benchmarks.common import CONFIGS
 from benchmarks.memory import GIB
-from benchmarks.step import CONFIGS
 from scripts.utils.files import write_text
 
 ROOT = CONFIGS.parent
@@ -247,7 +247,7 @@ def main(
         output_dir: for ``gpu.json`` and ``gpu.md``.
         device: ``cuda``; ``cpu`` tries all of it without one.
         minutes: after which nothing more is started, and what runs is ended.
-        networks: see :func:`benchmarks.step.training_config`.
+        networks: see :func:`benchmarks.common.training_config`.
         inference, training: other settings of the jobs and of the training runs.
 
     Returns:
@@ -264,24 +264,22 @@ def main(
         folder = Path(name)
         scans = unpack(dataset_dir, folder)
 
-        def steps(settings: Sequence[Sequence[str]]) -> None:
-            for network in networks:
-                asked = {"network": network, "settings": settings, "dataset_dir": scans, "device": device}
-                asked["seconds"] = 2.0 if device == "cuda" else 0.0
-                run = clock.run(["-m", "benchmarks.gpu_training"], **asked)
-                missing = [
-                    {"network": network, "precision": precision, "mode": mode, "error": reason(run)}
-                    for precision, mode in settings[len(run["lines"]) :]
-                ]
-                found["training"] += run["lines"] + missing
-                keep()
-
         found |= run_checks(clock, scans, folder, device, inference or {}, training or {})
         keep()
-        steps(SETTINGS)
+        for network in networks:
+            asked = {"network": network, "settings": SETTINGS, "dataset_dir": scans, "device": device}
+            asked["seconds"] = 2.0 if device == "cuda" else 0.0
+            run = clock.run(["-m", "benchmarks.gpu_training"], **asked)
+            missing = [
+                {"network": network, "precision": precision, "mode": mode, "error": reason(run)}
+                for precision, mode in SETTINGS[len(run["lines"]) :]
+            ]
+            found["training"] += run["lines"] + missing
+            keep()
         for network in networks:
             asked = {"network": network, "precision": "bf16", "device": device}
             found["inference"] += clock.run(["-m", "benchmarks.gpu_jobs"], **asked)["lines"]
+        keep()
     text = tables(found)
     write_text(target / "gpu.md", text)
     print(text)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_training import PRECISIONS, synchronize
+from benchmarks.common import network_def, synchronize
+from benchmarks.gpu_training import PRECISIONS
 from benchmarks.memory import JOBS, estimate_job
-from benchmarks.step import network_def
 from scripts.networks import VDVAE
 from scripts.training.precision import autocast
 

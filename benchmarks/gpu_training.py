@@ -22,9 +22,9 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from benchmarks.common import synchronize, training_config
 from benchmarks.memory import estimate_step
-from benchmarks.step import training_config
-from benchmarks.throughput import forward_costs
+from benchmarks.throughput import forward_gflop
 from scripts.training.trainer import VDVAETrainer
 
 PRECISIONS = {"fp32": (False, None), "bf16": (True, torch.bfloat16), "fp16": (True, torch.float16)}
@@ -92,19 +92,13 @@ class Timer:
             engine.terminate()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def make_trainer(
     network: int | str, folder: str, dataset_dir: str, device: torch.device, batch_size: int | None, **changes: Any
 ) -> VDVAETrainer:
     """The trainer of ``configs/train.json`` with one epoch of batches that does not end, and without what ends one.
 
     Args:
-        network: see :func:`benchmarks.step.training_config`.
+        network: see :func:`benchmarks.common.training_config`.
         folder: for what it writes.
         dataset_dir: scans.
         device: to train on.
@@ -157,7 +151,7 @@ def measure(
     except (RuntimeError, ValueError) as error:  # a precision or mode that does not go, or memory that is not there
         return row | {"error": str(error).strip().split("\n")[0][:200]}
     rate = size * timer.iterations / timer.elapsed
-    gflop, _ = forward_costs(network)
+    gflop = forward_gflop(network)
     row |= {"batch_size": size, "scans_per_second": rate, "seconds": size / rate, "gflop": gflop}
     row["tflops"] = 3e-3 * gflop * rate
     if device.type == "cuda":

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from torch import Tensor
 
+from benchmarks.common import print_table, read_config
 from scripts.inference.detection import Detection, best, by_kind, detect, sentences
 from scripts.inference.engine import list_scans
 from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
@@ -36,8 +36,7 @@ def score(folder: Path, config_file: str | list[str], **settings: Any) -> list[L
         folder: that holds these three.
         config_file, settings: of the bundle's inference.
     """
-    parser = ConfigParser()
-    parser.read_config(config_file)
+    parser = read_config(config_file)
     parser.update({"dataset_dir": str(folder / "scans"), "scan_pattern": "*_FLAIR.nii.gz"})
     parser.update({"mask_dir": str(folder / "masks"), "mask_pattern": "*_lesions.nii.gz"})
     parser.update({"output_dir": str(folder / "scores"), "figures": False, "num_workers": 0, **settings})
@@ -58,9 +57,7 @@ def perfect(folder: Path, config_file: str | list[str], cohort: dict[str, Any], 
         cohort: what :py:func:`scripts.phantoms.make_brains` takes, without the lesions.
     """
     make_brains(folder / "twins", **cohort)
-    parser = ConfigParser()
-    parser.read_config(config_file)
-    parser.update(settings)
+    parser = read_config(config_file, **settings)
     network, preprocess = (parser.get_parsed_content(name) for name in ("network", "scored#preprocessing"))
     read, value_range = with_masks(preprocess), parser.get_parsed_content("output_range")
     pattern = "*_FLAIR.nii.gz"
@@ -84,23 +81,20 @@ def counts_of(anomaly: Tensor, scan: Tensor, lesion: Tensor, value_range: tuple[
     return LesionCounts("", "lesions" if lesion.any() else "empty", {"network": found}, {"network": scores})
 
 
-def side_by_side(found: Sequence[Detection]) -> str:
-    """A Markdown table of a row per kind and grid: the map and the intensity, each in the order that finds most voxels.
+def side_by_side(found: Sequence[Detection]) -> list[list[str]]:
+    """Rows of a table, one per kind and grid: the map and the intensity, each in the order that finds most voxels.
 
     It has average precision of voxels and AUROC of scans, both with their 95 % intervals, and Dice.
     """
-    lines = [
-        "| lesions | grid | voxels: map | voxels: intensity | Dice: map | intensity | scans: map | scans: intensity |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     pairs = iter(best(found))
     for pair in zip(pairs, pairs, strict=True):
         cells = [f"{pair[0].group} ({pair[0].lesions} scans, {pair[0].healthy} healthy)", pair[0].grid]
         cells += [f"{cell(d, 'average_precision')} {d.order}" for d in pair]
         cells += [f"{d.numbers['dice'][0]:.3f}" for d in pair]
         cells += [cell(d, "auroc") for d in pair]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return rows
 
 
 def cell(found: Detection, name: str) -> str:
@@ -140,8 +134,9 @@ def main(
         scans = score(folder, config_file, ckpt=ckpt, batch_size=batch_size, restore=restore)
         restored = perfect(folder, config_file, cohort, ckpt=ckpt)
     found = detect(scans, by_kind(scans))
-    print(side_by_side(found))
-    print("\n".join(sentences(found)))
+    columns = ("lesions", "grid", "voxels: map", "voxels: intensity", "Dice: map", "intensity")
+    print_table((*columns, "scans: map", "scans: intensity"), side_by_side(found))
+    print("", *sentences(found), sep="\n")
     most = [d for d in best(detect(restored, by_kind(restored))) if d.what == "anomaly"]
     reached = ", ".join(f"{d.group} {d.numbers['average_precision'][0]:.3f}" for d in most)
     print(f"Average precision on the network's grid, had scans been restored to themselves without lesions: {reached}.")

@@ -2,12 +2,9 @@
 
     python -m benchmarks.loader --size 64
     python -m benchmarks.loader --size 128 --profile
-    python -m benchmarks.loader --size 128 --count 8 --job True
 
 The scans are brain phantoms at 1 mm, one worker reads them. The first epoch reads, checks, fits and scales each scan,
 keeps it on disk, and augments it; later ones read it from there and augment it. The transforms are the configs' own.
-With ``--job`` it is `reconstruct` that is timed, beside a network that only waits, as a CPU does for a GPU, as long as
-a scan's results take to be written.
 """
 
 from __future__ import annotations
@@ -17,20 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Compose
-from torch import Tensor
 
-from benchmarks.step import CONFIGS, TrainingStep, network_def
+from benchmarks.common import CONFIGS, TrainingStep, network_def, read_config, seconds
 from scripts.data.cache import ScanCache
-from scripts.data.datalist import find_scans
+from scripts.data.find import find_scans
 from scripts.data.scan_grid import ScanGrid
-from scripts.inference.engine import ScanEvaluator
-from scripts.inference.inferers import Reconstruction
 from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
 from scripts.training.seeding import SeededDataset
@@ -40,11 +33,8 @@ from scripts.utils.command_line import run
 def transforms(size: int) -> ConfigParser:
     """The training config, at a size; what is asked of it is made then."""
     overlay = CONFIGS / f"size_{size}.json"
-    parser = ConfigParser()
-    parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
-    parser["spatial_shape"] = [size] * 3
-    parser["grid"] = ScanGrid()
-    return parser
+    configs = [CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])]
+    return read_config(configs, spatial_shape=[size] * 3, grid=ScanGrid())
 
 
 def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws: int, half: bool) -> tuple[float, ...]:
@@ -69,12 +59,8 @@ def step_rate(size: int, batch_size: int, updates: int) -> float:
         torch.manual_seed(0)
         network = VDVAE(**network_def(size)).train()
         step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3) * 2 - 1)
-    seconds = []
-    for _ in range(1 + updates):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return batch_size / statistics.median(seconds[1:])
+    step()
+    return batch_size / statistics.median(seconds(step) for _ in range(updates))
 
 
 def milliseconds(call: Callable[[], object], at_least: float = 0.5) -> float:
@@ -107,68 +93,6 @@ def print_profile(scan: dict, parser: ConfigParser) -> None:
     print(f"{'all augmentation':<52}{total:>12.1f}")
 
 
-class WaitingNetwork(Reconstruction):
-    """Results as a network on a GPU gives them, while which the CPU is free: a scan, and noise around it.
-
-    Args:
-        seconds: per scan.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-
-    def __call__(self, inputs: Tensor, network: VDVAE, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        time.sleep(self.seconds * len(inputs))
-        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
-        return {"recon": inputs + 0.02 * noise, "scale": 0.05 + 0.02 * noise.abs(), "zscore": noise}
-
-
-def reconstruction(folder: str, size: int, network_seconds: float, workers: int, writers: int) -> ScanEvaluator:
-    """`reconstruct` of the scans in ``folder/scans``, one at a time, by a network that only waits."""
-    parser = ConfigParser()
-    parser.read_config(CONFIGS / "inference.json")
-    parser["network_def"] = {"_target_": "scripts.networks.VDVAEReconstruction", **network_def(size)}
-    parser["network"] = "$@architecture.eval()"  # its weights are not used
-    parser.update({"inferer": WaitingNetwork(network_seconds), "grid": ScanGrid(), "population_prior": None})
-    parser.update({"spatial_shape": [size] * 3, "batch_size": 1, "num_workers": workers, "overwrite": True})
-    parser.update({"dataset_dir": f"{folder}/scans", "output_dir": f"{folder}/results"})
-    parser["scan_evaluator#writers"] = writers
-    return parser.get_parsed_content("evaluator")
-
-
-def job_seconds(folder: str, size: int, workers: int) -> dict[str, float]:
-    """Seconds per scan of reading, of writing and of the network alone, and of the whole job before and after."""
-    evaluator = reconstruction(folder, size, 0.0, workers, 0)
-    Path(f"{folder}/results").mkdir(exist_ok=True)
-    start = time.perf_counter()
-    batches = list(evaluator.data_loader)
-    reading = (time.perf_counter() - start) / len(batches)
-    written = []
-    for scans, inputs, _ in batches[:3]:
-        (item,), results = scans.items, evaluator.inferer(inputs, evaluator.network)
-        start = time.perf_counter()
-        evaluator._add([item], lambda results=results: results)
-        written.append(time.perf_counter() - start)
-    writing = statistics.median(written)
-    found = {"reading": reading, "writing": writing, "network, which waits": writing}
-    for name, writers in (("results written in between", 0), ("results written beside it", workers)):
-        evaluator = reconstruction(folder, size, writing, workers, writers)
-        start = time.perf_counter()
-        evaluator.run()
-        found[name] = (time.perf_counter() - start) / len(batches)
-    return found
-
-
-def print_job(folder: str, size: int, workers: int) -> None:
-    """Print the seconds of :func:`job_seconds`, and how often the slower half goes into each."""
-    found = job_seconds(folder, size, workers)
-    half = max(found["reading"] + found["writing"], found["network, which waits"])
-    print(f"reconstruct at {size}³, {workers} readers and {workers} writers, seconds per scan, and in slower halves")
-    for name, seconds in found.items():
-        print(f"{name:<32}{seconds:>10.2f}{seconds / half:>10.2f}")
-
-
 def main(
     size: int = 32,
     count: int = 8,
@@ -178,8 +102,6 @@ def main(
     half: bool = False,
     profile: bool = False,
     spacing: float = 1.0,
-    job: bool = False,
-    workers: int = 2,
 ) -> None:
     """Print scans per second of the loader and of the training step, and the loader's share of what the step takes.
 
@@ -192,16 +114,11 @@ def main(
         half: keep 16 bits per voxel in the cache.
         profile: print what each transform costs instead.
         spacing: of the scans, in mm.
-        job: time `reconstruct` instead.
-        workers: of that job: processes that read, and as many that write.
     """
     parser = transforms(size)
     with tempfile.TemporaryDirectory() as folder:
         make_brains(f"{folder}/scans", count, spacing=spacing)
         scans = [{"image": str(path)} for path in find_scans(f"{folder}/scans")]
-        if job:
-            print_job(folder, size, workers)
-            return
         if profile:
             torch.set_num_threads(1)
             print_profile(scans[0], parser)

@@ -2,7 +2,6 @@
 
 python -m benchmarks.memory --network 128
 python -m benchmarks.memory --network 256 --estimate
-python -m benchmarks.memory --network 64 --compare
 python -m benchmarks.memory --table
 python -m benchmarks.memory --network 256 --jobs
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks.step import SIZES, TrainingStep, network_def
+from benchmarks.common import SIZES, TrainingStep, network_def, print_table
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
@@ -103,7 +101,7 @@ def estimate_step(
     """Bytes at the peak of a training step, from fake tensors.
 
     Args:
-        name: of the network, see :func:`benchmarks.step.training_config`.
+        name: of the network, see :func:`benchmarks.common.training_config`.
         batch_size: scans.
         precision: ``"fp32"`` or ``"bf16"``.
         checkpoint_levels: of the network; None: as its config has it.
@@ -155,10 +153,8 @@ def estimate_job(job: str, name: int | str, precision: str) -> int:
 
 def print_jobs(name: int | str) -> None:
     """Print as Markdown what each job needs for one scan."""
-    print("| job | fp32 | bf16 |\n|---|---|---|")
-    for job in JOBS:
-        peaks = [f"{estimate_job(job, name, precision) / GIB:.1f}" for precision in ("fp32", "bf16")]
-        print(f"| `{job}` | {' | '.join(peaks)} |", flush=True)
+    peaks = ([f"{estimate_job(job, name, precision) / GIB:.1f}" for precision in ("fp32", "bf16")] for job in JOBS)
+    print_table(("job", "fp32", "bf16"), ([f"`{job}`", *found] for job, found in zip(JOBS, peaks, strict=True)))
 
 
 def _resident() -> int:
@@ -200,44 +196,18 @@ def measure_step(*args) -> dict[str, float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def compare_steps(
-    name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int, updates: int
-) -> None:
-    """Time steps with and without checkpointing in turn, and print the ratio of the medians."""
-    torch.set_num_threads(threads)
-    scans = torch.rand(batch_size, 1, *network_def(name)["spatial_shape"])
-    seconds: dict[int, list[float]] = {0: [], checkpoint_levels: []}
-    steps = {levels: TrainingStep(VDVAE(**network_def(name, levels)), scans, precision) for levels in seconds}
-    for update in range(updates + 1):
-        for levels, times in seconds.items():
-            start = time.perf_counter()
-            steps[levels]()
-            if update > 0:  # the first warms up
-                times.append(time.perf_counter() - start)
-    without, with_checkpoints = (statistics.median(times) for times in seconds.values())
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"without checkpointing {without:.2f} s per step, with {checkpoint_levels} levels {with_checkpoints:.2f} s")
-    print(f"ratio {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}, {updates} updates)")
-
-
-def print_table(names: tuple[int | str, ...], ema: bool) -> None:
+def print_cards(names: tuple[int | str, ...], ema: bool) -> None:
     """Print as Markdown which network trains on which card, batch 1."""
-    print("| network | precision | checkpointing | GiB |" + "".join(f" {card} GB |" for card in CARDS))
-    print("|---|---|---|---|" + "---|" * len(CARDS))
-    for name in names:
-        levels = len(network_def(name)["channels"])
-        for precision in ("fp32", "bf16"):
-            for checkpoint_levels in (0, levels):
-                peak = estimate_step(name, 1, precision, checkpoint_levels, ema)["peak"]
-                fits = ["yes" if peak + GPU_OVERHEAD <= card * GIB else "-" for card in CARDS]
-                row = (
-                    f"{name}³" if isinstance(name, int) else name,
-                    precision,
-                    "on" if checkpoint_levels else "off",
-                    f"{peak / GIB:.1f}",
-                    *fits,
-                )
-                print("| " + " | ".join(row) + " |", flush=True)
+
+    def row(name: int | str, precision: str, checkpoint_levels: int) -> list[str]:
+        peak = estimate_step(name, 1, precision, checkpoint_levels, ema)["peak"]
+        fits = ["yes" if peak + GPU_OVERHEAD <= card * GIB else "-" for card in CARDS]
+        shown = f"{name}³" if isinstance(name, int) else name
+        return [shown, precision, "on" if checkpoint_levels else "off", f"{peak / GIB:.1f}", *fits]
+
+    settings = ((n, p, c) for n in names for p in ("fp32", "bf16") for c in (0, len(network_def(n)["channels"])))
+    columns = ["network", "precision", "checkpointing", "GiB", *(f"{card} GB" for card in CARDS)]
+    print_table(columns, (row(*setting) for setting in settings))
 
 
 def main(
@@ -246,10 +216,8 @@ def main(
     precision: str = "fp32",
     checkpoint_levels: int | None = None,
     threads: int = 2,
-    updates: int = 3,
     ema: bool = False,
     estimate: bool = False,
-    compare: bool = False,
     table: bool = False,
     jobs: bool = False,
 ) -> None:
@@ -262,22 +230,17 @@ def main(
         precision: fp32, or bf16 for autocast.
         checkpoint_levels: of how many of the finest levels to recompute the activations; default the config's.
         threads: that PyTorch may use.
-        updates: with --compare, steps of each kind.
         ema: with --estimate and --table, count a running average of the weights too.
         estimate: from fake tensors, without allocating, instead of measured.
-        compare: time steps without and with checkpointing (all levels unless given) instead.
         table: print as Markdown which network fits which GPU instead.
         jobs: print as Markdown what inference needs instead.
     """
     if table:
-        print_table(TABLE if network is None else (network,), ema)
+        print_cards(TABLE if network is None else (network,), ema)
         return
     network = network or "default"
     if jobs:
         print_jobs(network)
-    elif compare:
-        levels = checkpoint_levels or len(network_def(network)["channels"])
-        compare_steps(network, batch_size, precision, levels, threads, updates)
     elif estimate:
         parts = estimate_step(network, batch_size, precision, checkpoint_levels, ema)
         for name, amount in parts.items():

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from monai.networks.layers import GaussianFilter
 from monai.transforms import Compose
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from benchmarks.common import CONFIGS, print_table, read_config, stack
 from benchmarks.lesions import counts_of
 from benchmarks.peer_diffusion import LATENTS_PER_BATCH, LatentDiffusion
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
@@ -53,7 +52,6 @@ from scripts.utils import figures
 from scripts.utils.command_line import run
 from scripts.utils.files import write_csv
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 COLUMNS = {
     "model": "model",
     "bits_per_dim": "bits per dim",
@@ -137,16 +135,10 @@ def name_checkpoints(
 
 def cohort_scans(dataset_dir: str, cache_dir: str, spatial_shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
     """The plain scans of the training and of the validation side, `[scans, 1, *spatial]` each, in [-1, 1]."""
-    parser = ConfigParser()
-    parser.read_config(CONFIGS / "train.json")
-    parser.update({"dataset_dir": dataset_dir, "cache_dir": cache_dir, "spatial_shape": list(spatial_shape)})
-    parser.update({"seed": seed, "augment": False, "num_workers": 0})
+    settings = {"dataset_dir": dataset_dir, "cache_dir": cache_dir, "spatial_shape": list(spatial_shape)}
+    parser = read_config(CONFIGS / "train.json", **settings, seed=seed, augment=False, num_workers=0)
     training, validation = (parser.get_parsed_content(f"{side}#dataset") for side in ("train", "validate"))
     return stack(training), stack(validation)
-
-
-def stack(dataset: Dataset) -> Tensor:
-    return torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in dataset])
 
 
 def held_out_numbers(peer: Peer, scans: Tensor, batch_size: int) -> dict[str, float]:
@@ -255,20 +247,58 @@ def compare(
     torch.set_num_threads(1)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    parser = ConfigParser()
-    parser.read_config(config_file if isinstance(config_file, str) else list(config_file))
+    parser = read_config(config_file, population_prior=None)  # maps do not need it
     network_def = parser.get_parsed_content("network_def")
-    networks = {
-        name: (load_weights(copy.deepcopy(network_def), path).eval(), spent)
-        for name, path, spent in name_checkpoints(ckpt, ckpt_minutes)
-    }
-    parser.update({"population_prior": None})  # maps do not need it
     scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
     smoothing = parser.get_parsed_content("anomaly_smoothing")
-    training, validation = cohort_scans(
-        dataset_dir, cache_dir or str(folder / "cache"), network_def.spatial_shape, seed
-    )
+    shape = network_def.spatial_shape
+    training, validation = cohort_scans(dataset_dir, cache_dir or str(folder / "cache"), shape, seed)
+    models = train_peers(training, validation, folder, minutes, batch_size, amp, seed)
+    diffusion = models.pop("latent diffusion on AutoencoderKL")
+    for name, path, spent in name_checkpoints(ckpt, ckpt_minutes):
+        network = load_weights(copy.deepcopy(network_def), path).eval()
+        models[name] = (Ours(network, scoring.restore), spent)
+    cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+    cold["latent diffusion on AutoencoderKL"] = diffusion[0]
+    prior = find_population_prior(None, ckpt if isinstance(ckpt, str) else ckpt[-1], network)
+    if prior is not None:
+        cold["ours, samples of the population prior"] = Ours(network, scoring.restore, prior=prior)
 
+    make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
+    paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
+    test = stack(preprocess({"image": str(path)}) for path in paths)
+    cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
+    sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", unclipped(preprocess), **cohort)
+    rows, quality = [], {}
+    with torch.no_grad():
+        everyone = {**models, **{name: (peer, None) for name, peer in cold.items()}}
+        for name, (peer, spent) in tqdm(everyone.items(), desc="measuring", unit="model"):
+            torch.manual_seed(seed)
+            compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
+            quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)
+            row = {"model": name, **sample_numbers(compared)}
+            if name in models:
+                row |= {"likelihood": peer.likelihood, "parameters": peer.size(), "minutes": spent}
+                row |= held_out_numbers(peer, test, batch_size)
+                row |= lesion_numbers(peer, sick, lesions, smoothing, batch_size)
+            rows.append(row)
+        quality["scans of the validation side"] = quality_numbers(validation[:samples], test, training)
+        draw(folder, {name: peer for name, (peer, _) in models.items()}, cold, test[:1], seed)
+    write_table(folder / "peers.csv", COLUMNS, rows)
+    names = ["model", *quality["scans of the validation side"]]
+    columns = dict(zip(names, names, strict=True))
+    write_table(folder / "samples.csv", columns, [{"model": name, **found} for name, found in quality.items()])
+    reference = compared["mmd_gaussian"]
+    numbers = {"scans": test_count, "samples": samples, "lesions": test_count}
+    numbers |= {"reference": reference["scan_halves_mean"], "bound": reference["scan_halves_95th_percentile"]}
+    numbers |= {"diversity": compared["ms_ssim"]["held_out"]["mean"], "sick": int(lesions.flatten(1).any(1).sum())}
+    print(EXPLANATION.format(**numbers, share=lesions[foreground(sick, network_def)].float().mean()))
+
+
+def train_peers(
+    training: Tensor, validation: Tensor, folder: Path, minutes: float, batch_size: int, amp: bool, seed: int
+) -> dict[str, tuple[Peer, float | None]]:
+    """Every peer by its name, fitted or trained, and the minutes that its training took; None where it needs none."""
     torch.manual_seed(seed)
     gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
     models: dict[str, tuple[Peer, float | None]] = {"Gaussian per voxel": (gaussian, None)}
@@ -276,68 +306,17 @@ def compare(
     for name, peer in (("VarAutoEncoder", VAE(gaussian)), ("AutoencoderKL", LatentDiffusionAutoencoder(gaussian))):
         path = folder / f"{name}.pt"
         models[name] = (peer, train(peer, training, validation, path, minutes, batch_size, amp, seed))
-    for name, (network, spent) in networks.items():
-        models[name] = (Ours(network, scoring.restore), spent)
-    cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
     diffusion = LatentDiffusion(models["AutoencoderKL"][0], training)
     latents = diffusion.latents(training), diffusion.latents(validation)
-    train(diffusion, *latents, folder / "LatentDiffusion.pt", minutes, LATENTS_PER_BATCH, amp, seed)
-    cold["latent diffusion on AutoencoderKL"] = diffusion
-    last = ckpt if isinstance(ckpt, str) else ckpt[-1]
-    prior = find_population_prior(None, last, network)
-    if prior is not None:
-        cold["ours, samples of the population prior"] = Ours(network, scoring.restore, prior=prior)
+    spent = train(diffusion, *latents, folder / "LatentDiffusion.pt", minutes, LATENTS_PER_BATCH, amp, seed)
+    return {**models, "latent diffusion on AutoencoderKL": (diffusion, spent)}
 
-    make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
-    paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
-    test = stack([preprocess({"image": str(path)}) for path in paths])
-    cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
-    sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", unclipped(preprocess), **cohort)
-    rows, quality = [], {}
-    with torch.no_grad():
-        for name, (peer, spent) in tqdm(models.items(), desc="measuring", unit="model"):
-            torch.manual_seed(seed)
-            compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
-            quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)
-            rows.append(
-                {
-                    "model": name,
-                    "likelihood": peer.likelihood,
-                    **held_out_numbers(peer, test, batch_size),
-                    **sample_numbers(compared),
-                    **lesion_numbers(peer, sick, lesions, smoothing, batch_size),
-                    "parameters": peer.size(),
-                    "minutes": spent,
-                }
-            )
-        for name, peer in cold.items():
-            torch.manual_seed(seed)
-            compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
-            rows.append({"model": name, **sample_numbers(compared)})
-            quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)
-        quality["scans of the validation side"] = quality_numbers(validation[:samples], test, training)
-        draw(folder, {name: peer for name, (peer, _) in models.items()}, cold, test[:1], seed)
-    write_csv(folder / "peers.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows))
-    print_table(COLUMNS, rows)
-    names = ["model", *quality["scans of the validation side"]]
-    rows = [{"model": name, **numbers} for name, numbers in quality.items()]
-    write_csv(folder / "samples.csv", names, ([row[name] for name in names] for row in rows))
+
+def write_table(path: Path, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table as CSV, and print it with the columns' headings."""
+    write_csv(path, list(columns), ([row.get(name) for name in columns] for row in rows))
+    print_table(list(columns.values()), ([cell(row.get(name)) for name in columns] for row in rows))
     print()
-    print_table({name: name for name in names}, rows)
-    reference = compared["mmd_gaussian"]
-    print(
-        "\n"
-        + EXPLANATION.format(
-            scans=test_count,
-            samples=samples,
-            reference=reference["scan_halves_mean"],
-            bound=reference["scan_halves_95th_percentile"],
-            diversity=compared["ms_ssim"]["held_out"]["mean"],
-            lesions=test_count,
-            sick=int(lesions.flatten(1).any(1).sum()),
-            share=lesions[foreground(sick, network_def)].float().mean(),
-        )
-    )
 
 
 def draw_samples(peer: Peer, count: int, batch_size: int) -> Tensor:
@@ -351,13 +330,6 @@ def quality_numbers(samples: Tensor, scans: Tensor, training: Tensor) -> dict[st
     variances = {f"variance, components {band}": v for band, v in spectrum(samples, scans, training).items()}
     nearest = nearest_training(samples, scans, training)
     return {**variances, "precision": precision, "recall": recall, "nearest training scan": nearest}
-
-
-def print_table(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
-    """As Markdown."""
-    lines = [columns.values(), ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
 
 
 def cell(value: str | int | float | None) -> str:

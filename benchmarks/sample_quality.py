@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.bundle import ConfigParser
-from monai.utils import ensure_tuple
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.data.datalist import find_scans
+from benchmarks.common import read_config, stack
+from scripts.data.find import find_scans
 from scripts.inference.inferers import Sampling
 from scripts.utils.command_line import run
 
@@ -99,15 +98,12 @@ def main(
         batch_size: of sampling.
         seed: of the samples.
     """
-    parser = ConfigParser()
-    parser.read_config(list(ensure_tuple(config_file)))
-    parser.update({"ckpt": ckpt})
+    parser = read_config(config_file, ckpt=ckpt)
     network, preprocess = parser.get_parsed_content("network").eval(), parser.get_parsed_content("preprocessing")
 
     def read(folder: str, count: int | None = None) -> Tensor:
         paths = find_scans(folder, "*.nii*")[:count]
-        scans = [preprocess({"image": str(path)})["image"] for path in tqdm(paths, folder, unit="scan")]
-        return torch.stack([scan.as_tensor() for scan in scans])
+        return stack(preprocess({"image": str(path)}) for path in tqdm(paths, folder, unit="scan"))
 
     training, scans = read(dataset_dir, most), read(test_dir)
     torch.manual_seed(seed)

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import delayed
-from scripts.data.datalist import find_scans
-from scripts.data.subjects import session_name, subject_names
-from scripts.utils.arguments import check_integer
-from scripts.utils.command_line import run
+from scripts.data.datalist import session_name, subject_names
+from scripts.data.find import find_scans
+from scripts.utils.command_line import check_integer, run
 from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder, expand
 from scripts.utils.names import printable
@@ -32,7 +31,7 @@ from scripts.utils.parallel import choose_workers, run_parallel
 # What reads scans takes 6 s to import, MONAI most of it: check imports it when its arguments have been understood.
 if TYPE_CHECKING:
     from scripts.data.check_report import Report
-    from scripts.data.inspection import Scan
+    from scripts.data.quality import Scan
 
 __all__ = ["check"]
 
@@ -54,7 +53,7 @@ def check(
     Args:
         dataset_dir: the folder that holds the scans. Nothing in it is changed.
         scan_pattern: a glob on the files' names, or a list of them, one per channel; see
-            :py:func:`scripts.data.datalist.find_scans`.
+            :py:func:`scripts.data.find.find_scans`.
         output_dir: folder for the report, created if needed; ``check`` in the current folder if not given.
         workers: processes to use; as many as there are cores, fewer for few scans, if not given.
         spacing: the voxel size in mm that is expected along each axis (right, anterior, superior), or one for all; what
@@ -80,12 +79,10 @@ def check(
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
 
-    from scripts.data.check_report import Report, contact_sheet, write_rows
-    from scripts.data.cohort import MIN_COHORT, compare_geometry, compare_looks
+    from scripts.data.check_report import Report, contact_sheet, find_unmatched, write_rows
     from scripts.data.covariate_tables import Covariates
-    from scripts.data.inspection import THUMBNAIL, inspect_scan
+    from scripts.data.quality import MIN_COHORT, THUMBNAIL, compare_geometry, compare_looks, inspect_scan
     from scripts.data.transforms import CheckScand
-    from scripts.data.unmatched import find_unmatched
     from scripts.utils.report import write_report
 
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]

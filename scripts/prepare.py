@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from joblib import cpu_count, delayed
-from scripts.data.datalist import find_scans
-from scripts.utils.arguments import check_integer, check_number
-from scripts.utils.command_line import run
+from scripts.data.find import find_scans
+from scripts.utils.command_line import check_integer, check_number, run
 from scripts.utils.errors import InputError, NotAFolderError
 from scripts.utils.files import expand, write_csv, write_text, write_whole
 from scripts.utils.formats import IMAGE_SUFFIXES, without_image_suffix
@@ -88,8 +87,7 @@ def prepare(
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise InputError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
 
-    from scripts.data.alignment import judge
-    from scripts.data.preparation import METHOD, Job, read_record
+    from scripts.data.preparation import METHOD, Job, judge, read_record
 
     settings = {
         "method": METHOD,

@@ -3,20 +3,18 @@
     python -m scripts.release bundle --output_dir releases
     python -m scripts.release weights output/checkpoints/model.pt --output models/model.pt
 
-A release is checked before anything is written. The same files give the same zip, byte for byte.
+A release is checked before anything is written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import os
 import re
 import subprocess
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, expand, write_bytes
+from scripts.utils.files import as_folder, expand, write_text, write_whole
 from torch import Tensor
 
 __all__ = ["ReleaseError", "make_release", "ship_weights"]
@@ -93,8 +91,8 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
         Path of the zip.
 
     Raises:
-        ReleaseError: the bundle is incomplete or contradicts itself, a large file has no url, or there is another
-            release of this version.
+        ReleaseError: the bundle is incomplete or contradicts itself, a large file has no url, or there is a release of
+            this version.
     """
     root = Path(expand(bundle_root))
     files = _list_files(root)
@@ -114,25 +112,32 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
 
     large = [file for file in files if (root / file).stat().st_size > SIZE_LIMIT]
     entries = _list_large_files(root, large, files, url)
-    name = _bundle_name(metadata)
+    name = re.sub(r"\W+", "_", metadata["name"].lower()).strip("_")
     path = as_folder("output_dir", output_dir) / f"{name}_v{metadata['version']}.zip"
-    contents = {file: (root / file).read_bytes() for file in files if file not in large}
-    contents[LARGE_FILES] = _large_files_text(root, entries).encode()
-    archive = _zip(name, contents, executable={file for file in contents if os.access(root / file, os.X_OK)})
-    if path.exists() and path.read_bytes() != archive:
+    if path.exists():
         raise ReleaseError(
-            f"'{path}' holds another release of version {metadata['version']}: raise 'version' in "
-            "configs/metadata.json and say in 'changelog' what is new, or remove that file."
+            f"'{path}' is another release of version {metadata['version']}: raise 'version' in configs/metadata.json "
+            "and say in 'changelog' what is new, or remove that file."
         )
+    listed = _large_files_text(root, entries)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, archive)
-    if contents[LARGE_FILES] != (root / LARGE_FILES).read_bytes():
-        write_bytes(root / LARGE_FILES, contents[LARGE_FILES])
+
+    def write(temporary: str) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for file in files:
+                if file == LARGE_FILES:
+                    archive.writestr(f"{name}/{file}", listed)
+                elif file not in large:
+                    archive.write(root / file, f"{name}/{file}")
+
+    write_whole(path, write)
+    if listed != (root / LARGE_FILES).read_text(encoding="utf-8"):
+        write_text(root / LARGE_FILES, listed)
         logger.info("Wrote '%s'.", root / LARGE_FILES)
     for file in weights:
         where = "downloaded by large_files.yml" if file in large else "in the zip"
-        logger.info("%s  %s (%s)", _sha256((root / file).read_bytes()), file, where)
-    logger.info("%s  %s (%.1f MB)", _sha256(archive), path, len(archive) / 1e6)
+        logger.info("%s  %s (%s)", _sha256(root / file), file, where)
+    logger.info("%s  %s (%.1f MB)", _sha256(path), path, path.stat().st_size / 1e6)
     return path
 
 
@@ -279,7 +284,7 @@ def _check_prior(root: Path, file: str, weights: Sequence[str]) -> None:
         raise ReleaseError(f"'{file}' was fitted to other weights than '{own}': fit one by the run fit_prior.")
 
 
-def _load(network: VDVAE, path: Path, config_files: Iterable[str]) -> VDVAE:
+def _load(network: VDVAE, path: Path, config_files: Sequence[str]) -> VDVAE:
     try:
         return load_weights(network, path)
     except CheckpointError as error:
@@ -320,7 +325,7 @@ def _list_large_files(
     # what is not in the folder was not downloaded; it stays listed
     entries = {path: entry for path, entry in listed.items() if path not in files}
     for file in large:
-        hashed = {"hash_val": _sha256((root / file).read_bytes()), "hash_type": "sha256"}
+        hashed = {"hash_val": _sha256(root / file), "hash_type": "sha256"}
         if file in urls:
             entries[file] = {"path": file, "url": urls[file], **hashed}
         elif listed.get(file, {}).get("hash_val") == hashed["hash_val"]:
@@ -351,24 +356,8 @@ def _large_files_text(root: Path, entries: Sequence[Mapping[str, str]]) -> str:
     return comment + yaml.safe_dump({"large_files": list(entries)}, sort_keys=False)
 
 
-def _bundle_name(metadata: Mapping[str, Any]) -> str:
-    return re.sub(r"\W+", "_", metadata["name"].lower()).strip("_")
-
-
-def _zip(folder: str, contents: Mapping[str, bytes], executable: set[str]) -> bytes:
-    """A zip in memory that depends on names and contents only, not on dates or owners."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for file in sorted(contents):
-            entry = zipfile.ZipInfo(f"{folder}/{file}", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system = 3  # Unix, whose permissions follow
-            entry.external_attr = (0o100755 if file in executable else 0o100644) << 16
-            archive.writestr(entry, contents[file], zipfile.ZIP_DEFLATED, compresslevel=9)
-    return buffer.getvalue()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def ship_weights(
@@ -399,10 +388,8 @@ def ship_weights(
                 f"weights '{checkpoint}' reach {state[name].abs().max():.3g} in '{name}', but half precision ends at "
                 f"{torch.finfo(torch.float16).max:.0f}: ship them in single precision."
             )
-    buffer = io.BytesIO()
-    torch.save(halved, buffer)
-    path = write_bytes(expand(output), buffer.getvalue())
-    logger.info("%s  %s (%.1f MB)", _sha256(buffer.getvalue()), path, len(buffer.getvalue()) / 1e6)
+    path = write_whole(expand(output), lambda temporary: torch.save(halved, temporary))
+    logger.info("%s  %s (%.1f MB)", _sha256(path), path, path.stat().st_size / 1e6)
     return path
 
 

@@ -3,23 +3,18 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inference_config, run_command, run_command_process
-from groups import start_processes
+from conftest import ROOT, run_command_process
 
-from benchmarks import probes, step_ops
+from benchmarks import step_ops
+from benchmarks.common import TrainingStep, network_def
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_job, estimate_step
 from benchmarks.memory import main as memory
-from benchmarks.scaling import main as scaling
-from benchmarks.step import TrainingStep, network_def
-from benchmarks.throughput import forward_costs, seconds
+from benchmarks.throughput import forward_gflop
 from benchmarks.throughput import main as throughput
-from benchmarks.trials import trial
 from scripts.networks import VDVAE
-from scripts.phantoms.images import brain_phantom
 
 
 def numbers(text: str) -> list[float]:
@@ -32,9 +27,7 @@ def test_unknown_size():
 
 
 def test_forward_flops():
-    gflop, counts = forward_costs(32)
-    assert gflop == pytest.approx(28.2, abs=0.05)
-    assert sum(count * shape.gflop(1) for shape, count in counts.items()) == pytest.approx(gflop)
+    assert forward_gflop(32) == pytest.approx(28.2, abs=0.05)
 
 
 def test_throughput_prints_rates_and_share(capsys):
@@ -45,16 +38,6 @@ def test_throughput_prints_rates_and_share(capsys):
     for line in lines[2:]:
         low, median, high = numbers(line)
         assert 0 <= low <= median <= high
-
-
-def test_shapes_prints_a_row_a_shape(capsys, monkeypatch):
-    # one call each instead of 0.2 s of them
-    monkeypatch.setattr("benchmarks.throughput.seconds", lambda function, at_least: seconds(function))
-    throughput(network=8, batch_size=1, threads=1, shapes=True)
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if "→" in line]
-    assert len(rows) == len(forward_costs(8)[1])
-    assert lines[-1].startswith("all convolutions of a step:")
 
 
 def test_measured_memory():
@@ -85,11 +68,6 @@ def test_estimate_prints_the_parts(capsys):
     parts = dict(line.removesuffix(" MiB").split() for line in capsys.readouterr().out.splitlines())
     assert list(parts) == ["parameters", "gradients", "optimizer", "ema", "activations", "peak"]
     assert int(parts["peak"]) > 0
-
-
-def test_compare_prints_the_ratio(capsys):
-    memory(network=8, threads=1, updates=1, compare=True)
-    assert re.search(r"^ratio \d+\.\d\d \(", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
@@ -128,17 +106,6 @@ def test_loader_prints_what_it_gives_and_what_the_step_takes(capsys):
     assert ratios == pytest.approx([first / step, cached / step], rel=0.1)
 
 
-def test_loader_times_a_job(capsys):
-    loader(size=8, count=3, spacing=8, job=True, workers=1)
-    lines = capsys.readouterr().out.splitlines()
-    found = {line[:32].strip(): numbers(line[32:]) for line in lines[1:]}
-    reading, writing, network, between, beside = (found[name][0] for name in found)
-    assert network == writing > 0
-    assert between > 0 and beside > 0
-    half = max(reading + writing, network)
-    assert found["results written in between"][1] == pytest.approx(between / half, rel=0.3)
-
-
 def test_loader_profile_names_every_transform(capsys):
     loader(size=8, count=1, profile=True, spacing=8)
     lines = capsys.readouterr().out.splitlines()
@@ -149,66 +116,9 @@ def test_loader_profile_names_every_transform(capsys):
     assert numbers(lines[-1])[0] == pytest.approx(total, abs=1)
 
 
-def test_scaling_compares_two_processes_with_one(capfd, monkeypatch):
-    monkeypatch.setattr("benchmarks.scaling.mp.spawn", start_processes)
-    results = scaling(size=8, batch_size=2, updates=1, rounds=1)
-    assert results["ratio"] == pytest.approx(results["scans/s, two processes"] / results["scans/s, one process"])
-    assert 0 < results["exchange by itself, share of a step"] < 1
-    assert "ratio: " in capfd.readouterr().out
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights():
-    """The process that writes a checkpoint is killed; torchrun starts both again."""
-    words = ("kills", "--count", 1, "--epochs", 3, "--first", "while saving")
-    run = run_command("benchmarks.survival", *words)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "1 of 1 ended with the weights of the undisturbed run, bit for bit" in run.stdout
-    assert "| torchrun's restart | identical |" in run.stdout
-
-
-def test_a_trial_trains_and_its_rows_are_printed(cohort, tmp_path, capsys):
-    config = ["configs/train.json", "tests/tiny.json"]
-    for name, warmup in (("own", 150), ("no_warmup", 0)):
-        changes = {"kl_warmup": warmup, "network_def#init": "informative"}
-        trial(str(cohort), str(tmp_path), name, config, updates=2, measure_at=[1], **changes)
-    capsys.readouterr()
-    trial(str(cohort), str(tmp_path), "own", table=True)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[:3] for row in rows[2:]] == [[f"| {name}", "0", n] for name in ("own", "no_warmup") for n in ("1", "2")]
-    assert rows[3][3:7] != rows[5][3:7]  # the loss is another one
-    with pytest.raises(SystemExit, match="no key 'learning_rat'"):
-        trial(str(cohort), str(tmp_path), "own", config, learning_rat=1)
-
-
 def test_an_iteration_of_the_default_network_has_few_operations(capsys):
     step_ops.count(str(ROOT / "configs/train.json"))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["ops"] == sum(found["parts"].values()) <= 3500
     assert found["ops"] - found["parts"]["forward"] - found["parts"]["backward"] <= 1000
     assert found["syncs"] <= 557  # counters on the host, which a GPU keeps itself: test_no_waiting.py
-
-
-def test_a_probe_finds_what_is_in_the_numbers_and_nothing_else():
-    generator = np.random.default_rng(0)
-    features = generator.standard_normal((80, 5))
-    known = features @ [1, 2, 0, 0, 1] + 0.1 * generator.standard_normal(80)
-    assert probes.probe(features, known)[0] > 0.95
-    assert probes.probe(features, generator.standard_normal(80))[0] < 0.2
-
-
-def test_a_phantoms_facts_are_what_it_shows():
-    facts, phantom = probes.phantom_facts(3, 0, 4.0), brain_phantom(3, 0, 4.0)
-    assert facts["brain"] == pytest.approx((phantom.image > 0).sum() * 0.064)
-    assert 5 < facts["ventricles"] < facts["CSF"] < facts["brain"]
-    assert 1.15 <= facts["gray matter's contrast"] <= 1.4
-
-
-def test_probes_print_a_row_for_each_kind_of_number(cohort, tmp_path, capsys):
-    network = inference_config().get_parsed_content("network_def")
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    configs = [str(ROOT / "configs/inference.json"), str(ROOT / "tests/tiny.json")]
-    arguments = {"ckpt": str(tmp_path / "model.pt"), "config_file": configs, "count": 12, "spacing": 8.0}
-    probes.main(str(cohort), str(tmp_path), **arguments)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| from", "| latents up to 4³", "| PCA"]
-    assert rows[0].count("|") == 9

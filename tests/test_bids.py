@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from scripts.data.datalist import find_scans
+from scripts.data.find import find_scans
 from scripts.inference.bids import DatasetDescription, derivative_path
 from scripts.inference.layouts import SampleLayout, ScanLayout
 

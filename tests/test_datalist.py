@@ -10,13 +10,15 @@ import pytest
 from scripts.data.datalist import (
     check_batch_size,
     common_root,
-    find_scans,
     list_sides,
     make_datalist,
     session_name,
+    split_by_subject,
+    subject_names,
+    subject_rule,
     write_datalist,
 )
-from scripts.data.subjects import split_by_subject, subject_names, subject_rule
+from scripts.data.find import find_scans
 from scripts.utils.files import as_folder, expand
 
 

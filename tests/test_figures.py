@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from scripts.utils import figures, plots, sheet, slices
+from scripts.utils import figures, plots, slices
 
 RNG = np.random.default_rng(0)
 
@@ -246,7 +246,7 @@ def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
     peak, outside = (5, 11, 4)[: len(shape)], (0, 1, 0)[: len(shape)]
     score[0][peak], score[0][outside] = -7, 9  # outside of the foreground it does not count
     cut = []
-    monkeypatch.setattr(sheet, "middle", lambda guide: cut.append(slices.middle(guide)) or cut[-1])
+    monkeypatch.setattr(figures, "middle", lambda guide: cut.append(slices.middle(guide)) or cut[-1])
     figures.anomaly(tmp_path / "a.png", image, image, score, "one", (0, 1))
     assert set(cut) == {tuple(place - 2 for place in peak)}  # two voxels of background are cut off before it
     check_picture(tmp_path / "a.png")
@@ -256,7 +256,7 @@ def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
 @pytest.mark.parametrize("count", [1, 5])
 def test_anomalies_are_a_sheet_of_scans_cut_through_their_peaks(tmp_path, monkeypatch, shape, count):
     drawn, peak = [], (6, 10, 5)[: len(shape)]
-    monkeypatch.setattr(sheet.Sheet, "picture", lambda self, x, y, box, inch, picture, **style: drawn.append(picture))
+    monkeypatch.setattr(figures.Sheet, "picture", lambda self, x, y, box, inch, picture, **style: drawn.append(picture))
 
     def scans():
         for number in range(count):

@@ -16,14 +16,13 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from benchmarks import imputation as benchmark
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
 from scripts.inference.cohort import Cohort, list_scans
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
 from scripts.inference.jobs import impute as impute_job
-from scripts.inference.jobs import interpolate, with_steps
+from scripts.inference.jobs import interpolate
 from scripts.inference.masks import pair_masks
 from scripts.layers.gaussian import Draws
 
@@ -431,23 +430,3 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
     assert results.keys() == imputed.keys()
     for name, array in imputed.items():
         assert np.allclose(results[name], array, rtol=1e-4, atol=0.05), name
-
-
-def test_the_benchmark_measures_the_missing_voxels_alone(network, cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "ITERATIONS", (1, 3))
-    preprocessing = parser().get_parsed_content("preprocessing")
-    preprocessing = with_steps(preprocessing, HideMissingd("image"), FitMaskd("image"))
-    for kind, volume in (("slab", None), ("sphere", 4 / 3 * np.pi * benchmark.RADIUS**3)):
-        items = benchmark.write_holes(kind, sorted(cohort.glob("*.nii.gz"))[:2], tmp_path / kind)
-        removed = nib.load(items[0]["mask"])
-        if volume:
-            assert removed.get_fdata().sum() * 8**3 == pytest.approx(volume, rel=0.3)  # voxels of 8 mm
-        items = [preprocessing(item) for item in items]
-        for number, item in enumerate(items):  # the noise follows from the name
-            item["image"].meta["filename_or_obj"] = f"{number}.nii.gz"
-        rows = benchmark.measure(network, items, Imputation(draws=2))
-        assert list(rows) == ["mean training scan", "prior's mean scan", "1 iteration", "3 iterations"]
-        outside = [item | {"shown": torch.where(item["missing_fitted"], item["shown"], 1.0)} for item in items]
-        again = benchmark.measure(network, outside, Imputation(draws=2))
-        assert all(again[name] == pytest.approx(row, nan_ok=True) for name, row in rows.items())
-        assert all(0 < spread < error for error, _, spread in list(rows.values())[2:])

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import PROCESS
 from joblib import delayed
 
-from benchmarks.survival import MARK, marked
 from scripts.utils.parallel import choose_workers, run_parallel
 
 
@@ -35,6 +35,22 @@ def test_few_jobs_are_not_worth_a_process():
 def test_a_killed_worker_ends_the_work_with_a_sentence():
     with pytest.raises(OSError, match="A worker process was killed, most likely for want of memory: lower --workers"):
         list(run_parallel([delayed(os.kill)(0, 0), delayed(os.abort)()], 2, "aborting"))
+
+
+MARK = "PARALLEL_TEST"
+
+
+def marked(mark: str) -> set[int]:
+    """The processes that are alive and carry a mark in their environment."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ended = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not ended and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
 
 
 SLEEPERS = """
@@ -65,4 +81,4 @@ def test_killing_a_process_ends_its_workers(tmp_path):
     until = time.monotonic() + 15
     while marked(mark) and time.monotonic() < until:
         time.sleep(0.1)
-    assert marked(mark) == {}
+    assert marked(mark) == set()

@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
 from scripts.data import registration
-from scripts.data.alignment import judge
+from scripts.data.preparation import judge
 from scripts.phantoms import brain_phantom
 from scripts.phantoms.anatomy import brain_anatomy
 from scripts.phantoms.fields import EXTENT, ORIGIN

@@ -12,8 +12,15 @@ from browser import Window, chromium
 from conftest import brain, inference_config, run_bundle, save
 from matplotlib.figure import Figure
 
-from scripts.utils.report import MOST_COLUMNS, MOST_ROWS, MOST_VOLUMES, write_report
-from scripts.utils.volumes import MOST_VOXELS, ShownVolume, read_volume
+from scripts.utils.report import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    MOST_VOLUMES,
+    MOST_VOXELS,
+    ShownVolume,
+    read_volume,
+    write_report,
+)
 
 # of a canvas: the sum of its colours, each at its place, and how many of its pixels are orange to yellow
 SEEN = """canvas => {

@@ -11,7 +11,7 @@ from conftest import brain, save
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientationd
 
-from scripts.data.reasons import as_reason
+from scripts.data.reading import as_reason
 from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
 
 

@@ -23,7 +23,7 @@ from monai.transforms import Compose, Transform
 from monai.utils import ensure_tuple
 from scripts.data import geometry
 from scripts.data.datalist import log_sides
-from scripts.data.reasons import as_reason
+from scripts.data.reading import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all

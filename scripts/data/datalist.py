@@ -1,4 +1,4 @@
-"""Which scans a run reads, and on which side of the split each of them is."""
+"""Which scans a run reads, whose they are, and on which side of the split each of them is."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.data.patterns import compile_pattern
-from scripts.data.subjects import cohort_summary, session_name, split_by_subject, subject_rule
-from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
+from scripts.data.find import find_scans
+from scripts.utils.errors import InputError
 from scripts.utils.files import expand, write_text
 from scripts.utils.names import item_files, item_path
 
@@ -22,145 +22,28 @@ __all__ = [
     "as_text",
     "check_batch_size",
     "check_channels",
+    "cohort_summary",
     "common_root",
-    "find_by_wildcards",
-    "find_scans",
+    "list_sides",
     "log_sides",
     "make_datalist",
+    "session_name",
+    "split_by_subject",
+    "subject_names",
+    "subject_rule",
     "write_datalist",
 ]
 
 logger = logging.getLogger(__name__)
 
-# how the names of this bundle's own results, figures' samples and previews end
-RESULT = re.compile(
-    r"_(recon(_to\w+)?|scale|zscore|anomaly|imputed_\w+|sample|decoded|step\d+)\.nii(\.gz)?$"
-    r"|_desc-(recon(to\d[0-9x]*)?|scale|zscore|anomaly|imputed(\d+|mean|std)|to[A-Za-z0-9]+step\d+)_[^_/]+\.nii(\.gz)?$"
-    r"|(^|/)(sample_temperature=[^/]*|preview_\d+)\.nii\.gz$"
-)
+# BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
+# numbers participant_field_instance_array, where the instance is the visit.
+SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)|(?:^|/)(\d+)_\d{5}_\d+_\d+(?=[./_]|$)")
+SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?=[./_]|$)")
+# Scans that a person's folder may hold, even if there are fewer such folders. One with more scans than there are
+# folders is taken for a site, or for the folder of all images.
+SESSIONS = 6
 SIDES = ("training", "validation", "testing")
-
-
-def find_scans(
-    dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*"
-) -> list[Path] | list[list[Path]]:
-    """List the scans under a folder, at any depth, sorted by their path relative to it.
-
-    Results that a job left among the scans (``x_recon.nii.gz``) are left out, unless the pattern asks for them.
-    Hidden files and folders (names that begin with a dot, such as the ``._*`` files of macOS) are skipped; links to
-    folders are followed once.
-
-    Args:
-        dataset_dir: the folder that holds the scans.
-        scan_pattern: a glob on the file name (``*_FLAIR.nii.gz``), or on the last parts of the path
-            (``sub-*/anat/*.nii.gz``). One that ends in a slash matches folders, each a DICOM series (``*/FLAIR/``).
-            With a list of patterns a scan is several files, its channels: those with the same text in place of the
-            wildcards, in folders of the same name above (``["*_T1w.nii.gz", "*_FLAIR.nii.gz"]``). A scan
-            that lacks a channel is left out, and the log says so.
-
-    Returns:
-        Paths that begin with ``dataset_dir``; with a list of patterns, lists of as many.
-
-    Raises:
-        FileNotFoundError: when ``dataset_dir`` does not exist, or nothing in it matches.
-        NotADirectoryError: when ``dataset_dir`` is a file.
-        ValueError: when ``scan_pattern`` is empty.
-    """
-    root = Path(expand(dataset_dir))
-    if not root.exists():
-        raise NotFoundError(
-            f"dataset_dir '{root}' does not exist: set --dataset_dir to the folder that holds the scans."
-        )
-    if not root.is_dir():
-        raise NotAFolderError(
-            f"dataset_dir '{root}' is not a folder: set --dataset_dir to the folder that holds the scans, "
-            "or to a datalist that ends in .json."
-        )
-    if isinstance(scan_pattern, str):
-        return [root / name for name in find_by_wildcards(root, scan_pattern).values()]
-    channels = [find_by_wildcards(root, pattern) for pattern in scan_pattern]
-    if not channels:
-        raise InputError("scan_pattern is an empty list: give one pattern for each channel.")
-    everywhere = set(channels[0]).intersection(*channels[1:])
-    if not everywhere:
-        raise NotFoundError(
-            f"No scan under dataset_dir '{root}' has all channels: the patterns {list(scan_pattern)} match "
-            f"{', '.join(str(len(channel)) for channel in channels)} file(s), but never with the same text in place of "
-            f"their wildcards, as '{next(iter(channels[0].values()))}' and '{next(iter(channels[-1].values()))}' show."
-        )
-    lacking = sorted({names[key] for names in channels for key in names if key not in everywhere})
-    if lacking:
-        logger.warning(
-            "%d file(s) are left out, since the scan that they belong to lacks another channel: %s%s",
-            len(lacking),
-            ", ".join(lacking[:5]),
-            ", ..." if len(lacking) > 5 else "",
-        )
-    found = sorted([names[key] for names in channels] for key in everywhere)
-    return [[root / name for name in names] for names in found]
-
-
-def find_by_wildcards(
-    root: Path, pattern: str, folder_setting: str = "dataset_dir", pattern_setting: str = "scan_pattern"
-) -> dict[tuple[str, ...], str]:
-    """Find the files that match a pattern, by the text in place of its wildcards, so that files of two can be paired.
-
-    Args:
-        root: the folder to search, at any depth.
-        pattern: see :py:func:`find_scans`.
-        folder_setting, pattern_setting: names of the two settings, for messages.
-
-    Returns:
-        ``{(folder above the pattern's parts, text of the first wildcard, ...): relative posix path}``, by path.
-
-    Raises:
-        FileNotFoundError: when nothing matches.
-        ValueError: when ``pattern`` names no file.
-    """
-    match = compile_pattern(pattern, pattern_setting)
-    names = sorted(_walk(root, folders=pattern.endswith("/")))
-    found = {key: name for name in names if (key := match(name)) is not None}
-    scans = {key: name for key, name in found.items() if not RESULT.search(name)}
-    if len(scans) < len(found) and not RESULT.search(pattern):
-        logger.warning(
-            "%d file(s) are left out, since they are named as results of this bundle, such as '%s': name them by "
-            "--%s if they are scans.",
-            *(len(found) - len(scans), next(found[key] for key in found if key not in scans), pattern_setting),
-        )
-        found = scans
-    if not found:
-        kind = "folder" if pattern.endswith("/") else "file"
-        if not names:
-            raise NotFoundError(
-                f"{folder_setting} '{root}' has no {kind}s: set --{folder_setting} to the folder of the {kind}s."
-            )
-        dicom = not pattern.endswith("/") and any(name.lower().endswith(".dcm") for name in names)
-        raise NotFoundError(
-            f"{pattern_setting} '{pattern}' matches none of the {len(names)} {kind}(s) under {folder_setting} '{root}'"
-            f", such as '{names[0]}': set --{pattern_setting} to a pattern the files' names match"
-            + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
-        )
-    return found
-
-
-def _walk(root: Path, folders: bool) -> Iterator[str]:
-    """Yield the posix path, relative to root, of each file (or each folder) under root that is not hidden."""
-
-    def refuse(error: OSError):  # os.walk would silently leave out a folder that cannot be read
-        raise error
-
-    seen = set()
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was listed already
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        # Sorted, so that of two links to one folder it is always the same one that is followed.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        prefix = "" if prefix == "./" else prefix
-        yield from (prefix + name for name in (subfolders if folders else files) if not name.startswith("."))
 
 
 def make_datalist(
@@ -226,10 +109,115 @@ def make_datalist(
     return datalist
 
 
+def subject_names(names: Sequence[str]) -> list[str]:
+    """The subject of each scan of a cohort, see :func:`subject_rule`."""
+    return subject_rule(names)[0]
+
+
+def subject_rule(names: Sequence[str]) -> tuple[list[str], str]:
+    """The subject of each scan of a cohort, and by what it is told.
+
+    That is its BIDS entity (``sub-01``) or its UK Biobank participant (``1234567_20253_2_0.nii.gz`` -> ``1234567``).
+    Names without either leave room for doubt, and the reading that keeps more scans together is taken: the folder
+    nearest to the top that can be a person's (``101/visit1.nii.gz``), since none holds more scans than there are such
+    folders, or six; the file name up to its first dot where there is none, or where the same files recur in fewer
+    folders than there are files (``T1/101.nii.gz``, ``FLAIR/101.nii.gz``).
+
+    Args:
+        names: the scans' relative posix paths.
+
+    Returns:
+        the subjects, and the rule in words.
+    """
+    found = [SUBJECT.search(name) for name in names]
+    subjects = [match[match.lastindex] if match else "" for match in found]
+    unnamed = [index for index, match in enumerate(found) if match is None]
+    if not unnamed:
+        return subjects, "by their BIDS or UK Biobank names"
+    read, rule = _read_layout([names[index] for index in unnamed])
+    for index, subject in zip(unnamed, read, strict=True):
+        subjects[index] = subject
+    return subjects, rule if len(unnamed) == len(names) else f"by their BIDS or UK Biobank names, {len(unnamed)} {rule}"
+
+
+def _read_layout(names: Sequence[str]) -> tuple[list[str], str]:
+    """The subjects of scans whose names do not tell them."""
+    paths = [name.rstrip("/").split("/") for name in names]
+    stems = [path[-1].split(".", 1)[0] for path in paths]
+    folders = [path[:-1] for path in paths]
+    shared = len(os.path.commonprefix(folders))  # noqa: RUF071 (of lists, part by part)
+    parents = ["/".join(path[shared:]) for path in folders]
+    if len(set(parents)) == 1:
+        return stems, "by their file names"
+    places = Counter(stem for _, stem in set(zip(parents, stems, strict=True)))
+    if max(places.values()) > 1 and len(places) > len(set(parents)):
+        return stems, "by their file names, which recur in several folders"
+    for depth in range(shared + 1, max(map(len, folders)) + 1):
+        groups = ["/".join(path[shared:depth]) for path in folders]
+        counts = Counter(groups)
+        if len(counts) > 1 and max(counts.values()) <= max(len(counts), SESSIONS):
+            return groups, f"by their folders, such as '{groups[0]}'"
+    if len(set(stems)) > 1:
+        return stems, "by their file names"
+    return parents, f"by their folders, such as '{parents[0]}'"
+
+
+def session_name(name: str) -> str | None:
+    """The session of a scan: its BIDS entity (``ses-2``) or its UK Biobank instance (``2``), from its path; or None."""
+    found = SESSION.search(name)
+    return found[found.lastindex] if found else None
+
+
+def split_by_subject(
+    names: Sequence[str], train_fraction: float = 0.95, seed: int = 0, subjects: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Split scans in two so that no subject is on both sides and neither side is empty.
+
+    The split depends on the set of names and on the seed, not on the order of the names.
+
+    Args:
+        names: the scans' relative posix paths.
+        train_fraction: the share of subjects to train on, between 0 and 1.
+        seed: chooses the split.
+        subjects: of each scan, by default what :func:`subject_names` finds.
+
+    Returns:
+        Indices into ``names``: of the training scans and of the validation scans, each in order of name.
+
+    Raises:
+        ValueError: ``train_fraction`` is not between 0 and 1, or there are fewer than two subjects.
+    """
+    if not 0 < train_fraction < 1:
+        raise InputError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
+    order = sorted(range(len(names)), key=names.__getitem__)
+    subjects = subject_names(names) if subjects is None else subjects
+    all_subjects = sorted(set(subjects))
+    if len(all_subjects) < 2:
+        raise InputError(
+            f"{len(names)} scan(s) of {len(all_subjects)} subject(s) cannot be split into training and validation, "
+            "which need a subject each: add scans to dataset_dir, widen scan_pattern, or raise max_scans."
+        )
+    random.Random(seed).shuffle(all_subjects)
+    count = min(max(round(train_fraction * len(all_subjects)), 1), len(all_subjects) - 1)
+    training = set(all_subjects[:count])
+    return [i for i in order if subjects[i] in training], [i for i in order if subjects[i] not in training]
+
+
 def log_sides(datalist: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Log how many scans, subjects and sessions each side of a datalist has."""
     for side, items in datalist.items():
         logger.info("%s: %s.", side.capitalize(), cohort_summary(items))
+
+
+def cohort_summary(items: Sequence[Mapping[str, Any]]) -> str:
+    """Numbers of scans, subjects and sessions, such as ``96 scans of 40 subjects in 90 sessions``."""
+    text = f"{len(items)} scan{'s' * (len(items) != 1)}"
+    subjects = {item["subject"] for item in items if item.get("subject") not in (None, "")}
+    if not subjects:
+        return text
+    sessions = {(item["subject"], item["session"]) for item in items if item.get("session") not in (None, "")}
+    text += f" of {len(subjects)} subject{'s' * (len(subjects) != 1)}"
+    return text + (f" in {len(sessions)} session{'s' * (len(sessions) != 1)}" if sessions else "")
 
 
 def list_sides(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -16,10 +13,8 @@ from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple
 from nibabel.orientations import aff2axcodes, io_orientation
 from scripts.utils.errors import InputError
-from scripts.utils.formats import NIFTI_SUFFIXES
 
 __all__ = [
-    "HeaderError",
     "box_margins",
     "describe",
     "differences",
@@ -27,7 +22,6 @@ __all__ = [
     "foreground_extent",
     "foreground_place",
     "grid_box",
-    "header_problems",
     "mixed_voxel_sizes",
     "per_axis",
     "usual_voxel_size",
@@ -36,10 +30,6 @@ __all__ = [
 
 TOLERANCE = 0.02  # relative: scanners write 0.9375 as 0.94
 FOREGROUND_VOXELS = 250_000  # of a scan, about, in which its foreground is looked for: every third of 190 a side
-
-
-class HeaderError(InputError):
-    """A header that cannot be true; the message continues a sentence that begins with the file's name."""
 
 
 def world_axes(affine: np.ndarray) -> np.ndarray:
@@ -170,49 +160,6 @@ def fill_outside(image: MetaTensor, affine: np.ndarray, shape: Sequence[int], va
         for channel, value in zip(image.as_tensor(), values, strict=True):
             channel[outside] = value
     return image
-
-
-def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """What the headers of a scan's NIfTI files do not say, or contradict. Other formats have one affine, always.
-
-    Args:
-        paths: the file, or one for each channel.
-
-    Returns:
-        Half sentences, for people.
-
-    Raises:
-        HeaderError: when the affine is singular, or the voxels are complex numbers.
-    """
-    problems = []
-    for path in map(Path, ensure_tuple(paths)):
-        if not path.name.endswith(NIFTI_SUFFIXES):
-            continue
-        image = nib.load(path)
-        # MONAI's reader replaces a singular affine, and drops imaginary parts, with no more than a warning
-        if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
-            raise HeaderError("has a singular affine in its header, so its voxel size is unknown")
-        if np.issubdtype(image.get_data_dtype(), np.complexfloating):
-            raise HeaderError("holds complex numbers, of which only the real part would be read")
-        zooms = image.header.get_zooms()[:3]
-        sform, qform = (matrix for matrix, _ in (image.get_sform(coded=True), image.get_qform(coded=True)))
-        if sform is None and qform is None:
-            problems.append("its header has neither an sform nor a qform, so its orientation and place are guesses")
-        elif sform is not None and qform is not None:
-            corners = np.indices((2, 2, 2)).reshape(3, -1) * (np.array((*image.shape, 1, 1)[:3])[:, None] - 1)
-            corners = np.vstack([corners, np.ones(8)])
-            apart = float(np.linalg.norm((sform - qform) @ corners, axis=0).max())
-            if apart > 0.5 * affine_to_spacing(sform).min():
-                # MONAI's reader takes the one whose voxel size the header has too
-                used, other = ("sform", "qform") if _same_size(sform, zooms) else ("qform", "sform")
-                problems.append(f"its {used} (which is used) and its {other} disagree by up to {apart:.3g} mm")
-        elif sform is not None and not _same_size(sform, zooms):
-            problems.append("its sform is not used, since its voxel size contradicts the header's (pixdim)")
-    return problems
-
-
-def _same_size(affine: np.ndarray, zooms: Sequence[float]) -> bool:
-    return np.allclose(affine_to_spacing(affine)[: len(zooms)], zooms)
 
 
 def per_axis(name: str, sizes: Sequence[float] | float, rank: int) -> tuple[float, ...]:

@@ -18,10 +18,22 @@ import numpy as np
 import SimpleITK
 from scipy import ndimage
 from scripts.utils.errors import InputError
-from scripts.utils.sitk_images import like, to_sitk
 
-__all__ = ["Alignment", "align", "foreground", "log_bias_field", "smooth_for", "template", "template_brain"]
+__all__ = [
+    "FLIP",
+    "Alignment",
+    "align",
+    "array_and_affine",
+    "brain_centre",
+    "foreground",
+    "log_bias_field",
+    "smooth_for",
+    "template",
+    "template_brain",
+    "to_sitk",
+]
 
+FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS (nibabel, NIfTI) and LPS (ITK)
 BINS = 32  # of the joint histogram, along each axis
 # The rim shows the size of the brain. With one of 10 mm the scalp of raw heads makes the brain too large.
 RIM = 6.0  # mm around the template's brain that are compared as well
@@ -278,4 +290,35 @@ def _affine(transform: SimpleITK.Similarity3DTransform) -> SimpleITK.AffineTrans
     result.SetMatrix(transform.GetMatrix())
     result.SetCenter(transform.GetCenter())
     result.SetTranslation(transform.GetTranslation())
+    return result
+
+
+def to_sitk(array: np.ndarray, affine: np.ndarray) -> SimpleITK.Image:
+    """An array as a SimpleITK image, float32.
+
+    Args:
+        array: ``[x, y, z]``.
+        affine: ``[4, 4]``, voxel indices to world mm, RAS.
+    """
+    affine = FLIP @ affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.T, dtype=np.float32))
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    return image
+
+
+def array_and_affine(image: SimpleITK.Image) -> tuple[np.ndarray, np.ndarray]:
+    """A SimpleITK image's voxels, a view ``[x, y, z]``, and its affine ``[4, 4]``, RAS."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return SimpleITK.GetArrayViewFromImage(image).T, FLIP @ affine
+
+
+def like(voxels: np.ndarray, image: SimpleITK.Image) -> SimpleITK.Image:
+    """An image of these voxels ``[z, y, x]`` on the grid of another."""
+    result = SimpleITK.GetImageFromArray(voxels)
+    result.CopyInformation(image)
     return result

@@ -1,11 +1,10 @@
-"""Reading a scan, checking it, fitting it to the network's grid and scaling it; and the inverse of that."""
+"""Checking a scan that was read, fitting it to the network's grid and scaling it; and the inverse of that."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.transforms import Compose, InvertibleTransform, LoadImaged, MapTransform, SpatialResample
+from monai.transforms import Compose, InvertibleTransform, MapTransform, SpatialResample
 from monai.utils import TraceKeys, ensure_tuple
 from scipy import ndimage
 from scripts.data.geometry import (
@@ -25,13 +24,12 @@ from scripts.data.geometry import (
     foreground_extent,
     foreground_place,
     grid_box,
-    header_problems,
     per_axis,
     world_axes,
 )
-from scripts.data.reasons import ADVICE, why_unreadable
+from scripts.data.reading import ADVICE, LoadScand, ScanError
 from scripts.utils.errors import InputError
-from scripts.utils.names import CHANNEL_FILES, expanded, image_files, image_path
+from scripts.utils.names import image_files, image_path
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
@@ -39,52 +37,6 @@ __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "
 DIP = 0.05
 # in the trace of FitShape: what each channel of the inverse gets where the network's grid does not reach
 OUTSIDE = "outside"
-
-
-class ScanError(InputError):
-    """A scan that cannot be used; the message is one sentence that names its file."""
-
-
-class LoadScand(LoadImaged):
-    """MONAI's ``LoadImaged``, with errors that name the file and the likely cause.
-
-    The reader is chosen by the file's suffix.
-
-    Args:
-        keys: the keys that hold a path, a list of paths (one for each channel) or a DICOM folder.
-        ensure_channel_first: put the channel axis first; adds one where there is none.
-        kwargs: what else ``LoadImaged`` takes.
-
-    Raises:
-        ScanError: when a file is missing or no reader can read it; of several channels the broken one is named.
-    """
-
-    def __init__(self, keys: KeysCollection, ensure_channel_first: bool = True, **kwargs: Any) -> None:
-        super().__init__(keys, image_only=True, ensure_channel_first=ensure_channel_first, **kwargs)
-
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        paths = {key: expanded(data[key]) for key in self.key_iterator(dict(data))}
-        try:
-            d = super().__call__(data, reader)
-            for key, files in paths.items():
-                d[key].meta |= {"header_problems": header_problems(files), CHANNEL_FILES: files}
-            return d
-        except MemoryError:
-            raise
-        except Exception as error:
-            files = [file for files in paths.values() for file in files]
-            broken = self._broken(files) if len(files) > 1 else None
-            raise ScanError(why_unreadable(*(broken or (list(map(Path, files)), error)))) from error
-
-    def _broken(self, files: Sequence[str]) -> tuple[list[Path], Exception] | None:
-        """The first of several files that cannot be read by itself, and why; None where all can."""
-        for file in files:
-            try:
-                super().__call__({self.keys[0]: file})
-                header_problems(file)
-            except Exception as error:
-                return [Path(file)], error
-        return None
 
 
 # the axis of the body that a letter of an orientation names

@@ -24,7 +24,7 @@ from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Compose
 from monai.utils import ensure_tuple
-from scripts.data.reasons import as_reason
+from scripts.data.reading import as_reason
 from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.cohort import UNUSABLE, Cohort

@@ -20,8 +20,8 @@ from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_files, image_path, item_files
-from scripts.utils.nifti import save_nifti
 from torch import Tensor
 
 __all__ = ["BothScans", "PairLayout", "SaveStepsd", "list_pair", "report_levels", "stack_pairs"]

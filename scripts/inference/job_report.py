@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.inference.layouts import VOLUME, ScanLayout
-from scripts.utils.report import write_report
-from scripts.utils.volumes import ShownVolume
+from scripts.utils.report import ShownVolume, write_report
 
 __all__ = ["Report", "write_job_report"]
 

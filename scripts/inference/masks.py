@@ -15,8 +15,7 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.utils import ensure_tuple
-from scripts.data.datalist import find_by_wildcards
-from scripts.data.patterns import compile_pattern, fill_pattern
+from scripts.data.find import compile_pattern, fill_pattern, find_by_wildcards
 from scripts.data.transforms import FitShape, LoadScand, ScanError
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.formats import without_image_suffix
@@ -43,7 +42,7 @@ def pair_masks(
     Args:
         scans: items of a data set.
         root: the folder that their names are relative to.
-        scan_pattern: see :func:`scripts.data.datalist.find_scans`; of several patterns (channels) the first names the
+        scan_pattern: see :func:`scripts.data.find.find_scans`; of several patterns (channels) the first names the
             scan.
         mask_dir: the folder that holds the masks.
         mask_pattern: of the masks; None: that of the scans.

@@ -25,8 +25,8 @@ from scripts.networks import VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures
 from scripts.utils.files import write_text, write_whole
+from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_files, image_path
-from scripts.utils.nifti import save_nifti
 
 __all__ = ["SaveFigured", "SaveRowd", "SaveScansd", "WholeNibabelWriter", "read_row"]
 

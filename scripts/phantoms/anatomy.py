@@ -14,7 +14,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scripts.phantoms.fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
 from scripts.phantoms.people import Person
-from scripts.utils.arguments import check_integer, check_number
+from scripts.utils.command_line import check_integer, check_number
 
 __all__ = ["Anatomy", "brain_anatomy", "check_brain", "near_ventricles", "one_thread", "random_streams"]
 

@@ -13,7 +13,7 @@ from scripts.phantoms.anatomy import brain_anatomy, check_brain, near_ventricles
 from scripts.phantoms.fields import ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.phantoms.lesions import check_kinds, grow_mass, lesion_kind, lesion_opacity, shrink_tissue
 from scripts.phantoms.people import SITES, Cohort, hyperintensities
-from scripts.utils.arguments import check_integer, check_number
+from scripts.utils.command_line import check_integer, check_number
 from scripts.utils.errors import InputError
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scripts.phantoms.fields import sample_maps, smooth_fields
-from scripts.utils.arguments import check_number
+from scripts.utils.command_line import check_number
 from scripts.utils.errors import InputError
 
 __all__ = ["AGES", "SEXES", "SITES", "Cohort", "Person", "Scanner", "hyperintensities"]

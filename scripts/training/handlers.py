@@ -25,8 +25,8 @@ from scripts.training.protocol import Trainer
 from scripts.training.update import NumberEvents
 from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
+from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_captions
-from scripts.utils.nifti import save_nifti
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from monai.transforms import Compose, RandomizableTransform
 from scripts.utils import figures
+from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_captions
-from scripts.utils.nifti import save_nifti
 from torch import Tensor
 from torch.utils.data import Dataset
 

@@ -1,16 +1,19 @@
-"""The command line of every ``python -m scripts.<command>``: reading it, and ending errors with a sentence."""
+"""The command line of every ``python -m scripts.<command>``: reading it, checking it, ending errors with a sentence."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import logging
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-from scripts.utils.errors import show_root_cause
+from scripts.utils.errors import InputError, show_root_cause
+
+__all__ = ["check_integer", "check_number", "run"]
 
 
 def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
@@ -76,3 +79,33 @@ def check_options(commands: Callable | dict[str, Callable], words: Sequence[str]
 def program_words() -> list[str]:
     """What this program's command line says after the program's name; no other module reads it."""
     return sys.argv[1:]
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Refuse what is not a whole number.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        least: the smallest number that makes sense.
+
+    Raises:
+        ValueError: ``value`` is no whole number, or less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise InputError(f"{name} is {value!r}, but must be a whole number, {least} or more.")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Refuse what is not a number within limits.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        least, most: the limits, both allowed.
+
+    Raises:
+        ValueError: ``value`` is no number, or outside the limits.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}, but must be a number from {least} to {most}.")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scripts.utils.errors import InputError
-from scripts.utils.sheet import DPI, save
+from scripts.utils.figures import DPI, save
 from scripts.utils.slices import as_array
 
 __all__ = ["centiles", "curves", "kl_per_latent", "posteriors"]

@@ -8,22 +8,28 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
+import numpy as np
 from scripts.utils.files import write_text
-from scripts.utils.volumes import ShownVolume, volume_html
 
-__all__ = ["write_report"]
+__all__ = ["ShownVolume", "write_report"]
 
 MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
 OF_EACH_LATENT = re.compile(r"kl_(per_dim_)?z\d+")  # columns that the file has, and the page has not
 MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
+MOST_VOXELS = 128  # along an axis; of larger volumes every second voxel is shown, or every third, ...
+ICON = re.compile(r'<link[^>]*rel="[^"]*icon"[^>]*>')  # nilearn's, which is on the internet
+STYLE = "<style>body { background: #000; margin: 0; }</style>"
 MOST_VOLUMES, MOST_VOLUME_BYTES = 4, 8_000_000  # of all volumes, as the page holds them
 PACKAGES = ("torch", "monai", "nibabel", "numpy")
 
@@ -41,6 +47,20 @@ class Table(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     left_out: int
+
+
+class ShownVolume(NamedTuple):
+    """A volume for a page.
+
+    Attributes:
+        path: of a NIfTI file; of several channels the first is shown.
+        background: of the scan that a map lies on; None: the volume is shown by itself, in grey.
+        most: of a map, the value with the brightest colour; None: its own largest.
+    """
+
+    path: str | os.PathLike
+    background: str | os.PathLike | None = None
+    most: float | None = None
 
 
 class Picture(NamedTuple):
@@ -139,6 +159,44 @@ def _volumes(volumes: Sequence[ShownVolume], folder: Path) -> tuple[list[Picture
         else:
             shown.append(Picture(_name(Path(volume.path), folder), page))
     return shown, left_out
+
+
+def volume_html(shown: ShownVolume) -> str | None:
+    """A page with slices of a volume; None where it is not one of 3D.
+
+    A map is blue where it is below 0 and orange to yellow where it is above, which colour-blind people can tell apart;
+    what is below a third of ``most`` is left out.
+    """
+    image = read_volume(shown.path)
+    if image is None:
+        return None
+    # only where a volume is shown: commands start without PyTorch, scikit-learn and pandas
+    from nilearn.plotting import view_img
+    from scripts.utils.figures import ANOMALY_STYLE
+
+    options: dict[str, Any] = {"cmap": "gray", "bg_img": None, "threshold": None, "symmetric_cmap": False}
+    background = None if shown.background is None else read_volume(shown.background)
+    if background is not None:
+        most = shown.most or float(np.quantile(np.abs(image.get_fdata(dtype=np.float32)), 0.999)) or 1e-6
+        options = {"cmap": ANOMALY_STYLE["cmap"], "bg_img": background, "threshold": most / 3, "vmax": most}
+    with warnings.catch_warnings():  # of constant images
+        warnings.simplefilter("ignore")
+        view = view_img(image, black_bg=True, resampling_interpolation="nearest", **options)
+    return ICON.sub(STYLE, view.html)
+
+
+def read_volume(path: str | os.PathLike) -> nib.Nifti1Image | None:
+    """The first channel of a volume, thinned out where it is large; None where it is not NIfTI or not 3D."""
+    try:
+        image = nib.load(path)
+    except (nib.filebasedimages.ImageFileError, OSError):
+        return None
+    if len(image.shape) < 3 or min(image.shape[:3]) < 2:
+        return None
+    by = math.ceil(max(image.shape[:3]) / MOST_VOXELS)
+    array = np.asarray(image.dataobj, dtype=np.float32)[::by, ::by, ::by]
+    array = np.nan_to_num(array[(..., *[0] * (array.ndim - 3))])
+    return nib.Nifti1Image(array, image.affine @ np.diag([by, by, by, 1]))
 
 
 def _name(path: Path, folder: Path) -> str:

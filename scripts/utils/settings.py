@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from scripts.utils.arguments import check_integer
-from scripts.utils.command_line import program_words
+from scripts.utils.command_line import check_integer, program_words
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_text
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.image import imsave
 from scripts.utils.errors import InputError
-from scripts.utils.nifti import nifti_bytes
+from scripts.utils.formats import nifti_bytes
 from scripts.utils.slices import PLANES, as_array, middle, plane
 from torch import Tensor
 

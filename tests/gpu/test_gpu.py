@@ -12,9 +12,9 @@ from ignite.engine import Events
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.common import TrainingStep, network_def
 from benchmarks.gpu_training import Batches
 from benchmarks.memory import estimate_step
-from benchmarks.step import TrainingStep, network_def
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring

@@ -1,11 +1,15 @@
-"""The networks that are measured, and one step of their training."""
+"""What benchmarks share: the networks that are measured, a step of their training, configs, scans, times."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
 from scripts.networks import VDVAE
@@ -21,6 +25,43 @@ TINY = {
     "network_def#latent_channels": [20, 20, 20, 200],
     "network_def#kernel_sizes": [3, 3, 2, 1],
 }
+
+
+def read_config(config_file: str | Path | Sequence[str | Path], **settings: Any) -> ConfigParser:
+    """A config of the bundle, or several merged, with other values of some keys."""
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in ensure_tuple(config_file)])
+    parser.update(settings)
+    return parser
+
+
+def stack(items: Iterable[Any]) -> Tensor:
+    """The images of items of a data set, ``[scans, channels, *spatial]``."""
+    return torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
+
+
+def seconds(function: Callable[[], object], at_least: float = 0.0) -> float:
+    """Time of one call; the mean over calls that take ``at_least`` so many seconds together."""
+    calls = 0
+    start = time.perf_counter()
+    while True:
+        function()
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= at_least:
+            return elapsed / calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print as Markdown."""
+    for line in (columns, ["---"] * len(columns), *rows):
+        print("| " + " | ".join(line) + " |", flush=True)
 
 
 def training_config(network: int | str) -> ConfigParser:
@@ -39,10 +80,8 @@ def training_config(network: int | str) -> ConfigParser:
             f"There is no network {network}: choose one of {', '.join(map(str, SIZES))}, default, or the name of a "
             "file in configs/, such as lean_64."
         )
-    parser = ConfigParser()
-    parser.read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])])
-    parser.update(TINY if network == 8 else {})
-    return parser
+    settings = TINY if network == 8 else {}
+    return read_config([CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])], **settings)
 
 
 def network_def(network: int | str, checkpoint_levels: int | None = None) -> dict:
