@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import print_table, read_config
+from scripts.data.transforms import unclipped
+from scripts.inference.cohort import list_scans
 from scripts.inference.detection import Detection, best, by_kind, detect, sentences
-from scripts.inference.engine import list_scans
 from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
 from scripts.inference.masks import pair_masks, read_kinds
 from scripts.inference.scoring import anomaly_map
@@ -40,10 +41,10 @@ def score(folder: Path, config_file: str | list[str], **settings: Any) -> list[L
     parser.update({"dataset_dir": str(folder / "scans"), "scan_pattern": "*_FLAIR.nii.gz"})
     parser.update({"mask_dir": str(folder / "masks"), "mask_pattern": "*_lesions.nii.gz"})
     parser.update({"output_dir": str(folder / "scores"), "figures": False, "num_workers": 0, **settings})
-    parser.update({"population_prior": None, "prior_file": None})  # maps do not need it
-    parser.get_parsed_content("scoring").run()
-    layout = parser.get_parsed_content("scored#lesions")
-    scans = [item_path(item) for item in parser.get_parsed_content("scored#scans")]
+    parser.update({"population_prior": None})  # maps do not need it
+    job = parser.get_parsed_content("scoring")
+    job.run()
+    layout, scans = job.layouts[-1], [item_path(item) for item in job.dataset.data]
     kinds = read_kinds(folder / "masks", scans)
     return [LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan]) for scan in scans]
 
@@ -58,7 +59,7 @@ def perfect(folder: Path, config_file: str | list[str], cohort: dict[str, Any], 
     """
     make_brains(folder / "twins", **cohort)
     parser = read_config(config_file, **settings)
-    network, preprocess = (parser.get_parsed_content(name) for name in ("network", "scored#preprocessing"))
+    network, preprocess = parser.get_parsed_content("network"), unclipped(parser.get_parsed_content("preprocessing"))
     read, value_range = with_masks(preprocess), parser.get_parsed_content("output_range")
     pattern = "*_FLAIR.nii.gz"
     listed = list_scans(folder / "scans", pattern)

@@ -34,12 +34,12 @@ from benchmarks.peer_diffusion import LATENTS_PER_BATCH, LatentDiffusion
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
 from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
 from scripts.data.transforms import unclipped
+from scripts.inference.cohort import list_scans
 from scripts.inference.detection import detect
-from scripts.inference.engine import list_scans
 from scripts.inference.inferers import Sampling
 from scripts.inference.lesions import with_masks
 from scripts.inference.masks import pair_masks
-from scripts.inference.sample_comparison import SampleComparison
+from scripts.inference.sample_comparison import compare_images
 from scripts.inference.scoring import anomaly_map, foreground, image_quality, restored
 from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAE
@@ -187,23 +187,6 @@ def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float,
     return {name: float(brighter.numbers[name][0]) for name in ("average_precision", "auroc")}
 
 
-def compare_samples(
-    peer: Peer, scans: Tensor, samples: int, scratch_dir: Path, batch_size: int, seed: int
-) -> dict[str, Any]:
-    """MMD and MS-SSIM of samples and of scans: :py:class:`scripts.inference.sample_comparison.SampleComparison`."""
-    return SampleComparison(
-        peer,
-        [{"image": scan} for scan in scans],
-        [{}] * len(scans),
-        lambda count, network, draws: {"sample": network.sample(count, draws)},
-        samples,
-        OUTPUT_RANGES[peer.output_activation],
-        scratch_dir,
-        batch_size=batch_size,
-        seed=seed,
-    ).run()
-
-
 def sample_numbers(compared: dict[str, Any]) -> dict[str, float]:
     """What the table shows of a comparison of samples."""
     return {"mmd_gaussian": compared["mmd_gaussian"]["value"], "ms_ssim": compared["ms_ssim"]["samples"]["mean"]}
@@ -248,21 +231,20 @@ def compare(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     parser = read_config(config_file, population_prior=None)  # maps do not need it
-    network_def = parser.get_parsed_content("network_def")
-    scoring, preprocess = parser.get_parsed_content("scoring_inferer"), parser.get_parsed_content("preprocessing")
-    smoothing = parser.get_parsed_content("anomaly_smoothing")
+    network_def, preprocess = parser.get_parsed_content("network_def"), parser.get_parsed_content("preprocessing")
     shape = network_def.spatial_shape
+    smoothing, restore = min(shape) / 128, parser["restore"]
     training, validation = cohort_scans(dataset_dir, cache_dir or str(folder / "cache"), shape, seed)
     models = train_peers(training, validation, folder, minutes, batch_size, amp, seed)
     diffusion = models.pop("latent diffusion on AutoencoderKL")
     for name, path, spent in name_checkpoints(ckpt, ckpt_minutes):
         network = load_weights(copy.deepcopy(network_def), path).eval()
-        models[name] = (Ours(network, scoring.restore), spent)
-    cold = {"ours, samples at 0.7": Ours(network, scoring.restore, temperature=0.7)}
+        models[name] = (Ours(network, restore), spent)
+    cold = {"ours, samples at 0.7": Ours(network, restore, temperature=0.7)}
     cold["latent diffusion on AutoencoderKL"] = diffusion[0]
     prior = find_population_prior(None, ckpt if isinstance(ckpt, str) else ckpt[-1], network)
     if prior is not None:
-        cold["ours, samples of the population prior"] = Ours(network, scoring.restore, prior=prior)
+        cold["ours, samples of the population prior"] = Ours(network, restore, prior=prior)
 
     make_brains(folder / f"test_{test_seed}", test_count, seed=test_seed, spacing=spacing)
     paths = sorted((folder / f"test_{test_seed}").glob("*.nii.gz"))
@@ -274,8 +256,9 @@ def compare(
         everyone = {**models, **{name: (peer, None) for name, peer in cold.items()}}
         for name, (peer, spent) in tqdm(everyone.items(), desc="measuring", unit="model"):
             torch.manual_seed(seed)
-            compared = compare_samples(peer, test, samples, folder / "scratch", batch_size, seed)
-            quality[name] = quality_numbers(draw_samples(peer, samples, batch_size), test, training)
+            drawn = draw_samples(peer, samples, batch_size)
+            compared = compare_images(drawn, test[: len(drawn)], OUTPUT_RANGES[peer.output_activation], batch_size)
+            quality[name] = quality_numbers(drawn, test, training)
             row = {"model": name, **sample_numbers(compared)}
             if name in models:
                 row |= {"likelihood": peer.likelihood, "parameters": peer.size(), "minutes": spent}

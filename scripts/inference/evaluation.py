@@ -19,7 +19,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.data.datalist import common_root, make_datalist
 from scripts.inference import jobs
 from scripts.inference.cohort import list_scans
-from scripts.inference.engine import Common
+from scripts.inference.common import Common
 from scripts.inference.sample_comparison import compare_samples
 from scripts.inference.scoring import image_quality
 from scripts.inference.tables import ScanColumns

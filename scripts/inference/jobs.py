@@ -21,6 +21,7 @@ from scripts.data.datalist import common_root
 from scripts.data.to_scan import ToScand
 from scripts.data.transforms import FitShaped, unclipped
 from scripts.inference import coordinates, covariate_results, lesions, outputs
+from scripts.inference.common import Common
 from scripts.inference.covariates import (
     AddChanged,
     Counterfactual,
@@ -31,7 +32,7 @@ from scripts.inference.covariates import (
     stack_features,
     targets,
 )
-from scripts.inference.engine import Common, ScanEvaluator, list_samples
+from scripts.inference.engine import ScanEvaluator, list_samples
 from scripts.inference.imputation import DrawImputation, FillInd, FitMaskd, HideMissingd, stack_missing
 from scripts.inference.inferers import (
     CoordinateDecoding,

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-__all__ = ["compare_samples", "one_per_subject"]
+__all__ = ["compare_images", "compare_samples", "one_per_subject"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,9 @@ Summary = dict[str, Any]
 def compare_samples(
     sampling: ScanEvaluator | None, dataset: Dataset, items: Sequence[Mapping[str, Any]], seed: int = 0
 ) -> Summary | None:
-    """Draw samples and compare them with held-out scans: do they look like scans, and do they vary as scans do?
+    """Draw samples and compare them with held-out scans, see :func:`compare_images`.
 
-    Squared maximum mean discrepancies (MMD; Gretton et al. 2012), unbiased, of whole images: ``mmd_gaussian`` with a
-    Gaussian kernel as wide as the median distance between scans, ``mmd_linear`` of the dot product (MONAI's own), which
-    sees the mean image alone. ``ms_ssim`` is the mean MS-SSIM of all pairs of samples, and of all pairs of scans. All
-    processes take part; each has all images in memory in the end, 0.13 MB each at 32³ and 8.4 MB at 128³.
+    All processes take part; each has all images in memory in the end, 0.13 MB each at 32³ and 8.4 MB at 128³.
 
     Args:
         sampling: the job that draws, see :func:`scripts.inference.jobs.sample`; None compares nothing.
@@ -65,9 +62,7 @@ def compare_samples(
     count = len(sampling.dataset.data)
     if count == 1:
         raise InputError("samples is 1: set --samples to 2 or more, or to 0 to compare none.")
-    network, batch_size = sampling.network, sampling.common.loading["batch_size"]
-    metric = ms_ssim_metric(network.spatial_shape, sampling.common.value_range)
-    chosen = one_per_subject(items, count, seed)
+    batch_size, chosen = sampling.common.loading["batch_size"], one_per_subject(items, count, seed)
 
     def draw(numbers: Sequence[int]) -> list[Tensor]:
         return list(sampling.compute([read_item(sampling.dataset, number) for number in numbers])["sample"])
@@ -77,9 +72,34 @@ def compare_samples(
 
     samples = _of_all_processes(count, batch_size, draw, "drawing samples")
     scans = _of_all_processes(len(chosen), batch_size, read, "reading held-out scans")
-    similarity = [_similarities(images, metric, sampling.state.device, batch_size) for images in (samples, scans)]
+    return compare_images(samples, scans, sampling.common.value_range, batch_size, sampling.state.device, seed)
+
+
+def compare_images(
+    samples: Tensor,
+    scans: Tensor,
+    value_range: tuple[float, float],
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Summary:
+    """Do samples look like scans, and do they vary as scans do?
+
+    Squared maximum mean discrepancies (MMD; Gretton et al. 2012), unbiased, of whole images: ``mmd_gaussian`` with a
+    Gaussian kernel as wide as the median distance between scans, ``mmd_linear`` of the dot product (MONAI's own), which
+    sees the mean image alone. ``ms_ssim`` is the mean MS-SSIM of all pairs of samples, and of all pairs of scans.
+
+    Args:
+        samples, scans: ``[images, channels, *spatial]``, not more scans than samples.
+        value_range: lowest and highest intensity.
+        batch_size: of pairs.
+        device: on which pairs are compared.
+        seed: of random halves, for the sampling errors.
+    """
+    metric = ms_ssim_metric(samples.shape[2:], value_range)
+    similarity = [_similarities(images, metric, torch.device(device), batch_size) for images in (samples, scans)]
     return {
-        "count": count,
+        "count": len(samples),
         "held_out_scans": len(scans),
         **_discrepancies(samples, scans, seed),
         "ms_ssim": {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
-from scripts.inference.engine import Common
+from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts
 from scripts.inference.masks import read_kinds
