@@ -10,12 +10,15 @@ The page is served from this machine and for this machine; the address that is p
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 import os
 import secrets
 import socket
+import tempfile
 import webbrowser
 from collections.abc import Sequence
+from pathlib import Path
 
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError, ResourceError
@@ -92,13 +95,25 @@ def explore(
         )
     logger.info("%d scan(s), weights '%s'. Open %s (Ctrl-C ends it)", len(jobs.cohort), jobs.name, address)
     app = create_app(jobs, token, LOOPBACK if host in LOOPBACK else ())
-    if browser:
-        webbrowser.open(address)
+    door = _door(address) if browser else None
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3)
     )
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        server.run(sockets=[listener])
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            server.run(sockets=[listener])
+    finally:
+        if door is not None:
+            door.unlink(missing_ok=True)
+
+
+def _door(address: str) -> Path:
+    """Open an address in the browser by a file of this user's own: an address on a command line is seen by others."""
+    descriptor, name = tempfile.mkstemp(suffix=".html", prefix="explore-")  # which only this user can read
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f'<meta http-equiv="refresh" content="0;url={html.escape(address)}">')
+    webbrowser.open(Path(name).as_uri())
+    return Path(name)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import html
 import logging
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlparse
 
 import nibabel as nib
 import numpy as np
@@ -149,6 +153,9 @@ def test_long_requests_are_refused(client):
     [
         (b"{", "A job is asked for as"),
         (b"[1]", "A job is asked for as"),
+        (b"[" * 100_000, "A job is asked for as"),
+        (b'{"kind": "\\ud800"}', "There is no job '\\ud800'"),
+        (b'{"kind": "view", "arguments": {"index": NaN}}', "There is no scan nan"),
         (b'{"kind": "eval", "arguments": {}}', "There is no job 'eval'"),
         (b'{"kind": "view", "arguments": {}}', "missing a required argument: 'index'"),
         (b'{"kind": "view", "arguments": {"index": 0, "path": "x"}}', "unexpected keyword argument 'path'"),
@@ -445,6 +452,13 @@ def test_the_command_refuses(words, said):
     assert result.returncode != 0 and said in result.stderr
 
 
+def own_file(uri):
+    """The address that a file leads to, which nobody else can read."""
+    path = Path(urlparse(uri).path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    return html.unescape(re.search(r"url=(.*)\">", path.read_text())[1])
+
+
 def test_the_command_prints_its_address(folder, network, tmp_path, monkeypatch, caplog):
     served, opened = [], []
 
@@ -453,7 +467,8 @@ def test_the_command_prints_its_address(folder, network, tmp_path, monkeypatch, 
         sockets[0].close()
 
     monkeypatch.setattr(uvicorn.Server, "run", serve)
-    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    # by a file of the user's own: what a command line says is seen by others
+    monkeypatch.setattr(command.webbrowser, "open", lambda uri: opened.append(own_file(uri)))
     monkeypatch.chdir(ROOT)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     given = {"ckpt": tmp_path / "model.pt", "dataset_dir": folder, "prior": "network"}
@@ -461,6 +476,7 @@ def test_the_command_prints_its_address(folder, network, tmp_path, monkeypatch, 
     with caplog.at_level(logging.INFO):
         command.explore(**given, browser=True)
     (app, (host, port)), (address,) = served[0], opened
+    assert not list(Path(tempfile.gettempdir()).glob("explore-*.html"))
     assert host == "127.0.0.1" and address.startswith(f"http://127.0.0.1:{port}/?token=") and address in caplog.text
     assert "other machines" not in caplog.text
     token = address.partition("token=")[2]

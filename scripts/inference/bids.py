@@ -16,7 +16,7 @@ from typing import Any
 from monai.utils import ensure_tuple
 from scripts.data.datalist import common_root
 from scripts.utils.errors import ExistsError, InputError
-from scripts.utils.files import write_text
+from scripts.utils.files import read_json, write_text
 
 __all__ = ["DatasetDescription", "derivative_path"]
 
@@ -89,8 +89,8 @@ class DatasetDescription:
             FileExistsError: it is another data set, such as that of the scans.
         """
         path = self.output_dir / "dataset_description.json"
-        metadata = json.loads(self.metadata.read_text(encoding="utf-8"))
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        metadata = read_json(self.metadata, "the metadata of a bundle")
+        before = read_json(path, "the description of a BIDS data set") if path.exists() else {}
         generated = before.get("GeneratedBy", [])
         foreign = before and metadata["name"] not in [entry.get("Name") for entry in generated]
         if foreign or self.output_dir.absolute() in self.sources:

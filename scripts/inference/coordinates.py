@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,11 @@ from typing import Any
 
 import torch
 from scripts.data.datalist import list_sides
+from scripts.data.tables import read_table
 from scripts.population.files import FIT_IT
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import expand
 from torch import Tensor
 
 __all__ = ["list_coordinates", "scans_to_fit", "stack_coordinates"]
@@ -51,16 +52,15 @@ def list_coordinates(
     if path is None:
         raise InputError("coordinates is not set: set --coordinates to a table such as the coordinates.csv of encode.")
     names = [f"c{i:03d}" for i in range(prior.factors)]
-    if not Path(path).is_file():
+    place = Path(expand(path))
+    if not place.is_file():
         raise NotFoundError(f"coordinates '{path}' does not exist: set --coordinates to a table of encode's.")
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if not {"image", *names} <= columns or f"c{prior.factors:03d}" in columns:
-            raise InputError(
-                f"'{path}': its columns must be image and {names[0]} to {names[-1]}, one per factor of the prior."
-            )
-        return [_row(row, names, path, output_dir) for row in reader]
+    columns, rows = read_table(place)
+    if not {"image", *names} <= set(columns) or f"c{prior.factors:03d}" in columns:
+        raise InputError(
+            f"'{path}': its columns must be image and {names[0]} to {names[-1]}, one per factor of the prior."
+        )
+    return [_row(row, names, path, output_dir) for row in rows]
 
 
 def _row(row: Mapping[str, str], names: Sequence[str], path: str | os.PathLike, output_dir: str | os.PathLike) -> dict:

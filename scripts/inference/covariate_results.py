@@ -17,6 +17,7 @@ from monai.transforms import Transform
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.tables import read_table
+from scripts.data.transforms import LoadScand
 from scripts.inference.covariates import summary
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import file_names
@@ -140,9 +141,18 @@ def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[i
     from nibabel.processing import resample_from_to  # only where there is an atlas: commands start without it
 
     try:
-        image = nib.load(path)
-        fitted = resample_from_to(image, (tuple(shape), np.asarray(affine)), order=0)
-    except (nib.filebasedimages.ImageFileError, ValueError, OSError) as error:
+        image = LoadScand("atlas")({"atlas": str(path)})["atlas"]
+        problems, values = image.meta["header_problems"], image[0].numpy()
+        if len(image) != 1 or values.ndim != len(shape):
+            raise InputError(f"atlas '{atlas}' has shape {tuple(image.shape)}: give one volume of region numbers.")
+        if not np.array_equal(values, np.rint(values)) or values.min() < 0:
+            raise InputError(f"atlas '{atlas}' holds other values than whole numbers from 0 on: give a label map.")
+        if problems:
+            raise InputError(f"atlas '{atlas}': {problems[0]}: mend its header.")
+        fitted = resample_from_to(nib.Nifti1Image(values, image.affine), (tuple(shape), np.asarray(affine)), order=0)
+    except (ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"atlas '{atlas}' cannot be read: {error}") from error
     labels = torch.from_numpy(np.rint(np.asarray(fitted.dataobj)).astype(np.int64))
     if not labels.any():

@@ -34,7 +34,7 @@ from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
 from scripts.utils.errors import ExistsError, InputError
-from scripts.utils.files import write_text
+from scripts.utils.files import read_json, write_text
 from scripts.utils.names import image_files, image_path, item_files, item_path
 from torch import Tensor
 
@@ -42,6 +42,8 @@ __all__ = ["ScanEvaluator", "list_samples", "read_item", "scan_generator"]
 
 logger = logging.getLogger(__name__)
 
+COVARIATES = "covariates"  # in an item: what is known of the scan
+SCANS = "covariates_of_scans"  # in a job's record
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
 
@@ -175,21 +177,29 @@ class ScanEvaluator(Evaluator):
 
     # what is left to do
 
-    def finished(self, item: Mapping[str, Any]) -> bool:
-        """Whether all results of a scan are there, and none is older than a file of the scan or its mask."""
-        if self.common.overwrite:
+    def finished(self, item: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+        """Whether all results of a scan are there, made under its covariates, none older than a file of it or its mask.
+
+        Args:
+            item: of the data set.
+            record: of earlier results, the covariates of each scan by its name.
+        """
+        if self.common.overwrite or (COVARIATES in item and record.get(item_path(item)) != item[COVARIATES]):
             return False
-        try:
-            results = [path for layout in self.layouts for path in layout.paths(item)]
-        except ScanError:
-            return False  # that it has no place will be said when it is its turn
-        if not all(path.exists() for path in results):
+        if not self._has_results(item):
             return False
+        results = [path for layout in self.layouts for path in layout.paths(item)]
         # copying a file keeps one of its two times
         sources = [path for path in (*ensure_tuple(item["image"]), item.get("mask")) if path is not None]
         scans = [Path(path).stat() for path in sources if Path(path).exists()]
         changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
         return min(path.stat().st_mtime for path in results) >= changed
+
+    def _has_results(self, item: Mapping[str, Any]) -> bool:
+        try:
+            return all(path.exists() for layout in self.layouts for path in layout.paths(item))
+        except ScanError:
+            return False  # that it has no place will be said when it is its turn
 
     def check_names(self) -> None:
         """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``."""
@@ -216,14 +226,8 @@ class ScanEvaluator(Evaluator):
             InputError: when results of two scans would have one name.
         """
         self.check_names()
-        if idist.get_rank() == 0:
-            self._note_settings()
-            if self.common.describe is not None:
-                self.common.describe(self.job)
         # one process says what is left to do: another might begin to write while this one still looks
-        pending = distributed.from_rank_zero(
-            lambda: [i for i, item in enumerate(self.dataset.data) if not self.finished(item)]
-        )
+        pending = distributed.from_rank_zero(self._begin)
         total, share = len(self.dataset.data), pending[idist.get_rank() :: idist.get_world_size()]
         if idist.get_rank() == 0 and len(pending) < total:
             logger.info("Of %d scans, %d are finished already.", total, total - len(pending))
@@ -232,6 +236,9 @@ class ScanEvaluator(Evaluator):
         failed = self.common.failures.gather()  # a barrier, too
         if idist.get_rank() == 0:
             scans = [item_path(item) for item in self.dataset.data]
+            if any(COVARIATES in item for item in self.dataset.data):
+                done = {item_path(item): item[COVARIATES] for item in self.dataset.data if self._has_results(item)}
+                self._write_record(done)
             self.summary(scans)
             drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
             write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed)
@@ -279,21 +286,37 @@ class ScanEvaluator(Evaluator):
         except ScanError:  # it has no place, as will be said when its results are written
             return name
 
-    def _note_settings(self) -> None:
-        """Refuse to mix results of different settings; leave those of this run beside its results."""
+    def _begin(self) -> list[int]:
+        """Refuse to mix results of different settings; leave those of this run beside its results.
+
+        Returns:
+            Which scans are not finished.
+        """
         folder = self.common.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.job}.json"
         settings = {name: _identity(value) for name, value in self.settings.items()}
-        if path.exists() and not self.common.overwrite:
-            before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, "the record of a job") if path.exists() and not self.common.overwrite else {}
+        if before:
             changed = [name for name in settings if name in before and before[name] != settings[name]]
             if changed:
                 raise ExistsError(
                     f"output_dir '{folder}' holds results of '{self.job}' made with another {', '.join(changed)}: set "
                     "--output_dir to another folder, or --overwrite True to make them again."
                 )
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        record = before.get(SCANS, {})
+        pending = [i for i, item in enumerate(self.dataset.data) if not self.finished(item, record)]
+        names = {item_path(self.dataset.data[i]) for i in pending}
+        self._write_record({name: values for name, values in record.items() if name not in names})
+        if self.common.describe is not None:
+            self.common.describe(self.job)
+        return pending
+
+    def _write_record(self, covariates: Mapping[str, Any]) -> None:
+        """Leave the settings beside the results, and the covariates of the scans that these are of."""
+        settings = {name: _identity(value) for name, value in self.settings.items()}
+        content = settings | ({SCANS: dict(covariates)} if covariates else {})
+        write_text(self.common.output_dir / f"{self.job}.json", json.dumps(content, indent=2) + "\n")
 
     def _iteration(self, engine: Engine, batchdata: Batch) -> dict[str, Any]:
         scans, _, _ = batchdata

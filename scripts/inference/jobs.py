@@ -81,7 +81,7 @@ SCORES = (
     "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
     "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
     "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map in the brain, in "
-    "standard deviations, higher is more unusual."
+    "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark."
 )
 DEVIATIONS = (
     "z: standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are "

@@ -28,7 +28,7 @@ class Scoring(Inferer):
 
     ``[batch]`` each: ``bits_per_dim``, ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each
     latent), ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in
-    the foreground).
+    the foreground: what is too bright), ``anomaly_score_dark`` (likewise of what is too dark).
     With a population prior also ``bits_per_dim_population``, the bound under it; ``typicality``, the
     Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
     cohort's scans that lie at least so far.
@@ -104,6 +104,7 @@ class Scoring(Inferer):
         results |= image_quality(loc, scans, network)
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
         results["anomaly_score"] = foreground_percentile(anomaly, scans, network)
+        results["anomaly_score_dark"] = foreground_percentile(-anomaly, scans, network)
         return results | {"recon": loc, "restored": expected[0], "anomaly": anomaly}
 
     def _bound(self, elbo: Tensor, weights: Sequence[Tensor]) -> Tensor:

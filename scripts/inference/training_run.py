@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from scripts.networks import VDVAE
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import read_json
 from scripts.utils.names import item_path
 
 __all__ = ["TrainedScans", "TrainingRun"]
@@ -28,7 +28,9 @@ class TrainedScans:
     """
 
     def __init__(self, datalist: str | os.PathLike) -> None:
-        training = json.loads(Path(datalist).read_text(encoding="utf-8"))["training"]
+        training = read_json(datalist, "the datalist of a run").get("training")
+        if not isinstance(training, list) or not all(isinstance(i, dict) and i.get("image") for i in training):
+            raise InputError(f"'{datalist}' does not say which scans were trained on: take that of the run.")
         self._paths = {absolute_path(item) for item in training}
         # a subject's name tells who it is within one data set alone
         self._root = os.path.commonpath([Path(path).parent for path in self._paths])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import json
 import os
 import secrets
 import shutil
@@ -107,6 +108,25 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
     """Write bytes as a file, whole or not at all."""
     return write_whole(path, lambda temporary: Path(temporary).write_bytes(data))
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """The dictionary in a JSON file.
+
+    Args:
+        path: of the file.
+        what: it should hold, for the message.
+
+    Raises:
+        InputError: it holds no such.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({error}), or is not {what}: remove or replace it.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' is not {what}: remove or replace it.")
+    return content
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

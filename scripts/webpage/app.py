@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from scripts.webpage.guard import LOOPBACK, Guard, refusal
+from scripts.webpage.guard import LOOPBACK, Guard, answer, refusal
 from scripts.webpage.jobs import Jobs
 from scripts.webpage.work import BusyError, Job, Results, Worker
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -42,7 +42,7 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         return FileResponse(STATIC / "index.html")
 
     async def about(request: Request) -> Response:
-        return JSONResponse(jobs.about())
+        return answer(jobs.about())
 
     async def scans(request: Request) -> Response:
         query = request.query_params
@@ -51,7 +51,7 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         except ValueError:
             return refusal(422, "offset and limit must be whole numbers.")
         descending = query.get("descending") == "true"
-        return JSONResponse(jobs.cohort.page(offset, limit, query.get("sort", ""), descending, query.get("search", "")))
+        return answer(jobs.cohort.page(offset, limit, query.get("sort", ""), descending, query.get("search", "")))
 
     async def thumbnail(request: Request) -> Response:
         channel = request.query_params.get("channel", "0")
@@ -82,13 +82,13 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         try:
             asked = json.loads(await request.body())
             job = _submit(asked["kind"], asked.get("arguments", {}))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
             return refusal(422, 'A job is asked for as {"kind": ..., "arguments": {...}}.')
         except ValueError as error:
             return refusal(422, str(error))
         except BusyError as error:
             return refusal(429, str(error))
-        return JSONResponse(_state(job), status_code=202)
+        return answer(_state(job), 202)
 
     def _state(job: Job) -> dict[str, Any]:
         state = job.plain()
@@ -101,7 +101,7 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         return state
 
     async def active(request: Request) -> Response:
-        return JSONResponse([job.plain() for job in worker.active() if job.kind != "thumbnail"])
+        return answer([job.plain() for job in worker.active() if job.kind != "thumbnail"])
 
     async def one(request: Request) -> Response:
         job = worker.find(request.path_params["id"])
@@ -109,7 +109,7 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
             return refusal(404, "There is no such job, or it was long ago: ask for it again.")
         if request.method == "DELETE":
             worker.cancel(job)
-        return JSONResponse(_state(job))
+        return answer(_state(job))
 
     async def file(request: Request) -> Response:
         name = request.path_params["name"]

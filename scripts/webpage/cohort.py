@@ -14,7 +14,16 @@ from scripts.utils.names import item_path, printable
 __all__ = ["SCORES", "Cohort"]
 
 # of scripts.inference.scoring.Scoring: those that the table has
-SCORES = ("bits_per_dim", "bits_per_dim_population", "anomaly_score", "typicality", "typicality_tail", "psnr", "ssim")
+SCORES = (
+    "bits_per_dim",
+    "bits_per_dim_population",
+    "anomaly_score",
+    "anomaly_score_dark",
+    "typicality",
+    "typicality_tail",
+    "psnr",
+    "ssim",
+)
 LARGEST_PAGE = 200
 
 

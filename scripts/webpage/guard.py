@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Collection
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["LOOPBACK", "Guard"]
+__all__ = ["LOOPBACK", "Guard", "answer", "refusal"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST = 2**20  # bytes of a request: a mask that is painted on a scan of 256³ has some 100,000
 HEADERS = {
     # NiiVue makes its textures and workers from blobs and data addresses of its own
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob: data:; "
-    "worker-src 'self' blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "worker-src 'self' blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
@@ -55,8 +58,7 @@ class Guard:
                 message["headers"] = [*message["headers"], *(pair for pair in added if pair[0] not in known)]
             await send(message)
 
-        answer = self._answer(Request(scope)) or self.app
-        await answer(scope, receive, send_guarded)
+        await (self._answer(Request(scope)) or self.app)(scope, receive, send_guarded)
 
     def _answer(self, request: Request) -> Response | None:
         """What is said instead of passing a request on; None: it is allowed."""
@@ -96,6 +98,21 @@ def _same_origin(headers: Headers, scheme: str) -> bool:
     return origin is None or origin == f"{scheme}://{headers.get('host', '')}"
 
 
+def answer(content: Any, status: int = 200) -> JSONResponse:
+    """An answer in JSON, which has neither NaN nor infinity (they become null) nor halves of characters."""
+    return JSONResponse(_plain(content), status_code=status)
+
+
 def refusal(status: int, text: str) -> JSONResponse:
     """A sentence as an answer."""
-    return JSONResponse({"error": text}, status_code=status)
+    return answer({"error": text}, status)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
