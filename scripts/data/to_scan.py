@@ -14,6 +14,7 @@ from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
 from scripts.data.geometry import fill_outside
 from scripts.data.transforms import OUTSIDE, RobustScaled, per_channel, unscaled
 from scripts.utils.errors import InputError
+from scripts.utils.formats import SPACE_CODE
 from scripts.utils.names import CHANNEL_FILES, image_files
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class Fit(NamedTuple):
         background: what each channel has around the scan, in the scan's units.
         gain, offset: of each channel, and ``b_min``: ``(scan - offset) * gain + b_min`` is what the network sees.
         files: of the scan.
+        space_code: which space its world is, NIfTI's ``sform_code``; None: not known.
     """
 
     affine: np.ndarray
@@ -41,6 +43,7 @@ class Fit(NamedTuple):
     offset: Sequence[float]
     b_min: float
     files: Sequence[str] = ()
+    space_code: int | None = None
 
     @classmethod
     def of(cls, scan: MetaTensor) -> Fit:
@@ -57,11 +60,14 @@ class Fit(NamedTuple):
         }
         grids = np.asarray(scan.affine), np.asarray(geometry["affine"]), tuple(geometry["shape"])
         numbers = scaling["gain"], scaling["offset"], float(scaling["b_min"])
-        return cls(*grids, fit[OUTSIDE], *numbers, image_files(scan))
+        code = int(scan.meta.get(SPACE_CODE, 0)) or int(scan.meta.get("qform_code", 0)) or None
+        return cls(*grids, fit[OUTSIDE], *numbers, image_files(scan), code)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All but the files, as arrays by name."""
-        return {name: np.asarray(value) for name, value in self._asdict().items() if name != "files"}
+        return {
+            name: np.asarray(value) for name, value in self._asdict().items() if name not in ("files", "space_code")
+        }
 
     def scaled(self, values: Tensor) -> Tensor:
         """Intensities in the scan's units, on any grid, as the network sees them, but not clipped."""
@@ -100,6 +106,7 @@ def to_scan(result: Tensor, fit: Fit, as_: str) -> MetaTensor:
         spatial_size=list(map(int, fit.scan_shape)),
     )
     image.meta |= {ImageMetaKey.FILENAME_OR_OBJ: fit.files[0] if fit.files else "", CHANNEL_FILES: list(fit.files)}
+    image.meta[SPACE_CODE] = fit.space_code
     outside = fit.background if as_ == "intensity" else [0.0] * len(image)
     return fill_outside(image, fit.affine, values.shape[1:], outside)
 

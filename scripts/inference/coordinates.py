@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from scripts.data.datalist import list_sides
 from scripts.data.tables import read_table
+from scripts.inference.cohort import UNUSABLE
 from scripts.population.files import FIT_IT
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand
 from torch import Tensor
+
+LARGEST = 1e6  # coordinate; they are standard deviations of the cohort
 
 __all__ = ["list_coordinates", "scans_to_fit", "stack_coordinates"]
 
@@ -44,7 +47,7 @@ def list_coordinates(
         ``[{"image": path of the result without its ending, "coordinates": [...]}, ...]``.
 
     Raises:
-        ValueError: there is no population prior, no file is named, or a row cannot be used.
+        ValueError: there is no population prior, no file is named, or the table lacks columns.
         FileNotFoundError: there is no such file.
     """
     if prior is None:
@@ -64,13 +67,15 @@ def list_coordinates(
 
 
 def _row(row: Mapping[str, str], names: Sequence[str], path: str | os.PathLike, output_dir: str | os.PathLike) -> dict:
+    """A row as an item; of one that cannot be used, why."""
+    item = {"image": str(Path(output_dir) / (Path(row["image"]).name or "unnamed"))}
     try:
         values = [float(row[name]) for name in names]
-    except (TypeError, ValueError):
+    except ValueError:
         values = [math.nan]
-    if not all(map(math.isfinite, values)):
-        raise InputError(f"'{path}': the row of '{row['image']}' has a cell that is no number: mend it.")
-    return {"image": str(Path(output_dir) / Path(row["image"]).name), "coordinates": values}
+    if not all(abs(value) <= LARGEST for value in values):
+        return item | {UNUSABLE: f"'{path}': the row of '{row['image'][:80]}' has a cell that is no number: mend it."}
+    return item | {"coordinates": values}
 
 
 def stack_coordinates(items: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = ["LoadLatentsd", "SaveLatentsd", "list_latents", "stack_latents"]
 PATTERN = "*_*latents*.npz"  # x_latents.npz, and by BIDS sub-01_desc-latents_T1w.npz
 CHANNEL_NAMES = "channel_names"
 MOST_VOXELS = 2**32  # of a scan; the largest that is known, of 100 micrometres, has 2**31
+NEEDED = tuple(name for name in Fit._fields if name not in ("files", "space_code"))
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -145,12 +146,12 @@ class LoadLatentsd(MapTransform):
     def _fit(self, path: str, content: Mapping[str, np.ndarray]) -> Fit:
         """How the scan was brought to the network's grid, checked."""
         content = {"background": content.get("offset"), **content}  # of earlier versions
-        lacking = sorted(set(Fit._fields) - {"files"} - {name for name, value in content.items() if value is not None})
+        lacking = sorted(set(NEEDED) - {name for name, value in content.items() if value is not None})
         if lacking:
             raise ScanError(f"'{path}' lacks {', '.join(lacking)}: encode the scan again.")
         dims = len(self.grids[0]) - 1
         shapes = {"affine": (4, 4), "scan_affine": (4, 4), "scan_shape": (dims,), "b_min": ()}
-        for name in set(Fit._fields) - {"files"}:
+        for name in NEEDED:
             value, shape = content[name], shapes.get(name, (self.channels,))
             if value.shape != shape:
                 raise ScanError(
@@ -166,7 +167,7 @@ class LoadLatentsd(MapTransform):
         shape = content["scan_shape"].astype(int).tolist()
         if min(shape) < 1 or math.prod(shape) > MOST_VOXELS:
             raise ScanError(f"'{path}': scan_shape is {shape}: no scan has such a grid; encode the scan again.")
-        values = {name: content[name] for name in Fit._fields if name != "files"}
+        values = {name: content[name] for name in NEEDED}
         return Fit(**values | {"scan_shape": shape, "b_min": float(content["b_min"])})
 
 

@@ -14,9 +14,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor, NibabelWriter
-from monai.transforms import MapTransform, SaveImage, SplitDim, Transform
-from monai.utils import ImageMetaKey
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, SplitDim, Transform
 from scripts.data.transforms import ScanError
 from scripts.inference.inferers import latents_up_to
 from scripts.inference.layouts import ScanLayout
@@ -24,30 +23,17 @@ from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures
-from scripts.utils.files import write_text, write_whole
-from scripts.utils.formats import save_nifti
+from scripts.utils.files import write_text
+from scripts.utils.formats import SPACE_CODE, save_nifti
 from scripts.utils.names import image_files, image_path
 
-__all__ = ["SaveFigured", "SaveRowd", "SaveScansd", "WholeNibabelWriter", "read_row"]
+__all__ = ["SaveFigured", "SaveRowd", "SaveScansd", "read_row"]
 
 logger = logging.getLogger(__name__)
 
 
-class WholeNibabelWriter(NibabelWriter):
-    """MONAI's ``NibabelWriter``, which writes an image as it lies, in files that appear whole or not at all."""
-
-    def set_metadata(self, meta_dict: Mapping | None, resample: bool = False, **options: Any) -> None:
-        # MONAI's asks for a resampling even to the same grid, and takes a volume without channels for a slice there
-        _, affine, _ = self.get_meta_info(meta_dict)
-        self.affine = np.asarray(affine)
-        self.data_obj = np.asarray(self.data_obj)
-
-    def write(self, filename: str | os.PathLike, verbose: bool = False, **kwargs: Any) -> None:
-        write_whole(filename, lambda temporary: super(WholeNibabelWriter, self).write(temporary, verbose, **kwargs))
-
-
 class SaveScansd(MapTransform):
-    """Write images as NIfTI with MONAI's ``SaveImage``, each named after its scan and its key.
+    """Write images as NIfTI, each named after its scan and its key.
 
     Args:
         keys: of the images, ``[channels, *spatial]``.
@@ -60,17 +46,12 @@ class SaveScansd(MapTransform):
     def __init__(self, keys: KeysCollection, layout: Callable[[str], ScanLayout]) -> None:
         super().__init__(keys)
         self.layouts = {key: layout(key) for key in self.keys}
-        self.savers = {
-            key: SaveImage(folder_layout=layout, writer=WholeNibabelWriter, resample=False, print_log=False)
-            for key, layout in self.layouts.items()
-        }
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
-            names = self.layouts[key].names(image_files(data[key]))
-            for name, part in split_channels(data[key], names).items():
-                part.meta[ImageMetaKey.FILENAME_OR_OBJ] = name
-                self.savers[key](part)
+            image, layout = data[key], self.layouts[key]
+            for name, part in split_channels(image, layout.names(image_files(image))).items():
+                save_nifti(layout.filename(name), part, image.affine, image.meta.get(SPACE_CODE) or None)
         return data
 
 

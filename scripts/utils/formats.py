@@ -20,6 +20,7 @@ __all__ = [
     "DETACHED_HEADERS",
     "IMAGE_SUFFIXES",
     "NIFTI_SUFFIXES",
+    "SPACE_CODE",
     "content_suffix",
     "file_states",
     "image_suffix",
@@ -28,6 +29,8 @@ __all__ = [
     "unzipped_content_suffix",
     "without_image_suffix",
 ]
+
+SPACE_CODE = "sform_code"  # in a loaded NIfTI file's metadata
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 # headers whose voxels are in a second file beside them
@@ -116,17 +119,23 @@ def nifti_bytes(array: np.ndarray, affine: np.ndarray, world: str, compresslevel
     return gzip.compress(nifti.to_bytes(), compresslevel, mtime=0)  # without the time of writing
 
 
-def save_nifti(path: str | os.PathLike, image: Tensor, affine: np.ndarray | Tensor) -> Path:
+def save_nifti(
+    path: str | os.PathLike, image: Tensor, affine: np.ndarray | Tensor, space_code: int | None = None
+) -> Path:
     """Write an image in the format of the path's suffix, whole or not at all.
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``; the folder must exist.
         image: ``[channels, *spatial]``; several channels become the file's fourth axis, also in 2D.
         affine: voxel indices to world mm, RAS.
+        space_code: which space the world is, NIfTI's ``sform_code`` (4 is MNI); None: an aligned one (2).
     """
     array = np.moveaxis(np.asarray(image), 0, -1)
     if array.shape[-1] == 1:
         array = array[..., 0]
     elif array.ndim == 3:  # the third axis of a NIfTI file is a spatial one
         array = array[:, :, None]
-    return write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary))
+    written = nib.Nifti1Image(array, np.asarray(affine))
+    written.header.set_xyzt_units("mm")
+    written.set_sform(written.affine, code=2 if space_code is None else int(space_code))
+    return write_whole(path, lambda temporary: nib.save(written, temporary))
