@@ -54,3 +54,19 @@ def test_the_mean_of_a_few_scans_is_shrunk_by_what_is_noise_in_it(scans, size, l
     mean, kept = shrunk_mean(values.sum(0), values.square().sum(), scans)
     assert least <= kept <= most
     assert (mean - true).square().mean() <= (values.mean(0) - true).square().mean()
+
+
+def test_the_order_of_covariates_does_not_matter_and_what_has_no_effect_gets_none():
+    """Age and sex go together, as age and site do in most cohorts; sex alone has an effect."""
+    generator = torch.Generator().manual_seed(0)
+    sex = torch.randn(200, 1, generator=generator)
+    age = 0.6 * sex + 0.8 * torch.randn(200, 1, generator=generator)
+    values = sex * torch.randn(5000, generator=generator) + 3 * torch.randn(200, 5000, generator=generator)
+    fits = []
+    for columns in ((age, sex), (sex, age)):
+        effects = Effects(2, [slice(0, 1), slice(1, 2)])
+        effects.add(torch.cat(columns, dim=1), values)
+        fits.append(effects.fit())
+    torch.testing.assert_close(fits[0], fits[1].flip(0), rtol=1e-4, atol=1e-5)
+    of_age, of_sex = fits[0].norm(dim=1)
+    assert of_age < 0.05 * of_sex

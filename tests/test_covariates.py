@@ -263,7 +263,7 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
 
 
 def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
-    job("covariates", fitted, tmp_path)
+    job("predict_covariates", fitted, tmp_path)
     rows = list(csv.DictReader((tmp_path / "covariates.csv").open()))
     assert len(rows) == 24
     assert float(rows[0]["age_low"]) <= float(rows[0]["age_mean"]) <= float(rows[0]["age_high"])

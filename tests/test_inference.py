@@ -164,6 +164,10 @@ class Perfect(torch.nn.Module):
     """A network that reconstructs every scan exactly."""
 
     arguments: ClassVar[dict] = {}
+    output_activation, scan_grid = "tanh", ScanGrid().as_tensor()
+
+    def grids(self):
+        return []
 
     def infer(self, x, temperature, keep_posteriors=True, draws=None):
         return VDVAEOutput(x, torch.full_like(x, 0.1), torch.zeros(len(x), 1)), []

@@ -58,5 +58,5 @@ def test_scans_that_were_trained_on_are_marked(data_set, tmp_path):
     run = TrainingRun(None)
     (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1]}))
     run.trained = TrainedScans(tmp_path / "datalist.json")
-    columns = ScanColumns(items, root, run)
+    columns = ScanColumns(items, root, training_run=run)
     assert [columns(item["image"])["trained_on"] for item in items] == ["yes", "no"]

@@ -17,6 +17,7 @@ import torch
 from monai.transforms import Compose
 from scripts.data.reading import as_reason
 from scripts.data.scan_grid import ScanGrid
+from scripts.data.transforms import FitShaped, RobustScaled
 from scripts.inference.cohort import Cohort
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
@@ -158,5 +159,10 @@ class Common:
 
     def settings(self) -> dict[str, Any]:
         """On which the results of every job depend."""
-        arguments = {"network_def": self.network.arguments, "seed": self.seed, "ckpt": self.ckpt}
-        return {**arguments, **self.precision, "join_channels": self.naming.get("join_channels", False)}
+        settings = {"network_def": self.network.arguments, "seed": self.seed, "ckpt": self.ckpt, **self.precision}
+        for step in self.preprocessing.transforms:
+            if isinstance(step, FitShaped):
+                settings["keep_aspect"] = step.fit.keep_aspect
+            if isinstance(step, RobustScaled):
+                settings["percentiles"] = [step.lower, step.upper]
+        return {**settings, "join_channels": self.naming.get("join_channels", False)}

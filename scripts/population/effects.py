@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ignite.distributed as idist
 import torch
 from torch import Tensor
@@ -14,14 +16,17 @@ class Effects:
 
     A cohort tells the effect of a feature on 100,000 quantities only with noise, which a counterfactual would add to a
     scan. So each effect is shrunk as a whole, by the share of its size that is noise (James and Stein 1961, positive
-    part; over the quantities, in the basis in which the features are uncorrelated: first the straight line of age, then
-    its bends, and so on). An effect that is no larger than noise is left out.
+    part; over the quantities). An effect that is no larger than noise is left out. Each covariate's features are shrunk
+    given all others, so that it does not matter in which order covariates are named; among themselves in the basis in
+    which they are uncorrelated given the others: first the straight line of age, then its bends.
 
     Args:
         features: how many they are.
+        covariates: which features belong to each covariate; None: all to one.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, covariates: Sequence[slice] | None = None) -> None:
+        self.covariates = [slice(0, features)] if covariates is None else list(covariates)
         self.gram = torch.zeros(features + 1, features + 1, dtype=torch.float64)
         self.moments, self.squares = torch.zeros(()), torch.zeros(())
         self.shape: tuple[int, ...] = ()
@@ -45,13 +50,17 @@ class Effects:
         scans = gram[0, 0].item()
         ridge = torch.ones(len(gram), dtype=gram.dtype)  # as strong as one scan, where features cannot be told apart
         ridge[0] = 0
-        # the design times the inverse of the transpose of this has uncorrelated columns of size 1
-        factor = torch.linalg.cholesky(gram + ridge.diag()).float()
-        sizes = torch.linalg.solve_triangular(factor, moments, upper=False)
-        noise = (squares - sizes.square().sum(0)).clamp_min(0) / max(scans - len(gram), 1.0)
-        kept = (1 - noise.sum() / sizes.square().sum(1).clamp_min(1e-12)).clamp_min(0)
-        kept[0] = 1  # the mean
-        effects = torch.linalg.solve_triangular(factor.T, sizes * kept[:, None], upper=True)[1:]
+        inverse = torch.linalg.inv(gram + ridge.diag())
+        effects = inverse.float() @ moments
+        noise = (squares - (effects * moments).sum(0)).clamp_min(0).sum() / max(scans - len(gram), 1.0)
+        effects = effects[1:]
+        for features in self.covariates:
+            # what the scans say of these effects given the others; times its root they are as uncertain as each other
+            information = torch.linalg.inv(inverse[1:, 1:][features, features])
+            factor = torch.linalg.cholesky(information).float()
+            sizes = factor.T @ effects[features]
+            kept = (1 - noise / sizes.square().sum(1).clamp_min(1e-12)).clamp_min(0)
+            effects[features] = torch.linalg.solve_triangular(factor.T, sizes * kept[:, None], upper=True)
         return effects.unflatten(1, self.shape)
 
 

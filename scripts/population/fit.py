@@ -232,7 +232,8 @@ class PopulationFit:
         """
         if self.coding is None:
             return None, None
-        latents, images = Effects(self.coding.size), Effects(self.coding.size)
+        covariates = list(self.coding.slices().values())
+        latents, images = (Effects(self.coding.size, covariates) for _ in range(2))
         for vectors in self._vectors(dataset, "regression on the covariates"):
             latents.add(vectors.features, vectors.t)
             images.add(vectors.features, vectors.scans)
