@@ -191,8 +191,8 @@ class CheckpointHandler:
         validator: the evaluator whose best metric says when to write ``best_model.pt``.
         datalist: what the run trains and validates on, see :func:`scripts.data.datalist.make_datalist`.
         extras: what else belongs to the run, written as it is.
-        stateful: objects with ``state_dict`` and ``load_state_dict``, by name; None where there is none. One that a
-            checkpoint lacks starts anew.
+        stateful: objects with ``state_dict`` and ``load_state_dict``, by name. One that a checkpoint lacks starts anew,
+            and what a checkpoint of an earlier version holds besides is left.
 
     Raises:
         ValueError: a number is too small, or none.
@@ -232,7 +232,7 @@ class CheckpointHandler:
         self.keep_last = keep_last
         self.keep_checkpoints = keep_checkpoints
         self.validator = validator
-        self.stateful = {name: item for name, item in (stateful or {}).items() if item is not None}
+        self.stateful = stateful or {}
         self.datalist = datalist
         self.extras = extras or {}
         self._saved_at = (0, time.monotonic())  # update, seconds

@@ -16,10 +16,11 @@ from scripts.utils.names import image_captions
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["save_augmentations", "save_preview", "save_previews"]
+__all__ = ["save_augmentations", "save_previews"]
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 8  # scans
 DRAWS = 8  # of each augmentation, of which the strongest is shown
 
 
@@ -30,30 +31,25 @@ def save_previews(
     cache: Dataset,
     augmentation: Mapping[str, RandomizableTransform],
 ) -> None:
-    """:func:`save_preview` of a data set, and :func:`save_augmentations` of the scans that it augments."""
-    save_preview(output_dir, dataset, value_range)
-    save_augmentations(output_dir, cache, augmentation)
-
-
-def save_preview(output_dir: str | os.PathLike, dataset: Dataset, value_range: Sequence[float], count: int = 8) -> None:
-    """Save training scans as NIfTI and as one PNG, ``preview.png``.
+    """Save training scans as NIfTI and as ``preview.png``, and what augmentation does, see :func:`save_augmentations`.
 
     Args:
         output_dir: made if needed.
-        dataset: with augmentation; its items hold ``image``, ``[channels, *spatial]``.
+        dataset: with augmentation; its items hold ``image``, ``[channels, *spatial]``, in ``value_range``.
         value_range: of its scans.
-        count: number of scans.
+        cache: the same scans without augmentation, in [0, 1].
+        augmentation: the random transforms by name.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    items = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
+    items = [dataset[i]["image"] for i in range(min(SHOWN, len(dataset)))]
     for index, item in enumerate(items):
         save_nifti(folder / f"preview_{index}.nii.gz", item, item.affine)
     scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
-    figures.batch(
-        folder / "preview.png", scans, [image_captions(item)[0] for item in items], value_range=tuple(value_range)
-    )
+    names = [image_captions(item)[0] for item in items]
+    figures.batch(folder / "preview.png", scans, names, value_range=tuple(value_range))
     logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")
+    save_augmentations(folder, cache, augmentation)
 
 
 def save_augmentations(
