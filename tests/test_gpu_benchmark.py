@@ -36,14 +36,11 @@ def test_everything_runs_without_a_gpu(cohort, tmp_path, monkeypatch, capsys):
     assert run.returncode == 0, run.stderr
     monkeypatch.setattr(gpu.Clock, "run", in_process)
     monkeypatch.setattr(gpu.Clock, "side_by_side", one_after_the_other)
-    monkeypatch.setattr(gpu, "FIRST", [["bf16", "eager"], ["fp32", "graph"]])
-    monkeypatch.setattr(gpu, "LAST", [["fp32", "compiled"]])
+    monkeypatch.setattr(gpu, "SETTINGS", [["bf16", "eager"], ["fp32", "graph"]])
     inference = {**INFERENCE, "ckpt": str(tmp_path / "run/checkpoints/model.pt")}
     packed = shutil.make_archive(str(tmp_path / "brains"), "zip", cohort)
     found = gpu.main(packed, str(tmp_path / "out"), device="cpu", networks=[8], inference=inference, training=TRAINING)
-    assert [(row["precision"], row["mode"]) for row in found["training"]] == [
-        tuple(one) for one in gpu.FIRST + gpu.LAST
-    ]
+    assert [(row["precision"], row["mode"]) for row in found["training"]] == [tuple(one) for one in gpu.SETTINGS]
     for row in found["training"]:
         assert row["scans_per_second"] > 0 and row["batch_size"] == 8, row
     assert {name: run["rc"] for name, run in found["jobs"].items()} == dict.fromkeys(found["jobs"], 0), found["jobs"]

@@ -129,4 +129,6 @@ def save_nifti(path: str | os.PathLike, image: Tensor, affine: np.ndarray | Tens
         array = array[..., 0]
     elif array.ndim == 3:  # the third axis of a NIfTI file is a spatial one
         array = array[:, :, None]
-    return write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary))
+    nifti = nib.Nifti1Image(array, np.asarray(affine))
+    nifti.header.set_xyzt_units("mm")
+    return write_whole(path, lambda temporary: nib.save(nifti, temporary))
