@@ -60,8 +60,9 @@ def synchronize(device: torch.device) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print as Markdown."""
-    for line in (columns, ["---"] * len(columns), *rows):
-        print("| " + " | ".join(line) + " |", flush=True)
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def training_config(network: int | str) -> ConfigParser:

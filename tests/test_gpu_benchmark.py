@@ -40,7 +40,7 @@ def test_everything_runs_without_a_gpu(cohort, tmp_path, monkeypatch, capsys):
     inference = {**INFERENCE, "ckpt": str(tmp_path / "run/checkpoints/model.pt")}
     packed = shutil.make_archive(str(tmp_path / "brains"), "zip", cohort)
     found = gpu.main(packed, str(tmp_path / "out"), device="cpu", networks=[8], inference=inference, training=TRAINING)
-    assert [[row["precision"], row["mode"]] for row in found["training"]] == gpu.SETTINGS
+    assert [(row["precision"], row["mode"]) for row in found["training"]] == [tuple(one) for one in gpu.SETTINGS]
     for row in found["training"]:
         assert row["scans_per_second"] > 0 and row["batch_size"] == 8, row
     assert {name: run["rc"] for name, run in found["jobs"].items()} == dict.fromkeys(found["jobs"], 0), found["jobs"]

@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandAffined, RandomizableTransform, RandTorchIOd, Resample
 from monai.transforms.utils import create_grid
 from scipy import ndimage
+from scripts.data.reading import reaching_border
 from scripts.utils.errors import InputError
 
 __all__ = ["RandAffineScand", "RandElasticd", "RandHaircutd", "RandTorchIOScand", "try_augmentations"]
@@ -130,23 +131,12 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         pixels = image.as_tensor() if isinstance(image, MetaTensor) else image
         lowest = pixels.amin()
         dark = pixels <= lowest + self.threshold * (pixels.amax() - lowest)
-        brain = ~_reaching_border(dark.all(dim=0).cpu().numpy())
+        brain = ~reaching_border(dark.all(dim=0).cpu().numpy())
         # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would.
         # Nothing is known beyond the border of the volume, so a brain that is cut off there keeps that face.
         step = ndimage.generate_binary_structure(brain.ndim, min(2, brain.ndim))
         brain = ndimage.binary_erosion(brain, step, iterations=width, border_value=1)
         return torch.where(torch.from_numpy(brain).to(pixels.device), image, lowest)
-
-
-def _reaching_border(mask: np.ndarray) -> np.ndarray:
-    """The connected parts of a mask that touch the border of the volume."""
-    parts, count = ndimage.label(mask)
-    touching = np.zeros(count + 1, dtype=bool)
-    for axis in range(mask.ndim):
-        for end in (0, -1):
-            touching[np.take(parts, end, axis=axis)] = True
-    touching[0] = False  # label 0 is what is not in the mask
-    return touching[parts]
 
 
 class RandTorchIOScand(RandomizableTransform, MapTransform):

@@ -10,11 +10,15 @@ from pathlib import Path
 
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.files import expand
+from scripts.utils.formats import NIFTI_SUFFIXES
 
 __all__ = ["compile_pattern", "fill_pattern", "find_by_wildcards", "find_scans"]
 
 logger = logging.getLogger(__name__)
 
+# of a BIDS data set: files in its folder, and folders that hold other things than its scans
+BIDS_FILES = {"dataset_description.json", "participants.tsv"}
+BIDS_OTHERS = {"derivatives", "sourcedata", "code"}
 WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")
 # how the names of this bundle's own results, figures' samples and previews end
 RESULT = re.compile(
@@ -31,7 +35,8 @@ def find_scans(
 
     Results that a job left among the scans (``x_recon.nii.gz``) are left out, unless the pattern asks for them.
     Hidden files and folders (names that begin with a dot, such as the ``._*`` files of macOS) are skipped; links to
-    folders are followed once.
+    folders are followed once. Of a BIDS data set ``derivatives``, ``sourcedata`` and ``code`` are skipped, unless a
+    part of the pattern names them or they are ``dataset_dir`` itself.
 
     Args:
         dataset_dir: the folder that holds the scans.
@@ -101,8 +106,10 @@ def find_by_wildcards(
         ValueError: when ``pattern`` names no file.
     """
     match = compile_pattern(pattern, pattern_setting)
-    names = sorted(_walk(root, folders=pattern.endswith("/")))
+    names = sorted(_walk(root, folders=pattern.endswith("/"), kept=pattern.split("/")))
     found = {key: name for name in names if (key := match(name)) is not None}
+    if ".nii" in pattern and pattern.endswith("*"):  # no x.nii.gz.md5, x.nii.gz.part or x.nii.gz~
+        found = {key: name for key, name in found.items() if name.lower().endswith(NIFTI_SUFFIXES)}
     scans = {key: name for key, name in found.items() if not RESULT.search(name)}
     if len(scans) < len(found) and not RESULT.search(pattern):
         logger.warning(
@@ -126,14 +133,24 @@ def find_by_wildcards(
     return found
 
 
-def _walk(root: Path, folders: bool) -> Iterator[str]:
-    """Yield the posix path, relative to root, of each file (or each folder) under root that is not hidden."""
+def _has_subjects(folders: Sequence[str]) -> bool:
+    return any(name.startswith("sub-") for name in folders)
+
+
+def _walk(root: Path, folders: bool, kept: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the posix path, relative to root, of each file (or each folder) under root that is not hidden.
+
+    Of a BIDS data set, what is no scan of it is left out: ``derivatives``, ``sourcedata`` and ``code``, unless they are
+    to be ``kept``.
+    """
 
     def refuse(error: OSError):  # os.walk would silently leave out a folder that cannot be read
         raise error
 
     seen = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if BIDS_OTHERS.intersection(subfolders) and (BIDS_FILES.intersection(files) or _has_subjects(subfolders)):
+            subfolders[:] = [name for name in subfolders if name not in BIDS_OTHERS or name in kept]
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was listed already
             subfolders.clear()

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import logging
+import math
 import os
 import re
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.transforms import LoadImaged
 from monai.utils import ensure_tuple
+from scipy import ndimage
 from scripts.utils.errors import InputError
 from scripts.utils.formats import NIFTI_SUFFIXES, content_suffix
 from scripts.utils.names import CHANNEL_FILES, expanded
 
-__all__ = ["ADVICE", "HeaderError", "LoadScand", "ScanError", "as_reason", "header_problems", "why_unreadable"]
+__all__ = [
+    "ADVICE",
+    "HeaderError",
+    "LoadScand",
+    "ScanError",
+    "as_reason",
+    "dicom_problem",
+    "header_problems",
+    "reaching_border",
+    "why_unreadable",
+]
+
+logger = logging.getLogger(__name__)
 
 ADVICE = "replace it or leave it out with --scan_pattern"
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # by the names of NIfTI's units
+POSITION, ORIENTATION = "0020|0032", "0020|0037"  # of a DICOM slice
+SAME_PLACE = 1e-3  # mm
+LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 
 
 class HeaderError(InputError):
@@ -34,43 +58,186 @@ class ScanError(InputError):
 class LoadScand(LoadImaged):
     """MONAI's ``LoadImaged``, with errors that name the file and the likely cause.
 
-    The reader is chosen by the file's suffix.
+    The reader is chosen by the file's suffix. Sizes in metres or microns become mm. NaN that reaches the border of a
+    scan, which some programs write around the brain, becomes the lowest value. Files of gzip are read to their end,
+    where their checksum is.
 
     Args:
         keys: the keys that hold a path, a list of paths (one for each channel) or a DICOM folder.
         ensure_channel_first: put the channel axis first; adds one where there is none.
+        max_gib: a scan that takes more memory than that, by its header or when it is unzipped, is refused before it is
+            read.
         kwargs: what else ``LoadImaged`` takes.
 
     Raises:
-        ScanError: when a file is missing or no reader can read it; of several channels the broken one is named.
+        ScanError: when a file is missing or no reader can read it; of several channels the broken one is named. When it
+            is too large, damaged, or a DICOM folder that does not hold one whole series.
     """
 
-    def __init__(self, keys: KeysCollection, ensure_channel_first: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, keys: KeysCollection, ensure_channel_first: bool = True, max_gib: float = 2.0, **kwargs: Any
+    ) -> None:
         super().__init__(keys, image_only=True, ensure_channel_first=ensure_channel_first, **kwargs)
+        self.max_gib = max_gib
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        paths = {key: expanded(data[key]) for key in self.key_iterator(dict(data))}
         try:
-            d = super().__call__(data, reader)
-            for key, files in paths.items():
-                d[key].meta |= {"header_problems": header_problems(files), CHANNEL_FILES: files}
-            return d
-        except MemoryError:
-            raise
-        except Exception as error:
-            files = [file for files in paths.values() for file in files]
+            return self._read(data, reader)
+        except Exception as error:  # whatever a reader raises is about this scan
+            files = [file for key in self.key_iterator(dict(data)) for file in expanded(data[key])]
             broken = self._broken(files) if len(files) > 1 else None
             raise ScanError(why_unreadable(*(broken or (list(map(Path, files)), error)))) from error
+
+    def _read(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        paths = {key: expanded(data[key]) for key in self.key_iterator(dict(data))}
+        for file in itertools.chain(*paths.values()):
+            _check_size(Path(file), self.max_gib)
+        d = super().__call__(data, reader)
+        for key, files in paths.items():
+            for file in files:
+                _check_gzip(Path(file), self.max_gib)
+            d[key].meta |= {"header_problems": header_problems(files), CHANNEL_FILES: files}
+            _scale_to_mm(d[key], Path(files[0]))
+            _fill_nan(d[key], files[0])
+        return d
 
     def _broken(self, files: Sequence[str]) -> tuple[list[Path], Exception] | None:
         """The first of several files that cannot be read by itself, and why; None where all can."""
         for file in files:
             try:
-                super().__call__({self.keys[0]: file})
-                header_problems(file)
+                self._read({self.keys[0]: file})
             except Exception as error:
                 return [Path(file)], error
         return None
+
+
+def _is_nifti(path: Path) -> bool:
+    """Whether nibabel reads a file: NIfTI, in one file or two, whatever the case of its suffix."""
+    return path.name.lower().endswith((*NIFTI_SUFFIXES, ".hdr", ".img"))
+
+
+def _check_size(path: Path, max_gib: float) -> None:
+    """Refuse what would take too much memory by its header, and a DICOM folder that is no whole series."""
+    if path.is_dir():
+        problem = dicom_problem(path)
+        if problem is not None:
+            raise HeaderError(problem)
+        return
+    if not path.is_file():
+        return
+    if _is_nifti(path):
+        header = nib.load(path).header
+        shape, size = header.get_data_shape(), max(4, header.get_data_dtype().itemsize)
+    else:
+        import SimpleITK  # most scans are NIfTI
+
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(str(path))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError:  # what no reader reads is said later
+            return
+        shape, size = reader.GetSize(), 4
+    gib = math.prod(map(int, shape)) * size / 2**30
+    if gib > max_gib:
+        raise HeaderError(
+            f"has {'×'.join(map(str, shape))} voxels by its header, {gib:,.0f} GiB in memory, more than the "
+            f"{max_gib:g} GiB that a scan may take (max_gib of LoadScand)"
+        )
+
+
+def _check_gzip(path: Path, max_gib: float) -> None:
+    """Read a gzip file to its end: readers stop at the last voxel, and the checksum comes after it."""
+    if not path.name.lower().endswith(".gz") or not path.is_file():
+        return
+    size = 0
+    try:
+        with gzip.open(path) as file:
+            while part := file.read(1 << 22):
+                size += len(part)
+                if size > max_gib * 2**30:
+                    raise HeaderError(f"unpacks to more than {max_gib:g} GiB, which its header does not say")
+    except (OSError, EOFError, zlib.error):
+        raise HeaderError("can be read, but its gzip checksum is wrong or missing: it was damaged") from None
+
+
+def _scale_to_mm(image: MetaTensor, path: Path) -> None:
+    """Correct the affine of a NIfTI file whose sizes are in metres or microns, and note it."""
+    unit = nib.load(path).header.get_xyzt_units()[0] if _is_nifti(path) and _has_units(path) else "mm"
+    if unit not in MILLIMETRES:
+        return
+    affine = image.affine.clone()
+    affine[:-1] *= MILLIMETRES[unit]
+    image.affine = affine
+    image.meta["header_problems"] += [f"its header gives sizes in {unit}s, which are read as such"]
+
+
+def _has_units(path: Path) -> bool:
+    return isinstance(nib.load(path), nib.Nifti1Pair)
+
+
+def _fill_nan(image: MetaTensor, name: str) -> None:
+    """Give NaN that reaches the border of a scan its channel's lowest value; NaN within the brain stays."""
+    pixels = image.as_tensor()
+    if not pixels.is_floating_point() or not pixels.isnan().any():
+        return
+    for channel in pixels:
+        missing = channel.isnan().numpy()
+        if missing.all() or not (missing == reaching_border(missing)).all():
+            continue
+        channel[torch.from_numpy(missing)] = channel[torch.from_numpy(~missing)].min()
+        logger.info(
+            "'%s': NaN in %.0f %% of its voxels, around the brain, is taken for background.", name, 100 * missing.mean()
+        )
+
+
+def reaching_border(mask: np.ndarray) -> np.ndarray:
+    """The connected parts of a mask that touch the border of the volume."""
+    parts, count = ndimage.label(mask)
+    touching = np.zeros(count + 1, dtype=bool)
+    for axis in range(mask.ndim):
+        for end in (0, -1):
+            touching[np.take(parts, end, axis=axis)] = True
+    touching[0] = False  # label 0 is what is not in the mask
+    return touching[parts]
+
+
+def dicom_problem(folder: Path) -> str | None:
+    """Why the DICOM files of a folder are not one whole series, as half a sentence; None where they are.
+
+    Slices may be missing or be there twice, as with two echoes, and a folder may hold several series.
+    """
+    import SimpleITK  # most scans are NIfTI
+
+    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) > 1:
+        return (
+            f"holds {len(series)} DICOM series ({', '.join(series[:3])}{', ...' if len(series) > 3 else ''}), and "
+            "nothing says which one is meant: put each into a folder of its own"
+        )
+    reader, places = SimpleITK.ImageFileReader(), []
+    for file in SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0]) if series else ():
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        if not all(reader.HasMetaDataKey(tag) for tag in (POSITION, ORIENTATION)):
+            return None  # several slices in one file, say
+        position, axes = (np.array(reader.GetMetaData(tag).split("\\"), float) for tag in (POSITION, ORIENTATION))
+        places.append(float(np.cross(axes[:3], axes[3:]) @ position))
+    places.sort()
+    steps = np.diff(places)
+    twice = int((steps < SAME_PLACE).sum())
+    if twice:
+        place = places[int(np.argmin(steps))]
+        return f"holds {twice} DICOM slice(s) where another one lies, such as at {place:g} mm: leave one image's slices"
+    if len(steps) < 2:
+        return None
+    usual = float(np.median(steps))
+    gaps = [place for place in range(len(steps)) if steps[place] > 1.5 * usual]
+    if not gaps:
+        return None
+    missing = sum(round(steps[place] / usual) - 1 for place in gaps)
+    between = ", ".join(f"{places[place]:g} and {places[place + 1]:g} mm" for place in gaps[:3])
+    return f"is not evenly spaced: {missing} DICOM slice(s) of {usual:g} mm are missing between {between}"
 
 
 def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
@@ -87,9 +254,12 @@ def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> l
     """
     problems = []
     for path in map(Path, ensure_tuple(paths)):
-        if not path.name.endswith(NIFTI_SUFFIXES):
+        if not _is_nifti(path):
             continue
         image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Pair):
+            problems.append("it is in the Analyze format, which does not say where left and right are")
+            continue
         # MONAI's reader replaces a singular affine, and drops imaginary parts, with no more than a warning
         if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
             raise HeaderError("has a singular affine in its header, so its voxel size is unknown")
@@ -136,8 +306,13 @@ def why_unreadable(paths: Sequence[Path], error: Exception) -> str:
         paths: of the scan's files, or of the broken one where that is known.
         error: what a reader said.
     """
+    names = ", ".join(f"'{path}'" for path in paths)
+    if isinstance(error, HeaderError):
+        return f"{names} {error}: {ADVICE}."
     for path in paths:
         if path.is_symlink() and not path.exists():
+            if "annex/objects" in str(path.readlink()):
+                return f"'{path}' has not been fetched by git-annex: fetch it by `git annex get`, or {ADVICE}."
             return f"'{path}' is a link to '{path.readlink()}', which does not exist: repair the link, or {ADVICE}."
         if not path.exists():
             return f"'{path}' does not exist: it was moved or deleted after the scans were listed."
@@ -145,20 +320,23 @@ def why_unreadable(paths: Sequence[Path], error: Exception) -> str:
             return f"'{path}' may not be read by this user: change its permissions, or {ADVICE}."
         if path.is_dir():
             return f"'{path}' holds no readable DICOM series itself ({_reason(error)}): {ADVICE}."
+        if isinstance(error, MemoryError):
+            return f"'{path}' needs more memory than there is: it is damaged, or far too large; {ADVICE}."
+        if path.is_file() and path.open("rb").read(len(LFS)) == LFS:
+            return f"'{path}' is a pointer of Git LFS, not the scan itself: fetch that by `git lfs pull`."
+        if path.name.lower().endswith((".mgz", ".mgh")):
+            return f"'{path}' is in FreeSurfer's format: convert it by `mri_convert {path.name} {path.stem}.nii.gz`."
         if path.stat().st_size == 0:
             return f"'{path}' is an empty file (0 bytes): {ADVICE}."
         found, suffix = content_suffix(path), "".join(path.suffixes[-2:])
         if found is not None and not suffix.lower().endswith(found.lstrip(".")):  # .mgz is gzip too
             ending = f"{path.suffix}.gz" if found == ".gz" else found
             return f"'{path}' holds {found} data, which its name hides: rename it to end in {ending}, or {ADVICE}."
-    names = ", ".join(f"'{path}'" for path in paths)
     if "channel-wise concatenation" in str(error):
         return (
             f"{names} cannot be the channels of one scan, since their grids or affines differ: "
             "resample them to one grid first."
         )
-    if isinstance(error, HeaderError):
-        return f"{names} {error}: {ADVICE}."
     if "dtype([('R'" in str(error):
         return (
             f"{names} is a colour image (RGB), which has no intensity: convert it to one number per voxel, or {ADVICE}."

@@ -33,6 +33,7 @@ from scripts.utils.names import image_files, image_path
 
 __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "ScanError", "per_channel", "unscaled"]
 
+MOST_VOXELS = 2**31  # of a scan with the zeros that are put around it
 # share of the range by which resampled tissue may dip below the background at an edge
 DIP = 0.05
 # in the trace of FitShape: what each channel of the inverse gets where the network's grid does not reach
@@ -149,7 +150,10 @@ class CheckScand(MapTransform):
         for name, channel, lowest, highest in zip(names, pixels, *extremes, strict=True):
             if not (math.isfinite(lowest) and math.isfinite(highest)):  # NaN and infinity both show in these
                 bad = int(channel.numel() - torch.isfinite(channel).sum())
-                raise ScanError(f"'{name}' has {bad} NaN or infinite voxel(s) of {channel.numel()}: {ADVICE}.")
+                raise ScanError(
+                    f"'{name}' has {bad} NaN or infinite voxel(s) of {channel.numel()} within the brain: give them a "
+                    f"number, {ADVICE}."
+                )
             if lowest == highest:
                 raise ScanError(f"'{name}' is constant (every voxel is {lowest:g}): {ADVICE}.")
             background = border_value(channel)
@@ -227,6 +231,11 @@ class FitShape(SpatialResample):
         if self.box is None:
             return pixels, image.affine
         widths = np.minimum(box_margins(image, self.box), most).astype(int)  # before and after, of each axis
+        if math.prod(pixels.shape[1:] + widths.sum(0)) > MOST_VOXELS:
+            raise ScanError(
+                f"'{image_path(image)}' has voxels far smaller than the network's, by its header: correct that, or "
+                "leave it out with --scan_pattern."
+            )
         moved = image.affine.clone()
         moved[:-1, -1] -= moved[:-1, : widths.shape[1]] @ torch.from_numpy(widths[0]).to(moved)
         return np.pad(pixels, [(0, 0), *widths.T.tolist()]), moved
@@ -347,7 +356,12 @@ class RobustScaled(MapTransform, InvertibleTransform):
                     f"'{image_path(image, key)}' has the same value at its {self.lower} and {self.upper} percentiles: "
                     f"it shows nothing to learn from; {ADVICE}."
                 )
-            gain, offset = (self.b_max - self.b_min) / (high - low), low
+            gain, offset = (self.b_max - self.b_min) / (high - low).astype(float), low
+            if not (gain < np.finfo(np.float32).max).all():
+                raise ScanError(
+                    f"'{image_path(image, key)}' has values that differ by {(high - low).min():.3g} only, which cannot "
+                    f"be scaled in single precision: multiply them, or {ADVICE}."
+                )
             if self.clip:
                 image = torch.minimum(torch.maximum(image, per_channel(low, image)), per_channel(high, image))
             scaled = (image - per_channel(offset, image)) * per_channel(gain, image) + self.b_min

@@ -30,6 +30,7 @@ REMEDIES = {
     errno.ENOENT: "does not exist: check the path",
     errno.EACCES: "must not be read or written by you (permission denied): name another, or change its permissions",
     errno.EPERM: "must not be changed by you (operation not permitted): name another, or change its permissions",
+    errno.ENAMETOOLONG: "has a longer name than its file system allows: give it a shorter one",
     errno.EROFS: "is on a read-only file system: name another place",
     errno.EEXIST: "exists already, and is not what is needed there: name another",
     errno.EISDIR: "is a folder where a file is expected: name a file",

@@ -401,7 +401,7 @@ class Sheet:
 
     def text(self, x: float, y: float, text: str, size: float = 9.5, colour: str = "0.9", **kwargs: Any) -> None:
         """Write text, centred at a place unless ``kwargs`` (of matplotlib's ``text``) say otherwise."""
-        kwargs = {"ha": "center", "va": "center", **kwargs}
+        kwargs = {"ha": "center", "va": "center", "parse_math": False, **kwargs}  # a name may hold a $
         self.figure.text(x / self.width, 1 - y / self.height, text, color=colour, fontsize=size, **kwargs)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:

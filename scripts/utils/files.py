@@ -16,6 +16,8 @@ from typing import Any
 
 from scripts.utils.errors import InputError, NotAFolderError, ResourceError
 
+MOST_KEPT = 40  # characters of a file's name in that of a temporary one
+
 
 def expand(path: str | os.PathLike | None) -> str | None:
     """A path as somebody gives it, with the user's home in place of a ``~`` at its start; None stays None.
@@ -45,7 +47,8 @@ def write_whole(
     path = Path(path)
     # the suffix stays, since writers such as nibabel and matplotlib choose the format by it
     # processes of several containers that share the folder may have one number
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name}")
+    # and the name may be as long as a file system allows
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name[-MOST_KEPT:]}")
     try:
         write(str(temporary))
         _flush(temporary)
@@ -130,8 +133,8 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """Write a text as UTF-8, whole or not at all."""
-    return write_bytes(path, text.encode())
+    """Write a text as UTF-8, whole or not at all; bytes of files' names that are not UTF-8 become ``\\udcXX``."""
+    return write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_csv(

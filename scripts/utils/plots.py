@@ -211,7 +211,7 @@ def posteriors(path: str | os.PathLike, content: Mapping[str, Mapping[str, Any]]
             axes.set_ylim(0, None)
             axes.legend(fontsize="small")
         axes.set_xlabel(name)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return save(path, figure)
 
 
@@ -243,7 +243,7 @@ def centiles(
             middle = np.interp([v for v, _ in own], values, mean), np.interp([v for v, _ in own], values, std)
             heights = middle[0] + np.array([z for _, z in own]) * middle[1]
             axes.plot([v for v, _ in own], heights, ".", color="tab:orange" if far else "0.35", markersize=5)
-        axes.set_title(name, fontsize="small")
+        axes.set_title(name, fontsize="small", parse_math=False)
         axes.set_xlabel(covariate)
     for axes in panels[len(regions) :]:
         axes.set_axis_off()
