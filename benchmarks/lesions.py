@@ -21,8 +21,7 @@ from benchmarks.common import print_table, read_config
 from scripts.data.transforms import unclipped
 from scripts.inference.cohort import list_scans
 from scripts.inference.detection import Detection, best, by_kind, detect, sentences
-from scripts.inference.lesions import LesionCounts, count_voxels, with_masks
-from scripts.inference.masks import pair_masks, read_kinds
+from scripts.inference.lesions import LesionCounts, count_voxels, pair_masks, read_kinds, with_masks
 from scripts.inference.scoring import anomaly_map
 from scripts.phantoms import make_brains
 from scripts.phantoms.lesions import KINDS

@@ -37,15 +37,13 @@ from scripts.data.transforms import unclipped
 from scripts.inference.cohort import list_scans
 from scripts.inference.detection import detect
 from scripts.inference.inferers import Sampling
-from scripts.inference.lesions import with_masks
-from scripts.inference.masks import pair_masks
+from scripts.inference.lesions import pair_masks, with_masks
 from scripts.inference.sample_comparison import compare_images
 from scripts.inference.scoring import anomaly_map, foreground, image_quality, restored
 from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
-from scripts.population.files import find_population_prior
-from scripts.population.prior import PopulationPrior
+from scripts.population.prior import PopulationPrior, find_population_prior
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures

@@ -25,8 +25,7 @@ from monai.bundle.utils import DEFAULT_METADATA
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from scripts.networks import VDVAE
-from scripts.population.fit import prior_path
-from scripts.population.prior import PopulationPrior, fingerprint
+from scripts.population.prior import PopulationPrior, fingerprint, prior_path
 from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError

@@ -19,13 +19,14 @@ from monai.inferers import Inferer
 from scripts.inference import jobs
 from scripts.inference.evaluation import held_out
 from scripts.inference.inferers import Sampling
-from scripts.inference.sample_comparison import compare_samples, one_per_subject
-from scripts.inference.sample_metrics import (
+from scripts.inference.sample_comparison import (
+    compare_samples,
     gaussian_kernel,
     kernel_features,
     mean_of_pairs,
     mmd,
     ms_ssim_metric,
+    one_per_subject,
     random_halves,
 )
 from scripts.layers.gaussian import gaussian_noise

@@ -17,9 +17,15 @@ from torch.distributions import LowRankMultivariateNormal, Normal
 from scripts.inference.inferers import CoordinateDecoding, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import Draws
-from scripts.population.files import find_population_prior, list_coordinates, scans_to_fit
 from scripts.population.fit import PopulationFit, prior_from_sketch
-from scripts.population.prior import PopulationPrior, fingerprint, innovation
+from scripts.population.prior import (
+    PopulationPrior,
+    find_population_prior,
+    fingerprint,
+    innovation,
+    list_coordinates,
+    scans_to_fit,
+)
 from scripts.population.sketch import FactorSketch
 from scripts.training.checkpoints import CheckpointError
 

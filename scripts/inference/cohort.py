@@ -11,18 +11,16 @@ from typing import Any
 from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.datalist import common_root, list_sides
-from scripts.inference.masks import pair_masks
+from scripts.inference.lesions import pair_masks
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import TrainingRun
 from scripts.population.prior import PopulationPrior
 from scripts.utils import distributed
-from scripts.utils.names import item_path
+from scripts.utils.names import UNUSABLE, item_path
 
-__all__ = ["UNUSABLE", "Cohort", "list_scans"]
+__all__ = ["Cohort", "list_scans"]
 
 logger = logging.getLogger(__name__)
-
-UNUSABLE = "unusable"  # in an item: why it cannot be read
 
 
 def list_scans(
@@ -97,7 +95,7 @@ class Cohort:
     def with_masks(
         self, mask_dir: str | os.PathLike | None, mask_pattern: str | None, masked_only: bool = False
     ) -> list[dict[str, Any]]:
-        """The scans with their masks, see :func:`scripts.inference.masks.pair_masks`."""
+        """The scans with their masks, see :func:`scripts.inference.lesions.pair_masks`."""
         arguments = (self.items, self.root, self.pattern, mask_dir, mask_pattern, masked_only)
         return distributed.from_rank_zero(pair_masks, *arguments)
 

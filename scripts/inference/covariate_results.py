@@ -13,24 +13,26 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.networks.utils import eval_mode
 from monai.transforms import Transform
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.tables import read_table
 from scripts.data.transforms import LoadScand
-from scripts.inference.covariates import summary
+from scripts.inference.covariates import Deviation, summary
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import file_names
-from scripts.inference.region_curves import RegionCurves
 from scripts.inference.tables import ScanColumns
+from scripts.networks import VDVAE
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
-from scripts.utils.names import image_path
+from scripts.utils.names import image_path, item_path
 from torch import Tensor
 
 __all__ = [
     "DrawStrip",
+    "RegionCurves",
     "SavePosteriors",
     "SaveRegions",
     "covariate_table",
@@ -198,7 +200,7 @@ def region_table(
     ``deviation.csv`` has a row per scan and region: the region's mean intensity (in the range of the network's output),
     what is expected for the scan's covariates, the standard deviation of that, the z score, and the centile.
     ``deviation_z.csv`` has a row per scan and a column per region, its z score. ``regions.png``: see
-    :class:`scripts.inference.region_curves.RegionCurves`.
+    :class:`scripts.inference.covariate_results.RegionCurves`.
     """
     found = {
         scan: json.loads(file.read_text(encoding="utf-8")) for scan in scans if (file := layout.path(scan)).exists()
@@ -224,3 +226,70 @@ def region_table(
 
 def _text(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+STEPS = 9  # values of the covariate
+SHOWN = 12  # regions
+
+
+class RegionCurves:
+    """Draws ``regions.png``: a panel per region, its centiles over the first continuous covariate, and the scans.
+
+    The curves are of people whose other covariates are not known. A scan's point lies as far from the middle curve as
+    its z score says, so that what its other covariates explain does not count.
+
+    Args:
+        deviation: the job's inferer, with an atlas.
+        network: whose scans it is about.
+        items: of the data set, with ``covariates``.
+        seed: of the draws, which are the same people at each value.
+    """
+
+    def __init__(self, deviation: Deviation, network: VDVAE, items: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        self.deviation, self.network, self.seed = deviation, network, seed
+        self.known = {item_path(item): item["covariates"] for item in items}
+
+    @torch.no_grad()
+    def moments(self, name: str, values: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each region over draws, at values of a covariate: ``[values, regions]``."""
+        prior, coding = self.deviation.prior, self.deviation.prior.coding
+        means, deviations = [], []
+        device = self.network.output.weight.device
+        with eval_mode(self.network):
+            for value in values:
+                features = coding.numbers({name: value})[None].to(device)
+                regions = []
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(self.seed)
+                    for _ in range(self.deviation.draws):
+                        loc, _ = prior.usual(self.network, features)
+                        regions.append(self.deviation.region_means(loc)[0].cpu())
+                drawn = torch.stack(regions)
+                means.append(drawn.mean(0))
+                deviations.append(drawn.std(0))
+        return torch.stack(means), torch.stack(deviations)
+
+    def draw(self, path: str | os.PathLike, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Draw; nothing where no covariate is continuous.
+
+        Args:
+            path: of the PNG.
+            scores: of each scan, the z score of each region.
+        """
+        coding = self.deviation.prior.coding
+        covariate = next((name for name, variable in coding.variables.items() if variable.kind == "continuous"), None)
+        if covariate is None:
+            return
+        values = coding.variables[covariate].grid(STEPS)
+        means, deviations = self.moments(covariate, values)
+        names = list(next(iter(scores.values())))
+        largest = [max(abs(scan[name]) for scan in scores.values()) for name in names]
+        shown = sorted(sorted(range(len(names)), key=largest.__getitem__)[-SHOWN:])
+        panels = {names[region]: (means[:, region].numpy(), deviations[:, region].numpy()) for region in shown}
+        placed = {scan: self.known[scan][covariate] for scan in scores}
+        points = [
+            [(place, scores[scan][names[region]]) for scan, place in placed.items() if place is not None]
+            for region in shown
+        ]
+        plots.centiles(path, covariate, values, panels, points)
+        logger.info("'%s' shows regions over %s, with the scans among the centiles.", path, covariate)

@@ -23,7 +23,6 @@ from monai.transforms import Compose
 from monai.utils import ensure_tuple
 from scripts.data.scan_grid import field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
-from scripts.inference.cohort import UNUSABLE
 from scripts.inference.common import Common, Failure
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
@@ -35,7 +34,7 @@ from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
 from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import read_json, write_text
-from scripts.utils.names import image_files, image_path, item_files, item_path
+from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
 
 __all__ = ["ScanEvaluator", "list_samples", "read_item", "scan_generator"]

@@ -16,7 +16,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
 from scripts.data.to_scan import Fit
 from scripts.data.transforms import ScanError
-from scripts.inference.masks import FitLike, read_mask
+from scripts.inference.lesions import FitLike, read_mask
 from scripts.inference.outputs import file_names
 from scripts.utils import figures
 from scripts.utils.names import image_path

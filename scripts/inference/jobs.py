@@ -20,8 +20,9 @@ from scripts.data.covariate_tables import read_cohort
 from scripts.data.datalist import common_root
 from scripts.data.to_scan import ToScand
 from scripts.data.transforms import FitShaped, unclipped
-from scripts.inference import coordinates, covariate_results, lesions, outputs
+from scripts.inference import covariate_results, lesions, outputs
 from scripts.inference.common import Common
+from scripts.inference.covariate_results import RegionCurves
 from scripts.inference.covariates import (
     AddChanged,
     Counterfactual,
@@ -48,10 +49,9 @@ from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, l
 from scripts.inference.job_report import Report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
-from scripts.inference.region_curves import RegionCurves
 from scripts.inference.score_summary import ScoreSummary
 from scripts.inference.scoring import Scoring
-from scripts.inference.tables import latent_tables
+from scripts.inference.tables import latent_tables, list_coordinates, scans_to_fit, stack_coordinates
 from scripts.population.adaptation import Adaptation
 from scripts.population.fit import PopulationFit
 from scripts.utils import distributed
@@ -206,8 +206,8 @@ def sample(
 
 def decode_coordinates(common: Common, path: str | os.PathLike | None, temperature: Temperature = 0.0) -> ScanEvaluator:
     """``_decoded`` for each row of a table of coordinates in the population prior, and a sheet of them."""
-    rows = distributed.from_rank_zero(coordinates.list_coordinates, path, common.output_dir, common.prior)
-    inferer, inputs = CoordinateDecoding(common.prior, temperature), coordinates.stack_coordinates
+    rows = distributed.from_rank_zero(list_coordinates, path, common.output_dir, common.prior)
+    inferer, inputs = CoordinateDecoding(common.prior, temperature), stack_coordinates
     settings = {"coordinates": path, "temperature": temperature}
     return _generated(common, "decode_coordinates", "decoded", rows, inferer, inputs, settings, "decoded.png")
 
@@ -281,7 +281,7 @@ def impute(
 
     Args:
         common: what all jobs share.
-        mask_dir, mask_pattern: see :func:`scripts.inference.masks.pair_masks`.
+        mask_dir, mask_pattern: see :func:`scripts.inference.lesions.pair_masks`.
         iterations, draws, voxel_noise: see :class:`scripts.inference.inferers.Imputation`.
     """
     scans = common.cohort.with_masks(mask_dir, mask_pattern, masked_only=True)
@@ -321,7 +321,7 @@ def score(
         common: what all jobs share.
         importance_samples, anomaly_smoothing, restore: see :class:`scripts.inference.scoring.Scoring`; by default maps
             are smoothed by a voxel of a grid of 128.
-        mask_dir, mask_pattern: of masks of lesions, see :func:`scripts.inference.masks.pair_masks`; None: there are
+        mask_dir, mask_pattern: of masks of lesions, see :func:`scripts.inference.lesions.pair_masks`; None: there are
             none.
         unmasked_healthy: scans without a mask count as healthy.
     """
@@ -457,7 +457,7 @@ def fit_prior(common: Common, factors: int = 64, covariates: Any = None) -> Popu
         covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
     """
     cohort = common.cohort
-    training, validation = distributed.from_rank_zero(coordinates.scans_to_fit, cohort.folder, cohort.pattern)
+    training, validation = distributed.from_rank_zero(scans_to_fit, cohort.folder, cohort.pattern)
     return PopulationFit(
         common.network,
         Dataset(training, common.preprocessing),

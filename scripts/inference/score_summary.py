@@ -15,8 +15,7 @@ from monai.transforms import Compose, LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.lesions import LesionCounts
-from scripts.inference.masks import read_kinds
+from scripts.inference.lesions import LesionCounts, read_kinds
 from scripts.inference.tables import row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
@@ -38,7 +37,7 @@ class ScoreSummary:
         layout: makes the layout of a result's files, see :py:class:`scripts.inference.layouts.ScanLayout`.
         scans: items of the data set, with ``mask`` where there are masks.
         read: transforms that read a scan and turn it to RAS, for the picture.
-        mask_dir: the folder of the masks, see :func:`scripts.inference.masks.read_kinds`.
+        mask_dir: the folder of the masks, see :func:`scripts.inference.lesions.read_kinds`.
         unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
     """
 

@@ -43,16 +43,6 @@ SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
 
-def prior_path(weights: str | os.PathLike) -> Path:
-    """Where the population prior of weights is: ``population_prior.pt`` of ``model.pt``, in the same folder.
-
-    Of ``model_64.pt`` it is ``population_prior_64.pt``, of ``covariates.pt`` ``population_prior_covariates.pt``.
-    """
-    path = Path(weights)
-    name = path.stem.removeprefix("model").removeprefix("_")
-    return path.with_name(f"population_prior_{name}.pt" if name else "population_prior.pt")
-
-
 def split_latents(vectors: Tensor, network: VDVAE) -> list[Tensor]:
     """The latents that lie one after the other in vectors, ``[rows, dimensions]``: ``[rows, channels, *grid]`` each."""
     grids = network.latent_grids()

@@ -16,6 +16,8 @@ a scan is a quadratic function of f.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
 from scripts.networks import VDVAE
+from scripts.training.checkpoints import CheckpointError, read_archive
+from scripts.utils.errors import InputError, NotFoundError
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
@@ -393,3 +397,61 @@ def fingerprint(network: nn.Module) -> str:
         checksum.update(name.encode())
         checksum.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return checksum.hexdigest()
+
+
+logger = logging.getLogger(__name__)
+
+CHOICES = (None, "population", "network")
+FIT_IT = "fit one by the run fit_prior of configs/inference.json"
+
+
+def prior_path(weights: str | os.PathLike) -> Path:
+    """Where the population prior of weights is: ``population_prior.pt`` of ``model.pt``, in the same folder.
+
+    Of ``model_64.pt`` it is ``population_prior_64.pt``, of ``covariates.pt`` ``population_prior_covariates.pt``.
+    """
+    path = Path(weights)
+    name = path.stem.removeprefix("model").removeprefix("_")
+    return path.with_name(f"population_prior_{name}.pt" if name else "population_prior.pt")
+
+
+def prior_file(prior: str | None, ckpt: str | os.PathLike) -> Path:
+    """The file of the population prior: the one that ``prior`` names (``.pt``), else the one beside the weights."""
+    return Path(prior).expanduser() if isinstance(prior, str) and prior.endswith(".pt") else prior_path(ckpt)
+
+
+def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: VDVAE) -> PopulationPrior | None:
+    """The population prior of a ``model.pt``.
+
+    Args:
+        prior: ``"population"`` for the one beside the weights, or its path; ``"network"`` for the network's own, which
+            needs no file; None takes the one beside the weights where there is one that was fitted to them.
+        ckpt: the weights.
+        network: with these weights.
+
+    Raises:
+        ValueError: ``prior`` is none of these.
+        FileNotFoundError: it is asked for, and there is none.
+        CheckpointError: its file is damaged; or, where it is asked for, of other weights.
+    """
+    path = prior_file(prior, ckpt)
+    if prior not in CHOICES and prior != str(prior_file(prior, ckpt)):
+        raise InputError(
+            f"prior is {prior!r}: set --prior to population, network or a population_prior.pt, or leave it out."
+        )
+    if prior == "network" or (prior is None and not path.is_file()):
+        return None
+    if not path.is_file():
+        raise NotFoundError(f"'{path}' does not exist: {FIT_IT}, or set --prior network.")
+    content = read_archive(path)
+    if not isinstance(content, dict) or "population_prior" not in content:
+        raise CheckpointError(f"'{path}' holds no population prior: {FIT_IT}.")
+    if content["weights"] != fingerprint(network):
+        what = f"'{path}' was fitted to other weights than '{ckpt}'"
+        if prior is None:
+            logger.warning("%s, and is not used: %s.", what, FIT_IT)
+            return None
+        raise CheckpointError(f"{what}: {FIT_IT}, or set --prior network.")
+    found = PopulationPrior.load(content).to(next(network.parameters()).device)
+    found.path = path
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "CHANNEL_FILES",
+    "UNUSABLE",
     "expanded",
     "image_captions",
     "image_files",
@@ -21,6 +22,7 @@ __all__ = [
 # in a loaded image's metadata: all its files, of which MONAI keeps the first; in a datalist's item: the files that its
 # results are named by, where they are not its image's
 CHANNEL_FILES = "channel_files"
+UNUSABLE = "unusable"  # in a datalist's item: why it cannot be read
 
 
 def image_path(image: Any, default: Any = "") -> str:
