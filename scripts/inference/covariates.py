@@ -11,11 +11,13 @@ import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
+from scipy import stats
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.inference.scoring import foreground
 from scripts.layers.gaussian import Draws
@@ -146,8 +148,9 @@ class Deviation(Inferer):
 
     Shaped like the scans: ``expected``, the mean of draws; ``spread``, their standard deviation with that of the
     likelihood; ``deviation``, the scan less the expected in units of the spread. With an atlas also ``regions``,
-    ``[batch, regions, 4]``: the scan's mean in each region, the expected, its standard deviation over draws, and the z
-    score.
+    ``[batch, regions, 4]``: the scan's mean in each region, the expected, the standard deviation of a further person's
+    (with the dispersion of held-out people, and the uncertainty of the mean of so many draws), and the z score: how far
+    out a normal distribution is as improbable as this value is given so few draws (Student's t).
 
     Args:
         prior: with covariates.
@@ -190,13 +193,21 @@ class Deviation(Inferer):
             results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
             if self.masks is not None:
                 own, drawn = self.region_means(inputs), torch.stack(means)
-                usual, std = drawn.mean(0), drawn.std(0)
-                results["regions"] = torch.stack([own, usual, std, (own - usual) / std], dim=2)
+                usual, std = drawn.mean(0), drawn.std(0) * (self.prior.region_dispersion * (1 + 1 / count) ** 0.5)
+                z = normal_score((own - usual) / std, count - 1)
+                results["regions"] = torch.stack([own, usual, std, z], dim=2)
             yield results
 
     def region_means(self, scans: Tensor) -> Tensor:
         """The mean of the first channel in each region, ``[batch, regions]``."""
         return scans[:, 0].flatten(1) @ self.masks.to(scans).T
+
+
+def normal_score(t: Tensor, degrees: int) -> Tensor:
+    """The z score that is as improbable under a normal distribution as t is under Student's, shaped like it."""
+    distances = t.abs().double().cpu().numpy()
+    scores = stats.norm.isf(np.maximum(stats.t.sf(distances, degrees), 1e-300))
+    return t.sign() * torch.from_numpy(scores).to(t)
 
 
 class CovariatePosterior(Inferer):

@@ -326,7 +326,8 @@ class ScanEvaluator(Evaluator):
                 self._warn_of_place(item.get(key))
         for items, results in self._results(batchdata):
             # written while a GPU computes what is next
-            before, self._computed = self._computed, (items, to_host({k: v.float() for k, v in results.items()}))
+            results = {name: v if v.dtype == torch.float64 else v.float() for name, v in results.items()}
+            before, self._computed = self._computed, (items, to_host(results))
             if before is not None:
                 self._add(*before)
             if not is_async(self.state.device):

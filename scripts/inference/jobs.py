@@ -448,13 +448,14 @@ def predict_covariates(common: Common) -> ScanEvaluator:
     )
 
 
-def fit_prior(common: Common, factors: int = 64, covariates: Any = None) -> PopulationFit:
+def fit_prior(common: Common, factors: int = 64, covariates: Any = None, memory: float | None = None) -> PopulationFit:
     """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
 
     Args:
         common: what all jobs share.
         factors: how many at most.
         covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
+        memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
     """
     cohort = common.cohort
     training, validation = distributed.from_rank_zero(scans_to_fit, cohort.folder, cohort.pattern)
@@ -468,6 +469,7 @@ def fit_prior(common: Common, factors: int = 64, covariates: Any = None) -> Popu
         device=common.device,
         seed=common.seed,
         covariates=read_cohort(training, validation, cohort.folder, covariates, cohort.covariates_file),
+        memory=memory,
     )
 
 

@@ -136,7 +136,9 @@ class SaveRowd(Transform):
         self.layout = layout
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        row = {k: float(f"{v.item():.7g}") for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+        numbers = {k: v for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+        # as many digits as there are: nats of large scans come in double precision
+        row = {k: float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}") for k, v in numbers.items()}
         path = self.layout.filename(image_path(data["image"]))
         write_text(path, json.dumps(row) + "\n")
         return data

@@ -74,7 +74,7 @@ def kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
 def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor:
     """KL(q || p) in nats, summed over the latent: ``[batch]``; ``floor`` as in :func:`kl_per_dimension`.
 
-    Without gradients it is computed of so many values of each scan at a time, ``most``.
+    Without gradients it is computed of so many values of each scan at a time, ``most``, and summed in double precision.
     """
     # on views in the order of their memory: else the gradients, which begin as one value expanded, are not
     # channels-last, and every operation on them and the convolutions behind copy
@@ -82,12 +82,11 @@ def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor
     if p_mean is not None and p_std is not None:
         p_mean, p_std = memory_order(p_mean), memory_order(p_std)
     in_order = Posterior(q.z, memory_order(q.mean), memory_order(q.std), p_mean, p_std)
-    values = in_order.mean.shape[1]
-    if values <= most or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return kl_per_dimension(in_order, floor).sum(1)
-    kl = torch.zeros(q.mean.shape[0], dtype=q.mean.dtype, device=q.mean.device)
-    for start in range(0, values, most):
-        kl = kl + kl_per_dimension(part(in_order, start, start + most), floor).sum(1)
+    kl = torch.zeros(q.mean.shape[0], dtype=torch.float64, device=q.mean.device)
+    for start in range(0, in_order.mean.shape[1], most):
+        kl = kl + kl_per_dimension(part(in_order, start, start + most), floor).sum(1, dtype=torch.float64)
     return kl
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.data import DataLoader
+from monai.networks.layers.factories import Pool
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
-from scripts.layers.gaussian import Posterior
+from scripts.layers.gaussian import Draws, Posterior
+from scripts.layers.levels import grid_name
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.effects import Effects
 from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
 from scripts.population.sketch import FactorSketch
-from scripts.training.checkpoints import unwrap
+from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.training.protocol import Trainer
+from scripts.training.trainer import TrainingEvents
 from scripts.utils.devices import on_device
+from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
 from torch import Tensor
@@ -43,21 +48,66 @@ SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
 
-def split_latents(vectors: Tensor, network: VDVAE) -> list[Tensor]:
-    """The latents that lie one after the other in vectors, ``[rows, dimensions]``: ``[rows, channels, *grid]`` each."""
-    grids = network.latent_grids()
+def split_latents(vectors: Tensor, network: VDVAE, latents: Sequence[int] | None = None) -> dict[int, Tensor]:
+    """The latents that lie one after the other in vectors, by their indices: ``[rows, channels, *grid]`` each.
+
+    Args:
+        vectors: ``[rows, dimensions]``.
+        network: whose latents they are.
+        latents: which of them, in order; None: all.
+    """
+    latents = range(network.num_latents) if latents is None else latents
+    grids = [network.latent_grids()[index] for index in latents]
     parts = vectors.split([math.prod(grid) for grid in grids], dim=1)
-    return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
+    return {index: part.unflatten(1, grid) for index, part, grid in zip(latents, parts, grids, strict=True)}
 
 
-def shifts_and_ratios(posteriors: Sequence[Posterior]) -> tuple[Tensor, Tensor]:
+def fit_bytes(factors: int, features: int, batch_size: int, held_out: int) -> int:
+    """Bytes of memory that a fit needs for each dimension of the latents that it takes, at its peak.
+
+    The sketch's 2 factors rows are kept, joined with those of a batch, and made anew; a prior of them has as many rows
+    as factors at most; effects have a row per feature, as have the sums that they come from; of held-out scans u and t
+    are kept.
+    """
+    rows = 2 * (4 * factors + batch_size + 2) + 2 * factors + 3 * features + 2 * held_out + 3 * batch_size
+    return 4 * rows
+
+
+def latents_within(network: VDVAE, memory: float, per_dimension: int) -> list[int]:
+    """The latents of the coarsest grids, as many as fit into so many bytes; the coarsest in any case."""
+    dimensions, chosen = 0, list[int]()
+    for level in sorted(set(network.latent_levels), reverse=True):
+        of_level = [index for index, other in enumerate(network.latent_levels) if other == level]
+        dimensions += sum(math.prod(network.latent_grids()[index]) for index in of_level)
+        if chosen and dimensions * per_dimension > memory:
+            break
+        chosen += of_level
+    return chosen
+
+
+def memory_to_use() -> float:
+    """Bytes that a fit may take of this machine's memory: half of what is free, shared with processes beside this."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError):  # not on all systems
+        free = 8 * 2**30
+    return free / 2 / idist.get_nproc_per_node()
+
+
+def shifts_and_ratios(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
     """The shifts t and the ratios r of scans, ``[batch, dimensions]`` each, the latents one after the other."""
+    posteriors = list(posteriors)
     shifts = [innovation(q._replace(z=q.mean)).flatten(1) for q in posteriors]
     return torch.cat(shifts, dim=1), torch.cat([ratio(q).flatten(1) for q in posteriors], dim=1)
 
 
 def prior_from_sketch(
-    sketch: FactorSketch, rank: int, shrinkage: float, network: VDVAE, effects: Tensor | None = None
+    sketch: FactorSketch,
+    rank: int,
+    shrinkage: float,
+    network: VDVAE,
+    effects: Tensor | None = None,
+    latents: Sequence[int] | None = None,
 ) -> PopulationPrior:
     """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out.
 
@@ -66,14 +116,15 @@ def prior_from_sketch(
         rank, shrinkage: see :meth:`FactorSketch.factors`.
         network: whose latents they are.
         effects: of the covariates, ``[features, dimensions]``.
+        latents: of which the sketch is; None: all.
     """
     mean, variance, directions = sketch.factors(rank, shrinkage)
     effects = mean.new_zeros(0, len(mean)) if effects is None else effects
-    parts = [split_latents(part, network) for part in (mean[None], variance[None], directions, effects)]
-    explained = torch.stack([latent.square().sum() for latent in parts[2]])
-    shares = (explained / explained.sum().clamp_min(1e-12)).tolist()
+    parts = [split_latents(part, network, latents) for part in (mean[None], variance[None], directions, effects)]
+    explained = {index: latent.square().sum().item() for index, latent in parts[2].items()}
+    total = max(sum(explained.values()), 1e-12)
     # all latents where shrinkage leaves nothing to explain
-    kept = [i for i, share in enumerate(shares) if share >= LEAST_SHARE] or list(range(len(shares)))
+    kept = [i for i, share in explained.items() if share >= LEAST_SHARE * total] or list(explained)
     return PopulationPrior(
         *({i: part[i][0] for i in kept} for part in parts[:2]),
         {i: parts[2][i] for i in kept},
@@ -88,14 +139,25 @@ def _gather(batches: Sequence[Tensor]) -> list[float]:
 
 
 class ScanVectors(NamedTuple):
-    """Of some scans: innovations, shifts and ratios, ``[batch, dimensions]``, bits per dim, covariates, scans."""
+    """Of some scans, on the host: the posteriors of latents by their indices, bits per dim, covariates, scans."""
 
-    u: Tensor
-    t: Tensor
-    r: Tensor
+    posteriors: dict[int, Posterior]
     bits_per_dim: Tensor
     features: Tensor
     scans: Tensor
+
+    def innovations(self) -> Tensor:
+        """The u of the latents, one after the other, ``[batch, dimensions]``."""
+        return torch.cat([innovation(q).flatten(1) for q in self.posteriors.values()], dim=1)
+
+
+class HeldOut(NamedTuple):
+    """What is kept of held-out scans, of this process's share: u and t, bits per dim, covariates."""
+
+    u: Tensor
+    t: Tensor
+    bits_per_dim: Tensor
+    features: Tensor
 
 
 class _Scans(Dataset):
@@ -129,6 +191,8 @@ class PopulationFit:
         device: of the network.
         seed: of the latents' noise.
         covariates: of the scans; None: there are none.
+        memory: GiB that it may take of the host's, in each process; latents of the finest grids are left out where they
+            would need more. None: half of what is free.
         extras: what else the file holds, plain values.
     """
 
@@ -144,8 +208,11 @@ class PopulationFit:
         device: torch.device | str = "cpu",
         seed: int = 0,
         covariates: CohortCovariates | None = None,
+        memory: float | None = None,
         extras: dict[str, Any] | None = None,
     ) -> None:
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0):
+            raise InputError(f"prior_memory is {memory!r}: set it to a number of GiB above 0, or to None.")
         if isinstance(factors, bool) or not isinstance(factors, int) or factors < 0:
             raise InputError(f"prior_factors is {factors!r}: set it to a whole number, 0 for no population prior.")
         self.network, self.path, self.factors = unwrap(network), Path(path), factors
@@ -154,13 +221,48 @@ class PopulationFit:
         self.validation = _Scans(validation, covariates and covariates.validation)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.device, self.seed, self.extras = torch.device(device), seed, extras or {}
+        self.memory = memory
+        self.latents: list[int] = []
 
-    def attach(self, engine: Engine) -> None:
-        """Fit after the last epoch; not where a signal ends training before."""
+    def attach(self, engine: Trainer) -> None:
+        """Fit after the last epoch, or when a run that had ended before its fit is resumed; not after a signal.
+
+        What the fit leaves out for want of memory is said now, before the first update.
+        """
         if self.factors:
+            self._plan()
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
+            engine.add_event_handler(TrainingEvents.NOTHING_LEFT, self._after_end)
 
-    def _after_epoch(self, engine: Engine) -> None:
+    def _plan(self) -> None:
+        """Choose the latents that fit into memory, and say which do not."""
+        held_out = min(len(self.validation) or len(self.training) // 5, MOST_HELD_OUT)
+        features = 0 if self.coding is None else self.coding.size
+        per_dimension = fit_bytes(self.factors, features, self.batch_size, held_out)
+        memory = memory_to_use() if self.memory is None else self.memory * 2**30
+        self.latents = latents_within(self.network, memory, per_dimension)
+        left_out = [grid for i, grid in enumerate(self.network.latent_grids()) if i not in self.latents]
+        if left_out and idist.get_rank() == 0:
+            needed = sum(map(math.prod, self.network.latent_grids())) * per_dimension
+            finest = grid_name(self.network.latent_grids()[max(self.latents)][1:])
+            logger.warning(
+                "The population prior takes latents of grids up to %s, and leaves out %d finer ones: with them its fit "
+                "would need %.1f GiB of memory, and has %.1f (prior_memory). With fewer --prior_factors it needs less.",
+                *(finest, len(left_out), needed / 2**30, memory / 2**30),
+            )
+
+    def _after_end(self, engine: Trainer) -> None:
+        """Fit where a run that had come to its end was stopped before the fit was done."""
+        if not from_rank_zero(self._is_done):
+            self.run()
+
+    def _is_done(self) -> bool:
+        with contextlib.suppress(CheckpointError, OSError):
+            content = read_archive(self.path)
+            return isinstance(content, dict) and content.get("weights") == fingerprint(self.network)
+        return False
+
+    def _after_epoch(self, engine: Trainer) -> None:
         if engine.state.epoch == engine.state.max_epochs:
             self.run()
 
@@ -179,40 +281,70 @@ class PopulationFit:
             return None
         if idist.get_rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)  # before the fit: an error comes at once
+        if not self.latents:
+            self._plan()
         first = Subset(self.training, indices)
         effects, means = self._effects(first)
         sketch = self._sketch(first, effects)
         chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
-        drawn = list(self._vectors(chosen, "choosing the number of factors"))
+        drawn = self._held_out(chosen)
         rank, shrinkage, gain = self._choose(sketch, effects, drawn)
-        sharpness = self._sharpness(prior_from_sketch(sketch, rank, shrinkage, self.network, effects), drawn)
-        if late:
-            effects, means = self._effects(self.training)
-            sketch = self._sketch(self.training, effects)
-        prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
-        prior.coding, prior.sharpness = self.coding, sharpness
+        prior = self._prior(sketch, rank, shrinkage, effects)
+        prior.coding = self.coding
+        prior.sharpness = self._sharpness(prior, drawn)
         prior.offset = self._offset(prior, means, first)
-        prior.dispersion = self._dispersion(prior, chosen)
+        prior.dispersion, prior.region_dispersion = self._dispersions(prior, chosen)
         prior.distances = self._distances(prior, chosen)
-        prior.bits_per_dim = torch.tensor(_gather([vectors.bits_per_dim for vectors in drawn]))
+        prior.bits_per_dim = torch.tensor(_gather([drawn.bits_per_dim]))
+        if late:
+            prior = self._refitted(prior, rank, shrinkage)
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 
-    def _vectors(self, dataset: Dataset, what: str, temperature: float = 1.0) -> Iterator[ScanVectors]:
-        """Of this process's share of the scans, by batches, on the CPU."""
+    def _refitted(self, prior: PopulationPrior, rank: int, shrinkage: float) -> PopulationPrior:
+        """The same fitted to all training scans; what was measured of held-out ones stays as it was."""
+        effects, means = self._effects(self.training)
+        refitted = self._prior(self._sketch(self.training, effects), rank, shrinkage, effects)
+        for name in ("coding", "sharpness", "dispersion", "region_dispersion", "distances", "bits_per_dim"):
+            setattr(refitted, name, getattr(prior, name))
+        refitted.offset = self._offset(refitted, means, self.training)
+        return refitted
+
+    def _prior(self, sketch: FactorSketch, rank: int, shrinkage: float, effects: Tensor | None) -> PopulationPrior:
+        return prior_from_sketch(sketch, rank, shrinkage, self.network, effects, self.latents)
+
+    def _vectors(
+        self, dataset: Dataset, what: str, temperature: float = 1.0, latents: Sequence[int] | None = None
+    ) -> Iterator[ScanVectors]:
+        """Of this process's share of the scans, by batches, on the host; by default of the latents that are taken."""
+        wanted = set(self.latents if latents is None else latents)
         share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
         loader = on_device(DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers), self.device)
-        hidden = idist.get_rank() > 0 or not sys.stderr.isatty()
+        hidden = idist.get_rank() > 0
         devices = [self.device] if self.device.type == "cuda" else []
         with eval_mode(self.network), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed + idist.get_rank())
-            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden):
+            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden, mininterval=1):
                 scans = batch["image"].to(self.device)
-                output, posteriors = self.network.infer(scans, temperature)
+                posteriors: dict[int, Posterior] = {}
+
+                def record(index: int, q: Posterior, kept: dict[int, Posterior] = posteriors) -> Tensor:
+                    if index in wanted:
+                        kept[index] = Posterior(*(part if part is None else part.cpu() for part in q))
+                    return q.z
+
+                output, _ = self.network.infer(scans, temperature, keep_posteriors=False, draws=Draws(rule=record))
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
-                u = torch.cat([innovation(q).flatten(1) for q in posteriors], dim=1)
-                parts = (u, *shifts_and_ratios(posteriors), bits_per_dim(nats, scans))
-                yield ScanVectors(*(part.cpu() for part in parts), batch["features"], batch["image"])
+                bits = bits_per_dim(nats, scans).cpu()
+                yield ScanVectors(dict(sorted(posteriors.items())), bits, batch["features"].cpu(), batch["image"].cpu())
+
+    def _held_out(self, dataset: Dataset) -> HeldOut:
+        """What is kept of held-out scans; of each its latents are drawn once."""
+        parts = [
+            HeldOut(v.innovations(), shifts_and_ratios(v.posteriors.values())[0], v.bits_per_dim, v.features)
+            for v in self._vectors(dataset, "choosing the number of factors")
+        ]
+        return HeldOut(*map(torch.cat, zip(*parts, strict=True)))
 
     def _effects(self, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
         """The regressions of the shifts, and of the scans themselves, on the covariates.
@@ -225,7 +357,7 @@ class PopulationFit:
         covariates = list(self.coding.slices().values())
         latents, images = (Effects(self.coding.size, covariates) for _ in range(2))
         for vectors in self._vectors(dataset, "regression on the covariates"):
-            latents.add(vectors.features, vectors.t)
+            latents.add(vectors.features, shifts_and_ratios(vectors.posteriors.values())[0])
             images.add(vectors.features, vectors.scans)
         return latents.fit(), images.fit()
 
@@ -241,13 +373,15 @@ class PopulationFit:
         gained = [torch.zeros_like(mean) for mean in means]
         scans = 0
         some = Subset(dataset, range(min(len(dataset), OFFSET_SCANS)))
-        for vectors in self._vectors(some, "mean differences", temperature=0.0):
-            innovations = split_latents(vectors.u, self.network)
-            scans += len(vectors.u)
+        all_latents = range(self.network.num_latents)  # they are decoded
+        for vectors in self._vectors(some, "mean differences", temperature=0.0, latents=all_latents):
+            innovations = [innovation(q) for q in vectors.posteriors.values()]
+            count = len(vectors.scans)
+            scans += count
             decoded = []
             for sign in (-0.25, 0.25):
                 for feature in range(self.coding.size):
-                    change = torch.zeros(len(vectors.u), self.coding.size)
+                    change = torch.zeros(count, self.coding.size)
                     change[:, feature] = sign
                     draws = given_innovations(prior.moved(innovations, change))
                     decoded.append(self.network.decode([], 0.0, batch_size=len(change), draws=draws)[0].cpu())
@@ -260,22 +394,20 @@ class PopulationFit:
     def _sketch(self, dataset: Dataset, effects: Tensor | None) -> FactorSketch:
         sketch = FactorSketch(2 * self.factors)
         for vectors in self._vectors(dataset, "reading the training scans"):
-            sketch.add(vectors.t if effects is None else vectors.t - vectors.features @ effects, vectors.r)
+            t, r = shifts_and_ratios(vectors.posteriors.values())
+            sketch.add(t if effects is None else t - vectors.features @ effects, r)
         sketch.merge()
         return sketch
 
-    def _choose(
-        self, sketch: FactorSketch, effects: Tensor | None, drawn: Sequence[ScanVectors]
-    ) -> tuple[int, float, float]:
+    def _choose(self, sketch: FactorSketch, effects: Tensor | None, drawn: HeldOut) -> tuple[int, float, float]:
         """The rank and the shrinkage with the highest likelihood of held-out scans, and its gain in nats per scan."""
-        latents = split_latents(torch.cat([vectors.u for vectors in drawn]), self.network)
-        features = torch.cat([vectors.features for vectors in drawn])
-        count = idist.all_reduce(len(features))
+        latents = split_latents(drawn.u, self.network, self.latents)
+        count = idist.all_reduce(len(drawn.features))
         most = min(self.factors, len(sketch.basis))
 
         def gain(rank: int, shrinkage: float) -> float:
-            prior = prior_from_sketch(sketch, rank, shrinkage, self.network, effects)
-            return idist.all_reduce(prior.log_ratio(latents, features).sum().item()) / count
+            prior = self._prior(sketch, rank, shrinkage, effects)
+            return idist.all_reduce(prior.log_ratio(latents, drawn.features).sum().item()) / count
 
         gains = {rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})}
         rank = max(gains, key=gains.__getitem__)
@@ -283,15 +415,15 @@ class PopulationFit:
         shrinkage = max(gains, key=gains.__getitem__)
         return rank, shrinkage, gains[shrinkage]
 
-    def _sharpness(self, prior: PopulationPrior, drawn: Sequence[ScanVectors]) -> float:
+    def _sharpness(self, prior: PopulationPrior, drawn: HeldOut) -> float:
         """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors.
 
         Each covariate in turn is inferred, as if all values of its grid were as likely and no other one were known.
         """
         if self.coding is None:
             return 1.0
-        scores = torch.cat([prior.effect_scores(split_latents(vectors.t, self.network)) for vectors in drawn])
-        features = torch.cat([vectors.features for vectors in drawn])
+        scores = prior.effect_scores(split_latents(drawn.t, self.network, self.latents))
+        features = drawn.features
         total = torch.zeros(len(SHARPNESSES))
         for name, variable in self.coding.variables.items():
             values = torch.stack([self.coding.numbers({name: value}) for value in variable.grid()])
@@ -304,40 +436,45 @@ class PopulationFit:
                 total[place] += posterior.gather(1, nearest[:, None])[has_value].sum()
         return SHARPNESSES[int(idist.all_reduce(total).argmax())]
 
-    def _dispersion(self, prior: PopulationPrior, dataset: Dataset) -> float:
+    def _dispersions(self, prior: PopulationPrior, dataset: Dataset) -> tuple[float, float]:
         """How much further from their expectation held-out scans are than the prior's draws for their covariates.
 
-        Of the voxels that are brain in most draws, by the square root of the mean square.
+        By the square root of the mean square, of voxels and of the means of blocks of an eighth of the grid, which
+        stand for regions; of those that are brain in most draws.
         """
         if self.coding is None:
-            return 1.0
+            return 1.0, 1.0
         low, high = OUTPUT_RANGES[self.network.output_activation]
-        squares = voxels = 0.0
+        pool = Pool["AVG", self.network.spatial_dims](max(1, min(self.network.spatial_shape) // 8))
+        squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         some = Subset(dataset, range(min(len(dataset), DISPERSION_SCANS)))
-        for vectors in self._vectors(some, "how far scans deviate", temperature=0.0):
-            means, variances = [], []
-            for _ in range(DISPERSION_DRAWS):
-                loc, scale = prior.usual(self.network, vectors.features)
-                means.append(loc.cpu())
-                variances.append(scale.cpu().square())
-            means = torch.stack(means)
-            spread = means.var(0) + torch.stack(variances).mean(0)
-            # the mean of few draws is itself off by its variance over their number
-            z2 = ((vectors.scans - means.mean(0)).square() - means.var(0) / DISPERSION_DRAWS) / spread
-            # elsewhere next to nothing is expected to vary
-            inside = (means > low + 0.05 * (high - low)).float().mean(0) > 0.5
-            # the inverse of a variance over few draws is too large in the mean
-            squares += z2[inside].sum().item() * (DISPERSION_DRAWS - 3) / (DISPERSION_DRAWS - 1)
-            voxels += inside.sum().item()
-        squares, voxels = (idist.all_reduce(total) for total in (squares, voxels))
-        return max(squares / max(voxels, 1.0), 1e-6) ** 0.5
+        for vectors in self._vectors(some, "how far scans deviate", temperature=0.0, latents=()):
+            drawn = [prior.usual(self.network, vectors.features) for _ in range(DISPERSION_DRAWS)]
+            means = torch.stack([loc.cpu() for loc, _ in drawn])
+            noise = torch.stack([scale.cpu().square() for _, scale in drawn]).mean(0)
+            brain = (means > low + 0.05 * (high - low)).float().mean(0)
+            blocks = pool(means.flatten(0, 1)).unflatten(0, means.shape[:2])
+            inside = brain > 0.5, pool(brain) > 0.5
+            for place, (scans, of_draws, rest) in enumerate(
+                ((vectors.scans, means, noise), (pool(vectors.scans), blocks, torch.zeros(())))
+            ):
+                # the mean of few draws is itself off by its variance over their number
+                between = of_draws.var(0)
+                z2 = ((scans - of_draws.mean(0)).square() - between / DISPERSION_DRAWS) / (between + rest)
+                # the inverse of a variance over few draws is too large in the mean
+                within = z2[inside[place]].double()
+                squares[place] += within.sum() * (DISPERSION_DRAWS - 3) / (DISPERSION_DRAWS - 1)
+                counts[place] += len(within)
+        squares, counts = (idist.all_reduce(total) for total in (squares, counts))
+        voxels, regions = (squares / counts.clamp_min(1)).clamp_min(1e-6).sqrt().tolist()
+        return voxels, regions
 
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
-        distances = [
-            prior.typicality(prior.coordinates(split_latents(vectors.u, self.network), vectors.features))[0]
-            for vectors in self._vectors(dataset, "measuring distances", temperature=0.0)
-        ]
+        distances = []
+        for vectors in self._vectors(dataset, "measuring distances", temperature=0.0):
+            innovations = {index: innovation(q) for index, q in vectors.posteriors.items()}
+            distances.append(prior.typicality(prior.coordinates(innovations, vectors.features))[0])
         return torch.tensor(sorted(_gather(distances)))
 
     def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
@@ -352,6 +489,7 @@ class PopulationFit:
 
         write_whole(self.path, write)
         logger.info(
-            "Population prior of %d factors, fitted to %d scans: held-out scans gain %.0f nats each. '%s', %.1f MB.",
+            "Population prior of %d factors, fitted to %d scans: the held-out ones that chose their number gain "
+            "%.0f nats each. '%s', %.1f MB.",
             *(prior.factors, scans, gain, self.path, self.path.stat().st_size / 1e6),
         )

@@ -64,6 +64,7 @@ class PopulationPrior(nn.Module):
             far off as it says; 1 if the model were true.
         dispersion: what the standard deviation that is expected of a voxel is multiplied by, so that held-out scans
             deviate as far as it says; 1 if the model were true.
+        region_dispersion: likewise of the mean of a region; None: as of a voxel.
 
     Attributes:
         factors: their number.
@@ -84,9 +85,11 @@ class PopulationPrior(nn.Module):
         coding: CovariateCoding | None = None,
         sharpness: float = 1.0,
         dispersion: float = 1.0,
+        region_dispersion: float | None = None,
     ) -> None:
         super().__init__()
         self.coding, self.sharpness, self.dispersion = coding, sharpness, dispersion
+        self.region_dispersion = dispersion if region_dispersion is None else region_dispersion
         self.path: Path | None = None
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
@@ -137,8 +140,8 @@ class PopulationPrior(nn.Module):
             scaled = rest / variance
             projected = projected + scaled.flatten(1) @ directions.flatten(1).T
             effect = effect + scaled.flatten(1) @ effects.flatten(1).T
-            distance = distance + (scaled * rest).flatten(1).sum(1)
-            squares = squares + u.square().flatten(1).sum(1)
+            distance = distance + (scaled * rest).flatten(1).sum(1, dtype=torch.float64)
+            squares = squares + u.square().flatten(1).sum(1, dtype=torch.float64)
         return projected, effect, distance, squares
 
     def log_ratio(self, innovations: Sequence[Tensor], features: Tensor | None = None) -> Tensor:
@@ -332,6 +335,7 @@ class PopulationPrior(nn.Module):
         }
         if self.coding is not None:
             content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
+            content["region_dispersion"] = self.region_dispersion
             content |= {} if self.offset is None else {"offset": self.offset.half()}
         torch.save(content, file)
 
@@ -353,6 +357,7 @@ class PopulationPrior(nn.Module):
             coding=coding,
             sharpness=content.get("sharpness", 1.0),
             dispersion=content.get("dispersion", 1.0),
+            region_dispersion=content.get("region_dispersion"),
         )
 
 

@@ -64,8 +64,9 @@ class FactorSketch:
         for rank, count in enumerate(counts):
             if count > 0:
                 # one process's at a time, since each may take as much memory as the network
+                # with GPUs the receivers get theirs there, and the sender its own on the host
                 mean, basis, scatter, square = (
-                    idist.broadcast(mine[name] if rank == idist.get_rank() else None, src=rank, safe_mode=True)
+                    idist.broadcast(mine[name] if rank == idist.get_rank() else None, src=rank, safe_mode=True).cpu()
                     for name in names
                 )
                 self._join(count, mean, basis, scatter, square)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Events
+from ignite.engine import EventEnum, Events
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
@@ -61,6 +61,12 @@ def step_quantities(output: VDVAEOutput, nll: Tensor, scans: Tensor) -> dict[str
         "mse": (output.loc.detach().float() - scans.float()).square().flatten(1).mean(1),
         "kl_per_latent": kl,
     }
+
+
+class TrainingEvents(EventEnum):
+    """``NOTHING_LEFT``: a run was resumed whose epochs are all done."""
+
+    NOTHING_LEFT = "nothing_left"
 
 
 class VDVAETrainer(SupervisedTrainer):
@@ -121,7 +127,7 @@ class VDVAETrainer(SupervisedTrainer):
             amp=amp,
             optim_set_to_none=True,
             accumulation_steps=accumulation_steps,
-            event_names=[NumberEvents],
+            event_names=[NumberEvents, TrainingEvents],
             **kwargs,
         )
         self.data_loader = on_device(self.data_loader, self.state.device)
@@ -238,6 +244,7 @@ class VDVAETrainer(SupervisedTrainer):
         """Train from the current state until ``max_epochs``; signals to stop are noted in ``signals``."""
         if self.state.epoch >= self.state.max_epochs:
             logger.info("All %d epochs are done: set --epochs above that to continue.", self.state.epoch)
+            self.fire_event(TrainingEvents.NOTHING_LEFT)
             return
         with self.signals:
             # MONAI's trainer would put a new loss scaler in the place of the one that a checkpoint restored
