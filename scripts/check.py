@@ -14,7 +14,7 @@ import numbers
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from scripts.utils.parallel import choose_workers, run_parallel
 # What reads scans takes 6 s to import, MONAI most of it: check imports it when its arguments have been understood.
 if TYPE_CHECKING:
     from scripts.data.check_report import Report
-    from scripts.data.quality import Scan
+    from scripts.data.quality import Inspection, Scan
 
 __all__ = ["check"]
 
@@ -80,7 +80,6 @@ def check(
     output = _output_folder(output_dir, root)
 
     from scripts.data.check_report import Report, contact_sheet, find_unmatched, write_rows
-    from scripts.data.covariate_tables import Covariates
     from scripts.data.quality import MIN_COHORT, THUMBNAIL, compare_geometry, compare_looks, inspect_scan
     from scripts.data.transforms import CheckScand
     from scripts.utils.report import write_report
@@ -91,18 +90,13 @@ def check(
         workers = choose_workers(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
     shape = (len(files), channels, *(THUMBNAIL,) * spatial_dims)
-    scans, seen = [], {}
+    subjects = subject_names([scan[0] for scan in names])
     with tempfile.TemporaryFile(dir=output) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
         thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
         jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
-        subjects = subject_names([scan[0] for scan in names])
-        for i, found in enumerate(run_parallel(jobs, workers, "reading scans")):
-            scan = found.scan
-            scan.path, scan.subject = printable(";".join(names[i])), printable(subjects[i])
-            if found.thumbnail is not None:
-                thumbnails[i] = found.thumbnail
-                _flag_duplicate(scan, seen.setdefault(found.digest, scan))
-            scans.append(scan)
+        scans = _note(run_parallel(jobs, workers, "reading scans"), names, subjects, thumbnails)
         usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
         if len(usable) >= MIN_COHORT:
             compare_looks([scans[i] for i in usable], thumbnails, usable)
@@ -116,16 +110,38 @@ def check(
     tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
     write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
+    covariates = _covariates([scan[0] for scan in files], [scan[0] for scan in names], subjects, root)
+    return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
+
+
+def _covariates(paths: Sequence[Path], names: Sequence[str], subjects: Sequence[str], root: Path) -> list[str]:
+    """What tables such as ``participants.tsv`` say of the scans, a line per covariate, and what is wrong in them."""
+    from scripts.data.covariate_tables import Covariates
+
     items = [
-        {"image": str(paths[0]), "subject": subject, "session": session_name(name[0])}
-        for paths, name, subject in zip(files, names, subjects, strict=True)
+        {"image": str(path), "subject": subject, "session": session_name(name)}
+        for path, name, subject in zip(paths, names, subjects, strict=True)
     ]
     try:
         known = Covariates(items, root)
-        covariates = [*known.describe(), *known.without_rows()]
     except InputError as error:
-        covariates = [str(error)]
-    return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
+        return [str(error)]
+    return [*known.describe(), *known.without_rows()]
+
+
+def _note(
+    inspections: Iterable[Inspection], names: Sequence[list[str]], subjects: Sequence[str], thumbnails: np.ndarray
+) -> list[Scan]:
+    """The rows of scans as they are read, with their names; what has the same voxels as an earlier one is flagged."""
+    scans: list[Scan] = []
+    seen: dict[bytes, Scan] = {}
+    for i, (scan, digest, thumbnail) in enumerate(inspections):
+        scan.path, scan.subject = printable(";".join(names[i])), printable(subjects[i])
+        if thumbnail is not None:
+            thumbnails[i] = thumbnail
+            _flag_duplicate(scan, seen.setdefault(digest, scan))
+        scans.append(scan)
+    return scans
 
 
 def _flag_duplicate(scan: Scan, first: Scan) -> None:

@@ -87,7 +87,7 @@ def prepare(
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise InputError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
 
-    from scripts.data.preparation import METHOD, Job, judge, read_record
+    from scripts.data.preparation import METHOD, Job, flag_alignments, read_record
 
     settings = {
         "method": METHOD,
@@ -107,7 +107,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     failures |= _run([job for job in jobs if read_record(job) is None], workers, len(jobs))
     records = {job.name: read_record(job) for job in jobs if job.name not in failures}
-    rows = judge([record["row"] for record in records.values()])
+    rows = flag_alignments([record["row"] for record in records.values()])
     _report(folder, rows, failures, {job.name: job for job in jobs})
     return Prepared(rows, failures)
 

@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
 from scripts.data import registration
-from scripts.data.preparation import judge
+from scripts.data.preparation import flag_alignments
 from scripts.phantoms import brain_phantom
 from scripts.phantoms.anatomy import brain_anatomy
 from scripts.phantoms.fields import EXTENT, ORIGIN
@@ -387,11 +387,11 @@ def test_outliers_of_a_cohort_are_flagged():
         | {"stretch": 1.08, "rotation_x": 5.0, "rotation_y": 1.0, "rotation_z": 0.0}
         for i in range(20)
     ]
-    assert {row["verdict"] for row in judge(rows)} == {"ok"}
+    assert {row["verdict"] for row in flag_alignments(rows)} == {"ok"}
     rows[7]["similarity"] = 0.3
     rows[11]["volume_ratio"] = 1.9
     rows[13]["rotation_z"] = 170.0
-    judged = judge(rows)
+    judged = flag_alignments(rows)
     assert {row["scan"] for row in judged if row["verdict"] == "check"} == {"7", "11", "13"}
     assert {row["scan"] for row in judged[:3]} == {"7", "11", "13"}
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import brain, save
 from test_formats import write_dicom
 
-from scripts.data.find import find_scans
+from scripts.data.find import find_by_wildcards, find_scans
 from scripts.data.transforms import CheckScand, FitShaped, LoadScand, RobustScaled, ScanError
 from scripts.utils.errors import sentence
 from scripts.utils.files import write_csv, write_text
@@ -165,6 +165,7 @@ def test_what_a_bids_data_set_holds_beside_its_scans_is_no_scan(tmp_path):
     assert find_scans(tmp_path, "*_T1w.nii.gz") == [tmp_path / names[0]]
     assert find_scans(tmp_path, "derivatives/prep/sub-*/anat/*.nii.gz") == [tmp_path / names[1]]
     assert len(find_scans(tmp_path / "derivatives", "*_T1w.nii.gz")) == 1
+    assert len(find_by_wildcards(tmp_path, "*_T1w.nii.gz", "mask_dir", "mask_pattern")) == 4
 
 
 def test_a_pattern_of_nifti_matches_nifti_alone(tmp_path):

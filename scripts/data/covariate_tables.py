@@ -26,7 +26,7 @@ __all__ = ["CohortCovariates", "Covariates", "read_cohort"]
 logger = logging.getLogger(__name__)
 
 PARTICIPANTS = "participants.tsv"
-NO_COVARIATES = ("image", "subject", "session", "channel_files")  # of a datalist's item
+NO_COVARIATES = ("image", "label", "mask", "subject", "session", "channel_files")  # of a datalist's item
 MOST_NAMED = 8  # categories of a covariate, in a message
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
@@ -106,7 +106,9 @@ def find_by_wildcards(
         ValueError: when ``pattern`` names no file.
     """
     match = compile_pattern(pattern, pattern_setting)
-    names = sorted(_walk(root, folders=pattern.endswith("/"), kept=pattern.split("/")))
+    # masks often lie in derivatives
+    kept = pattern.split("/") if pattern_setting == "scan_pattern" else BIDS_OTHERS
+    names = sorted(_walk(root, pattern.endswith("/"), kept))
     found = {key: name for name in names if (key := match(name)) is not None}
     if ".nii" in pattern and pattern.endswith("*"):  # no x.nii.gz.md5, x.nii.gz.part or x.nii.gz~
         found = {key: name for key, name in found.items() if name.lower().endswith(NIFTI_SUFFIXES)}
@@ -137,7 +139,7 @@ def _has_subjects(folders: Sequence[str]) -> bool:
     return any(name.startswith("sub-") for name in folders)
 
 
-def _walk(root: Path, folders: bool, kept: Sequence[str] = ()) -> Iterator[str]:
+def _walk(root: Path, folders: bool, kept: Collection[str]) -> Iterator[str]:
     """Yield the posix path, relative to root, of each file (or each folder) under root that is not hidden.
 
     Of a BIDS data set, what is no scan of it is left out: ``derivatives``, ``sourcedata`` and ``code``, unless they are

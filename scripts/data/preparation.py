@@ -33,7 +33,7 @@ from scripts.utils.files import write_bytes, write_text, write_whole
 from scripts.utils.formats import file_states, nifti_bytes
 from scripts.utils.slices import plane
 
-__all__ = ["METHOD", "Job", "judge", "prepare_scan", "read_record"]
+__all__ = ["METHOD", "Job", "flag_alignments", "prepare_scan", "read_record"]
 
 METHOD = 1  # raised whenever the same scan and settings give another result, so that old results are replaced
 STRIPPED = 0.8  # Dice of a scan's foreground with the template's brain; that of a head with its scalp is about 0.6
@@ -241,7 +241,7 @@ def _picture(image: SimpleITK.Image, transform: SimpleITK.Transform) -> np.ndarr
     return np.hstack([np.pad(p, ((0, tallest - len(p)), (0, 4), (0, 0))) for p in panels])
 
 
-def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def flag_alignments(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say which alignments look wrong: beyond absolute limits, or far from the rest of the cohort.
 
     Far is more than 4 robust standard deviations (1.4826 times the median absolute deviation) from the median, to

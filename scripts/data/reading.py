@@ -163,17 +163,13 @@ def _check_gzip(path: Path, max_gib: float) -> None:
 
 def _scale_to_mm(image: MetaTensor, path: Path) -> None:
     """Correct the affine of a NIfTI file whose sizes are in metres or microns, and note it."""
-    unit = nib.load(path).header.get_xyzt_units()[0] if _is_nifti(path) and _has_units(path) else "mm"
-    if unit not in MILLIMETRES:
-        return
-    affine = image.affine.clone()
-    affine[:-1] *= MILLIMETRES[unit]
-    image.affine = affine
-    image.meta["header_problems"] += [f"its header gives sizes in {unit}s, which are read as such"]
-
-
-def _has_units(path: Path) -> bool:
-    return isinstance(nib.load(path), nib.Nifti1Pair)
+    header = nib.load(path).header if _is_nifti(path) else None
+    unit = header.get_xyzt_units()[0] if isinstance(header, nib.Nifti1Header) else "mm"
+    if unit in MILLIMETRES:
+        affine = image.affine.clone()
+        affine[:-1] *= MILLIMETRES[unit]
+        image.affine = affine
+        image.meta["header_problems"] += [f"its header gives sizes in {unit}s, which are read as such"]
 
 
 def _fill_nan(image: MetaTensor, name: str) -> None:

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from scripts.phantoms.anatomy import brain_anatomy, check_brain, near_ventricles, one_thread, random_streams
 from scripts.phantoms.fields import ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.phantoms.lesions import check_kinds, grow_mass, lesion_kind, lesion_opacity, shrink_tissue
-from scripts.phantoms.people import SITES, Cohort, hyperintensities
+from scripts.phantoms.people import SITES, Cohort, Scanner, hyperintensities
 from scripts.utils.command_line import check_integer, check_number
 from scripts.utils.errors import InputError
 
@@ -110,26 +110,38 @@ def brain_phantom(
         mask = np.zeros(anatomy.brain.shape, np.uint8)
         mask[anatomy.brain] = outlined
 
-        # The bias field belongs to the scanner: it is sampled where the voxel is, not where it came from in the atlas.
-        scanner = streams.scanner
-        points = grid_points(np.argwhere(anatomy.brain), spacing)
-        bias = smooth_fields(scanner, 1, ((45.0, 0.08),))
-        signal *= np.exp(sample_maps(bias, points)[0] + site.bias / 2 * points[:, 1].numpy())
-        if site.blur > 0:
-            signal = _blurred(signal, anatomy.brain, site.blur / spacing)
-        noise = site.noise * scanner.uniform(0.008, 0.025)
-        if person is None:
-            real, imaginary = noise * scanner.standard_normal((2, signal.size), dtype=np.float32)
-        else:  # a voxel's own, whatever the brain's size: the same at another age
-            drawn = scanner.standard_normal((2, *anatomy.brain.shape), dtype=np.float32)
-            real, imaginary = noise * drawn[:, anatomy.brain]
-        signal = np.hypot(signal + real, imaginary)
-        gain = 1000 * np.exp(scanner.uniform(-0.7, 0.7))
-
-        image = np.zeros(anatomy.brain.shape, np.int16)
-        # At least 1, so that the brain mask is what is not 0.
-        image[anatomy.brain] = np.clip(np.rint(gain * signal), 1, np.iinfo(np.int16).max)
+        image = _measured(signal, anatomy.brain, streams.scanner, site, spacing, whole_grid=person is not None)
     return Phantom(image, _affine(spacing, ORIGIN), mask)
+
+
+def _measured(
+    signal: np.ndarray, brain: np.ndarray, rng: np.random.Generator, site: Scanner, spacing: float, whole_grid: bool
+) -> np.ndarray:
+    """What a scanner makes of the signal of the brain's voxels ``[N]``: bias field, blur, Rician noise, gain; int16.
+
+    Args:
+        signal: it is changed.
+        brain: bool ``[X, Y, Z]``.
+        rng: of the scanner.
+        site: its scanner.
+        spacing: edge of a voxel in mm.
+        whole_grid: draw noise for every voxel of the grid, so that it is the same when the brain has another size.
+    """
+    # The bias field belongs to the scanner: it is sampled where the voxel is, not where it came from in the atlas.
+    points = grid_points(np.argwhere(brain), spacing)
+    bias = smooth_fields(rng, 1, ((45.0, 0.08),))
+    signal *= np.exp(sample_maps(bias, points)[0] + site.bias / 2 * points[:, 1].numpy())
+    if site.blur > 0:
+        signal = _blurred(signal, brain, site.blur / spacing)
+    noise = site.noise * rng.uniform(0.008, 0.025)
+    drawn = rng.standard_normal((2, *(brain.shape if whole_grid else signal.shape)), dtype=np.float32)
+    real, imaginary = noise * (drawn[:, brain] if whole_grid else drawn)
+    signal = np.hypot(signal + real, imaginary)
+    gain = 1000 * np.exp(rng.uniform(-0.7, 0.7))
+    image = np.zeros(brain.shape, np.int16)
+    # At least 1, so that the brain mask is what is not 0.
+    image[brain] = np.clip(np.rint(gain * signal), 1, np.iinfo(np.int16).max)
+    return image
 
 
 def _blurred(signal: np.ndarray, brain: np.ndarray, sigma: float) -> np.ndarray:
