@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import shutil
 
 import numpy as np
@@ -258,3 +260,24 @@ def test_an_option_has_the_same_effect_however_it_is_given(scans, network, prior
     samples = [made.compute([read_item(made.dataset, 0)])["sample"] for made in (job, older)]
     assert not torch.equal(*samples)
     assert job.settings["covariates"] == {"age": 70}
+
+
+ODD = (b"sub-1_T1_$\\alpha_{$.nii.gz", b"sub-\xe9_T1w.nii.gz", b"s" * 238 + b".nii.gz", b"s" * 248 + b".nii.gz")
+
+
+@pytest.mark.parametrize("name", ODD, ids=["mathtext", "Latin-1", "245 bytes", "255 bytes"])
+def test_whatever_a_scan_is_called_the_others_are_done(name, scans, network, tmp_path):
+    """A result's name is longer than its scan's, which then has no place: its row says so."""
+    usual = sorted(scans.iterdir())[0]
+    usual.rename(scans / os.fsdecode(name))
+    config = inference_config(network=network, dataset_dir=str(scans), output_dir=str(tmp_path / "out"), batch_size=2)
+    job = jobs.score(config.get_parsed_content("common"))
+    job.run()
+    with (tmp_path / "out" / "scores.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 3 - len(failed(job))
+    assert all("would have a name of more than 255 bytes" in reason for reason in failed(job).values())
+    assert len(failed(job)) == (len(name) == 255)
+    with contextlib.suppress(SystemExit):
+        job.common.failures.finish()
+    assert (tmp_path / "out" / "failed.csv").exists() == (len(name) == 255)
+    assert (tmp_path / "out" / "report.html").is_file()

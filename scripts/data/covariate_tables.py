@@ -319,7 +319,7 @@ def _read_sessions(root: Path, subject: str) -> ScanTable | None:
     """The BIDS ``sub-X_sessions.tsv`` of a subject; None without."""
     name = f"sub-{subject.removeprefix('sub-')}"
     paths = (folder / f"{name}_sessions.tsv" for folder in (root / name, root))
-    path = next((path for path in paths if path.is_file()), None)
+    path = next((path for path in paths if os.path.isfile(path)), None)  # noqa: PTH113 (names may be too long)
     return None if path is None else ScanTable(path, subject)
 
 

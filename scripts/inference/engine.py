@@ -64,7 +64,7 @@ def scan_generator(seed: int, name: str, device: torch.device | str = "cpu") -> 
     They are drawn on the device: by one CPU core they would take longer than the network does on a GPU. Devices of two
     kinds draw other numbers.
     """
-    state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)
+    state = np.random.SeedSequence([seed, zlib.crc32(os.fsencode(name))]).generate_state(1)
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
@@ -234,10 +234,10 @@ class ScanEvaluator(Evaluator):
             self._go_over(share)
         failed = self.common.failures.gather()  # a barrier, too
         if idist.get_rank() == 0:
-            scans = [item_path(item) for item in self.dataset.data]
-            if any(COVARIATES in item for item in self.dataset.data):
-                done = {item_path(item): item[COVARIATES] for item in self.dataset.data if self._has_results(item)}
-                self._write_record(done)
+            items = [item for item in self.dataset.data if self._has_results(item)]
+            if any(COVARIATES in item for item in items):
+                self._write_record({item_path(item): item[COVARIATES] for item in items if COVARIATES in item})
+            scans = [item_path(item) for item in items]
             self.summary(scans)
             drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
             write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed)

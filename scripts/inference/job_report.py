@@ -44,21 +44,20 @@ def write_job_report(
         job: its word.
         report: what it shows.
         layouts, figures: of the results and of the pictures of each scan.
-        scans: all of the data set.
+        scans: those of which there are results.
         settings: with what the results were made.
         failed: scans of which there are no results, and why.
     """
     folder = layouts[0].output_dir
-    placed = [scan for scan in scans if layouts[0].has_place(scan)]
     return write_report(
         folder,
         f"Results of {job}",
-        f"{len(scans) - len(failed)} of {len(scans)} scan(s) have results in this folder.",
+        f"{len(scans)} of {len(scans) + len(failed)} scan(s) have results in this folder.",
         [folder / name for name in report.tables],
-        [folder / name for name in report.sheets] + [layout.path(scan) for scan in placed for layout in figures],
+        [folder / name for name in report.sheets] + [layout.path(scan) for scan in scans for layout in figures],
         settings,
         failed,
-        [_shown(layout, scan) for scan in placed for layout in layouts if _kind(layout)],
+        [_shown(layout, scan) for scan in scans for layout in layouts if _kind(layout)],
         report.legend,
     )
 

@@ -19,6 +19,7 @@ from scripts.utils.names import item_files
 __all__ = ["SampleLayout", "ScanLayout", "scan_stem"]
 
 VOLUME = ".nii.gz"
+LONGEST = 255  # bytes of a file's name, on most file systems
 
 
 def scan_stem(scan: str | os.PathLike) -> str:
@@ -70,16 +71,12 @@ class ScanLayout(FolderLayoutBase):
         """The same without making anything."""
         relative, stem = Path(self.relative(scan)), scan_stem(scan)
         if self.bids:
-            return self.output_dir / derivative_path(relative.parent, stem, self._postfix(scan), self.extension)
-        return self.output_dir / relative.parent / f"{stem}_{self._postfix(scan)}{self.extension}"
-
-    def has_place(self, scan: str | os.PathLike) -> bool:
-        """Whether a scan's results have a place under ``output_dir``."""
-        try:
-            self.path(scan)
-        except ScanError:
-            return False
-        return True
+            path = derivative_path(relative.parent, stem, self._postfix(scan), self.extension)
+        else:
+            path = relative.parent / f"{stem}_{self._postfix(scan)}{self.extension}"
+        if len(os.fsencode(path.name)) > LONGEST:
+            raise ScanError(f"'{scan}': its results would have a name of more than {LONGEST} bytes: rename the scan.")
+        return self.output_dir / path
 
     def names(self, files: Sequence[str]) -> list[str]:
         """The files of a scan by which its results are named: all of them, or the first where there is one result."""
