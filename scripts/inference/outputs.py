@@ -25,7 +25,7 @@ from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures
 from scripts.utils.files import write_text
 from scripts.utils.formats import SPACE_CODE, save_nifti
-from scripts.utils.names import image_files, image_path
+from scripts.utils.names import image_files, image_path, printable
 
 __all__ = ["SaveFigured", "SaveRowd", "SaveScansd", "read_row"]
 
@@ -105,7 +105,7 @@ def reconstruction_bits(data: Mapping[Hashable, Any]) -> float:
 
 def file_names(image: MetaTensor) -> list[str]:
     """The name of a scan's file, or of its channels' files, for figures."""
-    return [Path(file).name for file in image_files(image)]
+    return [printable(Path(file).name) for file in image_files(image)]
 
 
 def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:

@@ -19,7 +19,7 @@ from scripts.inference.lesions import LesionCounts, read_kinds
 from scripts.inference.tables import row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
-from scripts.utils.names import item_files, item_path
+from scripts.utils.names import item_files, item_path, printable
 
 __all__ = ["ScoreSummary"]
 
@@ -72,7 +72,7 @@ class ScoreSummary:
                 ", ".join(f"{name} ({scores[name]:.1f})" for name in highest[:NAMED]),
             )
         if self.figures:
-            paths = {layout.relative(scan): scan for scan in scans if layout.path(scan).exists()}
+            paths = {printable(layout.relative(scan)): scan for scan in scans if layout.path(scan).exists()}
             self._draw({paths[name]: scores[name] for name in highest})
         if any("mask" in item for item in self.items.values()):
             self._find_lesions(scans)
@@ -80,7 +80,7 @@ class ScoreSummary:
     def _draw(self, scores: Mapping[str, float]) -> None:
         if scores:
             titles = [
-                [f"{Path(file).name}, score {score:.1f}" for file in item_files(self.items[scan])]
+                [f"{printable(Path(file).name)}, score {score:.1f}" for file in item_files(self.items[scan])]
                 for scan, score in scores.items()
             ]
             figures.anomalies(self.output_dir / "most_unusual.png", self._pictures(scores), titles)

@@ -37,7 +37,7 @@ def image_files(image: Any) -> list[str]:
 
 def image_captions(image: Any) -> list[str]:
     """The file names of a loaded image's channels up to their first dots, for figures; a dash for an image without."""
-    return [Path(path).name.split(".")[0] or "-" for path in image_files(image)]
+    return [printable(Path(path).name.split(".")[0]) or "-" for path in image_files(image)]
 
 
 def item_path(item: Mapping[str, Any]) -> str:
