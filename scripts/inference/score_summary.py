@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from scripts.inference import detection
 from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts, read_kinds
+from scripts.inference.outputs import read_row
 from scripts.inference.tables import row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
@@ -59,21 +59,19 @@ class ScoreSummary:
         """Write all, given the paths of the scans, in the order of the tables."""
         layout = self.layout("score", ".json")
         row_table(self.output_dir / "scores.csv", layout, self.columns, scans)
-        with (self.output_dir / "scores.csv").open(encoding="utf-8") as file:
-            rows = {row["image"]: row for row in csv.DictReader(file)}
-        scores = {name: float(row["anomaly_score"]) for name, row in rows.items()}
+        rows = {scan: read_row(layout.path(scan)) for scan in scans}
+        scores = {scan: row["anomaly_score"] for scan, row in rows.items()}
         highest = sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]
         if rows:
-            bits = np.array([float(row["bits_per_dim"]) for row in rows.values()])
+            bits = np.array([row["bits_per_dim"] for row in rows.values()])
             logger.info(
                 "%d scan(s): %.3f bits per dim in the mean, %.3f to %.3f. Highest anomaly_score: %s. 'scores.csv' has "
                 "all.",
                 *(len(bits), bits.mean(), bits.min(), bits.max()),
-                ", ".join(f"{name} ({scores[name]:.1f})" for name in highest[:NAMED]),
+                ", ".join(f"{printable(layout.relative(scan))} ({scores[scan]:.1f})" for scan in highest[:NAMED]),
             )
         if self.figures:
-            paths = {printable(layout.relative(scan)): scan for scan in scans if layout.path(scan).exists()}
-            self._draw({paths[name]: scores[name] for name in highest})
+            self._draw({scan: scores[scan] for scan in highest})
         if any("mask" in item for item in self.items.values()):
             self._find_lesions(scans)
 

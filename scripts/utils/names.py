@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,5 +57,5 @@ def expanded(paths: Any) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be written as UTF-8, whatever bytes it is made of."""
-    return os.fsencode(name).decode("utf-8", "replace")
+    """A file's name as text that can be written as UTF-8, whatever bytes it is made of, as tables have it."""
+    return name.encode(errors="backslashreplace").decode()
