@@ -9,6 +9,7 @@ python -m benchmarks.memory --network 256 --jobs
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -25,12 +26,15 @@ from torch.utils._pytree import tree_iter
 from benchmarks.common import SIZES, TrainingStep, network_def, print_table
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring
+from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
+from scripts.population.fit import fit_bytes, latents_within
 from scripts.utils.command_line import run
 
 GIB = 2**30
 TABLE = ("default", "lean_64", "lean_128", *SIZES)
 CARDS = (8, 12, 16, 24, 40, 80)
+PRIOR_GIB = (4, 16, 64)
 # CUDA context, cuDNN workspace and fragmentation; a card of n GB offers about n GiB
 GPU_OVERHEAD = 1.5 * GIB
 # inferers as inference.json has them; what is done again and again needs the memory of one time
@@ -210,6 +214,22 @@ def print_cards(names: tuple[int | str, ...], ema: bool) -> None:
     print_table(columns, (row(*setting) for setting in settings))
 
 
+def print_priors(names: tuple[int | str, ...], factors: int = 64, held_out: int = 128) -> None:
+    """Print as Markdown what the fit of a population prior needs, and which grids it takes of less memory."""
+
+    def row(name: int | str) -> list[str]:
+        with torch.device("meta"):
+            network = VDVAE(**network_def(name))
+        needed = fit_bytes(factors, 0, 4, held_out)
+        dimensions = sum(map(math.prod, network.latent_grids()))
+        taken = [network.latent_grids()[max(latents_within(network, gib * GIB, needed))][1:] for gib in PRIOR_GIB]
+        shown = f"{name}³" if isinstance(name, int) else name
+        return [shown, f"{dimensions:,}", f"{dimensions * needed / GIB:.1f}", *map(grid_name, taken)]
+
+    columns = ["network", "dimensions", "GiB", *(f"grids up to, within {gib} GiB" for gib in PRIOR_GIB)]
+    print_table(columns, map(row, names))
+
+
 def main(
     network: int | str | None = None,
     batch_size: int = 1,
@@ -220,6 +240,7 @@ def main(
     estimate: bool = False,
     table: bool = False,
     jobs: bool = False,
+    prior: bool = False,
 ) -> None:
     """Print the peak memory of a training step, the optimizer's state of an earlier step included.
 
@@ -234,7 +255,12 @@ def main(
         estimate: from fake tensors, without allocating, instead of measured.
         table: print as Markdown which network fits which GPU instead.
         jobs: print as Markdown what inference needs instead.
+        prior: print as Markdown what the fit of a population prior of 64 factors needs, with 128 held-out scans and
+            batches of 4, instead.
     """
+    if prior:
+        print_priors(TABLE if network is None else (network,))
+        return
     if table:
         print_cards(TABLE if network is None else (network,), ema)
         return
