@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import textwrap
 import time
 import weakref
 from pathlib import Path
@@ -25,7 +26,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
-from scripts.inference import jobs
+from scripts.inference import inferers, jobs
 from scripts.inference.cohort import list_scans
 from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
@@ -34,7 +35,7 @@ from scripts.inference.outputs import report_latents
 from scripts.inference.scoring import Scoring, foreground, quantile
 from scripts.layers.gaussian import Draws
 from scripts.networks import OUTPUT_RANGES, VDVAEOutput, VDVAEReconstruction
-from scripts.training.losses import ELBOLoss, negative_log_likelihood
+from scripts.training.losses import ELBOLoss, bits_per_dim, discretised_nll, negative_log_likelihood
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 ORIENTATIONS = ("RAS", "LPS", "PIR", "SAL", "ILA")
@@ -372,6 +373,9 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
     nll = negative_log_likelihood(output.loc, output.scale, x[None])
     assert one["RAS/RAS.nii.gz"]["nll"] == pytest.approx(float(nll), rel=1e-4)
     assert one["RAS/RAS.nii.gz"]["kl"] == pytest.approx(float(output.kl.sum()), rel=1e-4)
+    rounded = discretised_nll(output.loc, output.scale, x[None], (-1, 1))
+    bits = float(bits_per_dim(rounded + output.kl.sum(), x[None]))
+    assert one["RAS/RAS.nii.gz"]["bits_per_voxel_8bit"] == pytest.approx(bits, rel=1e-4)
     assert len(files(tmp_path / "1", "*_anomaly.nii.gz")) == len(files(tmp_path / "1", "*_anomaly.png")) == 5
 
 
@@ -515,10 +519,36 @@ def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, 
         words = ("--levels", "each", "--temperature", 0.5, f"--{key}", value)
         log = run("reconstruct", scans, tmp_path / "out", weights, *words, code=1)
         assert f"holds results of 'reconstruct' made with another {change}: set --output_dir" in log
+    step = {"_target_": "GaussianSmoothd", "keys": "image", "sigma": 1.0}
+    (tmp_path / "smoothed.json").write_text(json.dumps({"+preprocessing#transforms": [step]}))
+    log = again(
+        "--levels",
+        "each",
+        "--temperature",
+        0.5,
+        "--config_file",
+        str([*CONFIGS, str(tmp_path / "smoothed.json")]),
+        code=1,
+    )
+    assert "holds results of 'reconstruct' made with another transforms: set --output_dir" in log
     told = (tmp_path / "out" / "reconstruct.json").read_bytes()
     log = again("--levels", "[9]", "--overwrite", True, code=1)
     assert "levels" in log.splitlines()[-1]
     assert (tmp_path / "out" / "reconstruct.json").read_bytes() == told
+
+
+def test_the_job_that_the_docs_add(cohort, network, tmp_path):
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", (ROOT / "docs" / "code.md").read_text(), re.MULTILINE)
+    names = {**vars(inferers), **vars(jobs)}
+    for start in ("class Smoothing", "def smooth("):
+        (block,) = (text for text in map(textwrap.dedent, blocks) if text.strip().startswith(start))
+        exec(block, names)
+    config = inference_config(network=network, dataset_dir=str(cohort), output_dir=str(tmp_path))
+    names["smooth"](config.get_parsed_content("common"), 2).run()
+    names["smooth"](config.get_parsed_content("common"), 2).run()  # nothing is left
+    smooth = load(tmp_path, "sub-0001_FLAIR_smooth.nii.gz")
+    scan = nib.load(cohort / "sub-0001_FLAIR.nii.gz").get_fdata()
+    assert np.corrcoef(smooth.ravel(), scan.ravel())[0, 1] > 0.8
 
 
 def test_of_a_datalist_the_testing_side_alone_is_taken_where_it_has_one(tmp_path):

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.distributions import Normal
 
 from scripts.networks import VDVAEOutput
-from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
+from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, discretised_nll, negative_log_likelihood
 
 
 def prediction(*shape, latents=3):
@@ -35,6 +37,35 @@ def test_negative_log_likelihood_is_computed_in_fp32(dtype):
     found = negative_log_likelihood(loc, scale, target)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(64 * 64 * (2 + math.log(0.5) + 0.5 * math.log(2 * math.pi)), rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 256, 4096])
+def test_the_probabilities_of_all_rounded_values_sum_to_one(levels):
+    values = torch.linspace(-1, 1, levels).reshape(-1, 1, 1)
+    for loc, scale in [(0.1, 0.3), (-1.5, 0.01), (1.0, 5.0), (0.003, 1e-3)]:
+        nats = discretised_nll(torch.full_like(values, loc), torch.full_like(values, scale), values, (-1, 1), levels)
+        assert nats.min() >= 0 and nats.isfinite().all()
+        assert float(torch.exp(-nats).sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_probability_of_a_rounded_value_is_its_bins_mass():
+    x = torch.tensor([-1.0, -0.9999, -0.2, 0.002, 0.31, 0.98, 1.0])
+    loc, scale = torch.tensor([0.4]), torch.tensor([0.07])
+    bins = ((x.double() + 1) * 127.5).round()
+    low, high = (bins - 0.5) / 127.5 - 1, (bins + 0.5) / 127.5 - 1
+    low[bins == 0], high[bins == 255] = -math.inf, math.inf
+    normal = stats.norm(0.4, 0.07)
+    # the upper tail as the mirrored lower one, which has the digits
+    mass = np.where(low > 0.4, normal.sf(low) - normal.sf(high), normal.cdf(high) - normal.cdf(low))
+    found = [float(discretised_nll(loc[None, None], scale[None, None], v.reshape(1, 1, 1), (-1, 1))) for v in x]
+    np.testing.assert_allclose(found, -np.log(mass), rtol=1e-4)
+
+
+def test_a_constant_background_costs_next_to_nothing():
+    scan = torch.full((1, 1, 8, 8, 8), -1.0)
+    density = negative_log_likelihood(scan, torch.full_like(scan, 1e-3), scan)
+    rounded = discretised_nll(scan, torch.full_like(scan, 1e-3), scan, (-1, 1))
+    assert float(density) < -3000 and 0 <= float(rounded) < 0.1
 
 
 @pytest.mark.parametrize("shape", SHAPES)

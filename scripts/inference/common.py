@@ -160,6 +160,7 @@ class Common:
     def settings(self) -> dict[str, Any]:
         """On which the results of every job depend."""
         settings = {"network_def": self.network.arguments, "seed": self.seed, "ckpt": self.ckpt, **self.precision}
+        settings["transforms"] = [type(step).__name__ for step in self.preprocessing.transforms]
         for step in self.preprocessing.transforms:
             if isinstance(step, FitShaped):
                 settings["keep_aspect"] = step.fit.keep_aspect

@@ -78,6 +78,7 @@ logger = logging.getLogger(__name__)
 
 SCORES = (
     "bits_per_dim: how well the network predicts the scan, lower is likelier (elbo = -(nll + kl), nats). "
+    "bits_per_voxel_8bit: likewise of 256 grey values, in the bits of a file. "
     "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
     "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
     "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map in the brain, in "

@@ -14,7 +14,7 @@ from monai.networks.layers.factories import Pool
 from scripts.layers.gaussian import SLICE, Draws, Posterior
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.prior import PopulationPrior, innovation
-from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_likelihood
 from scripts.utils.errors import InputError
 from torch import Tensor
 
@@ -26,9 +26,10 @@ LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is kno
 class Scoring(Inferer):
     """Say how likely scans are, and where they are not.
 
-    ``[batch]`` each: ``bits_per_dim``, ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each
-    latent), ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in
-    the foreground: what is too bright), ``anomaly_score_dark`` (likewise of what is too dark).
+    ``[batch]`` each: ``bits_per_dim``, ``bits_per_voxel_8bit`` (the same of the scan rounded to 256 grey values, a
+    bound of the size of a file), ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each latent),
+    ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in the
+    foreground: what is too bright), ``anomaly_score_dark`` (likewise of what is too dark).
     With a population prior also ``bits_per_dim_population``, the bound under it; ``typicality``, the
     Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
     cohort's scans that lie at least so far.
@@ -76,27 +77,28 @@ class Scoring(Inferer):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
-        scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
-        weights, nlls, kls, gains = [], [], [], []
+        value_range = OUTPUT_RANGES[network.output_activation]
+        scans = inputs.clamp(*value_range)
+        nlls, rounded, kls, ratios, gains = [], [], [], [], []
         for _ in range(self.importance_samples):
             record = LatentRecord(self.prior, with_ratios=self.importance_samples > 1)
             output = record.infer(network, scans, temperature=1.0, draws=draws)
-            nll = negative_log_likelihood(output.loc, output.scale, scans)
-            nlls.append(nll)
+            nlls.append(negative_log_likelihood(output.loc, output.scale, scans))
+            rounded.append(discretised_nll(output.loc, output.scale, scans, value_range))
             kls.append(output.kl)
-            weights.append(-nll - record.log_ratio)
+            ratios.append(record.log_ratio)
             if self.prior is not None:
                 gains.append(self.prior.log_ratio(record.innovations, features))
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
-        bound = self._bound(-(nll + kl.sum(1)), weights)
+        bound, bound_8bit = self._bound(nlls, kls, ratios), self._bound(rounded, kls, ratios)
         record = LatentRecord(self.prior)
         loc, scale, _ = record.infer(network, scans, temperature=0.0)
         expected = (loc, scale) if self.restore is None else restored(inputs, loc, scale, network, self.restore)
-        results = {"bits_per_dim": bits_per_dim(-bound, scans), "elbo": bound, "nll": nll, "kl": kl.sum(1)}
+        results = {"bits_per_dim": bits_per_dim(-bound, scans), "bits_per_voxel_8bit": bits_per_dim(-bound_8bit, scans)}
+        results |= {"elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
         if self.prior is not None:
-            elbo = torch.stack(gains).mean(0) - (nll + kl.sum(1))
-            under_it = self._bound(elbo, [w + gain for w, gain in zip(weights, gains, strict=True)])
+            under_it = self._bound(nlls, kls, ratios, gains)
             coordinates = self.prior.coordinates(record.innovations, features)
             distance, tail = self.prior.typicality(coordinates)
             results |= {"bits_per_dim_population": bits_per_dim(-under_it, scans)}
@@ -107,11 +109,19 @@ class Scoring(Inferer):
         results["anomaly_score_dark"] = foreground_percentile(-anomaly, scans, network)
         return results | {"recon": loc, "restored": expected[0], "anomaly": anomaly}
 
-    def _bound(self, elbo: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """The bound of one draw, whose KL is known, or that of several, importance-weighted."""
+    def _bound(
+        self,
+        nlls: Sequence[Tensor],
+        kls: Sequence[Tensor],
+        ratios: Sequence[Tensor | float],
+        gains: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The bound of one draw, whose KL is known, or that of several, importance-weighted; in nats, ``[batch]``."""
+        gains = gains or [0.0] * len(nlls)
         if self.importance_samples == 1:
-            return elbo
-        return torch.logsumexp(torch.stack(list(weights)), dim=0) - math.log(self.importance_samples)
+            return gains[0] - (nlls[0] + kls[0].sum(1))
+        weights = [gain - nll - ratio for nll, ratio, gain in zip(nlls, ratios, gains, strict=True)]
+        return torch.logsumexp(torch.stack(weights), dim=0) - math.log(self.importance_samples)
 
 
 class LatentRecord:

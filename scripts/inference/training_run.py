@@ -17,7 +17,6 @@ __all__ = ["TrainedScans", "TrainingRun"]
 
 INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
 DEFAULTS = {"scan_pattern": "*.nii*", "keep_aspect": True, "percentiles": [0.05, 99.95]}  # without a run
-TRANSFORMS = ("LoadScand", "CheckScand", "Orientationd", "FitShaped", "RobustScaled")  # of inference's preprocessing
 
 
 class TrainedScans:
@@ -83,15 +82,12 @@ class TrainingRun:
             self.datalist, self.trained = str(datalist), TrainedScans(datalist)
 
     def _check_preprocessing(self) -> None:
-        steps = self._parser.get("preprocessing#transforms", [])
-        # by a reference to what has a name, since version 0.10.0
-        transforms = [self._parser.get(step[1:], {}) if isinstance(step, str) else step for step in steps]
-        names = tuple(str(transform.get("_target_", "")).rpartition(".")[2] for transform in transforms)
-        if names != TRANSFORMS:
+        names, expected = _transforms(self._parser), _transforms(ConfigParser.load_config_file(str(INFERENCE)))
+        if names != expected:
             raise InputError(
                 f"The run in run_dir '{self.folder}' preprocessed its scans by {', '.join(names)}, not by "
-                f"{', '.join(TRANSFORMS)}: leave out --run_dir, and give weights, network and preprocessing by an "
-                "overlay."
+                f"{', '.join(expected)}, as configs/inference.json does: leave out --run_dir, and give weights, "
+                "network and preprocessing by an overlay."
             )
 
     @property
@@ -144,6 +140,15 @@ class TrainingRun:
     def knows(self, item: Mapping[str, Any]) -> str:
         """Whether the run was trained on a scan, see :meth:`TrainedScans.knows`; empty where that is not known."""
         return "" if self.trained is None else self.trained.knows(item)
+
+
+def _transforms(config: ConfigParser | dict[str, Any]) -> list[str]:
+    """The classes of a config's preprocessing."""
+    parser = config if isinstance(config, ConfigParser) else ConfigParser(config)
+    steps = parser.get("preprocessing#transforms", [])
+    # by a reference to what has a name, since version 0.10.0
+    transforms = [parser.get(step[1:], {}) if isinstance(step, str) else step for step in steps]
+    return [str(transform.get("_target_", "")).rpartition(".")[2] for transform in transforms]
 
 
 def _arguments(parser: ConfigParser) -> dict[str, Any]:
