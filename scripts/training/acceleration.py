@@ -16,11 +16,7 @@ from torch.optim import Optimizer
 logger = logging.getLogger(__name__)
 
 # which fire while Python goes through an update; of one that is replayed it sees nothing
-WITHIN_UPDATES = (
-    IterationEvents.FORWARD_COMPLETED,
-    IterationEvents.LOSS_COMPLETED,
-    IterationEvents.BACKWARD_COMPLETED,
-)
+WITHIN_UPDATES = (IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED, IterationEvents.BACKWARD_COMPLETED)
 WARMUP = 3  # updates before the graph is captured, in which libraries choose their algorithms and states are made
 
 
