@@ -277,7 +277,7 @@ def _check_prior(root: Path, file: str, weights: Sequence[str]) -> None:
     try:
         content = read_archive(root / file)
         _refuse_infinities(PopulationPrior.load(content).state_dict(), file)
-    except (CheckpointError, KeyError, TypeError) as error:
+    except CheckpointError as error:
         raise ReleaseError(f"'{file}' is no population prior ({error}): fit one by the run fit_prior.") from error
     if content["weights"] != fingerprint(_load_shipped(root, own)):
         raise ReleaseError(f"'{file}' was fitted to other weights than '{own}': fit one by the run fit_prior.")
