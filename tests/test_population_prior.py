@@ -338,7 +338,11 @@ def edited(content: dict, edit: str) -> None:
         ("latent['variance'][..., 0] = -1", "the variance of latent 0 is negative"),
         ("latent['variance'][..., 0] = inf", "the variance of latent 0 is not finite"),
         ("latent['variance'] = latent['variance'][:1, :1, :1]", "the variance of latent 0 is"),
-        ("latent.update(mean=torch.zeros(2), variance=torch.ones(2))", r"is \[2\], but the network's is"),
+        (
+            "latent.update({k: latent[k][1:] for k in ('mean', 'variance')})\n"
+            "latent.update({k: latent[k][:, 1:] for k in ('directions', 'effects')})",
+            "the mean of latent 0 is .* but the network's is",
+        ),
         ("latent['directions'] = latent['directions'].float()", "the directions of latent 0 are no 8-bit numbers"),
         ("latent['directions'] = latent['directions'][:, :1]", "the directions of latent 0 are no 8-bit numbers"),
         ("latent['scale'][0] = nan", "the scale of latent 0 is not finite"),
