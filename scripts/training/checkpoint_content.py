@@ -82,7 +82,7 @@ def _is_history(value: Any) -> bool:
 
 
 COUNT = _is_count, "a whole number, 0 or more"
-TABLE = lambda value: isinstance(value, Mapping), "a table of values"  # noqa: E731
+TABLE = lambda value: isinstance(value, Mapping), "a table of values"
 PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "network": (_is_state_dict, "a table of weights"),
     "average": (_is_state_dict, "a table of weights"),
