@@ -22,8 +22,8 @@ MOST_KEPT = 40  # characters of a file's name in that of a temporary one
 def expand(path: str | os.PathLike | None) -> str | None:
     """A path as somebody gives it, with the user's home in place of a ``~`` at its start; None stays None.
 
-    Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the configs, such as
-    ``$files.expand(@dataset_dir)``. Elsewhere a ``~`` is a folder of that name.
+    Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the ``paths`` of the
+    configs, such as ``@paths#dataset_dir``. Elsewhere a ``~`` is a folder of that name.
     """
     return None if path is None else os.path.expanduser(str(path))  # noqa: PTH111 (pathlib's raises where there is no such user)
 
