@@ -63,7 +63,7 @@ def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path |
     folder = Path(ckpt_dir)
     if not resume:
         return None
-    remove_leftovers(folder)
+    remove_leftovers(folder, alone=True)
     # checkpoint.pt is the newest, checkpoint_1.pt the one before, and so on
     paths = sorted([*folder.glob(LATEST), *folder.glob("checkpoint_[0-9]*.pt")], key=_age)
     damaged = []
