@@ -153,7 +153,10 @@ def _is_left(path: Path, number: str, place: str | None) -> bool:
 def _here() -> str:
     """What tells this machine or container from others, whose processes may have the same numbers."""
     parts = [platform.node()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
+        lambda: str(Path("/proc/self/ns/pid").readlink()),
+    ):
         with contextlib.suppress(OSError):
             parts.append(read())
     return f"{zlib.crc32(repr(parts).encode()):08x}"
