@@ -135,7 +135,8 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
         (lambda c: c.update(scans_into_epoch=2.5), "its 'scans_into_epoch' is not"),
         (lambda c: c.update(batches=0), "its 'batches' is not a number above 0"),
         (lambda c: c.update(network=[1, 2]), "its 'network' is not a table of weights"),
-        (lambda c: next(iter(c["network"].values())).fill_(float("nan")), "of its 'network' is not finite"),
+        (lambda c: next(iter(c["network"].values())).fill_(float("nan")), "in its 'network' '"),
+        (lambda c: c["average"].update(scan_grid=torch.zeros(2)), "in its 'average' 'scan_grid' is [2]"),
         (lambda c: c.update(optimizer={"state": {}}), "its 'optimizer' is not the state of an optimizer"),
         (lambda c: c.update(scaler=3), "its 'scaler' is not a table"),
         (lambda c: c.update(datalist={"training": [{"image": 3}]}), "its 'datalist' is not a datalist"),
@@ -194,6 +195,22 @@ def test_when_all_are_damaged_nothing_starts_anew(earlier):
 def test_weights_that_are_not_there_are_named_and_where_the_bundles_own_would_be(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model.pt' do not exist: set --weights .*models/ under --bundle_root"):
         read_weights(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"weight": torch.tensor([1.0, float("nan")])}, "'weight' is not finite: take those of another epoch"),
+        ({"scan_grid": torch.zeros(3)}, r"'scan_grid' is \[3\]"),
+        ({"weight": 1.0}, "not a state dict"),
+        ([1, 2], "not a state dict"),
+    ],
+)
+def test_weights_with_other_content_are_refused(state, words, tmp_path):
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=words) as refused:
+        read_weights(tmp_path / "model.pt")
+    assert str(tmp_path / "model.pt") in str(refused.value)
 
 
 def test_what_resume_can_be(tmp_path):

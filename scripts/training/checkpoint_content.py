@@ -17,9 +17,20 @@ def checkpoint_problem(content: Mapping[str, Any]) -> str | None:
         if name in content and not is_right(content[name]):
             return f"its '{name}' is not {should_be}"
     for part in ("network", "average"):
-        for name, tensor in content[part].items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"'{name}' of its '{part}' is not finite"
+        problem = state_problem(content[part])
+        if problem is not None:
+            return f"in its '{part}' {problem}"
+    return None
+
+
+def state_problem(state: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with weights, whatever network they are of, likewise."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            return f"'{name}' is not finite"
+    grid = state.get("scan_grid")
+    if grid is not None and grid.shape != (5, 3):  # see ScanGrid.as_tensor
+        return f"'scan_grid' is {list(grid.shape)}, and should be [5, 3]"
     return None
 
 

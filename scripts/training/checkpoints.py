@@ -16,7 +16,7 @@ import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
 from scripts.networks import VDVAE
-from scripts.training.checkpoint_content import REQUIRED, checkpoint_problem, optimizer_problem
+from scripts.training.checkpoint_content import REQUIRED, checkpoint_problem, optimizer_problem, state_problem
 from scripts.training.schedule import base_rate
 from scripts.training.update import make_capturable
 from scripts.utils.devices import is_async
@@ -161,6 +161,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     state = read_archive(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
+    problem = state_problem(state)
+    if problem is not None:
+        raise CheckpointError(f"weights '{path}' are not usable: {problem}: take those of another epoch.")
     return state
 
 
@@ -363,9 +366,9 @@ class CheckpointHandler:
             f" and {within_epoch} batches" if within_epoch else "",
             state.updates,
         )
-        before = checkpoint["batches"], checkpoint["scans_a_batch"]
+        before = checkpoint.get("batches"), checkpoint.get("scans_a_batch")
         now = state.epoch_length, _scans_per_batch(engine)
-        if before != now:
+        if None not in before and before != now:
             logger.info("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
 
     def _load_optimizer(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
@@ -385,11 +388,11 @@ class CheckpointHandler:
     def _load_rest(self, engine: Trainer, checkpoint: dict[str, Any]) -> None:
         """Where the run was, and what has a state of its own."""
         state = engine.state
-        if checkpoint["scaler"]:  # empty of a run that did not scale its loss
+        if checkpoint.get("scaler"):  # empty of a run that did not scale its loss
             engine.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
             setattr(state, name, checkpoint[name])
-        if self.validator is not None and checkpoint["best_metric"] is not None:
+        if self.validator is not None and checkpoint.get("best_metric") is not None:
             self.validator.state.best_metric = checkpoint["best_metric"]
             self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
         self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
@@ -408,7 +411,7 @@ class CheckpointHandler:
             engine.lr_scheduler.base_lrs = rates
 
     def _check_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
-        if self.datalist is None or checkpoint["datalist"] is None:
+        if self.datalist is None or checkpoint.get("datalist") is None:
             return
         trained = {item["subject"] for item in checkpoint["datalist"]["training"]}
         both = sorted(trained.intersection(item["subject"] for item in self.datalist["validation"]))

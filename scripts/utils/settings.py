@@ -91,7 +91,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
 
 def _load(files: Any) -> dict[str, Any]:
     """The config files, each over those before it."""
-    if isinstance(files, str) and "," in files:  # as MONAI takes them
+    if isinstance(files, str) and not Path(files).is_file() and "," in files:  # as MONAI takes them
         files = files.split(",")
     names = list(files) if isinstance(files, list | tuple) else [files]
     for name in names:
