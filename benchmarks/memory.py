@@ -15,13 +15,9 @@ import resource
 import subprocess
 import sys
 import time
-import weakref
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from benchmarks.common import SIZES, TrainingStep, network_def, print_table
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
@@ -29,14 +25,13 @@ from scripts.inference.scoring import Scoring
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.population.fit import fit_bytes, latents_within
+from scripts.training.memory import GPU_OVERHEAD, PeakMemory, fake_parameters
 from scripts.utils.command_line import run
 
 GIB = 2**30
 TABLE = ("default", "lean_64", "lean_128", *SIZES)
 CARDS = (8, 12, 16, 24, 40, 80)
 PRIOR_GIB = (4, 16, 64)
-# CUDA context, cuDNN workspace and fragmentation; a card of n GB offers about n GiB
-GPU_OVERHEAD = 1.5 * GIB
 # inferers as inference.json has them; what is done again and again needs the memory of one time
 JOBS = {
     "reconstruct": Reconstruction,
@@ -47,56 +42,8 @@ JOBS = {
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
-class PeakMemory(TorchDispatchMode):
-    """The largest number of bytes that the tensors seen by operations held at one time.
-
-    Works on fake tensors. What an operation needs inside itself is not seen.
-    ``torch.distributed._tools.mem_tracker.MemTracker`` gives the same peak and takes several times as long.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._live: set[int] = set()
-
-    def track(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._live:
-            self._live.add(key)
-            self.current += storage.nbytes()
-            self.peak = max(self.peak, self.current)
-            weakref.finalize(storage, self._free, key, storage.nbytes()).atexit = False
-
-    def _free(self, key: int, size: int) -> None:
-        self._live.discard(key)
-        self.current -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self.track(value)
-        return result
-
-
 def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def fake_parameters(network: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give a network that was made on the meta device parameters and buffers of the active fake mode.
-
-    ``Module.to_empty`` cannot: it fails to swap fake tensors.
-    """
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            fake = torch.empty_strided(parameter.shape, parameter.stride(), device=device)
-            module.register_parameter(name, nn.Parameter(fake))
-        for name, buffer in module.named_buffers(recurse=False):
-            fake = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device)
-            module.register_buffer(name, fake)
 
 
 def estimate_step(

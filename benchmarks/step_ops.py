@@ -88,7 +88,8 @@ class OperationCounter(TorchDispatchMode):
 def count_iteration(trainer: Engine, counter: OperationCounter) -> None:
     """Run a trainer to its third iteration, and count that."""
     stack = ExitStack()
-    trainer.step = counter.within("optimizer", trainer.step)
+    guarded, trainer.step = trainer.step, counter.within("optimizer", trainer.step)
+    trainer.step.start = guarded.start
     if trainer.penalty is not None:
         for name in ("value", "add_gradient"):
             setattr(trainer.penalty, name, counter.within("penalty", getattr(trainer.penalty, name)))

@@ -30,7 +30,6 @@ from scripts.training.checkpoints import CheckpointError, load_weights, read_arc
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder, expand, write_text, write_whole
-from torch import Tensor
 
 __all__ = ["ReleaseError", "make_release", "ship_weights"]
 
@@ -181,10 +180,14 @@ def _check_layout(root: Path, files: Sequence[str]) -> None:
         if not file.startswith(("configs/", "scripts/")):
             continue
         for module in re.findall(r"\bscripts((?:\.[a-z]\w*)+)", (root / file).read_text(encoding="utf-8")):
-            # a dotted name may end in a function of a module, and stops at a module
+            # a dotted name may end in a function of a module or a package, and stops at a module
             parts = module[1:].split(".")
             paths = ["/".join(["scripts", *parts[: n + 1]]) for n in range(len(parts))]
-            if not any(f"{path}.py" in files for path in paths) and f"{paths[-1]}/__init__.py" not in files:
+            packages = [f"{path}/__init__.py" for path in paths[-2:]]
+            of_package = packages[0] in files and re.search(
+                rf"\b{parts[-1]}\b", (root / packages[0]).read_text("utf-8")
+            )
+            if not (any(f"{path}.py" in files for path in paths) or packages[-1] in files or of_package):
                 raise ReleaseError(f"'{file}' uses '{paths[-1]}.py', which git does not track: add it.")
 
 
@@ -259,7 +262,7 @@ def _check_weights(root: Path, file: str) -> None:
     """Check that weights fit: ``model_64.pt`` the network of ``configs/size_64.json``, ``model_lean_64.pt`` that of
     ``configs/lean_64.json``, others the default one.
     """
-    _refuse_infinities(_load_shipped(root, file).state_dict(), file)
+    _load_shipped(root, file)
 
 
 def _load_shipped(root: Path, file: str) -> VDVAE:
@@ -276,8 +279,8 @@ def _check_prior(root: Path, file: str, weights: Sequence[str]) -> None:
         raise ReleaseError(f"'{file}' is the population prior of weights that are not there: remove it.")
     try:
         content = read_archive(root / file)
-        _refuse_infinities(PopulationPrior.load(content).state_dict(), file)
-    except (CheckpointError, KeyError, TypeError) as error:
+        PopulationPrior.load(content)
+    except CheckpointError as error:
         raise ReleaseError(f"'{file}' is no population prior ({error}): fit one by the run fit_prior.") from error
     if content["weights"] != fingerprint(_load_shipped(root, own)):
         raise ReleaseError(f"'{file}' was fitted to other weights than '{own}': fit one by the run fit_prior.")
@@ -288,12 +291,6 @@ def _load(network: VDVAE, path: Path, config_files: Sequence[str]) -> VDVAE:
         return load_weights(network, path)
     except CheckpointError as error:
         raise ReleaseError(f"{error} It was loaded into the network of {', '.join(config_files)}.") from error
-
-
-def _refuse_infinities(state: Mapping[str, Tensor], what: str) -> None:
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise ReleaseError(f"weights '{what}' are not finite in '{name}': take those of another epoch.")
 
 
 def _check_data_format(data_format: Mapping[str, Any], network: VDVAE) -> None:
@@ -379,7 +376,6 @@ def ship_weights(
     """
     config_files = [config_file] if isinstance(config_file, str) else list(config_file)
     state = _load(_read_network(Path(), config_files), Path(expand(checkpoint)), config_files).state_dict()
-    _refuse_infinities(state, checkpoint)
     halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
     for name, tensor in halved.items():
         if not torch.isfinite(tensor).all():

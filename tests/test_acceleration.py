@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ignite.engine import Events
 from test_trainer import loader, tiny, weights
 from torch.testing import assert_close
 
-from scripts.training.acceleration import GraphedUpdate, check_graph
+from scripts.training.acceleration import WITHIN_UPDATES, GraphedUpdate, check_graph
 from scripts.training.losses import ELBOLoss
 from scripts.training.trainer import VDVAETrainer
 from scripts.training.update import StepLimits
@@ -59,6 +60,54 @@ def test_all_batches_of_a_graph_are_alike():
     assert all(one is other for one, other in zip(*inputs, strict=True))
     with pytest.raises(ValueError, match=r"a batch is \[1, 3\] after batches of \[2, 3\]"):
         graphed(torch.ones(1, 3), factor=1.0)
+
+
+def test_what_a_handler_keeps_of_a_graphed_update_stays(monkeypatch):
+    monkeypatch.setattr("scripts.training.trainer.check_graph", lambda *args, **kwargs: True)
+    memory = torch.zeros(2)  # a replay writes to the same results
+
+    def same_memory(self):
+        results = run(self)
+        return {**results, "nll": memory.copy_(results["nll"]), "pred": results["pred"]._replace(loc=memory)}
+
+    run = GraphedUpdate._run
+    monkeypatch.setattr(GraphedUpdate, "_run", same_memory)
+    kept, values = [], []
+
+    def keep(engine):
+        kept.append(engine.state.output)
+        values.append((engine.state.output["nll"].clone(), engine.state.output["pred"].loc.clone()))
+
+    train(3, train_handlers=[Attach(Events.ITERATION_COMPLETED, keep)])
+    assert not torch.equal(*(nll for nll, _ in values[:2]))
+    for output, (nll, loc) in zip(kept, values, strict=True):
+        assert torch.equal(output["nll"], nll) and torch.equal(output["pred"].loc, loc)
+
+
+class Attach:
+    def __init__(self, event, handler):
+        self.event, self.handler = event, handler
+
+    def attach(self, engine):
+        engine.add_event_handler(self.event, self.handler)
+
+
+@pytest.mark.parametrize("event", list(WITHIN_UPDATES))
+def test_events_within_an_update_fire_for_each(monkeypatch, event, caplog):
+    """A replayed graph fires none: a handler for one of them takes the graph out, or is refused."""
+    monkeypatch.setattr("scripts.training.trainer.check_graph", on_a_gpu)
+    assert train(1).graphed is None and train(1, cuda_graph=None).graphed.updates == 1
+    fired = []
+    with caplog.at_level("INFO"):
+        engine = train(4, cuda_graph=None, train_handlers=[Attach(event, lambda engine: fired.append(1))])
+    assert engine.graphed is None and len(fired) == 4
+    assert f"since an event that a handler waits for is {event.name}" in caplog.text
+    with pytest.raises(ValueError, match=f"cuda_graph is True, and an event that a handler waits for is {event.name}"):
+        train(1, cuda_graph=True, train_handlers=[Attach(event, print)])
+
+
+def on_a_gpu(device, *arguments, **obstacles):
+    return check_graph(GPU, *arguments, **obstacles)
 
 
 def test_on_a_cpu_it_says_that_it_does_nothing(caplog):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, bundle_command, run_bundle
 from monai.bundle import ConfigParser
+from torch.utils.data import DataLoader
 
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import (
@@ -24,7 +25,10 @@ from scripts.training.checkpoints import (
     place_in_epoch,
     read_weights,
 )
+from scripts.training.handlers import MovingAverage
+from scripts.training.losses import ELBOLoss
 from scripts.training.start import starts_untrained
+from scripts.training.trainer import VDVAETrainer
 from scripts.utils.signals import SignalWatch
 
 
@@ -106,7 +110,9 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
     content = path.read_bytes()
     expected = weights(earlier)
     # the one before it, which is read whenever the damage is seen, may be small
-    small = dict.fromkeys(("network", "average", "optimizer", "epoch", "scans_into_epoch"))
+    empty = {"weight": torch.zeros(0)}
+    small = {"network": empty, "average": empty, "optimizer": {"state": {}, "param_groups": []}}
+    small |= {"epoch": 0, "scans_into_epoch": 0}
     torch.save(small, earlier / "checkpoints" / "checkpoint_1.pt")
     places = torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist()
     seen = 0
@@ -121,6 +127,64 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
     assert seen > 40
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: c.update(epoch="two"), "its 'epoch' is not a whole number"),
+        (lambda c: c.update(updates=-1), "its 'updates' is not a whole number"),
+        (lambda c: c.update(scans_into_epoch=2.5), "its 'scans_into_epoch' is not"),
+        (lambda c: c.update(batches=0), "its 'batches' is not a number above 0"),
+        (lambda c: c.update(network=[1, 2]), "its 'network' is not a table of weights"),
+        (lambda c: next(iter(c["network"].values())).fill_(float("nan")), "in its 'network' '"),
+        (lambda c: c["average"].update(scan_grid=torch.zeros(2)), "in its 'average' 'scan_grid' is [2]"),
+        (lambda c: c.update(optimizer={"state": {}}), "its 'optimizer' is not the state of an optimizer"),
+        (lambda c: c.update(scaler=3), "its 'scaler' is not a table"),
+        (lambda c: c.update(datalist={"training": [{"image": 3}]}), "its 'datalist' is not a datalist"),
+        (lambda c: c.update(history={"rows": [("training", "loss", 1)]}), "its 'history' is not a table of numbers"),
+        (lambda c: c.update(best_metric="good"), "its 'best_metric' is not a number"),
+    ],
+)
+def test_a_checkpoint_with_a_wrong_field_gives_way_to_the_one_before(edit, words, earlier, caplog):
+    folder = earlier / "checkpoints"
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    edit(content)
+    torch.save(content, folder / "checkpoint.pt")
+    assert newest_checkpoint(folder, resume=True).name == "checkpoint_1.pt"
+    assert words in caplog.text and "The checkpoint before it is looked at" in caplog.text
+    torch.save(content, folder / "checkpoint_1.pt")
+    with pytest.raises(CheckpointError, match="All checkpoints"):
+        newest_checkpoint(folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: c["optimizer"]["param_groups"][0].update(lr="fast"), "its learning rate is no number"),
+        (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), "has other parameters than this network"),
+        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), r"'exp_avg' of its state is \[3\]"),
+        (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(float("nan")), "'exp_avg' of its state is not finite"),
+        (lambda c: c["optimizer"]["state"][0].update(step="many"), "other parameters|'step' of its state"),
+        (lambda c: c.pop("updates"), "KeyError: 'updates'"),
+        (lambda c: c.pop("average_updates"), "KeyError: 'average_updates'"),
+    ],
+)
+def test_what_a_run_cannot_take_in_is_a_sentence(edit, words, undisturbed, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    content = torch.load(undisturbed / "checkpoints/checkpoint.pt", weights_only=True)
+    edit(content)
+    torch.save(content, path)
+    parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / config) for config in TINY]))
+    network = parser.get_parsed_content("network_def")
+    optimizer = torch.optim.Adamax(network.parameters())
+    average = MovingAverage(network)
+    handler = CheckpointHandler(tmp_path, network, average, optimizer)
+    scans = [{"image": torch.zeros(1, 8, 8, 8)} for _ in range(4)]
+    engine = VDVAETrainer("cpu", 4, DataLoader(scans, 2), network, optimizer, ELBOLoss(), train_handlers=[average])
+    with pytest.raises(CheckpointError, match=words) as refused:
+        handler.resume(engine, path)
+    assert str(path) in str(refused.value) and "--restore_optimizer False" in str(refused.value)
+
+
 def test_when_all_are_damaged_nothing_starts_anew(earlier):
     for path in (earlier / "checkpoints").iterdir():
         path.write_bytes(b"torn")
@@ -131,6 +195,22 @@ def test_when_all_are_damaged_nothing_starts_anew(earlier):
 def test_weights_that_are_not_there_are_named_and_where_the_bundles_own_would_be(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model.pt' do not exist: set --weights .*models/ under --bundle_root"):
         read_weights(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"weight": torch.tensor([1.0, float("nan")])}, "'weight' is not finite: take those of another epoch"),
+        ({"scan_grid": torch.zeros(3)}, r"'scan_grid' is \[3\]"),
+        ({"weight": 1.0}, "not a state dict"),
+        ([1, 2], "not a state dict"),
+    ],
+)
+def test_weights_with_other_content_are_refused(state, words, tmp_path):
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=words) as refused:
+        read_weights(tmp_path / "model.pt")
+    assert str(tmp_path / "model.pt") in str(refused.value)
 
 
 def test_what_resume_can_be(tmp_path):

@@ -18,6 +18,7 @@ from monai.data import Dataset
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariates import Continuous, CovariateCoding
+from scripts.inference.covariate_results import RegionCurves
 from scripts.inference.covariates import (
     Counterfactual,
     Deviation,
@@ -192,6 +193,26 @@ def test_deviation_is_in_units_of_the_draws(network, coding):
     torch.testing.assert_close(found["regions"][0, 0, 0], scans[0, 0, :4].mean())
     with pytest.raises(ValueError, match="draws is 1"):
         Deviation(prior, draws=1)
+
+
+def test_curves_of_regions_do_not_depend_on_the_batch(network, coding, capsys):
+    labels = torch.ones(8, 8, 8, dtype=torch.long)
+    labels[4:] = 2
+    deviation = Deviation(prior_with_effects(network, coding), draws=5, labels=labels)
+    passes, found = [], []
+    hook = network.output.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    for batch_size in (1, 2, 9):
+        passes.clear()
+        found.append(RegionCurves(deviation, network, [], seed=3, batch_size=batch_size).moments("age", [50.0, 70.0]))
+        assert passes == {1: [1] * 10, 2: [2, 2, 1] * 2, 9: [5, 5]}[batch_size]
+    hook.remove()
+    for means, deviations in found:
+        assert means.shape == deviations.shape == (2, 2) and (deviations > 0).all()
+        torch.testing.assert_close(means, found[0][0])
+        torch.testing.assert_close(deviations, found[0][1])
+    assert "regions over age: 100%" in capsys.readouterr().err
+    other = RegionCurves(deviation, network, [], seed=4).moments("age", [50.0, 70.0])
+    assert not torch.allclose(other[0], found[0][0])
 
 
 @pytest.fixture(scope="module")

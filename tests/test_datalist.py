@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -317,7 +318,7 @@ BAD_DATALISTS = [
     ("{", "is not valid JSON"),
     ("[]", "holds no 'training' list"),
     ('{"training": []}', "holds no 'training' list"),
-    ('{"training": ["a.nii"]}', "The 'training' of dataset_dir .* must be a list of"),
+    ('{"training": ["a.nii"]}', "The 'training' of dataset_dir .* item 0 "),
     ('{"training": [{"image": "a.nii"}], "validation": [{"label": "b.nii"}]}', "The 'validation' of"),
 ]
 
@@ -366,3 +367,41 @@ def test_paths_begin_at_the_home_of_the_user_where_they_enter(tmp_path, monkeypa
     assert common_root([], "~/list.json") == str(tmp_path)
     assert expand("~/x") == str(tmp_path / "x") and expand("x/~") == "x/~" and expand(None) is None
     assert as_folder("output_dir", Path("~/x")) == tmp_path / "x"
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"image": 5}, "item 1 (from 0), is {'image': 5}: write"),
+        ({"image": ["a.nii", 5]}, "item 1 (from 0), is"),
+        ({"image": []}, "item 1 (from 0), is"),
+        ({"image": "a\0.nii"}, "item 1 (from 0), is"),
+        ({"image": ""}, "item 1 (from 0), is"),
+        ({}, "item 1 (from 0), is {}"),
+        ("a.nii", "item 1 (from 0), is 'a.nii'"),
+        (None, "item 1 (from 0), is None"),
+        ({"image": "a.nii", "subject": ["a"]}, "has the subject ['a']: write a text"),
+        ({"image": "a.nii", "subject": None}, "has the subject None"),
+        ({"image": "a.nii", "session": {}}, "has the session {}"),
+    ],
+)
+def test_an_item_that_is_none_is_named(tmp_path, item, words):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": [{"image": "b.nii"}, item]}))
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        make_datalist(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_subject_may_be_a_number(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": [{"image": f"{n}.nii", "subject": n} for n in range(3)]}))
+    datalist = make_datalist(path)
+    assert sorted(item["subject"] for side in datalist.values() for item in side) == ["0", "1", "2"]
+
+
+def test_a_datalist_nested_too_deep_is_named(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        make_datalist(path)

@@ -17,6 +17,7 @@ from groups import free_port, run_group
 from monai.data import Dataset
 from torch.distributions import LowRankMultivariateNormal, Normal
 
+from scripts.data.covariates import CovariateCoding
 from scripts.inference.inferers import CoordinateDecoding, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.inference.tables import list_coordinates, scans_to_fit
@@ -314,6 +315,94 @@ def test_prior_must_belong_to_the_weights(network, fitted, tmp_path, caplog):
     torch.save({"a": torch.zeros(1)}, tmp_path / "population_prior.pt")
     with pytest.raises(CheckpointError, match="holds no population prior"):
         find_population_prior(None, tmp_path / "model.pt", network)
+
+
+def edited(content: dict, edit: str) -> None:
+    """Change one thing of a prior's file, in words of Python."""
+    latent = content["latents"][min(content["latents"])]
+    exec(edit, {"content": content, "latent": latent, "torch": torch, "nan": math.nan, "inf": math.inf})
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ("content['population_prior'] = 99", "has format 99, and this version of the bundle reads format 1"),
+        ("content['population_prior'] = torch.ones(2)", "has format tensor"),
+        ("content['latents'] = [1, 2]", "'latents' are no table of latents"),
+        ("content['latents'] = {}", "'latents' are no table of latents"),
+        ("content['latents']['a'] = latent", "'latents' has latent 'a', which is none"),
+        ("content['latents'][99] = latent", "the mean of latent 99 is .* but the network's does not exist"),
+        ("del latent['mean']", "the mean of latent 0 is no tensor of numbers"),
+        ("latent['mean'] = 3.5", "the mean of latent 0 is no tensor of numbers"),
+        ("latent['mean'][..., 0] = nan", "the mean of latent 0 is not finite"),
+        ("latent['variance'][..., 0] = -1", "the variance of latent 0 is negative"),
+        ("latent['variance'][..., 0] = inf", "the variance of latent 0 is not finite"),
+        ("latent['variance'] = latent['variance'][:1, :1, :1]", "the variance of latent 0 is"),
+        (
+            "latent.update({k: latent[k][1:] for k in ('mean', 'variance')})\n"
+            "latent.update({k: latent[k][:, 1:] for k in ('directions', 'effects')})",
+            "the mean of latent 0 is .* but the network's is",
+        ),
+        ("latent['directions'] = latent['directions'].float()", "the directions of latent 0 are no 8-bit numbers"),
+        ("latent['directions'] = latent['directions'][:, :1]", "the directions of latent 0 are no 8-bit numbers"),
+        ("latent['scale'][0] = nan", "the scale of latent 0 is not finite"),
+        ("latent['scale'] = latent['scale'][1:]", "the scale of latent 0 is"),
+        ("latent['scale'][:] = 1e38", "its numbers are too large to compute with"),
+        ("latent.update(directions=latent['directions'][1:], scale=latent['scale'][1:])", "its latents differ"),
+        ("latent['effects_scale'][0] = inf", "the effects_scale of latent 0 is not finite"),
+        ("del latent['effects']", "the effects of latent 0 are no 8-bit numbers"),
+        ("content['distances'] = 'far'", "the distances of the cohort is no tensor"),
+        ("content['bits_per_dim'] = torch.zeros(2, 2)", "'bits_per_dim' are no list of numbers"),
+        ("content['weights'] = 5", "'weights' are no checksum"),
+        ("content['sharpness'] = nan", "'sharpness' is nan"),
+        ("content['dispersion'] = 'wide'", "'dispersion' is 'wide'"),
+        ("content['covariates'] = 5", "'covariates' cannot be read"),
+        ("content['covariates'][0]['kind'] = 'colour'", "'covariates' cannot be read"),
+        ("content['covariates'][0]['std'] = 0.0", "'covariates' cannot be read|make no sense"),
+        ("content['covariates'][0]['mean'] = nan", "does not become numbers"),
+        ("content['covariates'][0]['centre'] = (0.0,) * 9", "'covariates' cannot be read"),
+        ("content['covariates'][0]['low'] = 1e9", "the range or the knots of its covariate 'age'"),
+        ("content['covariates'].pop()", "its covariates become"),
+        ("del content['covariates']", "and does not say of which"),
+        ("content['offset'] = torch.zeros(99, 1, 8, 8, 8)", "'offset' is not that of"),
+        ("content['offset'] = content['offset'][..., 1:]", "of another grid than the network"),
+    ],
+)
+def test_a_prior_with_wrong_content_is_refused_in_a_sentence(network, tmp_path, edit, words):
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    path = tmp_path / "population_prior.pt"
+    grids = dict(enumerate(network.latent_grids()))
+    kinds = {"age": "continuous", "sex": "categorical"}
+    rows = [{"age": 40 + 3 * i, "sex": "FM"[i % 2]} for i in range(12)]
+    coding = CovariateCoding.learn(kinds, rows)
+    prior = random_prior(grids, distances=torch.ones(3))
+    prior = PopulationPrior(
+        *({i: getattr(prior, f"{name}_{i}") for i in grids} for name in ("mean", "variance", "directions")),
+        distances=prior.distances,
+        bits_per_dim=torch.ones(3),
+        effects={i: torch.randn(coding.size, *grid) for i, grid in grids.items()},
+        offset=torch.zeros(coding.size, 1, *network.spatial_shape),
+        coding=coding,
+    )
+    prior.save(path, {"weights": fingerprint(network)})
+    content = torch.load(path, weights_only=True)
+    assert find_population_prior(None, tmp_path / "model.pt", network).features == coding.size
+    edited(content, edit)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        find_population_prior(None, tmp_path / "model.pt", network)
+    assert str(path) in str(refused.value)
+    assert "fit one by the run fit_prior" in str(refused.value).replace("Fit", "fit")
+
+
+@pytest.mark.parametrize("spelling", ["./p.pt", "~/p.pt", "../{name}/p.pt", "{folder}/p.pt", Path("p.pt")])
+def test_the_file_of_a_prior_may_be_spelt_in_all_ways(network, fitted, tmp_path, monkeypatch, spelling):
+    folder, prior, _ = fitted
+    (tmp_path / "p.pt").write_bytes((folder / "population_prior.pt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spelling = spelling.format(name=tmp_path.name, folder=tmp_path) if isinstance(spelling, str) else spelling
+    assert find_population_prior(spelling, folder / "model.pt", network).factors == prior.factors
 
 
 def test_few_scans_have_no_population_prior(network, cohort, tmp_path, caplog):

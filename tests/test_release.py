@@ -243,7 +243,8 @@ def test_weights_that_are_not_finite_are_refused(bundle, tmp_path, tiny_weights)
     state = torch.load(tiny_weights, weights_only=True)
     next(iter(state.values())).view(-1)[0] = float("nan")
     torch.save(state, bundle / "models/model.pt")
-    assert "weights 'models/model.pt' are not finite in " in refused(bundle, tmp_path / "releases")
+    assert "models/model.pt' are not usable: " in (said := refused(bundle, tmp_path / "releases"))
+    assert "is not finite" in said
 
 
 def test_an_address_for_nothing_is_refused(bundle, tmp_path):

@@ -28,6 +28,27 @@ def test_overlays_are_merged():
     assert config["network_def"]["template"] is True
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"epochs": 3,', "is no valid JSON or YAML"),
+        ("[1, 2]", "holds no settings by name"),
+        ("3", "holds no settings by name"),
+        ("", "is no valid JSON or YAML"),
+        ("[" * 10**5, "is no valid JSON or YAML"),
+        ("\xff\xfe", "is no valid JSON or YAML"),
+        (None, "does not exist"),
+    ],
+)
+def test_an_overlay_that_is_none_is_named(tmp_path, text, words):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
+        command_line_config(["run", "--config_file", f"['{CONFIG}','{path}']"])
+    assert str(path) in str(refused.value)
+
+
 def test_another_program_has_no_command_line():
     assert command_line_config(["serve", "--port", "80"]) == {}
 

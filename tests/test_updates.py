@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_trainer import loader, tiny, trainer, weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.training.update import GuardedStep, NumberEvents, TrainingStalledError, make_capturable
 from scripts.utils.devices import DelayedScalars
@@ -30,6 +32,7 @@ def test_a_step_chosen_on_the_device_is_that_chosen_on_the_host(kind):
         step = GuardedStep(network, optimizer, on_device)
         generator = torch.Generator().manual_seed(0)
         for take in (False, True, False, True, True):
+            step.start()
             for p in network.parameters():
                 p.grad = torch.randn(p.shape, generator=generator) if take else torch.full_like(p, torch.nan)
             for name, buffer in network.named_buffers():
@@ -40,6 +43,51 @@ def test_a_step_chosen_on_the_device_is_that_chosen_on_the_host(kind):
         results.append([*network.state_dict().values(), *states])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert all(tensor.isfinite().all() for tensor in results[0])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_skipped_update_after_a_resume_keeps_the_batch_statistics(on_device):
+    """A checkpoint is loaded after the trainer is made."""
+    network = tiny(batch_norm=True)
+    engine = trainer(network, loader(4, poison=0), skip_warmup=0)
+    engine.step.on_device = on_device
+    statistics = {name: buffer for name, buffer in network.named_buffers() if "running_mean" in name}
+    network.load_state_dict(network.state_dict() | {name: torch.full_like(b, 5.0) for name, b in statistics.items()})
+    seen = []
+    engine.add_event_handler(
+        NumberEvents.NUMBERS_KNOWN, lambda engine: seen.append([b.clone() for b in statistics.values()])
+    )
+    engine.run()
+    assert engine.state.skipped == 1 and statistics
+    assert all((buffer == 5).all() for buffer in seen[0])
+    assert all((buffer != 5).any() for buffer in seen[1])
+
+
+def test_a_step_on_the_device_keeps_one_copy(monkeypatch):
+    """Of 64 tensors of a thousand numbers, in chunks of two."""
+    monkeypatch.setattr("scripts.training.update.CHUNK", 2048)
+    parameters = [torch.nn.Parameter(torch.zeros(1024)) for _ in range(64)]
+    network = torch.nn.Module()
+    network.weights = torch.nn.ParameterList(parameters)
+    step = GuardedStep(network, torch.optim.SGD(parameters, lr=1.0), on_device=True)
+    alive, most = set(), 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.cat.default, torch.ops.aten.where.self):
+                alive.add(id(result))
+                weakref.finalize(result, alive.discard, id(result))
+                most = max(most, len(alive))
+            return result
+
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    with Count():
+        step(torch.tensor(True))
+    assert all((p == -1).all() for p in parameters)
+    assert 32 <= most <= 35
 
 
 def test_counters_go_where_the_weights_are(late):

@@ -10,6 +10,7 @@ from test_trainer import loader, tiny
 from torch.testing import assert_close
 
 from scripts.data.cache import ScanCache
+from scripts.data.geometry import describe
 from scripts.training.losses import ELBOLoss
 from scripts.training.metrics import elbo_metrics, key_metric
 from scripts.training.seeding import SeededDataset
@@ -67,7 +68,11 @@ def augmented_cohort(folder, factors=0.5):
 
     class Load(MapTransform):
         def __call__(self, data):
-            meta = {"filename_or_obj": data["image"], "geometry": {}, "differences": []}
+            meta = {
+                "filename_or_obj": data["image"],
+                "geometry": describe(MetaTensor(torch.zeros(1, 8, 8, 8))),
+                "differences": [],
+            }
             return {"image": MetaTensor(torch.from_numpy(np.load(data["image"])), meta=meta)}
 
     transforms = [

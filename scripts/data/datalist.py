@@ -43,6 +43,7 @@ SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?
 # Scans that a person's folder may hold, even if there are fewer such folders. One with more scans than there are
 # folders is taken for a site, or for the folder of all images.
 SESSIONS = 6
+MOST_SHOWN = 80  # characters of a datalist's item in a message
 SIDES = ("training", "validation", "testing")
 
 
@@ -381,15 +382,17 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
     """The sides of a Medical Decathlon datalist, with full paths."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"dataset_dir '{path}' is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not content.get("training"):
         raise InputError(f"dataset_dir '{path}' holds no 'training' list: a datalist needs one of {{\"image\": path}}.")
     sides = {}
     for side in SIDES:
         entries = content.get(side) or []
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and _is_image(e.get("image")) for e in entries):
+        if not isinstance(entries, list):
             raise InputError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
+        for place, entry in enumerate(entries):
+            _check_item(entry, f"The '{side}' of dataset_dir '{path}', item {place} (from 0)")
         if entries:
             sides[side] = [
                 {**e, "image": _each_path(lambda name: os.path.normpath(path.parent / expand(name)), e["image"])}
@@ -398,6 +401,21 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
     return sides
 
 
-def _is_image(image: Any) -> bool:
-    """Whether it is a path, or a list of paths."""
-    return bool(image) and all(isinstance(path, str) for path in (image if isinstance(image, list) else [image]))
+def _check_item(item: Any, place: str) -> None:
+    """Refuse what is no item of a datalist; subjects and sessions that are numbers become texts."""
+    image = item.get("image") if isinstance(item, dict) else None
+    paths = image if isinstance(image, list) else [image]
+    if not paths or not all(isinstance(path, str) and path and "\0" not in path for path in paths):
+        raise InputError(f'{place}, is {_shown(item)}: write {{"image": path}}, or a list of paths, one per channel.')
+    for name in ("subject", "session"):
+        value = item.get(name, "")
+        if type(value) is int:
+            item[name] = str(value)
+        elif not isinstance(value, str) or (name == "subject" and name in item and not value):
+            raise InputError(f"{place}, has the {name} {_shown(value)}: write a text, or leave it out.")
+
+
+def _shown(value: Any) -> str:
+    """A value of a file as a message shows it, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."

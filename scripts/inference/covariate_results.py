@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from scripts.data.scan_grid import ScanGrid
 from scripts.data.tables import read_table
 from scripts.data.transforms import LoadScand
 from scripts.inference.covariates import Deviation, summary
+from scripts.inference.engine import scan_generator
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import file_names
 from scripts.inference.tables import ScanColumns
+from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
+from tqdm import tqdm
 
 __all__ = [
     "DrawStrip",
@@ -242,11 +246,19 @@ class RegionCurves:
         deviation: the job's inferer, with an atlas.
         network: whose scans it is about.
         items: of the data set, with ``covariates``.
-        seed: of the draws, which are the same people at each value.
+        seed: of the draws, which are the same people at each value, whatever the batch.
+        batch_size: draws at once.
     """
 
-    def __init__(self, deviation: Deviation, network: VDVAE, items: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
-        self.deviation, self.network, self.seed = deviation, network, seed
+    def __init__(
+        self,
+        deviation: Deviation,
+        network: VDVAE,
+        items: Sequence[Mapping[str, Any]],
+        seed: int = 0,
+        batch_size: int = 1,
+    ) -> None:
+        self.deviation, self.network, self.seed, self.batch_size = deviation, network, seed, batch_size
         self.known = {item_path(item): item["covariates"] for item in items}
 
     @torch.no_grad()
@@ -255,16 +267,19 @@ class RegionCurves:
         prior, coding = self.deviation.prior, self.deviation.prior.coding
         means, deviations = [], []
         device = self.network.output.weight.device
-        with eval_mode(self.network):
+        count = self.deviation.draws
+        bar = tqdm(total=len(values) * count, desc=f"regions over {name}", unit="draw", file=sys.stderr)
+        with bar, eval_mode(self.network):
             for value in values:
                 features = coding.numbers({name: value})[None].to(device)
                 regions = []
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(self.seed)
-                    for _ in range(self.deviation.draws):
-                        loc, _ = prior.usual(self.network, features)
-                        regions.append(self.deviation.region_means(loc)[0].cpu())
-                drawn = torch.stack(regions)
+                for start in range(0, count, self.batch_size):
+                    people = range(start, min(start + self.batch_size, count))
+                    generators = [scan_generator(self.seed, f"person {person}", device) for person in people]
+                    loc, _ = prior.usual(self.network, features.expand(len(people), -1), Draws(generators))
+                    regions.append(self.deviation.region_means(loc).cpu())
+                    bar.update(len(people))
+                drawn = torch.cat(regions)
                 means.append(drawn.mean(0))
                 deviations.append(drawn.std(0))
         return torch.stack(means), torch.stack(deviations)

@@ -410,7 +410,7 @@ def deviation(common: Common, draws: int | None = None, atlas: str | os.PathLike
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
     regions, scans = layout("regions", ".json"), common.cohort.with_covariates(prior)
     inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
-    curves = RegionCurves(inferer, network, scans, common.seed)
+    curves = RegionCurves(inferer, network, scans, common.seed, common.loading["batch_size"])
     return ScanEvaluator(
         common,
         "deviation",

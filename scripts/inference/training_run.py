@@ -10,7 +10,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from scripts.networks import VDVAE
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import read_json
+from scripts.utils.files import expand, read_json
 from scripts.utils.names import item_path
 
 __all__ = ["TrainedScans", "TrainingRun"]
@@ -100,7 +100,7 @@ class TrainingRun:
         if self.folder is None:
             return None
         usual = self.folder / "checkpoints"
-        folder = usual if usual.is_dir() else Path(self._parser.get_parsed_content("ckpt_dir"))
+        folder = usual if usual.is_dir() else Path(expand(self._parser.get_parsed_content("ckpt_dir")))
         path = folder / "model.pt"
         if not path.is_file():
             raise NotFoundError(

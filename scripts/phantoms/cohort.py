@@ -138,7 +138,7 @@ def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike
         dataset_dir, phantom_dir, count: as said.
         cohort: what else :py:func:`make_brains` takes.
     """
-    if dataset_dir != phantom_dir:
+    if expand(dataset_dir) != expand(phantom_dir):
         return expand(dataset_dir)
     from scripts.utils.distributed import from_rank_zero  # Ignite comes with it, 700 modules, and no command needs it
 

@@ -26,13 +26,14 @@ import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
 from scripts.networks import VDVAE
+from scripts.population.content import FIT_IT, FORMAT, check_prior
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import expand
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
 LEAST_SPREAD = 0.02  # bits per dim, of a cohort: a few scans may be alike by chance
-FORMAT = 1  # of the file
 
 
 def innovation(q: Posterior) -> Tensor:
@@ -340,8 +341,18 @@ class PopulationPrior(nn.Module):
         torch.save(content, file)
 
     @classmethod
-    def load(cls, content: Mapping[str, Any]) -> PopulationPrior:
-        """From what :meth:`save` wrote, as ``torch.load`` reads it."""
+    def load(cls, content: Mapping[str, Any], name: str = "the file", network: VDVAE | None = None) -> PopulationPrior:
+        """From what :meth:`save` wrote, as ``torch.load`` reads it.
+
+        Args:
+            content: of the file.
+            name: of the file, for messages.
+            network: that it is for; None: any.
+
+        Raises:
+            CheckpointError: the content is no population prior, or none of this network.
+        """
+        check_prior(content, name, None if network is None else network.latent_grids())
         parts: dict[str, dict[int, Tensor]] = {"mean": {}, "variance": {}, "directions": {}, "effects": {}}
         for index, latent in content["latents"].items():
             parts["mean"][index], parts["variance"][index] = latent["mean"], latent["variance"]
@@ -349,16 +360,27 @@ class PopulationPrior(nn.Module):
             if "effects" in latent:
                 parts["effects"][index] = from_bytes(latent["effects"], latent["effects_scale"])
         coding = CovariateCoding.from_plain(content["covariates"]) if "covariates" in content else None
-        return cls(
-            **parts,
-            distances=content["distances"],
-            bits_per_dim=content.get("bits_per_dim"),
-            offset=content.get("offset"),
-            coding=coding,
-            sharpness=content.get("sharpness", 1.0),
-            dispersion=content.get("dispersion", 1.0),
-            region_dispersion=content.get("region_dispersion"),
-        )
+        offset = content.get("offset")
+        if network is not None and offset is not None and offset.shape[2:] != tuple(network.spatial_shape):
+            raise CheckpointError(f"{name} is of another grid than the network, by its 'offset': {FIT_IT}.")
+        try:
+            found = cls(
+                **parts,
+                distances=content["distances"],
+                bits_per_dim=content.get("bits_per_dim"),
+                offset=offset,
+                coding=coding,
+                sharpness=content.get("sharpness", 1.0),
+                dispersion=content.get("dispersion", 1.0),
+                region_dispersion=content.get("region_dispersion"),
+            )
+        except torch.linalg.LinAlgError:
+            found = None
+        if found is None or not all(buffer.isfinite().all() for buffer in found.buffers()):
+            raise CheckpointError(
+                f"{name} is damaged: its numbers are too large to compute with. {FIT_IT.capitalize()}."
+            )
+        return found
 
 
 def given_innovations(innovations: Mapping[int, Tensor], draws: Draws | None = None) -> Draws:
@@ -407,7 +429,6 @@ def fingerprint(network: nn.Module) -> str:
 logger = logging.getLogger(__name__)
 
 CHOICES = (None, "population", "network")
-FIT_IT = "fit one by the run fit_prior of configs/inference.json"
 
 
 def prior_path(weights: str | os.PathLike) -> Path:
@@ -422,7 +443,11 @@ def prior_path(weights: str | os.PathLike) -> Path:
 
 def prior_file(prior: str | None, ckpt: str | os.PathLike) -> Path:
     """The file of the population prior: the one that ``prior`` names (``.pt``), else the one beside the weights."""
-    return Path(prior).expanduser() if isinstance(prior, str) and prior.endswith(".pt") else prior_path(ckpt)
+    return Path(expand(prior)) if _names_file(prior) else prior_path(ckpt)
+
+
+def _names_file(prior: Any) -> bool:
+    return isinstance(prior, str | os.PathLike) and str(prior).endswith(".pt")
 
 
 def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: VDVAE) -> PopulationPrior | None:
@@ -440,7 +465,7 @@ def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: V
         CheckpointError: its file is damaged; or, where it is asked for, of other weights.
     """
     path = prior_file(prior, ckpt)
-    if prior not in CHOICES and prior != str(prior_file(prior, ckpt)):
+    if prior not in CHOICES and not _names_file(prior):
         raise InputError(
             f"prior is {prior!r}: set --prior to population, network or a population_prior.pt, or leave it out."
         )
@@ -449,14 +474,13 @@ def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: V
     if not path.is_file():
         raise NotFoundError(f"'{path}' does not exist: {FIT_IT}, or set --prior network.")
     content = read_archive(path)
-    if not isinstance(content, dict) or "population_prior" not in content:
-        raise CheckpointError(f"'{path}' holds no population prior: {FIT_IT}.")
-    if content["weights"] != fingerprint(network):
+    check_prior(content, f"'{path}'")
+    if content.get("weights") != fingerprint(network):
         what = f"'{path}' was fitted to other weights than '{ckpt}'"
         if prior is None:
             logger.warning("%s, and is not used: %s.", what, FIT_IT)
             return None
         raise CheckpointError(f"{what}: {FIT_IT}, or set --prior network.")
-    found = PopulationPrior.load(content).to(next(network.parameters()).device)
+    found = PopulationPrior.load(content, f"'{path}'", network).to(next(network.parameters()).device)
     found.path = path
     return found

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from monai.engines.utils import IterationEvents
 from scripts.utils.errors import InputError
 from torch import Tensor
 from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
+# which fire while Python goes through an update; of one that is replayed it sees nothing
+WITHIN_UPDATES = (IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED, IterationEvents.BACKWARD_COMPLETED)
 WARMUP = 3  # updates before the graph is captured, in which libraries choose their algorithms and states are made
 
 
@@ -69,7 +72,7 @@ class GraphedUpdate:
         self.updates = 0
 
     def __call__(self, scans: Tensor, **settings: float) -> dict[str, Any]:
-        """Update once. What is returned is overwritten by the next update.
+        """Update once. What is returned is the caller's own: the next update leaves it alone.
 
         Args:
             scans: on the device, of one shape at all times.
@@ -88,7 +91,7 @@ class GraphedUpdate:
             if self.graph is None:
                 self._capture()
             self.graph.replay()
-        return self.results
+        return {name: _copy(value) for name, value in self.results.items()}
 
     def _copy_in(self, scans: Tensor, settings: dict[str, float]) -> None:
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -140,3 +143,8 @@ class GraphedUpdate:
             self.results = self._run()
         self.graph = graph
         logger.info("The update is captured as a CUDA graph.")
+
+
+def _copy(value: Any) -> Any:
+    """A tensor, or a named tuple of tensors, in memory of its own."""
+    return value.clone() if isinstance(value, Tensor) else type(value)(*(part.clone() for part in value))

@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
 from scripts.networks import VDVAE
+from scripts.training.checkpoint_content import REQUIRED, checkpoint_problem, optimizer_problem, state_problem
 from scripts.training.schedule import base_rate
 from scripts.training.update import make_capturable
 from scripts.utils.devices import is_async
@@ -62,7 +63,7 @@ def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path |
     folder = Path(ckpt_dir)
     if not resume:
         return None
-    remove_leftovers(folder)
+    remove_leftovers(folder, alone=True)
     # checkpoint.pt is the newest, checkpoint_1.pt the one before, and so on
     paths = sorted([*folder.glob(LATEST), *folder.glob("checkpoint_[0-9]*.pt")], key=_age)
     damaged = []
@@ -104,12 +105,14 @@ def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     """
     path = Path(path)
     checkpoint = read_archive(path, mmap)
-    needed = {"network", "average", "optimizer", "epoch", "scans_into_epoch"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {*REQUIRED}:
         raise CheckpointError(
             f"checkpoint '{path}' was not written by this bundle's training, or by an earlier version of it: it cannot "
             "be resumed; start from the model.pt beside it by --weights."
         )
+    problem = checkpoint_problem(checkpoint)
+    if problem is not None:
+        raise CheckpointError(f"checkpoint '{path}' cannot be resumed: {problem}.")
     return checkpoint
 
 
@@ -158,6 +161,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     state = read_archive(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights '{path}' are not a state dict: set --weights to a model.pt.")
+    problem = state_problem(state)
+    if problem is not None:
+        raise CheckpointError(f"weights '{path}' are not usable: {problem}: take those of another epoch.")
     return state
 
 
@@ -343,26 +349,15 @@ class CheckpointHandler:
             checkpoint["scans_into_epoch"], _scans_per_batch(engine), state.epoch_length, engine.accumulation_steps
         )
         rates = [base_rate(group) for group in self.optimizer.param_groups]
+        self._load_optimizer(checkpoint, path)
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            make_capturable(self.optimizer)
-        except ValueError as error:  # weights of an earlier version may lack a parameter, see FirstLatent
+            self._load_rest(engine, checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
-                f"The optimizer of '{path}' has other parameters than this network ({error}): start a new run from its "
+                f"checkpoint '{path}' cannot be resumed ({type(error).__name__}: {error}): start a new run from its "
                 "weights by --restore_optimizer False."
             ) from error
-        if checkpoint["scaler"]:  # empty of a run that did not scale its loss
-            engine.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
-            setattr(state, name, checkpoint[name])
         state.iteration = state.epoch * state.epoch_length + within_epoch
-        if self.validator is not None and checkpoint["best_metric"] is not None:
-            self.validator.state.best_metric = checkpoint["best_metric"]
-            self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
-        self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
-        for name, item in self.stateful.items():
-            if name in checkpoint:
-                item.load_state_dict(checkpoint[name])
         self._set_learning_rates(engine, rates)
         logger.info(
             "Resuming from '%s' after epoch %d%s, update %d.",
@@ -371,10 +366,39 @@ class CheckpointHandler:
             f" and {within_epoch} batches" if within_epoch else "",
             state.updates,
         )
-        before = checkpoint["batches"], checkpoint["scans_a_batch"]
+        before = checkpoint.get("batches"), checkpoint.get("scans_a_batch")
         now = state.epoch_length, _scans_per_batch(engine)
-        if before != now:
+        if None not in before and before != now:
             logger.info("An epoch had %d batches of %d scans, and has %d of %d from now on.", *before, *now)
+
+    def _load_optimizer(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            make_capturable(self.optimizer)
+            problem = optimizer_problem(self.optimizer)
+        # weights of an earlier version may lack a parameter, see FirstLatent
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            problem = str(error)
+        if problem is not None:
+            raise CheckpointError(
+                f"The optimizer of '{path}' has other parameters than this network, or is damaged ({problem}): start a "
+                "new run from its weights by --restore_optimizer False."
+            )
+
+    def _load_rest(self, engine: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Where the run was, and what has a state of its own."""
+        state = engine.state
+        if checkpoint.get("scaler"):  # empty of a run that did not scale its loss
+            engine.scaler.load_state_dict(checkpoint["scaler"])
+        for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
+            setattr(state, name, checkpoint[name])
+        if self.validator is not None and checkpoint.get("best_metric") is not None:
+            self.validator.state.best_metric = checkpoint["best_metric"]
+            self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
+        self.average.momentum_scheduler.event_index = checkpoint["average_updates"]
+        for name, item in self.stateful.items():
+            if name in checkpoint:
+                item.load_state_dict(checkpoint[name])
 
     def _set_learning_rates(self, engine: Trainer, rates: list[float]) -> None:
         """Those of this run in the place of a checkpoint's, at the same point of their schedule."""
@@ -387,7 +411,7 @@ class CheckpointHandler:
             engine.lr_scheduler.base_lrs = rates
 
     def _check_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
-        if self.datalist is None or checkpoint["datalist"] is None:
+        if self.datalist is None or checkpoint.get("datalist") is None:
             return
         trained = {item["subject"] for item in checkpoint["datalist"]["training"]}
         both = sorted(trained.intersection(item["subject"] for item in self.datalist["validation"]))

@@ -24,7 +24,8 @@ class TrainerState(Protocol):
     Attributes:
         epoch, max_epochs, iteration, epoch_length: Ignite's own; iterations are batches, counted over all epochs.
         metrics: of the epoch, by name, at its end.
-        output: of the step, see :meth:`scripts.training.trainer.VDVAETrainer.batch`.
+        output: of the step, see :meth:`scripts.training.trainer.VDVAETrainer.batch`; a handler may keep it, since later
+            steps leave it alone.
         updates: tried so far, skipped ones included.
         skipped, skipped_in_a_row: updates that were skipped, as far as the host knows.
         numbers: what is reported of the last batch that the host knows of, by name: ``loss``, ``bits_per_dim``,
@@ -46,6 +47,10 @@ class TrainerState(Protocol):
 
 class Trainer(Protocol):
     """The trainer, as handlers see it.
+
+    Of MONAI's events within a step, ``MODEL_COMPLETED`` fires for each. ``FORWARD_COMPLETED``, ``LOSS_COMPLETED`` and
+    ``BACKWARD_COMPLETED`` cannot fire where a GPU repeats the update as a CUDA graph: with a handler for one of them
+    updates are launched operation by operation, and ``cuda_graph`` True is refused.
 
     Attributes:
         state: where the run is.

@@ -15,7 +15,7 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.utils.enums import CommonKeys as Keys
 from scripts.networks import VDVAEOutput
-from scripts.training.acceleration import GraphedUpdate, check_graph
+from scripts.training.acceleration import WITHIN_UPDATES, GraphedUpdate, check_graph
 from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
 from scripts.training.precision import LowPrecision, autocast
@@ -151,6 +151,7 @@ class VDVAETrainer(SupervisedTrainer):
             "network_def#checkpoint_levels": unwrap(network).arguments["checkpoint_levels"],
             "the number of processes": isinstance(network, DistributedDataParallel) and idist.get_world_size(),
         }
+        self.cuda_graph = cuda_graph
         graphs = check_graph(self.state.device, cuda_graph, **obstacles)
         self.graphed = GraphedUpdate(self.batch, optimizer) if graphs else None
         # several processes send gradients while others are computed
@@ -175,6 +176,7 @@ class VDVAETrainer(SupervisedTrainer):
         ends_update = engine.between_updates
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         beta, largest_norm = engine.loss_function.beta(state.updates), engine.limits.largest_norm(state.updates)
+        engine._check_handlers()
         run = engine.batch if engine.graphed is None else engine.graphed
         state.output = {Keys.IMAGE: scans, **run(scans, beta=beta, largest_norm=largest_norm)}
         if ends_update:
@@ -190,6 +192,13 @@ class VDVAETrainer(SupervisedTrainer):
         state.output["numbers"] = state.numbers
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
+
+    def _check_handlers(self) -> None:
+        """Leave the CUDA graph, or refuse it, where a handler wants events that do not fire within one."""
+        heard = [event.name for event in WITHIN_UPDATES if self._event_handlers[event]]
+        if self.graphed is not None and heard:
+            check_graph(self.state.device, self.cuda_graph, **{"an event that a handler waits for": heard[0]})
+            self.graphed = None
 
     def batch(self, scans: Tensor, beta: float | Tensor, largest_norm: float | Tensor) -> dict[str, Any]:
         """Gradients of a batch, and the update where it ends one. Asks no value of the device.
@@ -208,6 +217,7 @@ class VDVAETrainer(SupervisedTrainer):
         # the last update of an epoch may have fewer batches
         batches = min(self.accumulation_steps, self.state.epoch_length - place + place % self.accumulation_steps)
         if place % self.accumulation_steps == 0:
+            self.step.start()
             self.optimizer.zero_grad(set_to_none=True)
         # gradients travel between processes once per update, not once per batch
         waits = isinstance(self.network, DistributedDataParallel) and not ends_update

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = ("loss", "bits_per_dim", "nll", "kl", "mse")  # the mean over the batch of each
 NAMED = 8  # scans, in one sentence
+CHUNK = 2**23  # numbers that are chosen from at once, where a step is taken or left out on the device
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ class GuardedStep:
     """An optimizer's step that is taken or left out as a value on the device says.
 
     Where the host runs ahead of the device it is always computed, and weights and optimizer's state become the new or
-    the old ones on the device: reading the value would make the host wait for the whole update.
+    the old ones on the device: reading the value would make the host wait for the whole update. That takes one copy of
+    the weights and of the state.
 
     Args:
-        network: in training; where a step is left out its batch statistics become those of the last that was taken.
+        network: in training; where a step is left out its batch statistics become those that :meth:`start` kept.
         optimizer: of its parameters.
         on_device: whether the choice is made there; by default where the host runs ahead.
     """
@@ -84,14 +86,20 @@ class GuardedStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.on_device = is_async(self.parameters[0].device) if on_device is None else on_device
         norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        self._running = [(b, b.clone()) for m in norms for b in m.buffers()]  # statistics, and those of the last step
+        self._running = [buffer for m in norms for buffer in m.buffers()]  # statistics
+        self._kept = [buffer.clone() for buffer in self._running]  # those before the update
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Keep the batch statistics as they are before the scans of an update."""
+        for buffer, kept in zip(self._running, self._kept, strict=True):
+            kept.copy_(buffer)
 
     @torch.no_grad()
     def __call__(self, take: Tensor) -> None:
         """Make the step where ``take``, a scalar, is true."""
-        for buffer, kept in self._running:
-            kept.copy_(torch.where(take, buffer, kept))
-            buffer.copy_(kept)
+        for buffer, kept in zip(self._running, self._kept, strict=True):
+            buffer.copy_(torch.where(take, buffer, kept))
         if self.on_device:
             self._step_on_device(take)
         elif take:
@@ -99,16 +107,15 @@ class GuardedStep:
 
     def _step_on_device(self, take: Tensor) -> None:
         tensors = self._tensors()
-        flat = as_vectors(tensors)
-        before = torch.cat(flat)
+        chunks = _chunks(as_vectors(tensors))
+        before = [torch.cat(chunk) for chunk in chunks]
         self.optimizer.step()
         before_ids = {id(tensor) for tensor in tensors}
         made = [tensor for tensor in self._tensors() if id(tensor) not in before_ids]  # the state, by the first step
-        flat += as_vectors(made)
-        after = torch.cat(flat)
-        before = torch.cat([before, before.new_zeros(len(after) - len(before))]) if made else before
-        chosen = torch.where(take, after, before)
-        torch._foreach_copy_(flat, list(chosen.split([len(tensor) for tensor in flat])))
+        for chunk, old in zip(chunks, before, strict=True):
+            _put(chunk, torch.where(take, torch.cat(chunk), old))
+        for chunk in _chunks(as_vectors(made)):
+            _put(chunk, torch.where(take, torch.cat(chunk), 0.0))
 
     def _tensors(self) -> list[Tensor]:
         """All that a step changes."""
@@ -119,6 +126,24 @@ class GuardedStep:
 def as_vectors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same memory as vectors, of tensors that have no gaps in it, whatever the order of their axes."""
     return [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+
+
+def _chunks(vectors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Vectors by such groups as are copied at once: few launches, and little memory beside what is kept."""
+    chunks: list[list[Tensor]] = []
+    room = 0
+    for vector in vectors:
+        if not chunks or len(vector) > room:
+            chunks.append([])
+            room = CHUNK
+        chunks[-1].append(vector)
+        room -= len(vector)
+    return chunks
+
+
+def _put(vectors: Sequence[Tensor], values: Tensor) -> None:
+    """Copy values to the vectors, one after the other."""
+    torch._foreach_copy_(list(vectors), list(values.split([len(vector) for vector in vectors])))
 
 
 class NumberEvents(EventEnum):

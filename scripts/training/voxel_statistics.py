@@ -6,7 +6,6 @@ import logging
 import pickle
 import random
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from scipy.ndimage import gaussian_filter
-from scripts.data.cache import ScanCache, describe_transforms
+from scripts.data.cache import DAMAGE, ScanCache, describe_transforms
 from scripts.networks import VDVAE
 from scripts.training.seeding import SeededDataset
 from scripts.utils.distributed import from_rank_zero, wait_for_all
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 DRAWS = 512
 KEPT = 3  # of the draws that nothing moves one in so many is read, see choose_readings
 SMOOTHING = 0.4
+NAMES = ("mean", "std", "affine")  # of what is kept
 # Voxels are rounded to multiples of this. Sums of 8192 of them, and of their squares, are then exact in double
 # precision (up to an absolute value of 1), so that neither their order nor the number of processes matters.
 RESOLUTION = 2.0**-20
@@ -162,10 +162,10 @@ def start_from_scans(network: VDVAE, dataset: SeededDataset, augmented: bool = F
     if not network.template:
         return network
     path = _kept_path(dataset, augmented) if idist.get_rank() == 0 else None
-    kept = None if path is None else _read(path)
+    kept = None if path is None else _read(path, [network.in_channels, *network.spatial_shape])
     if not from_rank_zero(lambda: kept is not None):
         computed = voxel_statistics(dataset, augmented=augmented, workers=workers)
-        kept = dict(zip(("mean", "std", "affine"), computed, strict=True))
+        kept = dict(zip(NAMES, computed, strict=True))
         if path is not None:
             write_whole(path, lambda temporary: torch.save(kept, temporary))
     if kept is not None:
@@ -189,14 +189,19 @@ def _kept_path(dataset: SeededDataset, augmented: bool) -> Path | None:
         return None
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """What was kept; None where there is nothing, or where it is damaged."""
+def _read(path: Path, shape: Sequence[int]) -> dict[str, Tensor] | None:
+    """What was kept of scans of ``[channels, *spatial]``; None where there is nothing, or where it is damaged."""
     if not path.is_file():
         return None
     try:
         check_archive(path)
         kept = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+        mean, std, affine = (kept[name] for name in NAMES)
+        if mean.shape != torch.Size(shape) or std.shape != mean.shape or affine.shape != (4, 4):
+            raise ValueError("it is of other scans")
+        if not all(value.is_floating_point() and value.isfinite().all() for value in kept.values()) or (std < 0).any():
+            raise ValueError("it holds no statistics")
+    except DAMAGE:
         logger.warning("'%s', the mean and deviation of the scans, is damaged: they are computed again.", path)
         return None
     logger.info("Mean and deviation of the scans are those of '%s'.", path)

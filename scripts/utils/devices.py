@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,21 @@ def tune(device: torch.device, tf32: bool) -> None:
         torch.backends.cudnn.benchmark = True
         # of convolutions alone: products of matrices, which fit the population prior, keep single precision
         torch.backends.cudnn.allow_tf32 = tf32
+
+
+def free_memory() -> int | None:
+    """Bytes of the host's memory that are free or would be on demand; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")  # of a container that may have less
+    try:
+        limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return free
+    return min(free, max(0, limit - used))
 
 
 class Block(NamedTuple):

@@ -139,11 +139,17 @@ def _raised_in(error: BaseException, places: tuple[str, ...]) -> bool:
 
 
 def _of_worker(message: str) -> tuple[str, str] | None:
-    """Type and message of the first error in the traceback that PyTorch makes the message of a loader process's."""
-    if "Original Traceback" not in message:
+    """Type and message of what went wrong in another process, of which a message holds the traceback.
+
+    PyTorch makes it the message of a loader process's error, Python that of the cause of a pool's. What the bundle
+    refuses comes first, then the first error of all.
+    """
+    if "Original Traceback" not in message and not message.startswith('\n"""\nTraceback'):
         return None
     errors = re.findall(r"^([\w.]+): (.*)$", message, re.MULTILINE)
-    return next((found for found in errors if not found[1].startswith(MONAI_WRAPPINGS)), None)
+    errors = [(kind, text) for kind, text in errors if not text.startswith(MONAI_WRAPPINGS)]
+    own = [(kind, re.sub(r"^\[Errno \d+\] ", "", text)) for kind, text in errors if kind.startswith("scripts.")]
+    return next(iter(own + errors), None)
 
 
 def _context(error: BaseException) -> str:

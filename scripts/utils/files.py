@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
+import functools
 import io
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
+import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +23,18 @@ from typing import Any
 from scripts.utils.errors import InputError, NotAFolderError, ResourceError
 
 MOST_KEPT = 40  # characters of a file's name in that of a temporary one
+TEMPORARY = re.compile(r"\.(\d+)-(?:([0-9a-f]{8})-)?[0-9a-f]{8}\.")  # how its name begins: process, machine, chance
+KEPT_SECONDS = 86400  # of one whose process may live on another machine
+OF_THE_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)  # not of the file in it
+
+_cleared: set[Path] = set()  # folders in which this process has looked for leftovers
 
 
 def expand(path: str | os.PathLike | None) -> str | None:
     """A path as somebody gives it, with the user's home in place of a ``~`` at its start; None stays None.
 
-    Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the configs, such as
-    ``$files.expand(@dataset_dir)``. Elsewhere a ``~`` is a folder of that name.
+    Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the ``paths`` of the
+    configs, such as ``@paths#dataset_dir``. Elsewhere a ``~`` is a folder of that name.
     """
     return None if path is None else os.path.expanduser(str(path))  # noqa: PTH111 (pathlib's raises where there is no such user)
 
@@ -42,13 +53,16 @@ def write_whole(
         ``path``.
 
     Raises:
-        OSError: the disk is full; what ``path`` held before is still there.
+        OSError: the disk is full, or the folder cannot be written to; what ``path`` held before is still there.
     """
     path = Path(path)
+    if path.parent.absolute() not in _cleared:
+        _cleared.add(path.parent.absolute())
+        remove_leftovers(path.parent)
     # the suffix stays, since writers such as nibabel and matplotlib choose the format by it
     # processes of several containers that share the folder may have one number
     # and the name may be as long as a file system allows
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name[-MOST_KEPT:]}")
+    temporary = path.with_name(f".{os.getpid()}-{_here()}-{secrets.token_hex(4)}.{path.name[-MOST_KEPT:]}")
     try:
         write(str(temporary))
         _flush(temporary)
@@ -58,7 +72,11 @@ def write_whole(
         _flush(path.parent)
     except BaseException as error:
         full = _is_full(error, path.parent)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is what cannot be used
+            temporary.unlink()
+        if isinstance(error, OSError) and not full and error.filename in (str(temporary), os.fsencode(temporary)):
+            known = path.parent if error.errno in OF_THE_FOLDER else path
+            raise OSError(error.errno, error.strerror, str(known)) from error
         if full:
             raise ResourceError(
                 errno.ENOSPC,
@@ -102,10 +120,46 @@ def as_folder(name: str, path: str | os.PathLike) -> Path:
     return folder
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporary files of :py:func:`write_whole` that killed processes left in a folder."""
-    for path in Path(folder).glob(".[0-9]*.*"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: str | os.PathLike, alone: bool = False) -> None:
+    """Remove the temporary files of :py:func:`write_whole` that killed processes left in a folder.
+
+    Those of processes that live stay, and for a day those of other machines and containers, of which that is not known.
+
+    Args:
+        folder: that files are written to; a process does this before it writes its first there.
+        alone: no other process writes there, so that none has to stay.
+    """
+    with contextlib.suppress(OSError):
+        for path in Path(folder).glob(".[0-9]*.*"):
+            found = TEMPORARY.match(path.name)
+            if alone or (found is not None and _is_left(path, *found.groups())):
+                path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, number: str, place: str | None) -> bool:
+    """Whether the process that wrote a temporary file has ended."""
+    if place != _here() or os.name != "posix":
+        return time.time() - path.stat().st_mtime > KEPT_SECONDS
+    try:
+        os.kill(int(number), 0)  # asks alone
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+@functools.cache
+def _here() -> str:
+    """What tells this machine or container from others, whose processes may have the same numbers."""
+    parts = [platform.node()]
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
+        lambda: str(Path("/proc/self/ns/pid").readlink()),
+    ):
+        with contextlib.suppress(OSError):
+            parts.append(read())
+    return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 from scripts.utils.command_line import check_integer, program_words
-from scripts.utils.errors import InputError
+from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 
 __all__ = ["command_line_config", "save_config"]
@@ -68,7 +68,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
     options = _options(arguments)
     if "config_file" not in options:
         return {}
-    config = ConfigParser.load_config_files(_literal(options["config_file"]))
+    config = _load(_literal(options["config_file"]))
     _check_job(config, arguments, options)
     for key, value in options.items():
         top = key.replace("::", "#").split("#")[0]
@@ -87,6 +87,28 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             _check_type(key, before, config[key])
     _check_values(config)
     return config
+
+
+def _load(files: Any) -> dict[str, Any]:
+    """The config files, each over those before it."""
+    if isinstance(files, str) and not Path(files).is_file() and "," in files:  # as MONAI takes them
+        files = files.split(",")
+    names = list(files) if isinstance(files, list | tuple) else [files]
+    for name in names:
+        _check_file(name)
+    return ConfigParser.load_config_files(names)
+
+
+def _check_file(name: Any) -> None:
+    """Refuse a config file that is none; MONAI's own sentence names no file."""
+    if not isinstance(name, str) or not Path(name).is_file():
+        raise NotFoundError(f"config_file '{name}' does not exist: check the path, which starts where you are.")
+    try:
+        content = ConfigParser.load_config_file(name)
+    except Exception as error:  # of many kinds, by the format
+        raise InputError(f"config_file '{name}' is no valid JSON or YAML ({error}): correct it there.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config_file '{name}' holds no settings by name: write them as {{\"epochs\": 10}}.")
 
 
 def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[str, str]) -> None:

@@ -1,0 +1,135 @@
+"""What the file of a population prior must hold: everything is checked before anything of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from scripts.data.covariates import Continuous, CovariateCoding
+from scripts.training.checkpoints import CheckpointError
+from torch import Tensor
+
+FORMAT = 1  # of the file
+FIT_IT = "fit one by the run fit_prior of configs/inference.json"
+FACTORS = ("sharpness", "dispersion", "region_dispersion")
+
+
+class _WrongError(Exception):
+    """Something is wrong, as the rest of a sentence says."""
+
+
+def check_prior(content: Any, name: str, grids: Sequence[Sequence[int]] | None = None) -> None:
+    """Refuse what is no population prior of this bundle.
+
+    Args:
+        content: of the file, as ``torch.load`` reads it.
+        name: of the file, for the message.
+        grids: ``[channels, *grid]`` of each latent of the network that it is for, top first; None: of any.
+
+    Raises:
+        CheckpointError: the sentence says what is wrong.
+    """
+    if not isinstance(content, Mapping) or "population_prior" not in content:
+        raise CheckpointError(f"{name} holds no population prior: {FIT_IT}.")
+    version = content["population_prior"]
+    if type(version) is not int or version != FORMAT:
+        raise CheckpointError(
+            f"{name} has format {version!r}, and this version of the bundle reads format {FORMAT}: take the version "
+            f"that wrote it, or {FIT_IT}."
+        )
+    try:
+        features = _check_latents(content.get("latents"), grids)
+        _check_rest(content, features)
+    except _WrongError as error:
+        raise CheckpointError(f"{name} is damaged: {error}. Take it from where it was made, or {FIT_IT}.") from None
+
+
+def _check_latents(latents: Any, grids: Sequence[Sequence[int]] | None) -> int:
+    """Returns the number of features of covariates."""
+    if not isinstance(latents, Mapping) or not latents:
+        raise _WrongError("its 'latents' are no table of latents")
+    sizes = set()
+    for index, latent in latents.items():
+        place = f"latent {index!r}"
+        if type(index) is not int or index < 0 or not isinstance(latent, Mapping):
+            raise _WrongError(f"'latents' has {place}, which is none")
+        shape = _tensor(latent, "mean", place).shape
+        if grids is not None and (index >= len(grids) or tuple(shape) != tuple(grids[index])):
+            has = f"is {list(grids[index])}" if index < len(grids) else "does not exist"
+            raise _WrongError(f"the mean of {place} is {list(shape)}, but the network's {has}")
+        if (_tensor(latent, "variance", place, shape) < 0).any():
+            raise _WrongError(f"the variance of {place} is negative somewhere")
+        factors = _check_rows(latent, "directions", "scale", place, shape)
+        effects = {"effects", "effects_scale"} & latent.keys()
+        sizes.add((factors, _check_rows(latent, "effects", "effects_scale", place, shape) if effects else 0))
+    if len(sizes) > 1:
+        raise _WrongError("its latents differ in their numbers of factors or of covariates' effects")
+    return sizes.pop()[1]
+
+
+def _check_rows(latent: Mapping, name: str, scale: str, place: str, shape: Sequence[int]) -> int:
+    """Check 8-bit numbers and their scale, one for each row; returns how many rows there are."""
+    rows = latent.get(name)
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int8 or rows.shape[1:] != torch.Size(shape):
+        raise _WrongError(f"the {name} of {place} are no 8-bit numbers of shape [n, {', '.join(map(str, shape))}]")
+    _tensor(latent, scale, place, rows.shape[:1])
+    return len(rows)
+
+
+def _tensor(values: Mapping, name: str, place: str, shape: Sequence[int] | None = None) -> Tensor:
+    """A tensor of finite numbers, of one shape if it is said."""
+    tensor = values.get(name)
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise _WrongError(f"the {name} of {place} is no tensor of numbers")
+    if shape is not None and tensor.shape != torch.Size(shape):
+        raise _WrongError(f"the {name} of {place} is {list(tensor.shape)}, and should be {list(shape)}")
+    if not tensor.isfinite().all():
+        raise _WrongError(f"the {name} of {place} is not finite")
+    return tensor
+
+
+def _check_rest(content: Mapping, features: int) -> None:
+    for name, needed in (("distances", True), ("bits_per_dim", False)):
+        if (needed or content.get(name) is not None) and _tensor(content, name, "the cohort").ndim != 1:
+            raise _WrongError(f"its '{name}' are no list of numbers")
+    if not isinstance(content.get("weights", ""), str):
+        raise _WrongError("its 'weights' are no checksum")
+    for name in FACTORS:
+        value = content.get(name)
+        if value is not None and not (_is_number(value) and value > 0):
+            raise _WrongError(f"its '{name}' is {value!r}, and should be a number above 0")
+    if "covariates" not in content:
+        if features:
+            raise _WrongError("it has effects of covariates, and does not say of which")
+        return
+    size = _coding(content["covariates"]).size
+    if size != features:
+        raise _WrongError(f"its covariates become {size} numbers, but it has {features} effects")
+    if content.get("offset") is not None and _tensor(content, "offset", "the covariates").shape[:1] != (features,):
+        raise _WrongError(f"its 'offset' is not that of {features} effects")
+
+
+def _coding(plain: Any) -> CovariateCoding:
+    try:
+        coding = CovariateCoding.from_plain(plain)
+        for variable in coding.variables.values():
+            middle = variable.mean if isinstance(variable, Continuous) else variable.categories[0]
+            numbers = [*variable.numbers(middle), *variable.numbers(None)]
+            if isinstance(variable, Continuous):
+                numbers += [*variable.numbers(variable.high), variable.mean, variable.std, variable.low, variable.high]
+                ordered = variable.low <= variable.high and list(variable.knots) == sorted(set(variable.knots))
+                if not ordered or variable.std <= 0:
+                    raise _WrongError(f"the range or the knots of its covariate {variable.name!r} make no sense")
+            elif not all(isinstance(category, str) for category in variable.categories):
+                raise _WrongError(f"the categories of its covariate {variable.name!r} are no texts")
+            if not isinstance(variable.name, str) or not all(map(_is_number, numbers)):
+                raise _WrongError(f"its covariate {variable.name!r} does not become numbers")
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise _WrongError(f"its 'covariates' cannot be read ({type(error).__name__}: {error})") from None
+    return coding
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
