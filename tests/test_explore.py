@@ -155,7 +155,7 @@ def test_long_requests_are_refused(client):
         (b"[1]", "A job is asked for as"),
         (b"[" * 100_000, "A job is asked for as"),
         (b'{"kind": "\\ud800"}', "There is no job '\\ud800'"),
-        (b'{"kind": "view", "arguments": {"index": NaN}}', "There is no scan nan"),
+        (b'{"kind": ["view"]}', "There is no job ['view']"),
         (b'{"kind": "eval", "arguments": {}}', "There is no job 'eval'"),
         (b'{"kind": "view", "arguments": {}}', "missing a required argument: 'index'"),
         (b'{"kind": "view", "arguments": {"index": 0, "path": "x"}}', "unexpected keyword argument 'path'"),
@@ -164,6 +164,12 @@ def test_long_requests_are_refused(client):
 def test_what_is_no_job_is_refused(client, body, said):
     answer = client.post("/api/jobs", content=body)
     assert answer.status_code == 422 and said in answer.json()["error"]
+
+
+def test_what_is_not_a_number_is_refused(client):
+    answer = client.post("/api/jobs", content=b'{"kind": "view", "arguments": {"index": NaN}}')
+    job = wait(client, answer.json())
+    assert job["state"] == "failed" and "There is no scan nan" in job["error"]
 
 
 @pytest.mark.parametrize(

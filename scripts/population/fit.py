@@ -28,7 +28,7 @@ from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.protocol import Trainer
 from scripts.training.trainer import TrainingEvents
-from scripts.utils.devices import on_device
+from scripts.utils.devices import free_memory, on_device
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
@@ -87,11 +87,8 @@ def latents_within(network: VDVAE, memory: float, per_dimension: int) -> list[in
 
 def memory_to_use() -> float:
     """Bytes that a fit may take of this machine's memory: half of what is free, shared with processes beside this."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError):  # not on all systems
-        free = 8 * 2**30
-    return free / 2 / idist.get_nproc_per_node()
+    free = free_memory()
+    return (8 * 2**30 if free is None else free) / 2 / idist.get_nproc_per_node()
 
 
 def shifts_and_ratios(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:

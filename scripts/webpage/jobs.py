@@ -112,7 +112,7 @@ class Jobs:
         Raises:
             ValueError: there is no such job, or its arguments are not understood.
         """
-        if kind not in self.kinds or not isinstance(arguments, dict):
+        if not isinstance(kind, str) or kind not in self.kinds or not isinstance(arguments, dict):
             raise InputError(f"There is no job {kind!r}: there are {', '.join(self.kinds)}.")
         job = self.kinds[kind]
         try:
