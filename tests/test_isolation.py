@@ -230,7 +230,8 @@ def test_scans_without_a_row_and_ages_beyond_the_priors_are_said(scans, network,
 def test_a_datalist_of_a_run_that_is_damaged_is_named(tmp_path):
     from scripts.inference.training_run import TrainedScans
 
-    for content in ("{", "[]", '{"training": 3}', '{"training": [{"image": ""}]}'):
+    items = ('{"image": ""}', '{"image": 3}', '{"image": "a.nii", "subject": []}', "null")
+    for content in ("{", "[]", '{"training": 3}', '{"training": []}', *(f'{{"training": [{i}]}}' for i in items)):
         (tmp_path / "datalist.json").write_text(content)
         with pytest.raises(ValueError, match=r"datalist\.json'"):
             TrainedScans(tmp_path / "datalist.json")

@@ -392,7 +392,7 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
         if not isinstance(entries, list):
             raise InputError(f"The '{side}' of dataset_dir '{path}' must be a list of {{\"image\": path}}.")
         for place, entry in enumerate(entries):
-            _check_item(entry, f"The '{side}' of dataset_dir '{path}', item {place} (from 0)")
+            check_item(entry, f"The '{side}' of dataset_dir '{path}', item {place} (from 0)")
         if entries:
             sides[side] = [
                 {**e, "image": _each_path(lambda name: os.path.normpath(path.parent / expand(name)), e["image"])}
@@ -401,8 +401,16 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
     return sides
 
 
-def _check_item(item: Any, place: str) -> None:
-    """Refuse what is no item of a datalist; subjects and sessions that are numbers become texts."""
+def check_item(item: Any, place: str) -> None:
+    """Refuse what is no item of a datalist; subjects and sessions that are numbers become texts.
+
+    Args:
+        item: of a side of the datalist.
+        place: where it stands, as the beginning of a sentence.
+
+    Raises:
+        InputError: it names no file, or a subject or session that is no text.
+    """
     image = item.get("image") if isinstance(item, dict) else None
     paths = image if isinstance(image, list) else [image]
     if not paths or not all(isinstance(path, str) and path and "\0" not in path for path in paths):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from scripts.data.datalist import check_item
 from scripts.networks import VDVAE
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand, read_json
@@ -28,8 +29,10 @@ class TrainedScans:
 
     def __init__(self, datalist: str | os.PathLike) -> None:
         training = read_json(datalist, "the datalist of a run").get("training")
-        if not isinstance(training, list) or not all(isinstance(i, dict) and i.get("image") for i in training):
+        if not isinstance(training, list) or not training:
             raise InputError(f"'{datalist}' does not say which scans were trained on: take that of the run.")
+        for place, item in enumerate(training):
+            check_item(item, f"'{datalist}', item {place} (from 0) of 'training'")
         self._paths = {absolute_path(item) for item in training}
         # a subject's name tells who it is within one data set alone
         self._root = os.path.commonpath([Path(path).parent for path in self._paths])
