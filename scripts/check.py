@@ -24,7 +24,7 @@ from scripts.data.datalist import session_name, subject_names
 from scripts.data.find import find_scans
 from scripts.utils.command_line import check_integer, run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, expand
+from scripts.utils.files import as_folder, expand, reserve
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -92,8 +92,7 @@ def check(
     shape = (len(files), channels, *(THUMBNAIL,) * spatial_dims)
     subjects = subject_names([scan[0] for scan in names])
     with tempfile.TemporaryFile(dir=output) as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
-            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+        reserve(file, 2 * math.prod(shape), output)
         thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
         jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
         scans = _note(run_parallel(jobs, workers, "reading scans"), names, subjects, thumbnails)

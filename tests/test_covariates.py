@@ -18,7 +18,8 @@ from monai.data import Dataset
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariates import Continuous, CovariateCoding
-from scripts.inference.covariate_results import RegionCurves
+from scripts.data.scan_grid import ScanGrid
+from scripts.inference.covariate_results import RegionCurves, fit_atlas
 from scripts.inference.covariates import (
     Counterfactual,
     Deviation,
@@ -195,6 +196,51 @@ def test_deviation_is_in_units_of_the_draws(network, coding):
         Deviation(prior, draws=1)
 
 
+@torch.no_grad()
+def test_regions_of_people_like_the_draws_are_as_usual(network, coding):
+    """Of people whom the prior draws, |z| exceeds 1.96 in 5 %, however few draws there are to compare with."""
+    prior = prior_with_effects(network, coding)
+    labels = torch.ones(8, 8, 8, dtype=torch.long)
+    labels[4:] = 2
+    features = coding.numbers({"age": 60})[None].repeat(2000, 1)
+    torch.manual_seed(0)
+    people, _ = prior.usual(network, features)
+    for wide in (1.0, 2.0):
+        prior.region_dispersion = wide
+        z = Deviation(prior, draws=5, labels=labels)(people, network, features)["regions"][..., 3]
+        share = float((z.abs() > 1.96).float().mean())
+        assert 0.035 < share < 0.065 if wide == 1.0 else share < 0.02, (wide, share)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("no place", "mend its header"),
+        ("fractions", "holds other values than whole numbers"),
+        ("negative", "holds other values than whole numbers"),
+        ("two volumes", "give one volume"),
+        ("text", "cannot be read"),
+        ("elsewhere", "has no region where the scans lie"),
+    ],
+)
+def test_an_atlas_is_checked_as_a_scan_is(kind, said, tmp_path):
+    labels, affine = np.ones((8, 8, 8), np.float32), np.diag([2.0, 2, 2, 1])
+    labels[4:] = {"fractions": 1.3, "negative": -2}.get(kind, 2)
+    labels = np.stack([labels] * 2, -1) if kind == "two volumes" else labels
+    image = nib.Nifti1Image(labels, affine)
+    if kind == "no place":
+        image.set_sform(None, 0)
+        image.set_qform(None, 0)
+    if kind == "elsewhere":
+        image = nib.Nifti1Image(labels, np.diag([2.0, 2, 2, 1]) + 500 * np.eye(4, k=3))
+    nib.save(image, tmp_path / "atlas.nii.gz")
+    if kind == "text":
+        (tmp_path / "atlas.nii.gz").write_text("no image")
+    grid = ScanGrid(box=[[7.0] * 3, [16.0] * 3])
+    with pytest.raises(ValueError, match=r"atlas\.nii\.gz'.*" + said):
+        fit_atlas(tmp_path / "atlas.nii.gz", grid, (8, 8, 8), affine)
+
+
 def test_curves_of_regions_do_not_depend_on_the_batch(network, coding, capsys):
     labels = torch.ones(8, 8, 8, dtype=torch.long)
     labels[4:] = 2
@@ -234,6 +280,7 @@ def test_training_fits_a_prior_that_knows_covariates(fitted):
     prior = PopulationPrior.load(content)
     assert prior.offset.shape == (prior.features, 1, 8, 8, 8)
     assert 0.3 < prior.dispersion < 3 and prior.dispersion != 1
+    assert 0.3 < prior.region_dispersion < 3 and prior.region_dispersion != prior.dispersion
     numbers = torch.zeros(2, prior.features)
     numbers[1, 0] = 2.0
     torch.testing.assert_close(prior.added(numbers)[1], 2 * prior.offset[0])

@@ -115,7 +115,8 @@ def test_the_token_opens_the_page(jobs):
     assert {"HttpOnly", "SameSite=strict"} <= set(first.headers["set-cookie"].split("; "))
     page = client.get("/")
     assert page.status_code == 200 and "niivue" in page.text
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    assert all(part in policy for part in ("default-src 'self'", "base-uri 'none'", "form-action 'none'"))
     assert client.get("/static/niivue/LICENSE").status_code == 200
 
 

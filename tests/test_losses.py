@@ -39,6 +39,14 @@ def test_negative_log_likelihood_is_computed_in_fp32(dtype):
     assert found.item() == pytest.approx(64 * 64 * (2 + math.log(0.5) + 0.5 * math.log(2 * math.pi)), rel=1e-5)
 
 
+@torch.no_grad()
+def test_without_gradients_nats_are_summed_in_double_precision():
+    scan = torch.rand(1, 1, 128, 128, 128)
+    found = negative_log_likelihood(torch.zeros(()).expand_as(scan), torch.ones(()).expand_as(scan), scan)
+    exact = float((0.5 * scan.double().square()).sum()) + scan.numel() * 0.5 * math.log(2 * math.pi)
+    assert float(found) == pytest.approx(exact, abs=0.1)  # fp32 has steps of a quarter there
+
+
 @pytest.mark.parametrize("levels", [2, 256, 4096])
 def test_the_probabilities_of_all_rounded_values_sum_to_one(levels):
     values = torch.linspace(-1, 1, levels).reshape(-1, 1, 1)
