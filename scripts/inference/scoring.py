@@ -85,7 +85,7 @@ class Scoring(Inferer):
             output = record.infer(network, scans, temperature=1.0, draws=draws)
             nlls.append(negative_log_likelihood(output.loc, output.scale, scans))
             rounded.append(discretised_nll(output.loc, output.scale, scans, value_range))
-            kls.append(output.kl)
+            kls.append(output.kl.double())
             ratios.append(record.log_ratio)
             if self.prior is not None:
                 gains.append(self.prior.log_ratio(record.innovations, features))

@@ -87,7 +87,7 @@ def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor
     kl = torch.zeros(q.mean.shape[0], dtype=torch.float64, device=q.mean.device)
     for start in range(0, in_order.mean.shape[1], most):
         kl = kl + kl_per_dimension(part(in_order, start, start + most), floor).sum(1, dtype=torch.float64)
-    return kl
+    return kl.float()
 
 
 def part(q: Posterior, start: int, end: int) -> Posterior:
