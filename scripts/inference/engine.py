@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,11 @@ class ScanEvaluator(Evaluator):
         except ScanError:  # it has no place, as will be said when its results are written
             return name
 
+    @cached_property
+    def _identities(self) -> dict[str, Any]:
+        """The settings as the record has them, of files the content, which is read once."""
+        return {name: _identity(value) for name, value in self.settings.items()}
+
     def _begin(self) -> list[int]:
         """Refuse to mix results of different settings; leave those of this run beside its results.
 
@@ -293,8 +299,7 @@ class ScanEvaluator(Evaluator):
         """
         folder = self.common.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.job}.json"
-        settings = {name: _identity(value) for name, value in self.settings.items()}
+        path, settings = folder / f"{self.job}.json", self._identities
         before = read_json(path, "the record of a job") if path.exists() and not self.common.overwrite else {}
         if before:
             changed = [name for name in settings if name in before and before[name] != settings[name]]
@@ -313,8 +318,7 @@ class ScanEvaluator(Evaluator):
 
     def _write_record(self, covariates: Mapping[str, Any]) -> None:
         """Leave the settings beside the results, and the covariates of the scans that these are of."""
-        settings = {name: _identity(value) for name, value in self.settings.items()}
-        content = settings | ({SCANS: dict(covariates)} if covariates else {})
+        content = self._identities | ({SCANS: dict(covariates)} if covariates else {})
         write_text(self.common.output_dir / f"{self.job}.json", json.dumps(content, indent=2) + "\n")
 
     def _iteration(self, engine: Engine, batchdata: Batch) -> dict[str, Any]:
