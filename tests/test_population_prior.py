@@ -537,7 +537,7 @@ def test_coordinates_that_cannot_be_decoded(tmp_path, text, message):
 
 def test_a_row_that_cannot_be_decoded_leaves_the_others(tmp_path):
     rows = ["\ufeffimage,c000,c001,c002,c003", "a,1,2,x,4", "b,1,2", "c,1,2,1e308,4", ",1,2,3,4", "d,1,2,3,4"]
-    (tmp_path / "c.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "c.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     items = list_coordinates(tmp_path / "c.csv", tmp_path, random_prior())
     assert [Path(item["image"]).name for item in items] == ["a", "b", "c", "unnamed", "d"]
     assert ["has a cell that is no number" in item.get(UNUSABLE, "") for item in items[:3]] == [True] * 3
