@@ -32,7 +32,6 @@ from benchmarks.common import CONFIGS, print_table, read_config, stack
 from benchmarks.lesions import counts_of
 from benchmarks.peer_diffusion import LATENTS_PER_BATCH, LatentDiffusion
 from benchmarks.peer_models import VAE, LatentDiffusionAutoencoder, Peer, VoxelGaussian, fit_pca, train
-from benchmarks.sample_quality import nearest_training, precision_recall, spectrum
 from scripts.data.transforms import unclipped
 from scripts.inference.cohort import list_scans
 from scripts.inference.detection import detect
@@ -56,7 +55,7 @@ COLUMNS = {
     "likelihood": "which is",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
-    "mmd_gaussian": "MMD of samples",
+    "mmd": "MMD of samples",
     "ms_ssim": "MS-SSIM of samples",
     "average_precision": "lesions: average precision",
     "auroc": "lesions: AUROC of scans",
@@ -185,11 +184,6 @@ def lesion_numbers(peer: Peer, scans: Tensor, lesions: Tensor, smoothing: float,
     return {name: float(brighter.numbers[name][0]) for name in ("average_precision", "auroc")}
 
 
-def sample_numbers(compared: dict[str, Any]) -> dict[str, float]:
-    """What the table shows of a comparison of samples."""
-    return {"mmd_gaussian": compared["mmd_gaussian"]["value"], "ms_ssim": compared["ms_ssim"]["samples"]["mean"]}
-
-
 def compare(
     dataset_dir: str,
     output_dir: str,
@@ -250,29 +244,28 @@ def compare(
     cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
     sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", unclipped(preprocess), **cohort)
     rows, quality = [], {}
+    beside = test[:samples], OUTPUT_RANGES["tanh"], batch_size
     with torch.no_grad():
         everyone = {**models, **{name: (peer, None) for name, peer in cold.items()}}
         for name, (peer, spent) in tqdm(everyone.items(), desc="measuring", unit="model"):
             torch.manual_seed(seed)
             drawn = draw_samples(peer, samples, batch_size)
-            compared = compare_images(drawn, test[: len(drawn)], OUTPUT_RANGES[peer.output_activation], batch_size)
-            quality[name] = quality_numbers(drawn, test, training)
-            row = {"model": name, **sample_numbers(compared)}
+            compared = quality[name] = compare_images(drawn, *beside, training=training)
+            row = {"model": name, **compared}
             if name in models:
                 row |= {"likelihood": peer.likelihood, "parameters": peer.size(), "minutes": spent}
                 row |= held_out_numbers(peer, test, batch_size)
                 row |= lesion_numbers(peer, sick, lesions, smoothing, batch_size)
             rows.append(row)
-        quality["scans of the validation side"] = quality_numbers(validation[:samples], test, training)
+        quality["scans of the validation side"] = compare_images(validation[:samples], *beside, training=training)
         draw(folder, {name: peer for name, (peer, _) in models.items()}, cold, test[:1], seed)
     write_table(folder / "peers.csv", COLUMNS, rows)
-    names = ["model", *quality["scans of the validation side"]]
-    columns = dict(zip(names, names, strict=True))
+    found = [name for name in compared if name.startswith(("variance", "precision", "recall", "nearest"))]
+    columns = {name: name for name in ("model", *found)}
     write_table(folder / "samples.csv", columns, [{"model": name, **found} for name, found in quality.items()])
-    reference = compared["mmd_gaussian"]
     numbers = {"scans": test_count, "samples": samples, "lesions": test_count}
-    numbers |= {"reference": reference["scan_halves_mean"], "bound": reference["scan_halves_95th_percentile"]}
-    numbers |= {"diversity": compared["ms_ssim"]["held_out"]["mean"], "sick": int(lesions.flatten(1).any(1).sum())}
+    numbers |= {"reference": compared["mmd_halves_mean"], "bound": compared["mmd_halves_95"]}
+    numbers |= {"diversity": compared["ms_ssim_held_out"], "sick": int(lesions.flatten(1).any(1).sum())}
     print(EXPLANATION.format(**numbers, share=lesions[foreground(sick, network_def)].float().mean()))
 
 
@@ -303,14 +296,6 @@ def write_table(path: Path, columns: dict[str, str], rows: Sequence[dict[str, An
 def draw_samples(peer: Peer, count: int, batch_size: int) -> Tensor:
     """`[count, 1, *spatial]`."""
     return torch.cat([peer.sample(min(batch_size, count - start)) for start in range(0, count, batch_size)])
-
-
-def quality_numbers(samples: Tensor, scans: Tensor, training: Tensor) -> dict[str, float]:
-    """What :py:mod:`benchmarks.sample_quality` says, for the second table."""
-    precision, recall = precision_recall(samples, scans)
-    variances = {f"variance, components {band}": v for band, v in spectrum(samples, scans, training).items()}
-    nearest = nearest_training(samples, scans, training)
-    return {**variances, "precision": precision, "recall": recall, "nearest training scan": nearest}
 
 
 def cell(value: str | int | float | None) -> str:

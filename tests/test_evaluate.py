@@ -13,20 +13,19 @@ import pytest
 import torch
 from conftest import TINY, bundle_words, inference_config, run_bundle, run_command_process
 from groups import run_bundle_group
-from monai.data import Dataset
 from monai.inferers import Inferer
 
 from scripts.inference import jobs
 from scripts.inference.evaluation import held_out
 from scripts.inference.inferers import Sampling
+from scripts.inference.privacy import draw_samples, one_per_subject
 from scripts.inference.sample_comparison import (
-    compare_samples,
+    compare_images,
     gaussian_kernel,
     kernel_features,
     mean_of_pairs,
     mmd,
     ms_ssim_metric,
-    one_per_subject,
     random_halves,
 )
 from scripts.layers.gaussian import gaussian_noise
@@ -66,16 +65,16 @@ def evaluated(cohort, run):
     words = bundle_words(*words, run_id=None, configs=EVALUATE)
     result = run_command_process("monai.bundle", *words, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
-    return json.loads((run / "evaluation" / "summary.json").read_text()), before, result.stderr
+    return json.loads((run / "evaluation" / "evaluation.json").read_text()), before, result.stderr
 
 
 def test_the_elbo_is_what_training_reported(run, evaluated):
     summary, _, _ = evaluated
     reported = last_validation(run)
-    shared = [name for name in reported if name in summary["held_out"]]
+    shared = [name for name in reported if name in summary]
     assert {"bits_per_dim", "nll", "kl", "mse", "kl_z00", "kl_z04"} <= set(shared)
     for name in shared:
-        assert summary["held_out"][name]["mean"] == pytest.approx(reported[name], rel=1e-6), name
+        assert summary[name] == pytest.approx(reported[name], rel=1e-6), name
 
 
 def test_each_held_out_scan_has_a_row(run, evaluated):
@@ -84,18 +83,26 @@ def test_each_held_out_scan_has_a_row(run, evaluated):
     split = json.loads((run / "datalist.json").read_text())
     assert [row["image"] for row in rows] == [Path(item["image"]).name for item in split["validation"]]
     assert [row["subject"] for row in rows] == [item["subject"] for item in split["validation"]]
-    for name, numbers in summary["held_out"].items():
+    assert summary["held_out_scans"] == len(rows) == 6
+    for name in ("bits_per_dim", "kl_z00", "bits_per_voxel_8bit", "psnr_brain", "file_gzip"):
         values = [float(row[name]) for row in rows]
-        assert numbers["count"] == len(values) == 6
-        assert numbers["mean"] == pytest.approx(np.mean(values), rel=1e-6)
-        assert numbers["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+        assert summary[name] == pytest.approx(np.mean(values), rel=1e-6)
+        assert summary[f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+        assert summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"]
     for row in rows:
         latents = sum(float(row[f"kl_z{index:02d}"]) for index in range(5))
         assert float(row["kl"]) == pytest.approx(latents, rel=1e-5)
         nats = float(row["nll"]) + float(row["kl"])
         assert float(row["bits_per_dim"]) == pytest.approx(nats / (512 * np.log(2)), rel=1e-5)
-        # the range is [-1, 1]
-        assert float(row["psnr"]) == pytest.approx(10 * np.log10(4 / float(row["recon_mse"])), rel=1e-5)
+
+
+def test_training_people_are_compared_with_held_out_ones(evaluated):
+    summary, _, _ = evaluated
+    assert summary["training_scans"] == 6
+    assert 0 <= summary["membership_auroc_low"] <= summary["membership_auroc"] <= summary["membership_auroc_high"] <= 1
+    assert abs(summary["membership_gap"]) < 1
+    assert 0 < summary["nearest_training_ratio"] < 10
+    assert summary["variance_1_5"] > 0
 
 
 def test_nothing_of_the_training_run_is_touched(run, evaluated):
@@ -105,11 +112,11 @@ def test_nothing_of_the_training_run_is_touched(run, evaluated):
     assert {Path(path).parent for path in added} <= {run / "cache"}
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == [
         "evaluation.csv",
+        "evaluation.json",
         "report.html",
-        "summary.json",
     ]
     assert "bits_per_dim" in log
-    assert "mmd_gaussian" in log
+    assert "mmd_halves_95" in log
     assert "held-out scans: 100%" in log
     assert "drawing samples: 100%" in log
 
@@ -133,7 +140,7 @@ def test_two_processes_find_what_one_finds(run, evaluated, by_two):
     summary, _, _ = evaluated
     assert log.count("Evaluation:") == 1
     assert log.count("reading validation scans, 2 processes:   0%") == 1
-    same(json.loads((output / "evaluation" / "summary.json").read_text()), summary)
+    same({**json.loads((output / "evaluation" / "evaluation.json").read_text())}, summary)
     one, two = (list(csv.DictReader((p / "evaluation" / "evaluation.csv").open())) for p in (run, output))
     assert [row["image"] for row in one] == [row["image"] for row in two]
 
@@ -228,57 +235,54 @@ class Blobs(Inferer):
 
 
 def compare(inferer: Inferer, folder, samples: int = 24, scans: int = 40, batch_size: int = 8) -> dict:
-    dataset = Dataset([{"image": image} for image in blobs(scans)])
     config = inference_config(network=network(), population_prior=None, output_dir=str(folder), batch_size=batch_size)
     sampling = jobs.sample(config.get_parsed_content("common"), samples)
     sampling.inferer = inferer
-    return compare_samples(sampling, dataset, [{}] * len(dataset))
+    return compare_images(draw_samples(sampling), blobs(scans)[:samples], (-1.0, 1.0), batch_size)
 
 
 def test_a_perfect_model_is_within_the_sampling_error(tmp_path):
     found = compare(Blobs(), tmp_path)
-    for name in ("mmd_gaussian", "mmd_linear"):
-        assert abs(found[name]["value"]) < found[name]["scan_halves_95th_percentile"], name
+    for name in ("mmd", "mmd_linear"):
+        assert abs(found[name]) < found[f"{name}_halves_95"], name
         # halves of the same scans differ by nothing but chance
-        assert abs(found[name]["scan_halves_mean"]) < found[name]["scan_halves_std"] / 4
-    ms_ssim = found["ms_ssim"]
-    error = np.hypot(ms_ssim["samples"]["standard_error"], ms_ssim["held_out"]["standard_error"])
-    assert abs(ms_ssim["samples"]["mean"] - ms_ssim["held_out"]["mean"]) < 3 * error
+        assert abs(found[f"{name}_halves_mean"]) < found[f"{name}_halves_std"] / 4
+    error = np.hypot(found["ms_ssim_standard_error"], found["ms_ssim_held_out_standard_error"])
+    assert abs(found["ms_ssim"] - found["ms_ssim_held_out"]) < 3 * error
     assert not list(tmp_path.iterdir())  # they are compared in memory
 
 
 def test_a_wrong_mean_is_seen_by_both_mmds(tmp_path):
     found = compare(Blobs(shift=0.5), tmp_path)
-    for name in ("mmd_gaussian", "mmd_linear"):
-        assert found[name]["value"] > 2 * found[name]["scan_halves_95th_percentile"], name
+    for name in ("mmd", "mmd_linear"):
+        assert found[name] > 2 * found[f"{name}_halves_95"], name
     # the squared distance of the mean images, 0.5 in each of 512 voxels
-    assert found["mmd_linear"]["value"] == pytest.approx(512 * 0.25, abs=4 * found["mmd_linear"]["standard_error"])
+    assert found["mmd_linear"] == pytest.approx(512 * 0.25, abs=4 * found["mmd_linear_standard_error"])
 
 
 def test_a_model_that_draws_the_mean_alone_is_seen_by_the_gaussian_kernel_and_by_diversity(tmp_path):
     found = compare(Blobs(spread=0.05), tmp_path)
-    assert found["mmd_linear"]["value"] < found["mmd_linear"]["scan_halves_95th_percentile"]
-    assert found["mmd_gaussian"]["value"] > 1.5 * found["mmd_gaussian"]["scan_halves_95th_percentile"]
-    assert found["ms_ssim"]["samples"]["mean"] > found["ms_ssim"]["held_out"]["mean"] + 0.2
+    assert found["mmd_linear"] < found["mmd_linear_halves_95"]
+    assert found["mmd"] > found["mmd_halves_95"]
+    assert found["ms_ssim"] > found["ms_ssim_held_out"] + 0.2
+    assert found["recall"] < 0.3
 
 
 def test_samples_do_not_depend_on_their_batch(tmp_path):
     one, many = (compare(Sampling(1.0), tmp_path, samples=7, batch_size=size) for size in (1, 7))
     same(one, many, rel=1e-4)
-    assert one["count"] == one["held_out_scans"] == 7
+    assert one["samples"] == one["scans_compared"] == 7
 
 
 def test_few_scans_leave_open_what_they_cannot_tell(tmp_path):
     found = compare(Blobs(), tmp_path, samples=6, scans=3)
-    assert found["held_out_scans"] == 3
-    assert found["mmd_gaussian"]["value"] is not None
-    assert found["mmd_gaussian"]["standard_error"] is None
-    assert found["ms_ssim"]["held_out"]["standard_error"] is None
-    assert found["ms_ssim"]["samples"]["standard_error"] > 0
-    assert compare(Blobs(), tmp_path, samples=6, scans=1)["mmd_linear"] is None
-    assert compare_samples(None, [], []) is None
-    with pytest.raises(ValueError, match="samples is 1"):
-        compare(Blobs(), tmp_path, samples=1)
+    assert found["scans_compared"] == 3
+    assert found["mmd"] is not None
+    assert found["mmd_standard_error"] is None
+    assert found["ms_ssim_held_out_standard_error"] is None
+    assert found["ms_ssim_standard_error"] > 0
+    alone = compare(Blobs(), tmp_path, samples=6, scans=1)
+    assert alone["mmd_linear"] is None and alone["precision"] is None
 
 
 def test_mmd_is_the_unbiased_estimate_of_its_kernel():

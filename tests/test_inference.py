@@ -373,9 +373,15 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
     nll = negative_log_likelihood(output.loc, output.scale, x[None])
     assert one["RAS/RAS.nii.gz"]["nll"] == pytest.approx(float(nll), rel=1e-4)
     assert one["RAS/RAS.nii.gz"]["kl"] == pytest.approx(float(output.kl.sum()), rel=1e-4)
-    rounded = discretised_nll(output.loc, output.scale, x[None], (-1, 1))
-    bits = float(bits_per_dim(rounded + output.kl.sum(), x[None]))
-    assert one["RAS/RAS.nii.gz"]["bits_per_voxel_8bit"] == pytest.approx(bits, rel=1e-4)
+    for bits in (8, 12):
+        rounded = discretised_nll(output.loc, output.scale, x[None], (-1, 1), 2**bits)
+        expected = float(bits_per_dim(rounded.sum() + output.kl.sum(), x[None]))
+        assert one["RAS/RAS.nii.gz"][f"bits_per_voxel_{bits}bit"] == pytest.approx(expected, rel=1e-4)
+    inside = x[None] > -0.9
+    nats = discretised_nll(output.loc, output.scale, x[None], (-1, 1))[inside].sum() + output.kl.sum()
+    assert one["RAS/RAS.nii.gz"]["bits_per_voxel_8bit_brain"] == pytest.approx(
+        float(nats / inside.sum() / math.log(2)), rel=1e-4
+    )
     assert len(files(tmp_path / "1", "*_anomaly.nii.gz")) == len(files(tmp_path / "1", "*_anomaly.png")) == 5
 
 

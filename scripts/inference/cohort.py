@@ -54,6 +54,7 @@ class Cohort:
         covariates_file: a table of covariates; None: the data set's own.
         unseen: what becomes of categories that a prior does not know, see
             :meth:`scripts.data.covariate_tables.Covariates.values`.
+        items: the scans, where they are known; None: all that are found.
     """
 
     def __init__(
@@ -63,9 +64,14 @@ class Cohort:
         training_run: TrainingRun | None = None,
         covariates_file: str | os.PathLike | None = None,
         unseen: str = "error",
+        items: list[dict[str, Any]] | None = None,
     ) -> None:
         self._dataset_dir, self.pattern, self.training_run = dataset_dir, scan_pattern, training_run
-        self.covariates_file, self.unseen = covariates_file, unseen
+        self.covariates_file, self.unseen, self._items = covariates_file, unseen, items
+
+    def of(self, items: list[dict[str, Any]]) -> Cohort:
+        """Other scans of the same data set."""
+        return Cohort(self.folder, self.pattern, self.training_run, self.covariates_file, self.unseen, items)
 
     @cached_property
     def folder(self) -> str | os.PathLike:
@@ -75,6 +81,8 @@ class Cohort:
     @cached_property
     def items(self) -> list[dict[str, Any]]:
         """The scans, as rank 0 lists them; all processes ask."""
+        if self._items is not None:
+            return self._items
         return distributed.from_rank_zero(list_scans, self.folder, self.pattern, self.training_run)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How good a trained model is: numbers of each held-out scan, and the summary with the comparison of samples."""
+"""How good a trained model is: numbers of each held-out scan, and one flat summary that others' can stand beside."""
 
 from __future__ import annotations
 
@@ -13,32 +13,40 @@ from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
+import torch
 from ignite.engine import Events
-from monai.metrics import MSEMetric
-from monai.utils.enums import CommonKeys as Keys
-from scripts.data.datalist import common_root, make_datalist
+from scripts.data.datalist import make_datalist
 from scripts.inference import jobs
 from scripts.inference.cohort import list_scans
 from scripts.inference.common import Common
-from scripts.inference.sample_comparison import compare_samples
-from scripts.inference.scoring import image_quality
-from scripts.inference.tables import ScanColumns
+from scripts.inference.covariates import summary
+from scripts.inference.engine import read_item
+from scripts.inference.measures import NormativeErrors, category_numbers, file_bits, mean_interval, value_numbers
+from scripts.inference.privacy import Measured, draw_samples, measure, membership_numbers, one_per_subject
+from scripts.inference.sample_comparison import compare_images
+from scripts.inference.scoring import foreground
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.training.checkpoints import DEFAULT_WEIGHTS
 from scripts.training.metrics import PER_SCAN
-from scripts.training.precision import autocast
 from scripts.training.trainer import VDVAEEvaluator
+from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 from scripts.utils.report import write_report
-from torch.utils.data import Dataset
 
-__all__ = ["ScanTable", "evaluate", "held_out", "make_folder", "scans_to_evaluate"]
+__all__ = ["ELBOTable", "evaluate", "held_out", "make_folder", "scans_to_evaluate"]
 
 logger = logging.getLogger(__name__)
 
-Summary = dict[str, Any]
+Numbers = dict[str, float | None]
+
+SCORED = ("bits_per_voxel_", "bits_per_dim_population", "typicality", "psnr", "ssim")  # how columns of scores begin
+GROUPS = {
+    "held-out scans": ("bits_per_dim", "bits_per_voxel_", "nll", "kl", "mse", "psnr", "ssim", "file_", "typicality"),
+    "samples": ("mmd", "ms_ssim", "precision", "recall", "variance_"),
+    "training people": ("membership", "nearest_training"),
+}
 
 
 def make_folder(ckpt: str | os.PathLike, evaluation_dir: str | os.PathLike) -> None:
@@ -82,7 +90,7 @@ def scans_to_evaluate(
             "%d of %d scans are left out, whose subjects the run in '%s' was trained on.",
             *(len(items) - len(unseen), len(items), training_run.folder),
         )
-    return {"training": [], "validation": unseen}
+    return {"training": training_run.trained.items, "validation": unseen}
 
 
 def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) -> dict[str, list[dict]]:
@@ -112,26 +120,13 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
     return {"validation": items}
 
 
-class ScanTable:
-    """Collects a row of numbers for each scan that an evaluator sees.
+class ELBOTable:
+    """Collects for each scan that an evaluator sees what training's validation reports, of drawn latents.
 
-    ``bits_per_dim``, ``nll``, ``kl``, ``kl_z00``, ... and ``mse`` are what training's validation reports, of drawn
-    latents. ``recon_mse``, ``psnr`` and ``ssim`` are of the reconstruction from the posterior's means.
-
-    Args:
-        items: all held-out scans, those of other processes among them.
-        dataset_dir: the folder or the datalist that they come from.
-        training_run: tells which of them it was trained on.
+    ``bits_per_dim``, ``nll``, ``kl``, ``mse``, and ``kl_z00``, ``kl_z01``, ...
     """
 
-    def __init__(
-        self,
-        items: Sequence[Mapping[str, Any]],
-        dataset_dir: str | os.PathLike,
-        training_run: TrainingRun | None = None,
-    ) -> None:
-        self.items = items
-        self.columns = ScanColumns(items, common_root(items, dataset_dir), training_run=training_run)
+    def __init__(self) -> None:
         self.numbers: list[dict[str, float]] = []
 
     def attach(self, engine: VDVAEEvaluator) -> None:
@@ -139,12 +134,7 @@ class ScanTable:
 
     def __call__(self, engine: VDVAEEvaluator) -> None:
         output = engine.state.output
-        scans = output[Keys.IMAGE]
-        with engine.mode(engine.network), autocast(engine.state.device, engine.amp, engine.amp_dtype):
-            recon = engine.network(scans, temperature=0.0).loc.float()
         columns = {name: output[name] for name in PER_SCAN}
-        columns["recon_mse"] = MSEMetric()(recon, scans).flatten()
-        columns |= image_quality(recon, scans, engine.network)
         columns |= {f"kl_z{index:02d}": kl for index, kl in enumerate(output["kl_per_latent"].T)}
         values = zip(*(column.tolist() for column in columns.values()), strict=True)
         self.numbers += [dict(zip(columns, row, strict=True)) for row in values]
@@ -153,90 +143,150 @@ class ScanTable:
         """Bring the rows of all processes together, in the order of the scans."""
         self.numbers = list(itertools.chain(*idist.all_gather(self.numbers)))
 
-    def write(self, path: str | os.PathLike) -> None:
-        """As CSV, one row per scan, see :class:`scripts.inference.tables.ScanColumns`."""
-        rows = ({name: f"{value:.8g}" for name, value in numbers.items()} for numbers in self.numbers)
-        self.columns.write(path, zip(map(item_path, self.items), rows, strict=True))
-
-    def summary(self) -> Summary:
-        """``{quantity: {"mean", "std", "count"}}``; the standard deviation is of scans, not of the mean."""
-        columns = {name: np.array([row[name] for row in self.numbers]) for name in self.numbers[0]}
-        return {
-            name: {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else None, "count": len(values)}
-            for name, values in columns.items()
-        }
-
 
 def evaluate(
     evaluator: VDVAEEvaluator,
-    table: ScanTable,
+    table: ELBOTable,
     common: Common,
-    dataset: Dataset,
+    training: Sequence[Mapping[str, Any]] = (),
     samples: int = 64,
     settings: Mapping[str, Any] | None = None,
+    training_scans: int = 256,
+    draws: int = 32,
 ) -> None:
-    """Evaluate, and write ``evaluation.csv`` (one row per scan) and ``summary.json``, by rank 0.
+    """Evaluate, and write ``evaluation.csv`` (one row per scan) and ``evaluation.json`` (flat), by rank 0.
 
     Args:
         evaluator: runs the network on this process's share of the held-out scans.
         table: attached to it.
-        common: what jobs share; its folder exists.
-        dataset: of all held-out scans, which samples are compared with.
-        samples: how many; 0 compares none.
+        common: what jobs share; its folder exists, and its cohort are the held-out scans.
+        training: what the network was trained on.
+        samples: how many to draw and to compare; 0 compares none.
         settings: ``temperature`` and ``voxel_noise`` of the samples.
+        training_scans: of how many people who were trained on a scan is read; 0: of none.
+        draws: of what is usual for each held-out scan's covariates, where the prior has such; 0: of none.
     """
-    if samples < 0:
-        raise InputError(f"samples is {samples}: set --samples to 2 or more, or to 0 to compare none.")
+    for name, value, least in (("samples", samples, 2), ("draws", draws, 2), ("training_scans", training_scans, 1)):
+        if value and value < least:
+            raise InputError(f"{name} is {value}: set --{name} to {least} or more, or to 0 for none.")
     settings = settings or {}
     evaluator.run()
     table.gather()
-    sampling = jobs.sample(common, samples, **settings) if samples else None
-    compared = compare_samples(sampling, dataset, table.items, common.seed)
-    if idist.get_rank() > 0:
-        return
-    folder = common.output_dir
-    known = {**common.settings(), "population_prior": common.prior_file, **settings}
-    summary = {"settings": known, "held_out": table.summary(), "samples": compared}
-    table.write(folder / "evaluation.csv")
-    write_text(folder / "summary.json", json.dumps(_plain(summary), indent=2) + "\n")
-    lead = f"{len(table.items)} held-out scan(s)."
-    pictures = sorted(folder.glob("*.png"))
-    write_report(
-        folder, "evaluate", lead, [folder / "evaluation.csv"], pictures, {**known, "summary": _as_table(summary)}
-    )
-    logger.info("%s", _as_table(summary))
-    logger.info("Results: '%s' and '%s'.", folder / "summary.json", folder / "evaluation.csv")
+    held_out = measure(jobs.score(common, restore=None), "scoring held-out scans")
+    if held_out is None:
+        raise InputError("None of the held-out scans can be read.")
+    trained = _trained_on(common, training, training_scans)
+    numbers: dict[str, Any] = {"held_out_scans": len(held_out.items)}
+    numbers["training_scans"] = 0 if trained is None else len(trained.items)
+    rows = _rows(common, table, held_out)
+    for name in rows[0]:
+        numbers |= mean_interval(name, [row[name] for row in rows])
+    numbers |= membership_numbers(trained, held_out, common.seed)
+    people = one_per_subject(held_out.items, samples or len(held_out.items), common.seed)
+    if samples:
+        drawn = draw_samples(jobs.sample(common, samples, **settings))
+        how = common.value_range, common.loading["batch_size"], common.device, common.seed
+        known = None if trained is None else trained.images
+        numbers |= compare_images(drawn, held_out.images[people], *how, training=known)
+    numbers |= _covariate_numbers(common, held_out, trained, draws)
+    if idist.get_rank() == 0:
+        _write(common, numbers, {**settings, "draws": draws}, rows, held_out)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can hold it: no NaN, no infinity, and what is neither number nor text by its name."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if isinstance(value, int | str | list | tuple | None) else str(value)
+def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int) -> Measured | None:
+    """One scan of each of at most so many people who were trained on; None where there is none."""
+    chosen = [dict(training[place]) for place in one_per_subject(training, most, common.seed)]
+    if not chosen:
+        return None
+    return measure(jobs.score(common.replace(cohort=common.cohort.of(chosen)), restore=None), "scoring training scans")
 
 
-def _as_table(summary: Summary) -> str:
-    lines = [f"{'held-out scans':<24}{'mean':>12}{'std':>12}{'scans':>8}"]
-    for name, numbers in summary["held_out"].items():
-        lines.append(f"{name:<24}{_short(numbers['mean'])}{_short(numbers['std'])}{numbers['count']:>8}")
-    samples = summary["samples"]
-    if samples is not None:
-        halves = f"{'halves: mean':>14}{'95th perc.':>14}" if samples["mmd_gaussian"] is not None else ""
-        lines.append(f"{'samples':<24}{'value':>12}{'error':>12}{halves}")
-        for name in ("mmd_gaussian", "mmd_linear"):
-            m = samples[name]
-            if m is not None:
-                lines.append(
-                    f"{name:<24}{_short(m['value'])}{_short(m['standard_error'])}"
-                    f"{_short(m['scan_halves_mean']):>14}{_short(m['scan_halves_95th_percentile']):>14}"
-                )
-        for kind in ("samples", "held_out"):
-            m = samples["ms_ssim"][kind]
-            lines.append(f"{'ms_ssim, ' + kind:<24}{_short(m['mean'])}{_short(m['standard_error'])}")
-    return "\n".join(["Evaluation:", *lines])
+def _rows(common: Common, table: ELBOTable, held_out: Measured) -> list[dict[str, float]]:
+    """What is known of each held-out scan."""
+    scored = [{name: v for name, v in row.items() if name.startswith(SCORED)} for row in held_out.numbers]
+    low, high = common.value_range
+
+    def sizes(places: Sequence[int]) -> list[dict[str, float]]:
+        rounded = ((held_out.images[places] - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        channels = [[file_bits(channel) for channel in scan] for scan in rounded]
+        return [{f"file_{name}": float(np.mean([c[name] for c in scan])) for name in scan[0]} for scan in channels]
+
+    files = shared_out(len(held_out.items), 1, sizes, "sizes of lossless files")
+    return [own | more | size for own, more, size in zip(table.numbers, scored, files, strict=True)]
 
 
-def _short(value: float | None) -> str:
-    return f"{'-' if value is None else format(value, '.4g'):>12}"
+def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | None, draws: int) -> Numbers:
+    """How well the covariates of held-out scans are told, and what is usual for them; nothing without a prior of such.
+
+    Scans of which a covariate is not known count for the others alone.
+    """
+    if common.prior is None or common.prior.coding is None:
+        return {}
+    common = common.replace(cohort=common.cohort.of(held_out.items))
+    count, batch_size, coding = len(held_out.items), common.loading["batch_size"], common.prior.coding
+    telling, usual = jobs.predict_covariates(common), jobs.deviation(common, draws or None)
+
+    def tell(places: Sequence[int]) -> list[dict[str, Any]]:
+        found = telling.compute([read_item(telling.dataset, place) for place in places])
+        columns = {name: found[f"posterior_{name}"].cpu() for name in coding.variables}
+        return [
+            {k: v for name, rows in columns.items() for k, v in summary(coding, name, rows[at]).items()}
+            for at in range(len(places))
+        ]
+
+    said, numbers = shared_out(count, batch_size, tell, "covariates of held-out scans"), {}
+    for name, variable in coding.variables.items():
+        known = [place for place, item in enumerate(held_out.items) if item["covariates"][name] is not None]
+        own = [held_out.items[place]["covariates"][name] for place in known]
+        if not own:
+            continue
+        if variable.kind == "continuous":
+            ends = [{end: float(said[place][f"{name}_{end}"]) for end in ("mean", "low", "high")} for place in known]
+            numbers |= value_numbers(name, own, ends, variable.mean)
+        else:
+            commonest = max(zip(variable.shares, variable.categories, strict=True))[1]
+            numbers |= category_numbers(name, own, [said[place][f"{name}_likeliest"] for place in known], commonest)
+    if not draws:
+        return numbers
+    scans = held_out if trained is None else trained
+    mask = foreground(scans.images.mean(0), common.network)
+    errors = NormativeErrors(mask, None if trained is None else trained.images)
+
+    def add(places: Sequence[int]) -> list[None]:
+        found = usual.compute([read_item(usual.dataset, place) for place in places])
+        for at, place in enumerate(places):
+            errors.add(held_out.images[place], found["expected"][at].cpu(), found["spread"][at].cpu())
+        return [None] * len(places)
+
+    shared_out(count, batch_size, add, "what is usual for held-out scans")
+    return numbers | NormativeErrors.joined([*itertools.chain(*idist.all_gather([errors]))]).numbers()
+
+
+def _write(
+    common: Common, numbers: Numbers, settings: Mapping[str, Any], rows: Sequence[dict], held_out: Measured
+) -> None:
+    folder, table = common.output_dir, common.output_dir / "evaluation.csv"
+    known = {"ckpt": str(common.ckpt), "population_prior": common.prior_file, "seed": common.seed, **settings}
+    cells = [{name: f"{value:.8g}" for name, value in row.items()} for row in rows]
+    common.cohort.columns.write(table, zip(map(item_path, held_out.items), cells, strict=True))
+    flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in (known | numbers).items()}
+    write_text(folder / "evaluation.json", json.dumps(flat, indent=2) + "\n")
+    lead, shown = f"{len(rows)} held-out scan(s).", _as_table(numbers)
+    write_report(folder, "evaluate", lead, [table], sorted(folder.glob("*.png")), {**known, "summary": shown})
+    logger.info("%s", shown)
+    logger.info("Results: '%s' and '%s'.", folder / "evaluation.json", table)
+
+
+def _as_table(numbers: Numbers) -> str:
+    """By groups: a value, and its interval or standard error where there is one."""
+    lines, left = ["Evaluation:"], dict(numbers)
+    for group, begins in (*GROUPS.items(), ("covariates", ("",))):
+        mine = {name: left.pop(name) for name in list(left) if name.startswith(begins)}
+        ends = ("_std", "_low", "_high", "_standard_error", "_halves_mean", "_halves_std")
+        shown = {name: value for name, value in mine.items() if not name.endswith(ends) and not name.endswith("scans")}
+        lines += [group] if shown else []
+        for name, value in shown.items():
+            low, high, error = (mine.get(f"{name}_{end}") for end in ("low", "high", "standard_error"))
+            around = f"  ({low:.4g} to {high:.4g})" if low is not None else f"  (+- {error:.2g})" if error else ""
+            lines.append(f"  {name:<32}{'-' if value is None else format(value, '.4g'):>12}{around}")
+    return "\n".join(lines)

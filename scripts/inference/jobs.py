@@ -49,6 +49,7 @@ from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, l
 from scripts.inference.job_report import Report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
+from scripts.inference.privacy import Privacy, privacy_sides
 from scripts.inference.score_summary import ScoreSummary
 from scripts.inference.scoring import Scoring
 from scripts.inference.tables import latent_tables, list_coordinates, scans_to_fit, stack_coordinates
@@ -68,6 +69,7 @@ __all__ = [
     "impute",
     "interpolate",
     "predict_covariates",
+    "privacy",
     "reconstruct",
     "reconstruction_outputs",
     "sample",
@@ -438,6 +440,7 @@ def predict_covariates(common: Common) -> ScanEvaluator:
     return ScanEvaluator(
         common,
         "predict_covariates",
+        "privacy",
         Dataset(common.cohort.with_covariates(prior), common.preprocessing),
         CovariatePosterior(prior),
         covariate_results.SavePosteriors(content, picture, prior.coding),
@@ -492,3 +495,23 @@ def adapt(common: Common, covariates: Any) -> Adaptation:
         **common.loading,
         device=common.device,
     )
+
+
+def privacy(
+    common: Common,
+    samples: int = 64,
+    temperature: Temperature | None = None,
+    covariates: Mapping[str, Any] | None = None,
+    training_scans: int = 256,
+) -> Privacy:
+    """Can people who were trained on be told from others, and are samples copies of them: ``privacy.json``, ``.csv``.
+
+    Args:
+        common: what all jobs share; its data set says who was trained on.
+        samples, temperature, covariates: of the samples, see :func:`sample`.
+        training_scans: of how many people at most, on each side.
+    """
+    cohort = common.cohort
+    sides = distributed.from_rank_zero(privacy_sides, cohort.folder, cohort.pattern, training_scans, common.seed)
+    training, held_out = (score(common.replace(cohort=cohort.of(side)), restore=None) for side in sides)
+    return Privacy(training, held_out, sample(common, samples, temperature, False, covariates), common.output_dir)

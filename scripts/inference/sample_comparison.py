@@ -1,4 +1,4 @@
-"""How samples compare with held-out scans: MMD, and MS-SSIM of pairs."""
+"""How samples compare with held-out scans: MMD, MS-SSIM of pairs, spread, and their nearest training scans."""
 
 from __future__ import annotations
 
@@ -6,65 +6,24 @@ import itertools
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
-from monai.utils.enums import CommonKeys as Keys
-from scripts.inference.engine import ScanEvaluator, read_item
-from scripts.utils.errors import InputError
+from scripts.inference.measures import nearest_training, precision_recall, spectrum
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-__all__ = ["compare_images", "compare_samples", "one_per_subject"]
+__all__ = ["compare_images"]
 
 logger = logging.getLogger(__name__)
 
 HALVES = 200  # random divisions, for the sampling errors
 VOXELS = 2**22  # of all images together, in double precision at once
 
-Summary = dict[str, Any]
-
-
-def compare_samples(
-    sampling: ScanEvaluator | None, dataset: Dataset, items: Sequence[Mapping[str, Any]], seed: int = 0
-) -> Summary | None:
-    """Draw samples and compare them with held-out scans, see :func:`compare_images`.
-
-    All processes take part; each has all images in memory in the end, 0.13 MB each at 32³ and 8.4 MB at 128³.
-
-    Args:
-        sampling: the job that draws, see :func:`scripts.inference.jobs.sample`; None compares nothing.
-        dataset: of held-out scans; as many as there are samples are chosen at random, or all, but one per subject.
-        items: of a datalist, those of ``dataset``; scans without a ``subject`` are of a subject each.
-        seed: of all choices.
-
-    Returns:
-        What is found, the same on every process; None without samples.
-
-    Raises:
-        InputError: there is one sample alone.
-    """
-    if sampling is None:
-        return None
-    count = len(sampling.dataset.data)
-    if count == 1:
-        raise InputError("samples is 1: set --samples to 2 or more, or to 0 to compare none.")
-    batch_size, chosen = sampling.common.loading["batch_size"], one_per_subject(items, count, seed)
-
-    def draw(numbers: Sequence[int]) -> list[Tensor]:
-        return list(sampling.compute([read_item(sampling.dataset, number) for number in numbers])["sample"])
-
-    def read(numbers: Sequence[int]) -> list[Tensor]:
-        return [torch.as_tensor(dataset[chosen[number]][Keys.IMAGE]).as_subclass(Tensor) for number in numbers]
-
-    samples = _of_all_processes(count, batch_size, draw, "drawing samples")
-    scans = _of_all_processes(len(chosen), batch_size, read, "reading held-out scans")
-    return compare_images(samples, scans, sampling.common.value_range, batch_size, sampling.state.device, seed)
+Numbers = dict[str, float | None]
 
 
 def compare_images(
@@ -74,12 +33,19 @@ def compare_images(
     batch_size: int = 1,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> Summary:
+    training: Tensor | None = None,
+) -> Numbers:
     """Do samples look like scans, and do they vary as scans do?
 
-    Squared maximum mean discrepancies (MMD; Gretton et al. 2012), unbiased, of whole images: ``mmd_gaussian`` with a
-    Gaussian kernel as wide as the median distance between scans, ``mmd_linear`` of the dot product (MONAI's own), which
-    sees the mean image alone. ``ms_ssim`` is the mean MS-SSIM of all pairs of samples, and of all pairs of scans.
+    Squared maximum mean discrepancies (MMD; Gretton et al. 2012), unbiased, of whole images: ``mmd`` with a Gaussian
+    kernel as wide as the median distance between scans, ``mmd_linear`` of the dot product (MONAI's own), which sees the
+    mean image alone; ``_halves_mean`` and ``_halves_95`` are those of halves of the scans, for reference. ``ms_ssim``
+    is the mean MS-SSIM of all pairs of samples, ``ms_ssim_held_out`` of all pairs of scans. ``precision`` and
+    ``recall``: see :func:`scripts.inference.measures.precision_recall`. With training scans also the ``variance`` in
+    bands of their principal components over that of scans, and ``nearest_training_ratio``, the median distance of
+    samples from their nearest training scan over that of scans from theirs: far below 1 for copies.
+
+    All processes take part.
 
     Args:
         samples, scans: ``[images, channels, *spatial]``, not more scans than samples.
@@ -87,37 +53,27 @@ def compare_images(
         batch_size: of pairs.
         device: on which pairs are compared.
         seed: of random halves, for the sampling errors.
+        training: ``[images, channels, *spatial]``.
     """
     metric = ms_ssim_metric(samples.shape[2:], value_range)
     similarity = [_similarities(images, metric, torch.device(device), batch_size) for images in (samples, scans)]
-    return {
-        "count": len(samples),
-        "held_out_scans": len(scans),
-        **_discrepancies(samples, scans, seed),
-        "ms_ssim": {
-            "scales": len(metric.weights),
-            "kernel_size": metric.kernel_size[0],
-            "samples": _diversity(similarity[0], seed),
-            "held_out": _diversity(similarity[1], seed),
-        },
-    }
-
-
-def _of_all_processes(count: int, batch_size: int, make: Callable[[Sequence[int]], list[Tensor]], what: str) -> Tensor:
-    """Images with the numbers from 0 on, ``[count, channels, *spatial]``; each process makes its share by batches."""
-    numbers = range(idist.get_rank(), count, idist.get_world_size())
-    made: list[tuple[int, Tensor]] = []
-    for start in _progress(range(0, len(numbers), batch_size), what):
-        batch = numbers[start : start + batch_size]
-        made += zip(batch, (image.float().cpu() for image in make(batch)), strict=True)
-    return torch.stack([image for _, image in sorted(itertools.chain(*idist.all_gather(made)), key=lambda n: n[0])])
+    found = {"samples": len(samples), "scans_compared": len(scans), **_discrepancies(samples, scans, seed)}
+    found |= {"ms_ssim_scales": len(metric.weights), "ms_ssim_kernel_size": metric.kernel_size[0]}
+    found |= _diversity("ms_ssim", similarity[0], seed) | _diversity("ms_ssim_held_out", similarity[1], seed)
+    few = len(scans) < 2
+    found |= dict.fromkeys(("precision", "recall")) if few else precision_recall(samples[: len(scans)], scans)
+    if training is not None:
+        distances = [float(nearest_training(images, training)[0].median()) for images in (samples, scans)]
+        found["nearest_training_ratio"] = distances[0] / distances[1]
+        found |= {} if few else spectrum(samples, scans, training)
+    return found
 
 
 def _similarities(images: Tensor, metric: MultiScaleSSIMMetric, device: torch.device, batch_size: int) -> Tensor:
     """MS-SSIM of every image with every other, ``[images, images]``; each process takes some rows."""
     count, rows = len(images), range(idist.get_rank(), len(images), idist.get_world_size())
     found = []
-    for row in _progress(rows, "MS-SSIM of pairs"):
+    for row in tqdm(rows, desc="MS-SSIM of pairs", file=sys.stderr, disable=idist.get_rank() > 0):
         image = images[row : row + 1].to(device)
         for start in range(row + 1, count, batch_size):
             others = images[start : start + batch_size].to(device)
@@ -129,27 +85,25 @@ def _similarities(images: Tensor, metric: MultiScaleSSIMMetric, device: torch.de
     return matrix
 
 
-def _diversity(similarity: Tensor, seed: int) -> Summary:
+def _diversity(name: str, similarity: Tensor, seed: int) -> Numbers:
     indices = range(len(similarity))
     if len(indices) < 2:
-        return {"mean": None, "standard_error": None}
+        return dict.fromkeys((name, f"{name}_standard_error"))
     halves = random_halves(indices, HALVES, seed) if len(indices) >= 4 else []
-    return {
-        "mean": mean_of_pairs(similarity, indices),
-        "standard_error": _std([mean_of_pairs(similarity, half) for half, _ in halves]),
-    }
+    error = _std([mean_of_pairs(similarity, half) for half, _ in halves])
+    return {name: mean_of_pairs(similarity, indices), f"{name}_standard_error": error}
 
 
-def _discrepancies(samples: Tensor, scans: Tensor, seed: int) -> Summary:
+def _discrepancies(samples: Tensor, scans: Tensor, seed: int) -> Numbers:
     """The MMD of as many samples as scans, with the reference: halves of the scans against each other."""
     count = len(scans)
     if count < 2:
         logger.warning("One held-out subject: MMD and MS-SSIM need 2, and their sampling errors 4.")
-        return dict.fromkeys(("mmd_gaussian", "mmd_linear"))
+        return dict.fromkeys(("mmd", "mmd_linear"))
     of_samples, of_scans = range(count), range(count, 2 * count)
     dots = _dot_products(torch.cat([samples[:count], scans]).flatten(1))
-    summaries = {}
-    for name, kernel in (("mmd_gaussian", gaussian_kernel(dots, of_scans)), ("mmd_linear", dots)):
+    numbers: Numbers = {}
+    for name, kernel in (("mmd", gaussian_kernel(dots, of_scans)), ("mmd_linear", dots)):
         features = kernel_features(kernel)
         sample_halves, scan_halves = (
             random_halves(indices, HALVES, seed) if count >= 4 else []
@@ -157,25 +111,14 @@ def _discrepancies(samples: Tensor, scans: Tensor, seed: int) -> Summary:
         )
         halves = [mmd(features, a, b) for (a, _), (b, _) in zip(sample_halves, scan_halves, strict=True)]
         reference = [mmd(features, a, b) for a, b in scan_halves]
-        summaries[name] = {
-            "value": mmd(features, of_samples, of_scans),
-            "standard_error": _std(halves),
-            "scan_halves_mean": float(np.mean(reference)) if reference else None,
-            "scan_halves_std": _std(reference),
-            "scan_halves_95th_percentile": float(np.quantile(reference, 0.95)) if reference else None,
+        numbers |= {
+            name: mmd(features, of_samples, of_scans),
+            f"{name}_standard_error": _std(halves),
+            f"{name}_halves_mean": float(np.mean(reference)) if reference else None,
+            f"{name}_halves_std": _std(reference),
+            f"{name}_halves_95": float(np.quantile(reference, 0.95)) if reference else None,
         }
-    return summaries
-
-
-def one_per_subject(items: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
-    """Indices of at most so many scans, chosen at random, no two of one subject, whose scans are alike."""
-    generator, subjects, chosen = random.Random(seed), set(), []
-    for index in generator.sample(range(len(items)), len(items)):
-        subject = items[index].get("subject") or f"scan {index}"
-        if subject not in subjects and len(chosen) < count:
-            chosen.append(index)
-        subjects.add(subject)
-    return sorted(chosen)
+    return numbers
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -188,11 +131,6 @@ def _dot_products(images: Tensor) -> Tensor:
     for part in images.split(max(1, VOXELS // len(images)), dim=1):
         dots += part.double() @ part.double().T
     return dots
-
-
-def _progress(values: Iterable[int], what: str) -> Iterable[int]:
-    """A progress bar on standard error, of rank 0."""
-    return tqdm(values, desc=what, file=sys.stderr, disable=idist.get_rank() > 0)
 
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first (Wang et al. 2003)

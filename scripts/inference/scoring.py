@@ -26,10 +26,11 @@ LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is kno
 class Scoring(Inferer):
     """Say how likely scans are, and where they are not.
 
-    ``[batch]`` each: ``bits_per_dim``, ``bits_per_voxel_8bit`` (the same of the scan rounded to 256 grey values, a
-    bound of the size of a file), ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of each latent),
-    ``psnr`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile of the anomaly map in the
-    foreground: what is too bright), ``anomaly_score_dark`` (likewise of what is too dark).
+    ``[batch]`` each: ``bits_per_dim``, ``bits_per_voxel_8bit`` and ``bits_per_voxel_12bit`` (the same of the scan
+    rounded to 256 and 4096 grey values, a bound of the size of a file), ``bits_per_voxel_8bit_brain`` (of the
+    foreground alone, which bears all of the KL), ``elbo`` (nats), ``nll`` and ``kl`` (its parts), ``kl_z00``, ... (of
+    each latent), ``psnr``, ``psnr_brain`` and ``ssim`` of the reconstruction, ``anomaly_score`` (the 99.9th percentile
+    of the anomaly map in the foreground: what is too bright), ``anomaly_score_dark`` (likewise of what is too dark).
     With a population prior also ``bits_per_dim_population``, the bound under it; ``typicality``, the
     Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
     cohort's scans that lie at least so far.
@@ -79,22 +80,31 @@ class Scoring(Inferer):
         """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
         value_range = OUTPUT_RANGES[network.output_activation]
         scans = inputs.clamp(*value_range)
-        nlls, rounded, kls, ratios, gains = [], [], [], [], []
+        inside = foreground(scans, network)
+        nlls, kls, ratios, gains = [], [], [], []
+        rounded: dict[str, list[Tensor]] = {"8bit": [], "12bit": [], "8bit_brain": []}
         for _ in range(self.importance_samples):
             record = LatentRecord(self.prior, with_ratios=self.importance_samples > 1)
             output = record.infer(network, scans, temperature=1.0, draws=draws)
             nlls.append(negative_log_likelihood(output.loc, output.scale, scans))
-            rounded.append(discretised_nll(output.loc, output.scale, scans, value_range))
+            for bits in (8, 12):
+                voxels = discretised_nll(output.loc, output.scale, scans, value_range, 2**bits)
+                rounded[f"{bits}bit"].append(_total(voxels))
+                if bits == 8:
+                    rounded["8bit_brain"].append(_total(voxels * inside))
             kls.append(output.kl.double())
             ratios.append(record.log_ratio)
             if self.prior is not None:
                 gains.append(self.prior.log_ratio(record.innovations, features))
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
-        bound, bound_8bit = self._bound(nlls, kls, ratios), self._bound(rounded, kls, ratios)
+        bound = self._bound(nlls, kls, ratios)
         record = LatentRecord(self.prior)
         loc, scale, _ = record.infer(network, scans, temperature=0.0)
         expected = (loc, scale) if self.restore is None else restored(inputs, loc, scale, network, self.restore)
-        results = {"bits_per_dim": bits_per_dim(-bound, scans), "bits_per_voxel_8bit": bits_per_dim(-bound_8bit, scans)}
+        results = {"bits_per_dim": bits_per_dim(-bound, scans)}
+        for name, nats in rounded.items():
+            voxels = _total(inside).clamp_min(1) if name == "8bit_brain" else scans[0].numel()
+            results[f"bits_per_voxel_{name}"] = -self._bound(nats, kls, ratios) / (voxels * math.log(2))
         results |= {"elbo": bound, "nll": nll, "kl": kl.sum(1)}
         results |= {f"kl_z{index:02d}": kl[:, index] for index in range(kl.shape[1])}
         if self.prior is not None:
@@ -122,6 +132,11 @@ class Scoring(Inferer):
             return gains[0] - (nlls[0] + kls[0].sum(1))
         weights = [gain - nll - ratio for nll, ratio, gain in zip(nlls, ratios, gains, strict=True)]
         return torch.logsumexp(torch.stack(weights), dim=0) - math.log(self.importance_samples)
+
+
+def _total(voxels: Tensor) -> Tensor:
+    """Of each scan, ``[batch]``, in double precision."""
+    return voxels.flatten(1).sum(1, dtype=torch.float64)
 
 
 class LatentRecord:
@@ -231,10 +246,19 @@ def log_ratio(q: Posterior) -> Tensor:
 
 
 def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Tensor]:
-    """PSNR (dB) and SSIM of reconstructions, ``[batch]``, on the range that scans are scaled to."""
+    """PSNR (dB) of all voxels and of the foreground, and SSIM, of reconstructions: ``[batch]``.
+
+    They refer to the range that scans are scaled to.
+    """
     low, high = OUTPUT_RANGES[network.output_activation]
     smallest = min(scans.shape[2:])
     window = min(11, smallest if smallest % 2 else smallest - 1)
     ssim = SSIMMetric(network.spatial_dims, data_range=high - low, win_size=window)
     psnr = PSNRMetric(max_val=high - low)
-    return {"psnr": psnr(recon, scans).flatten(), "ssim": ssim(recon, scans).flatten()}
+    inside = foreground(scans, network)
+    errors = _total((recon.float() - scans.float()).square() * inside) / _total(inside).clamp_min(1)
+    return {
+        "psnr": psnr(recon, scans).flatten(),
+        "psnr_brain": 10 * torch.log10((high - low) ** 2 / errors.clamp_min(1e-12)).to(recon.dtype),
+        "ssim": ssim(recon, scans).flatten(),
+    }

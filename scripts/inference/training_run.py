@@ -25,6 +25,9 @@ class TrainedScans:
 
     Args:
         datalist: path of the run's ``datalist.json``.
+
+    Attributes:
+        items: of the datalist's ``training`` side.
     """
 
     def __init__(self, datalist: str | os.PathLike) -> None:
@@ -33,6 +36,7 @@ class TrainedScans:
             raise InputError(f"'{datalist}' does not say which scans were trained on: take that of the run.")
         for place, item in enumerate(training):
             check_item(item, f"'{datalist}', item {place} (from 0) of 'training'")
+        self.items: list[dict[str, Any]] = training
         self._paths = {absolute_path(item) for item in training}
         # a subject's name tells who it is within one data set alone
         self._root = os.path.commonpath([Path(path).parent for path in self._paths])

@@ -28,7 +28,7 @@ def negative_log_likelihood(loc: Tensor, scale: Tensor, target: Tensor) -> Tenso
 def discretised_nll(
     loc: Tensor, scale: Tensor, target: Tensor, value_range: tuple[float, float], levels: int = 256
 ) -> Tensor:
-    """Of scans rounded to whole numbers, in nats per scan: ``[batch]``, never below 0.
+    """Of scans rounded to whole numbers, in nats per voxel, shaped like them; never below 0.
 
     A voxel's probability is its Gaussian's mass in the voxel's bin; the first and the last bin reach to infinity, so
     that the masses of all sum to one. With the KL this bounds the length of a file that holds the rounded scan.
@@ -49,7 +49,7 @@ def discretised_nll(
     lower[((bins == 0) & (z <= 0)) | ((bins == levels - 1) & (z > 0))] = -math.inf
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     log_mass = log_upper + (-torch.expm1(log_lower - log_upper)).log()
-    return -log_mass.flatten(1).sum(1, dtype=torch.float64)
+    return -log_mass
 
 
 def bits_per_dim(nats: Tensor, scan: Tensor) -> Tensor:

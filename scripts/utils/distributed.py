@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from scripts.utils.errors import InputError, LaunchError
 from scripts.utils.parallel import die_with_parent
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 __all__ = [
     "batch_share",
@@ -28,6 +29,7 @@ __all__ = [
     "local_device",
     "own_store",
     "parallel_network",
+    "shared_out",
     "start",
     "stop",
     "wait_for_all",
@@ -233,3 +235,20 @@ def batch_share(count: int, batch_size: int) -> range:
     batches, rank, processes = -(-count // batch_size), idist.get_rank(), idist.get_world_size()
     first, end = (batches * r // processes * batch_size for r in (rank, rank + 1))
     return range(min(first, count), min(end, count))
+
+
+def shared_out(count: int, batch_size: int, make: Callable[[Sequence[int]], Sequence[T]], what: str) -> list[T]:
+    """What is made of the numbers from 0 on, in their order, on every process; each makes its share by batches.
+
+    Args:
+        count: of numbers.
+        batch_size: of how many ``make`` is asked at once.
+        make: gives a result for each; on the host, since processes exchange them.
+        what: the bar of progress on standard error says, of rank 0.
+    """
+    numbers = range(idist.get_rank(), count, idist.get_world_size())
+    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    made: list[tuple[int, T]] = []
+    for batch in tqdm(batches, desc=what, file=sys.stderr, disable=idist.get_rank() > 0):
+        made += zip(batch, make(batch), strict=True)
+    return [one for _, one in sorted(itertools.chain(*idist.all_gather(made)), key=lambda pair: pair[0])]

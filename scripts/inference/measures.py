@@ -1,0 +1,242 @@
+"""Figures with a definition that others share: copies, spread, centiles, ages, and the size of a file.
+
+All take arrays of what was measured, and give a flat dictionary of numbers. None: it can't be known of so few.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+
+__all__ = [
+    "NormativeErrors",
+    "category_numbers",
+    "file_bits",
+    "mean_interval",
+    "membership",
+    "nearest_training",
+    "precision_recall",
+    "spectrum",
+    "value_numbers",
+]
+
+Numbers = dict[str, float | None]
+
+BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
+CENTILES = np.arange(1, 100) / 100
+
+
+def mean_interval(name: str, values: Sequence[float]) -> Numbers:
+    """``NAME``, the mean; ``_std``, of scans; ``_low`` and ``_high``, the mean's 95 % interval by Student's t."""
+    values = np.asarray(values, dtype=np.float64)
+    mean, few = float(values.mean()), len(values) < 2
+    std = None if few else float(values.std(ddof=1))
+    reach = None if few else float(stats.t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
+    return {name: mean, f"{name}_std": std} | {
+        f"{name}_low": None if few else mean - reach,
+        f"{name}_high": None if few else mean + reach,
+    }
+
+
+def membership(training: Sequence[float], held_out: Sequence[float], name: str = "membership") -> Numbers:
+    """Can it be told from a scan's likelihood whether it was trained on?
+
+    ``_auroc``: how often a training scan is likelier than a held-out one; 0.5 if the model keeps nothing of single
+    people. Its 95 % interval is that of Hanley and McNeil (1982). ``_gap``: by how many bits per dim.
+
+    Args:
+        training, held_out: bits per dim of one scan of each person.
+    """
+    m, n = len(training), len(held_out)
+    if not m or not n:
+        return dict.fromkeys(f"{name}_{end}" for end in ("auroc", "auroc_low", "auroc_high", "gap"))
+    auroc = float(stats.mannwhitneyu(held_out, training).statistic / (m * n))
+    both, one = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    variance = (auroc * (1 - auroc) + (m - 1) * (both - auroc**2) + (n - 1) * (one - auroc**2)) / (m * n)
+    reach = 1.96 * math.sqrt(max(variance, 0.0))
+    gap = float(np.mean(held_out) - np.mean(training))
+    return {
+        f"{name}_auroc": auroc,
+        f"{name}_auroc_low": max(auroc - reach, 0.0),
+        f"{name}_auroc_high": min(auroc + reach, 1.0),
+        f"{name}_gap": gap,
+    }
+
+
+def nearest_training(images: Tensor, training: Tensor) -> Tensor:
+    """The distance of each image to its nearest training scan, and which that is: ``[images]`` each.
+
+    Args:
+        images, training: ``[images, channels, *spatial]``.
+    """
+    return torch.cdist(images.flatten(1).double(), training.flatten(1).double()).min(1)
+
+
+def spectrum(
+    samples: Tensor, scans: Tensor, training: Tensor, bands: Sequence[tuple[int, int]] = BANDS
+) -> dict[str, float]:
+    """The variance of samples over that of scans, in bands of principal components: 1 where they vary alike.
+
+    Args:
+        samples, scans: two or more each, ``[images, channels, *spatial]``.
+        training: the components are of these, which are neither of the two, so that neither is favoured.
+        bands: of components, as far as there are so many.
+
+    Returns:
+        ``{"variance_1_5": ratio, ...}``.
+    """
+    training = training.flatten(1).double()
+    mean = training.mean(0)
+    count = min(bands[-1][1], len(training) - 1, training.shape[1])
+    _, vectors = torch.linalg.eigh((training - mean) @ (training - mean).T)
+    components = torch.nn.functional.normalize((training - mean).T @ vectors.flip(1)[:, :count], dim=0)
+    variances = [((x.flatten(1).double() - mean) @ components).var(0) for x in (samples, scans)]
+    return {
+        f"variance_{first + 1}_{last}": (variances[0][first:last].sum() / variances[1][first:last].sum()).item()
+        for first, last in bands
+        if last <= count
+    }
+
+
+def precision_recall(samples: Tensor, scans: Tensor, neighbours: int = 3) -> Numbers:
+    """Which samples lie among the scans, and which scans among the samples (Kynkäänniemi et al. 2019).
+
+    An image lies among others if it is not farther from one of them than that one's ``neighbours``-th nearest.
+
+    Args:
+        samples, scans: more than ``neighbours`` each; of fewer the farthest counts.
+        neighbours: see there.
+
+    Returns:
+        ``precision`` and ``recall``, 0 to 1. Of as many scans more, instead of samples, they are what is to be had.
+    """
+    a, b = samples.flatten(1).double(), scans.flatten(1).double()
+    between = torch.cdist(a, b)
+    # the nearest of an image is itself
+    reach_a, reach_b = (torch.cdist(x, x).kthvalue(min(neighbours + 1, len(x)), dim=1).values for x in (a, b))
+    precision = (between <= reach_b[None, :]).any(1).double().mean()
+    recall = (between <= reach_a[:, None]).any(0).double().mean()
+    return {"precision": precision.item(), "recall": recall.item()}
+
+
+def value_numbers(name: str, own: Sequence[float], said: Sequence[Mapping[str, float]], mean: float) -> Numbers:
+    """How well a number such as the age is told: ``NAME_mae``, the mean absolute error, in the covariate's unit.
+
+    Beside it ``_mae_mean``, that of always saying the mean of the training side; ``_slope`` of what is said over what
+    is so, 1 without regression to the mean; ``_correlation``; ``_coverage_90``, how often the 90 % interval holds it.
+
+    Args:
+        name: of the covariate.
+        own: what is so.
+        said: of each scan ``mean``, ``low`` and ``high``.
+        mean: of the training side.
+    """
+    truth, means = np.asarray(own), np.array([one["mean"] for one in said])
+    held = [one["low"] <= value <= one["high"] for one, value in zip(said, own, strict=True)]
+    varied = len(truth) > 2 and truth.std() > 0 and means.std() > 0
+    line = stats.linregress(truth, means) if varied else None
+    return mean_interval(f"{name}_mae", np.abs(means - truth)) | {
+        f"{name}_mae_mean": float(np.abs(truth - mean).mean()),
+        f"{name}_slope": float(line.slope) if varied else None,
+        f"{name}_correlation": float(line.rvalue) if varied else None,
+        f"{name}_coverage_90": float(np.mean(held)),
+    }
+
+
+def category_numbers(name: str, own: Sequence[str], said: Sequence[str], commonest: str) -> Numbers:
+    """``NAME_accuracy`` of a category such as the sex, and ``_accuracy_commonest``, of always saying that one."""
+    return {
+        f"{name}_accuracy": float(np.mean([a == b for a, b in zip(own, said, strict=True)])),
+        f"{name}_accuracy_commonest": float(np.mean([value == commonest for value in own])),
+    }
+
+
+class NormativeErrors:
+    """How well it is known what is usual for scans' covariates, voxel by voxel, within a mask.
+
+    ``mace``: the mean over the centiles 1 to 99 of how far the share of values below it is from the centile, of all
+    voxels and scans together. ``mace_voxels``: likewise of each voxel by itself, in the mean; of so few scans it is
+    ``mace_voxels_calibrated`` were all centiles right. ``msll``: the mean standardised log loss in nats per voxel
+    (Rasmussen and Williams 2006), less than 0 where the covariates' normal distribution is better than that of the
+    training scans' mean and variance. ``smse``: the mean squared error over that of the training scans' mean.
+
+    Args:
+        mask: which voxels count, ``[*image]``, bool.
+        training: scans, ``[scans, *image]``, for what is trivial; None: it isn't known.
+    """
+
+    def __init__(self, mask: Tensor, training: Tensor | None) -> None:
+        self.mask, self.scans = mask, 0
+        self.below = np.zeros((len(CENTILES), int(mask.sum())), dtype=np.int32)
+        self.trivial = None
+        if training is not None and len(training) > 1:
+            inside = training[:, mask].double().numpy()
+            self.trivial = inside.mean(0), np.maximum(inside.std(0, ddof=1), 1e-3)
+        self.losses, self.errors = np.zeros(2), np.zeros(2)
+
+    def add(self, scan: Tensor, expected: Tensor, spread: Tensor) -> None:
+        """A scan, what is expected of each of its voxels and the standard deviation, ``[*image]`` each."""
+        x, mean, std = (values[self.mask].double().numpy() for values in (scan, expected, spread))
+        self.scans += 1
+        self.below += stats.norm.cdf((x - mean) / std) < CENTILES[:, None]
+        if self.trivial is not None:
+            for place, (m, s) in enumerate(((mean, std), self.trivial)):
+                self.losses[place] -= stats.norm.logpdf(x, m, s).mean()
+                self.errors[place] += np.square(x - m).mean()
+
+    @classmethod
+    def joined(cls, parts: Sequence[NormativeErrors]) -> NormativeErrors:
+        """Of the scans of several processes."""
+        first, *others = parts
+        for other in others:
+            for name in ("scans", "below", "losses", "errors"):
+                setattr(first, name, getattr(first, name) + getattr(other, name))
+        return first
+
+    def numbers(self) -> Numbers:
+        """Those of all scans that were added, one or more."""
+        shares = self.below / self.scans
+        counts = np.arange(self.scans + 1)[:, None]
+        chance = stats.binom.pmf(counts, self.scans, CENTILES) * np.abs(counts / self.scans - CENTILES)
+        return {
+            "mace": float(np.abs(shares.mean(1) - CENTILES).mean()),
+            "mace_voxels": float(np.abs(shares - CENTILES[:, None]).mean()),
+            "mace_voxels_calibrated": float(chance.sum(0).mean()),
+            "msll": None if self.trivial is None else float(self.losses[0] - self.losses[1]) / self.scans,
+            "smse": None if self.trivial is None else float(self.errors[0] / self.errors[1]),
+        }
+
+
+def file_bits(volume: np.ndarray) -> dict[str, float]:
+    """Bits per voxel of a volume of 8 bits in lossless files.
+
+    Args:
+        volume: ``[depth, height, width]`` or ``[height, width]``, uint8.
+
+    Returns:
+        ``gzip``, as a ``.nii.gz`` is; ``png`` and ``webp``, of all slices in one picture; ``xz``, of the differences to
+        the mean of the three voxels before.
+    """
+    slices = volume.reshape(-1, *volume.shape[-2:])
+    across = math.ceil(math.sqrt(len(slices)))
+    padded = np.zeros((across * math.ceil(len(slices) / across), *slices.shape[1:]), dtype=np.uint8)
+    padded[: len(slices)] = slices
+    rows = padded.reshape(-1, across, *slices.shape[1:]).swapaxes(1, 2)
+    picture = Image.fromarray(rows.reshape(-1, across * slices.shape[2]))
+    before = [np.insert(np.delete(slices.astype(np.int16), -1, axis), 0, 0, axis) for axis in range(3)]
+    differences = (slices - sum(before) // 3).astype(np.uint8)
+    sizes = {"gzip": len(gzip.compress(volume.tobytes(), 9)), "xz": len(lzma.compress(differences.tobytes(), preset=9))}
+    for name, options in (("png", {"optimize": True}), ("webp", {"lossless": True, "quality": 100})):
+        file = io.BytesIO()
+        picture.save(file, name, **options)
+        sizes[name] = file.tell()
+    return {name: 8 * size / volume.size for name, size in sizes.items()}

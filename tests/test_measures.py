@@ -1,0 +1,137 @@
+"""Measures of samples, on samples of which the answer is known."""
+
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from scripts.inference.measures import (
+    NormativeErrors,
+    category_numbers,
+    file_bits,
+    mean_interval,
+    membership,
+    nearest_training,
+    precision_recall,
+    spectrum,
+    value_numbers,
+)
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    """A low-rank cohort: training, held-out, and a function that draws more."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(30, 64, generator=generator) / torch.arange(1, 31)[:, None] ** 0.5
+
+    def draw(count: int, spread: float = 1.0) -> torch.Tensor:
+        return (spread * torch.randn(count, 30, generator=generator) @ directions).reshape(count, 1, 4, 4, 4)
+
+    return draw(400), draw(300), draw
+
+
+BANDS = ((0, 5), (5, 20))
+
+
+def test_the_spectrum_of_scans_is_one_and_of_half_the_spread_a_quarter(cohort):
+    training, scans, draw = cohort
+    assert list(spectrum(draw(300), scans, training, BANDS).values()) == pytest.approx([1, 1], abs=0.25)
+    assert list(spectrum(draw(300, 0.5), scans, training, BANDS).values()) == pytest.approx([0.25, 0.25], abs=0.07)
+    assert list(spectrum(draw(300), scans, training, (*BANDS, (20, 500)))) == ["variance_1_5", "variance_6_20"]
+
+
+def test_precision_falls_with_too_much_spread_and_recall_with_too_little(cohort):
+    _, scans, draw = cohort
+    precision, recall = precision_recall(draw(300), scans).values()
+    narrow, wide = (list(precision_recall(draw(300, spread), scans).values()) for spread in (0.4, 2.5))
+    assert min(precision, recall) > 0.5
+    assert narrow[0] > precision and narrow[1] < 0.5 * recall
+    assert wide[0] < 0.5 * precision and wide[1] > recall
+
+
+def test_copies_are_seen(cohort):
+    training, scans, draw = cohort
+    usual = nearest_training(scans, training)[0].median()
+    assert float(nearest_training(draw(300), training)[0].median() / usual) == pytest.approx(1, abs=0.1)
+    distances, places = nearest_training(training[:300] + 0.01 * draw(300), training)
+    assert float(distances.median() / usual) < 0.1
+    assert places.tolist() == list(range(300))
+
+
+def test_an_interval_is_students():
+    values = np.random.default_rng(0).normal(3, 2, 20)
+    found = mean_interval("x", values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found["x_low"], found["x_high"]) == pytest.approx((expected.low, expected.high))
+    assert (found["x"], found["x_std"]) == pytest.approx((values.mean(), values.std(ddof=1)))
+    assert mean_interval("x", [1.0]) == {"x": 1.0, "x_std": None, "x_low": None, "x_high": None}
+
+
+def test_membership_is_the_area_under_the_curve():
+    generator = np.random.default_rng(0)
+    training, held_out = generator.normal(-4.6, 0.1, 60), generator.normal(-4.5, 0.1, 40)
+    found = membership(training, held_out)
+    labels, scores = [1] * 60 + [0] * 40, -np.concatenate([training, held_out])
+    assert found["membership_auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert found["membership_gap"] == pytest.approx(held_out.mean() - training.mean())
+    # the interval holds what other draws give, as often as it says
+    truth = stats.norm.cdf(0.1 / (0.1 * 2**0.5))
+    held = []
+    for _ in range(400):
+        one = membership(generator.normal(-4.6, 0.1, 60), generator.normal(-4.5, 0.1, 40))
+        held.append(one["membership_auroc_low"] <= truth <= one["membership_auroc_high"])
+    assert np.mean(held) == pytest.approx(0.95, abs=0.03)
+    assert membership([], held_out)["membership_auroc"] is None
+
+
+def test_errors_of_ages_stand_beside_those_of_the_mean():
+    own = np.linspace(20, 80, 61)
+    said = [{"mean": 50 + 0.5 * (age - 50), "low": age - 3, "high": age + 3} for age in own]
+    said[0]["low"] = said[0]["high"] = 90.0
+    found = value_numbers("age", own, said, 50.0)
+    assert found["age_mae"] == pytest.approx(0.5 * np.abs(own - 50).mean())
+    assert found["age_mae_mean"] == pytest.approx(np.abs(own - 50).mean())
+    assert found["age_slope"] == pytest.approx(0.5)
+    assert found["age_correlation"] == pytest.approx(1)
+    assert found["age_coverage_90"] == pytest.approx(60 / 61)
+    found = category_numbers("sex", ["F", "F", "M", "M"], ["F", "M", "M", "M"], "F")
+    assert found == {"sex_accuracy": 0.75, "sex_accuracy_commonest": 0.5}
+
+
+def normative(expected: float, spread: float, people: int = 300) -> dict:
+    """Errors of a model that expects N(expected, spread) of voxels that are N(2, 0.5)."""
+    generator = torch.Generator().manual_seed(0)
+    scans = 2 + 0.5 * torch.randn(people + 500, 1, 6, 6, generator=generator)
+    mask = torch.ones(1, 6, 6, dtype=torch.bool)
+    mask[0, 0] = False
+    parts = [NormativeErrors(mask, scans[people:]) for _ in range(2)]
+    for place, scan in enumerate(scans[:people]):
+        parts[place % 2].add(scan, torch.full_like(scan, expected), torch.full_like(scan, spread))
+    return NormativeErrors.joined(parts).numbers()
+
+
+def test_centile_errors_and_losses_of_a_normal_distribution_are_known():
+    right, wide, shifted = normative(2, 0.5), normative(2, 1.0), normative(2.5, 0.5)
+    assert right["mace"] < 0.005 and abs(right["msll"]) < 0.005
+    assert right["mace_voxels"] == pytest.approx(right["mace_voxels_calibrated"], rel=0.1)
+    shares = np.arange(1, 100) / 100
+    too_wide = np.abs(stats.norm.cdf(2 * stats.norm.ppf(shares)) - shares).mean()
+    assert wide["mace"] == pytest.approx(too_wide, abs=0.01)
+    # E[log N(x; 2, 0.5) - log N(x; 2, 1)] and E[... N(x; 2.5, 0.5)] for x of N(2, 0.5)
+    assert wide["msll"] == pytest.approx(np.log(2) - 0.5 + 0.125, abs=0.01)
+    assert shifted["msll"] == pytest.approx(0.5, abs=0.02)
+    assert shifted["smse"] == pytest.approx(2, abs=0.05)
+
+
+def test_files_are_as_large_as_what_they_hold():
+    noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32), dtype=np.uint8)
+    assert all(8 <= bits < 9.5 for bits in file_bits(noise).values())
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8), (16, 32, 32)).copy()
+    assert all(bits < 0.5 for bits in file_bits(ramp).values())
+    assert file_bits(noise)["gzip"] == pytest.approx(8 * len(gzip.compress(noise.tobytes(), 9)) / noise.size)
+    assert set(file_bits(noise[0])) == {"gzip", "xz", "png", "webp"}
