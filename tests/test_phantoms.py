@@ -85,6 +85,19 @@ def test_contrast_is_that_of_flair():
         assert fluid < 0.75 * white < white < gray < 1.6 * white
 
 
+def test_the_same_person_has_two_contrasts(tmp_path):
+    flair, t1w = (brain_phantom(1, spacing=4, cohort=Cohort(age=50), contrast=kind).image for kind in ("FLAIR", "T1w"))
+    assert np.array_equal(flair > 0, t1w > 0)
+    inside = flair > 0
+    # gray matter, the brightest of FLAIR, is between CSF and white matter in T1w
+    bright = t1w[inside][flair[inside] > np.percentile(flair[inside], 80)].mean()
+    assert np.percentile(t1w[inside], 5) < bright < np.percentile(t1w[inside], 80)
+    make_brains(tmp_path, 1, spacing=8, contrast="T1w")
+    assert (tmp_path / "sub-0001_T1w.nii.gz").is_file()
+    with pytest.raises(ValueError, match="contrast is 'T2w': choose one of FLAIR, T1w"):
+        brain_phantom(1, contrast="T2w")
+
+
 def test_lesions_are_bright_and_in_the_brain():
     without, _, nothing = brain_phantom(1, spacing=2.0)
     image, _, mask = brain_phantom(1, spacing=2.0, lesions=1.0)

@@ -3,10 +3,10 @@
     python -m scripts.phantoms brains --output_dir phantoms --count 256
     python -m scripts.phantoms ellipsoids --output_dir ellipsoids --count 64 --size 32
 
-``brains`` are FLAIR-like, skull-stripped and affine-aligned to ICBM152. Their anatomy is the ICBM152 2009a symmetric
-tissue maps that the nilearn wheel ships, bent by a random diffeomorphism; contrast, bias field, noise and lesions are
-drawn per scan. ``ellipsoids`` are the simplest learnable stand-in: one randomly turned and sized bright ellipsoid on
-filtered noise.
+``brains`` are FLAIR- or T1-like (``--contrast T1w``), skull-stripped and affine-aligned to ICBM152. Their anatomy is
+the ICBM152 2009a symmetric tissue maps that the nilearn wheel ships, bent by a random diffeomorphism; contrast, bias
+field, noise and lesions are drawn per scan. ``ellipsoids`` are the simplest learnable stand-in: one randomly turned
+and sized bright ellipsoid on filtered noise.
 
     python -m scripts.phantoms brains --output_dir sick --count 64 --lesions 0.5 \\
         --lesion_kinds "['bright','dark','mass','atrophy']"
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 DEFAULTS = {
     "lesion_kinds": ["bright"],
     "covariates": None,
+    "contrast": "FLAIR",
 }  # what a phantoms.json that says nothing of a key stands for
 
 
@@ -66,9 +67,10 @@ def make_brains(
     age: float | None = None,
     sex: str | None = None,
     site: str | None = None,
+    contrast: str = "FLAIR",
     workers: int | None = None,
 ) -> str:
-    """Write a cohort of FLAIR-like brains in ICBM152 space as ``sub-0001_FLAIR.nii.gz`` and so on.
+    """Write a cohort of brains in ICBM152 space as ``sub-0001_FLAIR.nii.gz`` and so on.
 
     Safe to call again: existing scans are kept, an interrupted cohort is continued, a larger ``count`` adds scans. A
     folder that holds other scans is refused. Scans are written whole or not at all.
@@ -102,24 +104,25 @@ def make_brains(
     _check_cohort(count, start, workers)
     fixed = {"age": age, "sex": sex, "site": site}
     cohort = Cohort(**fixed) if covariates or any(value is not None for value in fixed.values()) else None
-    kinds = check_brain_phantom(start, seed, spacing, lesions, lesion_kinds, cohort)
+    kinds = check_brain_phantom(start, seed, spacing, lesions, lesion_kinds, cohort, contrast)
     if mask_dir is None and lesions > 0:
         mask_dir = _beside(output_dir)
     recipe = {"kind": "brains", "seed": seed, "spacing": float(spacing), "lesions": float(lesions)}
-    phantom = partial(brain_phantom, seed=seed, spacing=spacing, lesions=lesions, lesion_kinds=kinds, cohort=cohort)
+    how = {"lesions": lesions, "lesion_kinds": kinds, "cohort": cohort, "contrast": contrast}
+    phantom = partial(brain_phantom, seed=seed, spacing=spacing, **how)
     indices = range(start, start + count)
     masks = ("lesions", mask_dir) if lesions > 0 else None
     if masks:
         recipe["lesion_kinds"] = list(kinds)
-    recipe["covariates"] = fixed if cohort else None
-    made = _make_cohort(phantom, recipe, output_dir, "FLAIR", masks, "mni", indices, workers)
+    recipe |= {"covariates": fixed if cohort else None, "contrast": contrast}
+    made = _make_cohort(phantom, recipe, output_dir, contrast, masks, "mni", indices, workers)
     if masks:
         kind_rows = ((f"sub-{index:04d}", lesion_kind(index, seed, lesions, kinds) or "none") for index in indices)
         write_csv(as_folder("mask_dir", mask_dir) / "kinds.csv", ("scan", "kind"), kind_rows)
         logger.info(
-            'score and impute take their masks by --scan_pattern "*_FLAIR.nii.gz" --mask_dir %s --mask_pattern '
+            'score and impute take their masks by --scan_pattern "*_%s.nii.gz" --mask_dir %s --mask_pattern '
             '"*_lesions.nii.gz".',
-            mask_dir,
+            *(contrast, mask_dir),
         )
     if cohort:
         people = (cohort.person(random_streams(index, seed).person) for index in indices)

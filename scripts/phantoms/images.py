@@ -1,4 +1,4 @@
-"""Phantom scans in memory: FLAIR-like brains of a random anatomy, and ellipsoids on filtered noise."""
+"""Phantom scans in memory: FLAIR- or T1-like brains of a random anatomy, and ellipsoids on filtered noise."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from scripts.utils.command_line import check_integer, check_number
 from scripts.utils.errors import InputError
 
 __all__ = [
+    "CONTRASTS",
     "Phantom",
     "brain_phantom",
     "check_brain_phantom",
     "check_ellipsoid_phantom",
-    "draw_contrast",
     "ellipsoid_phantom",
 ]
 
@@ -40,6 +40,30 @@ class Phantom(NamedTuple):
     mask: np.ndarray
 
 
+class Contrast(NamedTuple):
+    """Signals of tissues, each uniform between two ends.
+
+    Attributes:
+        white: white matter's.
+        gray, fluid: gray matter's and CSF's, over white matter's.
+    """
+
+    white: tuple[float, float]
+    gray: tuple[float, float]
+    fluid: tuple[float, float]
+
+    def draw(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        """The signal of a scan's white matter, gray matter and CSF."""
+        white = rng.uniform(*self.white)
+        return white, white * rng.uniform(*self.gray), white * rng.uniform(*self.fluid)
+
+
+CONTRASTS = {
+    "FLAIR": Contrast((0.50, 0.60), (1.15, 1.4), (0.22, 0.42)),
+    "T1w": Contrast((0.75, 0.85), (0.62, 0.74), (0.18, 0.30)),
+}
+
+
 def brain_phantom(
     index: int,
     seed: int = 0,
@@ -47,10 +71,12 @@ def brain_phantom(
     lesions: float = 0.0,
     lesion_kinds: str | Sequence[str] = ("bright",),
     cohort: Cohort | None = None,
+    contrast: str = "FLAIR",
 ) -> Phantom:
-    """One FLAIR-like, skull-stripped brain in ICBM152 space.
+    """One skull-stripped brain in ICBM152 space, as FLAIR or as T1w.
 
-    CSF is dark, white matter in the middle, gray matter somewhat brighter. Lesions of one scan are of one kind:
+    CSF is dark; in FLAIR gray matter is somewhat brighter than white matter, in T1w it is darker. Lesions of one scan
+    are of one kind:
 
     - ``bright``: white-matter hyperintensities, periventricular and deep, brighter than any tissue.
     - ``dark``: the same, between CSF and white matter.
@@ -70,11 +96,12 @@ def brain_phantom(
         lesions: probability that a scan has lesions, 0 to 1.
         lesion_kinds: of which one is drawn, all being as likely.
         cohort: gives the phantom age, sex and site, with their effects; None: it has none.
+        contrast: ``FLAIR`` or ``T1w``, of the same person.
 
     Raises:
         ValueError: an argument is outside the limits above.
     """
-    kinds = check_brain_phantom(index, seed, spacing, lesions, lesion_kinds, cohort)
+    kinds = check_brain_phantom(index, seed, spacing, lesions, lesion_kinds, cohort, contrast)
     kind = lesion_kind(index, seed, lesions, kinds)
     streams = random_streams(index, seed)
     person = cohort and cohort.person(streams.person)
@@ -91,7 +118,7 @@ def brain_phantom(
             anatomy, outlined = shrink_tissue(lesion, anatomy, spacing)
 
         site = SITES["A"] if person is None else person.scanner
-        white, gray, fluid = draw_contrast(streams.contrast)
+        white, gray, fluid = CONTRASTS[contrast].draw(streams.contrast)
         gray, fluid = gray * site.gray, fluid * site.fluid
         signal = np.array([fluid, gray, white], np.float32) @ anatomy.tissues
         # Iron, myelin and T2 differ from place to place within a tissue.
@@ -100,11 +127,13 @@ def brain_phantom(
         if person is not None:
             near, where = near_ventricles(anatomy, spacing), anatomy.atlas_points
             aged = hyperintensities(streams.hyperintensities, near, anatomy.tissues[2], where, person.aged)
-            signal += aged * (1.35 * gray - signal)
+            # what is bright in FLAIR is about as dark as gray matter in T1w
+            signal += aged * ((1.35 if contrast == "FLAIR" else 1.0) * gray - signal)
 
         if kind in ("bright", "dark"):
             opacity = lesion_opacity(lesion, anatomy, spacing)
-            target = gray * lesion.uniform(1.35, 1.8) if kind == "bright" else white * lesion.uniform(0.45, 0.7)
+            brightest = max(white, gray)
+            target = brightest * lesion.uniform(1.35, 1.8) if kind == "bright" else white * lesion.uniform(0.45, 0.7)
             signal += opacity * (target - signal)
             outlined = opacity >= 0.5
         mask = np.zeros(anatomy.brain.shape, np.uint8)
@@ -152,12 +181,6 @@ def _blurred(signal: np.ndarray, brain: np.ndarray, sigma: float) -> np.ndarray:
     return blurred / share
 
 
-def draw_contrast(contrast: np.random.Generator) -> tuple[float, float, float]:
-    """The signal of a scan's white matter, gray matter and CSF, by the stream of its contrast."""
-    white = contrast.uniform(0.50, 0.60)
-    return white, white * contrast.uniform(1.15, 1.4), white * contrast.uniform(0.22, 0.42)
-
-
 def ellipsoid_phantom(index: int, seed: int = 0, size: int | Sequence[int] = 32, spacing: float = 2.0) -> Phantom:
     """One bright ellipsoid, randomly turned, sized and placed, on spatially filtered noise.
 
@@ -191,6 +214,7 @@ def check_brain_phantom(
     lesions: float,
     lesion_kinds: str | Sequence[str],
     cohort: Cohort | None = None,
+    contrast: str = "FLAIR",
 ) -> tuple[str, ...]:
     """Refuse invalid arguments of :py:func:`brain_phantom`.
 
@@ -201,6 +225,8 @@ def check_brain_phantom(
         ValueError: one is outside the limits there.
     """
     check_brain(index, seed, spacing)
+    if contrast not in CONTRASTS:
+        raise InputError(f"contrast is {contrast!r}: choose one of {', '.join(CONTRASTS)}.")
     check_number("lesions (a probability)", lesions, 0, 1)
     if cohort is not None:
         cohort.check()
