@@ -294,7 +294,7 @@ def main(
     ckpt: str,
     dataset_dir: str,
     output_dir: str,
-    config_file: str | Sequence[str] = ("configs/inference.json", "configs/covariates.json"),
+    config_file: str | Sequence[str] = ("configs/inference.json", "configs/phantoms_32.json"),
     count: int = 64,
     seed: int = 9,
     spacing: float = 2.0,

@@ -48,12 +48,12 @@ def test_a_notebook_encodes_decodes_and_samples(cohort):
     found = run_code(code("A notebook"), **{"scan.nii.gz": sorted(cohort.glob("*.nii.gz"))[0].as_posix()})
     network, scan = found["network"], found["scan"]
     assert not network.training and len(found["latents"]) == network.num_latents
-    assert found["reconstruction"].shape == found["deviation"].shape == scan.shape == (1, 1, 32, 32, 32)
+    assert found["reconstruction"].shape == found["deviation"].shape == scan.shape == (1, 1, 64, 64, 64)
     assert (found["deviation"] > 0).all()
     # the shipped weights know phantoms
     reconstruction, scan = (found[name].as_subclass(torch.Tensor).flatten() for name in ("reconstruction", "scan"))
     assert torch.corrcoef(torch.stack([reconstruction, scan]))[0, 1] > 0.9
-    assert found["samples"].shape == (4, 1, 32, 32, 32)
+    assert found["samples"].shape == (4, 1, 64, 64, 64)
 
 
 def test_an_inference_workflow_has_every_property(cohort, tmp_path):
@@ -62,7 +62,7 @@ def test_an_inference_workflow_has_every_property(cohort, tmp_path):
     more = f'ckpt="{(tmp_path / "model.pt").as_posix()}",\n    figures=False,'
     source = source.replace("    dataset_dir=", f"    {more}\n    dataset_dir=")
     workflow = run_code(source, SCANS=cohort.as_posix(), RESULTS=(tmp_path / "results").as_posix())["workflow"]
-    assert workflow.version and workflow.spatial_shape == [32, 32, 32]
+    assert workflow.version and workflow.spatial_shape == [64, 64, 64]
     assert workflow.dataset_dir == cohort.as_posix() and len(workflow.dataset_data) == 12
     assert len(list((tmp_path / "results").glob("*_recon.nii.gz"))) == 12
 

@@ -418,6 +418,6 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
 
 def test_jobs_without_such_a_prior_say_what_they_need(cohort, tmp_path):
     arguments = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--covariates", {"age": 50})
-    words = (*arguments, "--ckpt", ROOT / "models/model.pt")
+    words = (*arguments, "--ckpt", ROOT / "models/model.pt", "--prior", "network")
     refused = run_bundle(*words, run_id="counterfactual", configs=["configs/inference.json"])
     assert "population prior that was fitted with covariates" in refused.stderr

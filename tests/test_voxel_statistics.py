@@ -14,6 +14,7 @@ from scripts.data.geometry import describe
 from scripts.training.losses import ELBOLoss
 from scripts.training.metrics import elbo_metrics, key_metric
 from scripts.training.seeding import SeededDataset
+from scripts.training.start import start_network
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
 from scripts.training.voxel_statistics import choose_readings, start_from_scans, voxel_statistics
 
@@ -27,6 +28,19 @@ def test_the_template_is_the_mean_and_deviation_of_the_scans():
     network = start_from_scans(tiny(template=True), dataset)
     assert_close(network(scans).loc[0], scans.mean(0), rtol=1e-3, atol=1e-3)
     assert start_from_scans(untouched := tiny(), dataset) is untouched
+
+
+def test_given_weights_keep_their_template_or_take_that_of_the_scans(tmp_path):
+    dataset = loader(count=6).dataset
+    trained = tiny(template=True)
+    trained.set_voxel_gaussian(torch.full((1, 8, 8, 8), 0.3), torch.full((1, 8, 8, 8), 0.2))
+    torch.save(trained.state_dict(), tmp_path / "model.pt")
+    kept = start_network(tiny(template=True), dataset, weights=tmp_path / "model.pt")
+    new = start_network(tiny(template=True), dataset, weights=tmp_path / "model.pt", renew_template=True)
+    assert_close(kept.template_mean, trained.template_mean)
+    assert_close(new.template_mean[0], torch.stack([item["image"] for item in dataset]).mean(0))
+    for one, other in zip(new.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_template_remembers_the_grid_of_the_scans():

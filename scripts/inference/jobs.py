@@ -440,7 +440,6 @@ def predict_covariates(common: Common) -> ScanEvaluator:
     return ScanEvaluator(
         common,
         "predict_covariates",
-        "privacy",
         Dataset(common.cohort.with_covariates(prior), common.preprocessing),
         CovariatePosterior(prior),
         covariate_results.SavePosteriors(content, picture, prior.coding),

@@ -434,7 +434,7 @@ CHOICES = (None, "population", "network")
 def prior_path(weights: str | os.PathLike) -> Path:
     """Where the population prior of weights is: ``population_prior.pt`` of ``model.pt``, in the same folder.
 
-    Of ``model_64.pt`` it is ``population_prior_64.pt``, of ``covariates.pt`` ``population_prior_covariates.pt``.
+    Of ``model_64.pt`` it is ``population_prior_64.pt``, of ``people.pt`` ``population_prior_people.pt``.
     """
     path = Path(weights)
     name = path.stem.removeprefix("model").removeprefix("_")

@@ -60,6 +60,7 @@ def start_network(
     grid: ScanGrid | None = None,
     grow_from: str | os.PathLike | None = None,
     workers: int = 0,
+    renew_template: bool = False,
 ) -> VDVAE:
     """A network as training starts with it: from given weights, or from the statistics of the scans.
 
@@ -75,6 +76,8 @@ def start_network(
         grid: how the scans are fitted to the network's grid, which it keeps; given weights have their own.
         grow_from: weights of a network with fewer levels, see :func:`grow_network`.
         workers: of each process, which read scans.
+        renew_template: the mean scan and the voxels' deviations are those of these scans where weights are given, too:
+            what a network knows is how scans differ from these.
 
     Raises:
         ValueError: both ``weights`` and ``grow_from`` are given.
@@ -85,7 +88,8 @@ def start_network(
     if checkpoint is not None:
         return network
     if weights is not None:
-        return load_weights(network, weights) if first else network
+        network = load_weights(network, weights) if first else network
+        return start_from_scans(network, dataset, augmented, workers) if renew_template else network
     if grid is not None:
         network.scan_grid.copy_(grid.as_tensor())
     network = start_from_scans(network, dataset, augmented, workers)

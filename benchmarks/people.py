@@ -1,0 +1,186 @@
+"""Weights of people beside plain models of the same people, on the network's grid, on scans' own, and on real strokes.
+
+    python -m benchmarks.people --dataset_dir LIST.json --output_dir OUT [--mask_dir MASKS]
+
+`LIST.json` is a datalist with the sides training, validation and testing, and a `participants.tsv` beside its scans.
+Each figure is of the testing side, with the 95 % interval of its mean over people. `--mask_dir` has masks of lesions
+in MNI space, whose shapes are darkened into the testing people: the bundle's `score` says how well they are found.
+What needs no other model is in the bundle's own evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+from sklearn.linear_model import RidgeCV
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.common import print_table, read_config, stack
+from benchmarks.peer_models import VoxelGaussian, fit_pca
+from scripts.data.covariate_tables import Covariates
+from scripts.data.datalist import list_sides
+from scripts.data.to_scan import Fit, to_scan
+from scripts.inference.measures import mean_interval, value_numbers
+from scripts.inference.scoring import foreground, image_quality
+from scripts.training.losses import bits_per_dim
+from scripts.utils.command_line import run
+from scripts.utils.files import write_text
+
+COMPONENTS = (32, 64, 128)  # of the scores that a regression reads the age from
+FLUID = 10  # percentile of the brain that stands for CSF
+EDGE = 1.0  # mm, standard deviation of what smooths a lesion's edge
+
+
+def own_grid_psnr(scan: MetaTensor, preprocessed: MetaTensor, images: Mapping[str, Tensor]) -> dict[str, float]:
+    """PSNR (dB) of images on the network's grid against a scan on its own, of all voxels and in the brain.
+
+    Args:
+        scan: as it was loaded, `[1, *grid]`.
+        preprocessed: the same on the network's grid, whose range is the reference.
+        images: by name, in the network's range.
+    """
+    fit = Fit.of(preprocessed)
+    truth = fit.scaled(scan.as_tensor().float()).clamp(-1, 1)
+    inside, found = scan.as_tensor() > 0, {}
+    for name, image in images.items():
+        back = fit.scaled(to_scan(image, fit, "intensity").as_tensor()).clamp(-1, 1)
+        errors = (back - truth).square()
+        for end, values in (("", errors), ("_brain", errors[inside])):
+            found[f"{name}_own_grid{end}"] = float(10 * torch.log10(4 / values.mean()))
+    return found
+
+
+def age_by_regression(scores: Sequence[Tensor], ages: Sequence[np.ndarray]) -> dict[str, float | None]:
+    """Ridge regression on principal components' scores: `ridge_32_mae` and so on, of the testing side.
+
+    Args:
+        scores: of training and testing, `[people, components]`, leading first.
+        ages: in years; NaN where they are not known.
+    """
+    found: dict[str, float | None] = {}
+    (train, test), (known, kept) = scores, [np.isfinite(values) for values in ages]
+    for count in (count for count in COMPONENTS if count <= train.shape[1]):
+        model = RidgeCV(np.logspace(-2, 6, 17)).fit(train[known, :count].numpy(), ages[0][known])
+        said = model.predict(test[kept, :count].numpy())
+        ends = [{"mean": value, "low": value, "high": value} for value in said]
+        numbers = value_numbers(f"ridge_{count}", ages[1][kept], ends, float(ages[0][known].mean()))
+        found |= {name: value for name, value in numbers.items() if not name.endswith("coverage_90")}
+    return found
+
+
+def darken(scan: nib.Nifti1Image, mask: nib.Nifti1Image) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """A lesion's shape, as dark as the person's CSF, in a scan of the same world; and its mask on the scan's grid."""
+    image = np.asarray(scan.dataobj, dtype=np.float32)
+    to_mask = np.linalg.inv(mask.affine) @ scan.affine
+    shape = ndimage.gaussian_filter(
+        np.asarray(mask.dataobj, dtype=np.float32) > 0, EDGE / abs(np.diag(mask.affine)[:3]), output=np.float32
+    )
+    opacity = ndimage.affine_transform(shape, to_mask[:3, :3], to_mask[:3, 3], image.shape, order=1) * (image > 0)
+    fluid = np.percentile(image[image > 0], FLUID)
+    lesion = image + opacity * (np.minimum(image, fluid) - image)
+    marked = ((opacity >= 0.5) & (image > 0)).astype(np.uint8)
+    return nib.Nifti1Image(lesion, scan.affine, scan.header), nib.Nifti1Image(marked, scan.affine)
+
+
+def write_strokes(items: Sequence[Mapping[str, Any]], mask_dir: str, folder: Path, seed: int) -> None:
+    """Every second person with a lesion's shape drawn at random, the others as they are, in `scans` and `masks`."""
+    masks, generator = sorted(Path(mask_dir).glob("*.nii*")), np.random.default_rng(seed)
+    for place, item in enumerate(tqdm(items, "strokes", unit="scan")):
+        scan = nib.load(item["image"])
+        empty = nib.Nifti1Image(np.zeros(scan.shape[:3], np.uint8), scan.affine)
+        name = f"sub-{place:03d}"
+        sick = darken(scan, nib.load(masks[generator.integers(len(masks))])) if place % 2 else (scan, empty)
+        for kind, image in zip(("scans", "masks"), sick, strict=True):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(image, folder / kind / f"{name}_{'T1w' if kind == 'scans' else 'lesions'}.nii.gz")
+
+
+@torch.no_grad()
+def main(
+    dataset_dir: str,
+    output_dir: str,
+    ckpt: str = "models/model.pt",
+    config_file: str | Sequence[str] = "configs/inference.json",
+    mask_dir: str | None = None,
+    testing: str = "testing",
+    batch_size: int = 4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure, print a table, and write `people.json`.
+
+    Args:
+        dataset_dir: the datalist.
+        output_dir: for results.
+        ckpt: weights.
+        config_file: of the network, one or a list.
+        mask_dir: of masks in MNI space; None: no lesions are planted.
+        testing: the side to measure on; `validation` while choosing.
+        batch_size: of the network.
+        seed: of the lesions.
+    """
+    parser = read_config(config_file, ckpt=ckpt)
+    network, preprocess = parser.get_parsed_content("network").eval(), parser.get_parsed_content("preprocessing")
+    load, folder = preprocess.transforms[:3], Path(output_dir)
+    sides, _, _ = list_sides(dataset_dir)
+
+    def read(side: str) -> Tensor:
+        return stack(preprocess(item) for item in tqdm(sides[side], side, unit="scan"))
+
+    training, validation = read("training"), read("validation")
+    gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
+    rows, scores = [], []
+    for item in tqdm(sides[testing], "measuring", unit="scan"):
+        preprocessed, scan = preprocess(item), dict(item)
+        for step in load:
+            scan = step(scan)
+        x = preprocessed["image"].as_tensor()[None]
+        output, mean = network.infer(x, 0.0, keep_posteriors=False)[0], training.mean(0, keepdim=True)
+        recons = {"ours": output.loc, "pca": pca.reconstruct(x)[0], "gaussian": mean, "grid": x}
+        row = own_grid_psnr(scan["image"], preprocessed["image"], {name: image[0] for name, image in recons.items()})
+        for name in ("ours", "pca", "gaussian"):
+            quality = image_quality(recons[name], x, network)
+            row |= {f"{name}_{key}": float(value) for key, value in quality.items()}
+        for name, peer in (("pca", pca), ("gaussian", gaussian)):
+            row[f"{name}_bits_per_dim"] = float(bits_per_dim(peer.nats(x), x))
+        rows.append(row)
+        scores.append(x.flatten())
+    centre = training.flatten(1).mean(0)
+    basis = torch.linalg.svd(training.flatten(1) - centre, full_matrices=False)[2][: COMPONENTS[-1]].T
+    ages = [
+        np.array([float(row.get("age") or "nan") for row in Covariates(sides[side], dataset_dir).rows])
+        for side in ("training", testing)
+    ]
+    projected = [(x - centre) @ basis for x in (training.flatten(1), torch.stack(scores))]
+    numbers: dict[str, Any] = {"people": len(rows), "pca_components": pca.axes.shape[1]}
+    for name in rows[0]:
+        numbers |= mean_interval(name, [row[name] for row in rows])
+    numbers |= age_by_regression(projected, ages)
+    numbers["brain_share"] = float(foreground(training, network).float().mean())
+    write_text(folder / "people.json", json.dumps(numbers, indent=2) + "\n")
+    shown = [name for name in numbers if f"{name}_low" in numbers]
+    print_table(
+        ("number", "mean", "95 % interval"),
+        ([n, f"{numbers[n]:.4g}", f"{numbers[f'{n}_low']:.4g} to {numbers[f'{n}_high']:.4g}"] for n in shown),
+    )
+    if mask_dir is not None:
+        write_strokes(sides[testing], mask_dir, folder / "strokes", seed)
+        at = folder / "strokes"
+        masks = {"mask_dir": str(at / "masks"), "mask_pattern": "*_lesions.nii.gz", "scan_pattern": "*_T1w.nii.gz"}
+        where = {"dataset_dir": str(at / "scans"), "output_dir": str(folder / "scores"), "batch_size": batch_size}
+        read_config(config_file, ckpt=ckpt, prior="network", figures=False, **where, **masks).get_parsed_content(
+            "scoring"
+        ).run()
+    return numbers
+
+
+if __name__ == "__main__":
+    run("python -m benchmarks.people", main)
