@@ -272,7 +272,7 @@ def check_kinds(kinds: Any) -> dict[str, Any]:
     if not isinstance(kinds, Mapping) or not kinds or not all(k in KINDS or _are_knots(k) for k in kinds.values()):
         raise InputError(
             f"covariates is {kinds!r}: say of what kind each is, such as "
-            "\"{'age': 'continuous', 'sex': 'categorical'}\", or the knots of one, such as \"{'age': [20, 40, 60, 80]}\"."
+            "\"{'age': 'continuous', 'sex': 'categorical'}\", or the knots of a spline, as \"{'age': [20, 50, 80]}\"."
         )
     return dict(kinds)
 

@@ -97,11 +97,7 @@ def shifts_and_ratios(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
 
 
 def prior_from_sketch(
-    sketch: FactorSketch,
-    rank: int,
-    shrinkage: float,
-    grids: Mapping[int, Sequence[int]],
-    effects: Tensor | None = None,
+    sketch: FactorSketch, rank: int, shrinkage: float, grids: Mapping[int, Sequence[int]], effects: Tensor | None = None
 ) -> PopulationPrior:
     """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out.
 
@@ -318,11 +314,10 @@ class PopulationFit:
         wanted = set(self.latents if latents is None else latents)
         share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
         loader = on_device(DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers), self.device)
-        hidden = idist.get_rank() > 0
         devices = [self.device] if self.device.type == "cuda" else []
         with eval_mode(self.network), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed + idist.get_rank())
-            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden, mininterval=1):
+            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=idist.get_rank() > 0):
                 scans = batch["image"].to(self.device)
                 posteriors: dict[int, Posterior] = {}
 
@@ -412,7 +407,9 @@ class PopulationFit:
             prior = self._prior(sketch, rank, shrinkage, effects)
             return idist.all_reduce(prior.log_ratio(latents, drawn.features).sum().item()) / count
 
-        self.gains = gains = {rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})}
+        self.gains = gains = {
+            rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})
+        }
         rank = max(gains, key=gains.__getitem__)
         gains = {shrinkage: gain(rank, shrinkage) for shrinkage in SHRINKAGES}
         shrinkage = max(gains, key=gains.__getitem__)
