@@ -149,7 +149,7 @@ def test_where_nothing_is_left_to_explain_mean_and_variance_are(network):
     dimensions = sum(math.prod(grid) for grid in network.latent_grids())
     sketch = FactorSketch(4)
     sketch.add(torch.zeros(5, dimensions), torch.full((5, dimensions), 0.5))
-    prior = prior_from_sketch(sketch, 2, 0.5, network)
+    prior = prior_from_sketch(sketch, 2, 0.5, dict(enumerate(network.latent_grids())))
     assert prior.latents == tuple(range(network.num_latents)) and (prior.variance_0 == 0.25).all()
     assert prior.log_ratio([torch.zeros(1, *grid) for grid in network.latent_grids()]) > 0
 

@@ -170,7 +170,7 @@ class Covariates:
         """How the covariates of these scans, those to train on, become numbers.
 
         Args:
-            kinds: ``continuous`` or ``categorical`` by the covariates' names.
+            kinds: ``continuous``, ``categorical`` or knots by the covariates' names.
 
         Raises:
             InputError: no scan has a value of one, or a value makes no sense.
@@ -179,7 +179,7 @@ class Covariates:
             if all(missing(row.get(name)) for row in self.rows):
                 why = " ".join(["", *self.without_rows()])
                 raise InputError(f"covariates: no training scan has a value for '{name}'.{why}")
-            if kind == "continuous":
+            if kind != "categorical":
                 for place in range(len(self.rows)):
                     self._parsed(place, name, partial(parse_number, name))
         return CovariateCoding.learn(kinds, self.rows)
@@ -225,18 +225,26 @@ class CohortCovariates(NamedTuple):
     Attributes:
         coding: learnt from the training side.
         training, validation: ``[scans, numbers]``, in the scans' order.
+        values: of the scans of the training side and of the validation side, by the covariates' names.
     """
 
     coding: CovariateCoding
     training: Tensor
     validation: Tensor
+    values: tuple[Sequence[Mapping[str, Value]], Sequence[Mapping[str, Value]]]
+
+    @classmethod
+    def coded(cls, coding: CovariateCoding, *values: Sequence[Mapping[str, Value]]) -> CohortCovariates:
+        """From the values of the two sides."""
+        numbers = [torch.stack([coding.numbers(v) for v in side]) if side else torch.zeros(0, 0) for side in values]
+        return cls(coding, *numbers, values)
 
 
 def read_cohort(
     training: Sequence[Mapping[str, Any]],
     validation: Sequence[Mapping[str, Any]],
     dataset_dir: str | os.PathLike,
-    covariates: Mapping[str, str] | None,
+    covariates: Mapping[str, Any] | None,
     covariates_file: str | os.PathLike | None = None,
 ) -> CohortCovariates | None:
     """Read the covariates of a data set, and learn from its training side how they become numbers.
@@ -246,7 +254,7 @@ def read_cohort(
     Args:
         training, validation: items of a datalist.
         dataset_dir: where they come from.
-        covariates: ``continuous`` or ``categorical`` by the covariates' names; None: there are none.
+        covariates: ``continuous``, ``categorical`` or knots by the covariates' names; None: there are none.
         covariates_file: a table, see :class:`Covariates`.
 
     Raises:
@@ -277,8 +285,7 @@ def read_cohort(
             if found
         )
         logger.info("Covariate %s: %s.", name, ranges)
-    numbers = [torch.stack([coding.numbers(v) for v in found]) if found else torch.zeros(0, 0) for found in parsed]
-    return CohortCovariates(coding, *numbers)
+    return CohortCovariates.coded(coding, *parsed)
 
 
 def _summary(values: Sequence[Any]) -> str:

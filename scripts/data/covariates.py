@@ -48,11 +48,12 @@ class Continuous:
     kind: ClassVar[str] = "continuous"
 
     @classmethod
-    def learn(cls, name: str, values: Sequence[float]) -> Continuous:
-        """From the values of the training side."""
+    def learn(cls, name: str, values: Sequence[float], knots: Sequence[float] | None = None) -> Continuous:
+        """From the values of the training side, by default with knots at their quantiles."""
         mean, std = float(np.mean(values)), float(np.std(values)) or 1.0
-        knots = np.unique(np.quantile(values, KNOTS)).tolist()
-        curved = len(knots) > 2 and len(set(values)) > len(KNOTS)
+        curved = knots is not None or len(set(values)) > len(KNOTS)
+        knots = np.unique(np.quantile(values, KNOTS) if knots is None else np.array(knots, float)).tolist()
+        curved = curved and len(knots) > 2
         plain = cls(name, mean, std, min(values), max(values), tuple(knots) if curved else (), ())
         centre = np.mean([plain._curve(value) for value in values], axis=0)
         return cls(**{**asdict(plain), "centre": tuple(centre.tolist())})
@@ -186,7 +187,7 @@ class CovariateCoding:
         """From the training side.
 
         Args:
-            kinds: ``continuous`` or ``categorical`` for each covariate.
+            kinds: ``continuous``, ``categorical`` or the knots of a continuous one's spline, for each covariate.
             rows: of each scan, what is written of it, by the covariates' names.
 
         Raises:
@@ -200,7 +201,8 @@ class CovariateCoding:
             if kind == "categorical":
                 variables.append(Categorical.learn(name, [_word(value) for value in written]))
             else:
-                variables.append(Continuous.learn(name, [parse_number(name, value) for value in written]))
+                knots = None if kind == "continuous" else kind
+                variables.append(Continuous.learn(name, [parse_number(name, value) for value in written], knots))
         return cls(variables)
 
     def parse(self, row: Mapping[str, Any]) -> dict[str, Value]:
@@ -261,18 +263,24 @@ class CovariateCoding:
         return cls([classes[item["kind"]](**{k: v for k, v in item.items() if k != "kind"}) for item in content])
 
 
-def check_kinds(kinds: Any) -> dict[str, str]:
-    """Refuse what does not say of what kind each covariate is.
+def check_kinds(kinds: Any) -> dict[str, Any]:
+    """Refuse what does not say of what kind each covariate is; knots, 3 or more, say that it is continuous.
 
     Raises:
         ValueError: it is no such mapping.
     """
-    if not isinstance(kinds, Mapping) or not kinds or any(kind not in KINDS for kind in kinds.values()):
+    if not isinstance(kinds, Mapping) or not kinds or not all(k in KINDS or _are_knots(k) for k in kinds.values()):
         raise InputError(
             f"covariates is {kinds!r}: say of what kind each is, such as "
-            "\"{'age': 'continuous', 'sex': 'categorical'}\"."
+            "\"{'age': 'continuous', 'sex': 'categorical'}\", or the knots of a spline, as \"{'age': [20, 50, 80]}\"."
         )
     return dict(kinds)
+
+
+def _are_knots(kind: Any) -> bool:
+    """Whether the kind of a covariate is three numbers or more, each larger than the one before."""
+    numbers = isinstance(kind, list | tuple) and all(type(knot) in (int, float) for knot in kind)
+    return numbers and len(kind) > 2 and all(map(float.__lt__, map(float, kind), map(float, kind[1:])))
 
 
 def parse_number(name: str, value: Any) -> float | None:

@@ -9,11 +9,29 @@ from typing import Any, NamedTuple
 from scripts.inference.layouts import VOLUME, ScanLayout
 from scripts.utils.report import ShownVolume, write_report
 
-__all__ = ["Report", "write_job_report"]
+__all__ = ["DEVIATIONS", "PREDICTIONS", "SCORES", "Report", "write_job_report"]
 
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
 IMAGES = ("recon", "imputed_mean", "sample", "decoded")
-MAPS = {"anomaly": 6.0, "deviation": 6.0, "difference": None}
+MAPS = {"anomaly": 6.0, "deviation": 6.0, "difference": None, "significant": 2.0}
+
+
+SCORES = (
+    "bits_per_dim: how well the network predicts the scan, lower is likelier (elbo = -(nll + kl), nats). "
+    "bits_per_voxel_8bit: likewise of 256 grey values, in the bits of a file. "
+    "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
+    "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
+    "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map in the brain, in "
+    "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark."
+)
+DEVIATIONS = (
+    "z: standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are "
+    "in standard deviations, and brightest at 6. Of a certificate: people: of the calibration, in each group; "
+    "expected: scans that would have a significant cluster if all were healthy; observed: those that have a finding "
+    "that is; p: the share of healthy people whose largest finding is as large. _significant: -log10 p of each "
+    "significant cluster, below 0 where it is darker."
+)
+PREDICTIONS = "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it."
 
 
 class Report(NamedTuple):

@@ -21,6 +21,7 @@ from scripts.data.datalist import common_root
 from scripts.data.to_scan import ToScand
 from scripts.data.transforms import FitShaped, unclipped
 from scripts.inference import covariate_results, lesions, outputs
+from scripts.inference.certificate import CERTIFIED, CertifiedEvaluator, certify
 from scripts.inference.common import Common
 from scripts.inference.covariate_results import RegionCurves
 from scripts.inference.covariates import (
@@ -46,7 +47,7 @@ from scripts.inference.inferers import (
     Temperature,
 )
 from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
-from scripts.inference.job_report import Report
+from scripts.inference.job_report import DEVIATIONS, PREDICTIONS, SCORES, Report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
 from scripts.inference.privacy import Privacy, privacy_sides
@@ -55,6 +56,7 @@ from scripts.inference.scoring import Scoring
 from scripts.inference.tables import latent_tables, list_coordinates, scans_to_fit, stack_coordinates
 from scripts.population.adaptation import Adaptation
 from scripts.population.fit import PopulationFit
+from scripts.population.statistics import StatisticsFit
 from scripts.utils import distributed
 
 __all__ = [
@@ -77,20 +79,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-SCORES = (
-    "bits_per_dim: how well the network predicts the scan, lower is likelier (elbo = -(nll + kl), nats). "
-    "bits_per_voxel_8bit: likewise of 256 grey values, in the bits of a file. "
-    "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
-    "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
-    "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map in the brain, in "
-    "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark."
-)
-DEVIATIONS = (
-    "z: standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are "
-    "in standard deviations, and brightest at 6."
-)
-PREDICTIONS = "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it."
 
 
 def with_steps(preprocessing: Compose, after_loading: Callable, *last: Callable) -> Compose:
@@ -400,36 +388,46 @@ def harmonise(common: Common, covariates: Any) -> ScanEvaluator:
     return counterfactual(common, covariates, "harmonised", "categorical")
 
 
-def deviation(common: Common, draws: int | None = None, atlas: str | os.PathLike | None = None) -> ScanEvaluator:
+def deviation(
+    common: Common, draws: int | None = None, atlas: str | os.PathLike | None = None, **certified: Any
+) -> ScanEvaluator | CertifiedEvaluator:
     """How far each voxel is from what is usual for the scan's covariates, and with an atlas each region.
 
     Args:
         common: what all jobs share; its prior has covariates.
         draws: of what is usual; by default 32.
         atlas: a NIfTI file of region numbers.
+        certified: ``error_rate``, ``calibration``, ``correction`` and ``groups``, see
+            :func:`scripts.inference.certificate.certify`; the first two None: nothing is said to be significant.
     """
     prior, network, layout = need_covariates(common.prior), common.network, common.layout(common.cohort.root)
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
     regions, scans = layout("regions", ".json"), common.cohort.with_covariates(prior)
     inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
+    names, settings = covariate_results.region_names(atlas, labels), {"draws": inferer.draws, "atlas": atlas}
+    certificate = certify(common, inferer, names, settings, **certified)
+    shown = {} if certificate is None else {"significant": "label"}
     curves = RegionCurves(inferer, network, scans, common.seed, common.loading["batch_size"])
-    return ScanEvaluator(
+    tables = partial(covariate_results.region_table, common.output_dir, regions, common.cohort.columns, curves)
+    evaluator = ScanEvaluator(
         common,
         "deviation",
         Dataset(scans, common.preprocessing),
         inferer,
         [
             common.figure(layout("deviation", ".png"), covariate_results.draw_deviation),
-            ToScand(images, ["intensity", "deviation", "number"]),
-            outputs.SaveScansd(images, layout),
-            covariate_results.SaveRegions(regions, covariate_results.region_names(atlas, labels)),
+            *([] if certificate is None else certificate.steps),
+            ToScand([*images, *shown], ["intensity", "deviation", "number", *shown.values()]),
+            outputs.SaveScansd([*images, *shown], layout),
+            covariate_results.SaveRegions(regions, names),
         ],
-        [layout("deviation"), *([regions] if atlas else [])],
-        {"population_prior": common.prior_file, "draws": inferer.draws, "atlas": atlas},
+        [layout("deviation"), *([regions] if atlas else []), *([] if certificate is None else certificate.layouts)],
+        {"population_prior": common.prior_file, **settings},
         arguments=partial(stack_features, prior),
-        summary=partial(covariate_results.region_table, common.output_dir, regions, common.cohort.columns, curves),
-        report=Report(("deviation_z.csv", "deviation.csv"), ("regions.png",), DEVIATIONS),
+        summary=tables if certificate is None else partial(certificate.summary, tables),
+        report=Report((*CERTIFIED, "deviation_z.csv", "deviation.csv"), ("regions.png",), DEVIATIONS),
     )
+    return evaluator if certificate is None else certificate.of(evaluator)
 
 
 def predict_covariates(common: Common) -> ScanEvaluator:
@@ -451,7 +449,13 @@ def predict_covariates(common: Common) -> ScanEvaluator:
     )
 
 
-def fit_prior(common: Common, factors: int = 64, covariates: Any = None, memory: float | None = None) -> PopulationFit:
+def fit_prior(
+    common: Common,
+    factors: int = 64,
+    covariates: Any = None,
+    memory: float | None = None,
+    statistics_only: bool = False,
+) -> PopulationFit:
     """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
 
     Args:
@@ -459,14 +463,16 @@ def fit_prior(common: Common, factors: int = 64, covariates: Any = None, memory:
         factors: how many at most.
         covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
         memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
+        statistics_only: write the cohort's sums instead, ``statistics.pt``, for :mod:`scripts.merge_priors`.
     """
     cohort = common.cohort
+    fit = partial(StatisticsFit, kinds=covariates) if statistics_only else PopulationFit
     training, validation = distributed.from_rank_zero(scans_to_fit, cohort.folder, cohort.pattern)
-    return PopulationFit(
+    return fit(
         common.network,
         Dataset(training, common.preprocessing),
         Dataset(validation, common.preprocessing),
-        common.output_dir / "population_prior.pt",
+        common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt"),
         factors,
         **common.loading,
         device=common.device,

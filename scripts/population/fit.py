@@ -7,7 +7,8 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,18 +49,15 @@ SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
 
-def split_latents(vectors: Tensor, network: VDVAE, latents: Sequence[int] | None = None) -> dict[int, Tensor]:
+def split_latents(vectors: Tensor, grids: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
     """The latents that lie one after the other in vectors, by their indices: ``[rows, channels, *grid]`` each.
 
     Args:
         vectors: ``[rows, dimensions]``.
-        network: whose latents they are.
-        latents: which of them, in order; None: all.
+        grids: ``[channels, *grid]`` of each latent, in order.
     """
-    latents = range(network.num_latents) if latents is None else latents
-    grids = [network.latent_grids()[index] for index in latents]
-    parts = vectors.split([math.prod(grid) for grid in grids], dim=1)
-    return {index: part.unflatten(1, grid) for index, part, grid in zip(latents, parts, grids, strict=True)}
+    parts = vectors.split([math.prod(grid) for grid in grids.values()], dim=1)
+    return {index: part.unflatten(1, grid) for part, (index, grid) in zip(parts, grids.items(), strict=True)}
 
 
 def fit_bytes(factors: int, features: int, batch_size: int, held_out: int) -> int:
@@ -99,25 +97,19 @@ def shifts_and_ratios(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
 
 
 def prior_from_sketch(
-    sketch: FactorSketch,
-    rank: int,
-    shrinkage: float,
-    network: VDVAE,
-    effects: Tensor | None = None,
-    latents: Sequence[int] | None = None,
+    sketch: FactorSketch, rank: int, shrinkage: float, grids: Mapping[int, Sequence[int]], effects: Tensor | None = None
 ) -> PopulationPrior:
     """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out.
 
     Args:
         sketch: of what the covariates' effects leave.
         rank, shrinkage: see :meth:`FactorSketch.factors`.
-        network: whose latents they are.
+        grids: ``[channels, *grid]`` of each latent of which the sketch is.
         effects: of the covariates, ``[features, dimensions]``.
-        latents: of which the sketch is; None: all.
     """
     mean, variance, directions = sketch.factors(rank, shrinkage)
     effects = mean.new_zeros(0, len(mean)) if effects is None else effects
-    parts = [split_latents(part, network, latents) for part in (mean[None], variance[None], directions, effects)]
+    parts = [split_latents(part, grids) for part in (mean[None], variance[None], directions, effects)]
     explained = {index: latent.square().sum().item() for index, latent in parts[2].items()}
     total = max(sum(explained.values()), 1e-12)
     # all latents where shrinkage leaves nothing to explain
@@ -220,6 +212,7 @@ class PopulationFit:
         self.device, self.seed, self.extras = torch.device(device), seed, extras or {}
         self.memory = memory
         self.latents: list[int] = []
+        self.gains: dict[int, float] = {}  # nats per held-out scan, of each number of factors that was tried
 
     def attach(self, engine: Trainer) -> None:
         """Fit after the last epoch, or when a run that had ended before its fit is resumed; not after a signal.
@@ -308,7 +301,11 @@ class PopulationFit:
         return refitted
 
     def _prior(self, sketch: FactorSketch, rank: int, shrinkage: float, effects: Tensor | None) -> PopulationPrior:
-        return prior_from_sketch(sketch, rank, shrinkage, self.network, effects, self.latents)
+        return prior_from_sketch(sketch, rank, shrinkage, self._grids(), effects)
+
+    def _grids(self) -> dict[int, Sequence[int]]:
+        """``[channels, *grid]`` of each latent that is taken."""
+        return {index: self.network.latent_grids()[index] for index in self.latents}
 
     def _vectors(
         self, dataset: Dataset, what: str, temperature: float = 1.0, latents: Sequence[int] | None = None
@@ -317,11 +314,10 @@ class PopulationFit:
         wanted = set(self.latents if latents is None else latents)
         share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
         loader = on_device(DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers), self.device)
-        hidden = idist.get_rank() > 0
         devices = [self.device] if self.device.type == "cuda" else []
         with eval_mode(self.network), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed + idist.get_rank())
-            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=hidden, mininterval=1):
+            for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=idist.get_rank() > 0):
                 scans = batch["image"].to(self.device)
                 posteriors: dict[int, Posterior] = {}
 
@@ -330,10 +326,15 @@ class PopulationFit:
                         kept[index] = Posterior(*(part if part is None else part.cpu() for part in q))
                     return q.z
 
-                output, _ = self.network.infer(scans, temperature, keep_posteriors=False, draws=Draws(rule=record))
+                draws = Draws([self._generator(scan) for scan in batch["image"]], record)
+                output, _ = self.network.infer(scans, temperature, keep_posteriors=False, draws=draws)
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 bits = bits_per_dim(nats, scans).cpu()
                 yield ScanVectors(dict(sorted(posteriors.items())), bits, batch["features"].cpu(), batch["image"].cpu())
+
+    def _generator(self, scan: Tensor) -> torch.Generator:
+        """Noise of a scan's own, by what it holds: it gives the same numbers in any cohort, batch and process."""
+        return torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(scan.cpu().numpy().tobytes()))
 
     def _held_out(self, dataset: Dataset) -> HeldOut:
         """What is kept of held-out scans; of each its latents are drawn once."""
@@ -398,7 +399,7 @@ class PopulationFit:
 
     def _choose(self, sketch: FactorSketch, effects: Tensor | None, drawn: HeldOut) -> tuple[int, float, float]:
         """The rank and the shrinkage with the highest likelihood of held-out scans, and its gain in nats per scan."""
-        latents = split_latents(drawn.u, self.network, self.latents)
+        latents = split_latents(drawn.u, self._grids())
         count = idist.all_reduce(len(drawn.features))
         most = min(self.factors, len(sketch.basis))
 
@@ -406,20 +407,24 @@ class PopulationFit:
             prior = self._prior(sketch, rank, shrinkage, effects)
             return idist.all_reduce(prior.log_ratio(latents, drawn.features).sum().item()) / count
 
-        gains = {rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})}
+        self.gains = gains = {
+            rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})
+        }
         rank = max(gains, key=gains.__getitem__)
         gains = {shrinkage: gain(rank, shrinkage) for shrinkage in SHRINKAGES}
         shrinkage = max(gains, key=gains.__getitem__)
         return rank, shrinkage, gains[shrinkage]
 
     def _sharpness(self, prior: PopulationPrior, drawn: HeldOut) -> float:
-        """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors.
+        """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors."""
+        return 1.0 if self.coding is None else SHARPNESSES[int(self._likelihoods(prior, drawn).argmax())]
+
+    def _likelihoods(self, prior: PopulationPrior, drawn: HeldOut) -> Tensor:
+        """The log likelihood of held-out scans' covariates for each sharpness.
 
         Each covariate in turn is inferred, as if all values of its grid were as likely and no other one were known.
         """
-        if self.coding is None:
-            return 1.0
-        scores = prior.effect_scores(split_latents(drawn.t, self.network, self.latents))
+        scores = prior.effect_scores(split_latents(drawn.t, self._grids()))
         features = drawn.features
         total = torch.zeros(len(SHARPNESSES))
         for name, variable in self.coding.variables.items():
@@ -431,7 +436,7 @@ class PopulationFit:
             for place, sharpness in enumerate(SHARPNESSES):
                 posterior = (sharpness * likelihoods).log_softmax(1)
                 total[place] += posterior.gather(1, nearest[:, None])[has_value].sum()
-        return SHARPNESSES[int(idist.all_reduce(total).argmax())]
+        return idist.all_reduce(total)
 
     def _dispersions(self, prior: PopulationPrior, dataset: Dataset) -> tuple[float, float]:
         """How much further from their expectation held-out scans are than the prior's draws for their covariates.
@@ -441,6 +446,12 @@ class PopulationFit:
         """
         if self.coding is None:
             return 1.0, 1.0
+        squares, counts = self._squared_deviations(prior, dataset)
+        voxels, regions = (squares / counts.clamp_min(1)).clamp_min(1e-6).sqrt().tolist()
+        return voxels, regions
+
+    def _squared_deviations(self, prior: PopulationPrior, dataset: Dataset) -> tuple[Tensor, Tensor]:
+        """Sums of squares and their numbers, of voxels and of blocks, ``[2]`` each."""
         low, high = OUTPUT_RANGES[self.network.output_activation]
         pool = Pool["AVG", self.network.spatial_dims](max(1, min(self.network.spatial_shape) // 8))
         squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -462,9 +473,7 @@ class PopulationFit:
                 within = z2[inside[place]].double()
                 squares[place] += within.sum() * (DISPERSION_DRAWS - 3) / (DISPERSION_DRAWS - 1)
                 counts[place] += len(within)
-        squares, counts = (idist.all_reduce(total) for total in (squares, counts))
-        voxels, regions = (squares / counts.clamp_min(1)).clamp_min(1e-6).sqrt().tolist()
-        return voxels, regions
+        return idist.all_reduce(squares), idist.all_reduce(counts)
 
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""
