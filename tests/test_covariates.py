@@ -331,12 +331,20 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
 
 
 def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
-    job("predict_covariates", fitted, tmp_path)
+    done = job("predict_covariates", fitted, tmp_path)
+    assert "age: mean absolute error" in done.stderr and "always saying the training people's mean" in done.stderr
     rows = list(csv.DictReader((tmp_path / "covariates.csv").open()))
     assert len(rows) == 24
     assert float(rows[0]["age_low"]) <= float(rows[0]["age_mean"]) <= float(rows[0]["age_high"])
     assert float(rows[0]["sex_F"]) + float(rows[0]["sex_M"]) == pytest.approx(1, abs=1e-3)
     assert rows[0]["site_likeliest"] in "ABC"
+    ages, gaps, corrected = (
+        np.array([float(row[f"age_{end}"]) for row in rows]) for end in ("own", "gap", "gap_corrected")
+    )
+    assert gaps == pytest.approx([float(row["age_mean"]) - float(row["age_own"]) for row in rows], abs=0.02)
+    # what is left of gaps has nothing to do with the age any more
+    assert corrected.mean() == pytest.approx(0, abs=0.01)
+    assert np.corrcoef(ages, corrected)[0, 1] == pytest.approx(0, abs=0.01)
     assert (tmp_path / "sub-0001_FLAIR_covariates.png").is_file()
 
 

@@ -23,6 +23,7 @@ from scripts.data.transforms import LoadScand
 from scripts.inference.covariates import Deviation, summary
 from scripts.inference.engine import scan_generator
 from scripts.inference.layouts import ScanLayout
+from scripts.inference.measures import value_numbers
 from scripts.inference.outputs import file_names
 from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import Draws
@@ -47,6 +48,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+LEAST_FOR_SLOPE = 10  # scans
 
 
 class DrawStrip(Transform):
@@ -107,22 +110,62 @@ class SavePosteriors(Transform):
         return data
 
 
-def covariate_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Sequence[str]) -> None:
+def covariate_table(
+    path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, coding: CovariateCoding, scans: Sequence[str]
+) -> None:
     """Put together what the scans say of their covariates, one row per scan: mean and 90 % interval, or probabilities.
 
-    Columns whose name ends in ``_own`` have what the data set's tables say.
+    Columns whose name ends in ``_own`` have what the data set's tables say, ``_gap`` how much more the scan says, and
+    ``_gap_corrected`` that less what people of this value have in the mean: without it old people look younger and
+    young ones older than they are. The log says how large errors are, beside those of always saying the mean.
     """
+    files = [(scan, layout.path(scan)) for scan in scans]
+    contents = {scan: json.loads(file.read_text(encoding="utf-8")) for scan, file in files if file.exists()}
+    gaps: dict[str, dict[str, dict[str, str]]] = {}
+    for name, variable in coding.variables.items():
+        if variable.kind == "continuous":
+            gaps[name] = _gaps(name, variable.mean, {scan: content[name] for scan, content in contents.items()})
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-        for scan in scans:
-            file = layout.path(scan)
-            if file.exists():
-                content = json.loads(file.read_text(encoding="utf-8"))
-                own = {f"{name}_own": "" if part["own"] is None else part["own"] for name, part in content.items()}
-                yield scan, {k: v for part in content.values() for k, v in part["summary"].items()} | own
+        for scan, content in contents.items():
+            row = {}
+            for name, part in content.items():
+                row |= part["summary"] | gaps.get(name, {}).get(scan, {})
+                row[f"{name}_own"] = "" if part["own"] is None else part["own"]
+            yield scan, row
 
     columns.write(path, rows())
     logger.info("'%s' says what each scan says of its covariates.", path)
+
+
+def _gaps(name: str, mean: float, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """The columns of gaps, of each scan; and what the log says of them."""
+    own = {scan: float(part["own"]) for scan, part in parts.items() if part["own"] is not None}
+    said = {
+        scan: {end: float(part["summary"][f"{name}_{end}"]) for end in ("mean", "low", "high")}
+        for scan, part in parts.items()
+    }
+    found = {scan: {f"{name}_gap": "", f"{name}_gap_corrected": ""} for scan in parts}
+    if not own:
+        return found
+    numbers = value_numbers(name, list(own.values()), [said[scan] for scan in own], mean)
+    slope = numbers[f"{name}_slope"] if len(own) >= LEAST_FOR_SLOPE else None
+    gaps = {scan: said[scan]["mean"] - value for scan, value in own.items()}
+    centre, usual = np.mean(list(own.values())), np.mean(list(gaps.values()))
+    for scan, value in own.items():
+        found[scan][f"{name}_gap"] = f"{gaps[scan]:.4g}"
+        if slope is not None:
+            found[scan][f"{name}_gap_corrected"] = f"{gaps[scan] - usual - (slope - 1) * (value - centre):.4g}"
+    logger.info(
+        "%s: mean absolute error %.3g over %d scan(s), where always saying the training people's mean, %.3g, errs by "
+        "%.3g%s.",
+        *(name, numbers[f"{name}_mae"], len(own), mean, numbers[f"{name}_mae_mean"]),
+        ""
+        if slope is None
+        else f"; slope {slope:.2f}: below 1 what is said is drawn to the mean, so compare {name}_gap_corrected, or "
+        f"people of equal {name}",
+    )
+    return found
 
 
 def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[int], affine: Any) -> Tensor | None:

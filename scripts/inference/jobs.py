@@ -444,7 +444,7 @@ def predict_covariates(common: Common) -> ScanEvaluator:
         [content],
         {"population_prior": common.prior_file},
         arguments=partial(stack_features, prior),
-        summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns),
+        summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns, prior.coding),
         report=Report(("covariates.csv",), legend=PREDICTIONS),
     )
 
