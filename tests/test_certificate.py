@@ -153,7 +153,7 @@ def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
     clusters = {row["image"][:8] for row in rows if row["significant"] == "yes" and row["kind"] == "cluster"}
     assert {name for name, values in maps.items() if values.any()} == clusters
     assert np.abs(maps["sub-0002"]).max() == pytest.approx(1)  # -log10 of 0.1
-    assert "certificate.csv" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "certificate.csv" in (tmp_path / "report_deviation.html").read_text(encoding="utf-8")
     again = certified(people, tmp_path, *words)
     assert "Of 3 scans, 3 are finished already" in again.stderr and "Of 9 scans, 9 are" in again.stderr
     assert len(clusters) < 3  # of three scans Benjamini and Hochberg ask for 0.067 or less unless all are discoveries

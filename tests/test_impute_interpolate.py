@@ -162,7 +162,11 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
     assert result.returncode == 0, result.stderr
     name = "sub-0001_FLAIR_to_sub-0002_FLAIR"
     expected = [f"{name}_step00.nii.gz", f"{name}_step01.nii.gz", f"{name}_step02.nii.gz", f"{name}_steps.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["interpolate.json", "report.html", *expected]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "interpolate.json",
+        "report_interpolate.html",
+        *expected,
+    ]
     assert "Grid 4³: its latents go over" in result.stderr
     assert "Grid 8³: its latents stay those of the first" in result.stderr
     steps = Interpolation(steps=3, levels=[2, 4])(fitted[None], network)

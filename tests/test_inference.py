@@ -139,7 +139,7 @@ def test_everything_is_named_after_its_scan(reconstructed):
     names = ("levels.png", "recon.nii.gz", "recon.png", "scale.nii.gz", "zscore.nii.gz")
     levels = [f"recon_to{n}.nii.gz" for n in (2, 4, 8)]
     expected = [f"{codes}/{codes}_{name}" for codes in ORIENTATIONS for name in (*names, *levels)]
-    assert files(output) == sorted([*expected, "reconstruct.json", "report.html"])
+    assert files(output) == sorted([*expected, "reconstruct.json", "report_reconstruct.html"])
     assert f"Results of 5 of 5 scan(s): '{output}'" in log
 
 
@@ -274,7 +274,7 @@ def test_samples_depend_on_the_seed_alone(weights, network, tmp_path):
     ):
         log = run("sample", tmp_path, tmp_path / name, weights, "--samples", 4, *arguments)
         drawn = [f"000{i}_sample.nii.gz" for i in range(1, 5)]
-        assert files(tmp_path / name) == [*drawn, "report.html", "sample.json", "samples.png"]
+        assert files(tmp_path / name) == [*drawn, "report_sample.html", "sample.json", "samples.png"]
     one, three, other, cold = (load(tmp_path / n, "0002_sample.nii.gz") for n in ("one", "three", "other", "cold"))
     assert "Samples are drawn from the network's own prior." in log
     assert np.allclose(one, three, atol=1e-5)

@@ -281,4 +281,4 @@ def test_whatever_a_scan_is_called_the_others_are_done(name, scans, network, tmp
     with contextlib.suppress(SystemExit):
         job.common.failures.finish()
     assert (tmp_path / "out" / "failed.csv").exists() == (len(name) == 255)
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "report_score.html").is_file()

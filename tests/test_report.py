@@ -111,7 +111,7 @@ def test_each_job_writes_one(cohort, tmp_path):
     words = ("--dataset_dir", tmp_path / "scans", "--ckpt", tmp_path / "model.pt", "--output_dir", tmp_path / "out")
     configs = ["configs/inference.json", "tests/tiny.json"]
     assert run_bundle(*words, run_id="score", configs=configs).returncode == 1
-    text = (tmp_path / "out" / "report.html").read_text()
+    text = (tmp_path / "out" / "report_score.html").read_text(encoding="utf-8")
     assert "2 of 3 scan(s) have results" in text
     assert "Scans that failed" in text and "sub-9_T1w.nii.gz" in text
     assert text.count("<img ") == 3  # two scans, and the most unusual ones

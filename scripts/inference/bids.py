@@ -24,7 +24,7 @@ BIDS_VERSION = "1.10.1"
 NAME = re.compile(r"sub-[A-Za-z0-9+]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 DATATYPES = ("anat", "dwi", "fmap", "func", "perf", "pet")
 # pictures, arrays, tables and settings, for which BIDS has no names
-IGNORED = ("*.png", "*.npz", "*.csv", "*.md", "*.json", "!dataset_description.json")
+IGNORED = ("*.png", "*.html", "*.npz", "*.csv", "*.md", "*.json", "!dataset_description.json")
 
 
 def derivative_path(folder: str | os.PathLike, stem: str, result: str, extension: str) -> Path:

@@ -56,7 +56,7 @@ def write_job_report(
     settings: Mapping[str, Any],
     failed: Sequence[tuple[str, str]],
 ) -> Path:
-    """Write ``report.html`` beside the results.
+    """Write ``report_JOB.html`` beside the results: jobs may share a folder.
 
     Args:
         job: its word.
@@ -77,6 +77,7 @@ def write_job_report(
         failed,
         [_shown(layout, scan) for scan in scans for layout in layouts if _kind(layout)],
         report.legend,
+        f"report_{job}.html",
     )
 
 

@@ -80,8 +80,9 @@ def write_report(
     failed: Sequence[tuple[str, str]] = (),
     volumes: Iterable[ShownVolume] = (),
     legend: str = "",
+    name: str = "report.html",
 ) -> Path:
-    """Write ``report.html``, whole or not at all.
+    """Write a page, whole or not at all.
 
     Args:
         output_dir: the folder of the results.
@@ -92,6 +93,7 @@ def write_report(
         failed: scans of which there are no results, and why.
         volumes: likewise; the first 4 or 8 MB, as slices that follow the mouse.
         legend: what the tables' columns mean, in a few sentences.
+        name: of the file.
     """
     from jinja2 import Environment, FileSystemLoader  # only where a page is written: commands start without it
 
@@ -118,7 +120,7 @@ def write_report(
         volumes_left_out=volumes_left_out,
         settings=rows,
     )
-    return write_text(folder / "report.html", text)
+    return write_text(folder / name, text)
 
 
 def _table(path: Path) -> Table:
