@@ -271,7 +271,6 @@ def test_masks_that_say_nothing_are_refused(tmp_path):
     for mask, affine, reason in (
         (some[:15], None, "lies on another grid than 'scan.nii'"),
         (some, np.diag([2, 1, 1, 1]), "or its affine differs: resample it to the scan's grid"),
-        (np.zeros_like(some), None, r"is empty \(no voxel is above 0\)"),
         (np.ones_like(some), None, r"is full \(every voxel is above 0\)"),
         (np.stack([some, some], -1), None, "has 2 channels"),
     ):
@@ -427,10 +426,13 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
     with (tmp_path / "out" / "failed.csv").open() as file:
         failed = {row["image"].removesuffix("_FLAIR.nii.gz"): row["reason"] for row in csv.DictReader(file)}
     assert "1 of 7 scan(s) have no mask, such as" in result.stderr
-    parts = {"empty": "is empty", "full": "is full", "other": "another grid"}
+    parts = {"full": "is full", "other": "another grid"}
     assert failed.keys() == parts.keys()
     assert all(parts[name] in reason for name, reason in failed.items())
     results = {path.name: nib.load(path).get_fdata() for path in (tmp_path / "out").glob("*.nii.gz")}
+    healthy = {name: results.pop(name) for name in list(results) if name.startswith("empty")}
     assert results.keys() == imputed.keys()
+    assert np.array_equal(healthy["empty_FLAIR_imputed_mean.nii.gz"], scan.get_fdata())
+    assert not healthy["empty_FLAIR_imputed_std.nii.gz"].any()
     for name, array in imputed.items():
         assert np.allclose(results[name], array, rtol=1e-4, atol=0.05), name

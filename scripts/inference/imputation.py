@@ -38,9 +38,10 @@ class HideMissingd(MapTransform):
         keys: of the loaded scan, ``[channels, *spatial]``.
         mask: key of the mask's path.
 
+    A mask that marks nothing, as those of healthy scans do, leaves the scan as it is.
+
     Raises:
-        ScanError: when the mask cannot be read, lies on another grid than its scan, or marks nothing or
-            everything.
+        ScanError: when the mask cannot be read, lies on another grid than its scan, or marks everything.
     """
 
     def __init__(self, keys: KeysCollection, mask: str = "mask", allow_missing_keys: bool = False) -> None:
@@ -61,8 +62,6 @@ class HideMissingd(MapTransform):
     def _read(self, path: str, scan: MetaTensor) -> Tensor:
         name = image_path(scan)
         missing = read_mask(path, scan)
-        if not missing.any():
-            raise ScanError(f"The mask '{path}' is empty (no voxel is above 0): nothing is missing from '{name}'.")
         if missing.all():
             raise ScanError(f"The mask '{path}' is full (every voxel is above 0): nothing of '{name}' was observed.")
         return missing

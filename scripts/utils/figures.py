@@ -179,7 +179,8 @@ def imputation(
         value_range: what black and white stand for.
     """
     image, missing, mean, std, draw = map(as_array, (image, missing, mean, std, draw))
-    weight = missing[0] * (mean[0] - mean[0].min() + 1e-6)  # of what is missing, brain counts
+    where = missing[0] if missing.any() else np.ones_like(missing[0])
+    weight = where * (mean[0] - mean[0].min() + 1e-6)  # of what is missing, brain counts
     axes = range(weight.ndim)
     most = tuple(int(weight.sum(tuple(set(axes) - {axis})).argmax()) for axis in axes)
     guide = _mark(np.ravel_multi_index(most, weight.shape), weight.shape)
