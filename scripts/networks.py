@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 from monai.utils import ensure_tuple_rep
 from scripts.layers.blocks import decoder_blocks, encoder_blocks
-from scripts.layers.convolutions import HEAD_SCALES, Downsample, channels_last, make_conv
+from scripts.layers.convolutions import HEAD_SCALES, Downsample, channels_last, make_conv, to_patches
 from scripts.layers.gaussian import Draws, Posterior
-from scripts.layers.levels import Level, check_choice, check_list, check_shape, make_levels
+from scripts.layers.levels import Level, check_choice, check_list, check_shape, check_whole_number, make_levels
 from scripts.layers.output import OUTPUT_RANGES, OutputHead, VoxelGaussian, deviation
 from scripts.utils.errors import InputError
 from torch import Tensor
@@ -24,7 +24,16 @@ __all__ = ["OUTPUT_RANGES", "VDVAE", "Decoder", "Encoder", "VDVAEOutput", "VDVAE
 
 
 # arguments of the network that concern no level
-OF_THE_WHOLE = ("spatial_shape", "strided", "output_activation", "predict_scale", "template", "init")
+OF_THE_WHOLE = (
+    "in_channels",
+    "patch_size",
+    "spatial_shape",
+    "strided",
+    "output_activation",
+    "predict_scale",
+    "template",
+    "init",
+)
 
 
 class VDVAEOutput(NamedTuple):
@@ -123,7 +132,9 @@ class VDVAE(VoxelGaussian):
         num_latents: latents on each level; 0 is allowed, but not on the coarsest.
         latent_channels: channels of each level's latents, capped by ``decoder_channels``.
         kernel_sizes: 1, 2 or 3 on each level of the encoder.
-        spatial_shape: grid of the scans. Without it any grid that 2^(K-1) divides is taken.
+        patch_size: voxels along each axis of the patches that the network sees, and predicts, as one voxel of several
+            channels: all levels and latents live on a grid that is so many times coarser than the scan's.
+        spatial_shape: grid of the scans. Without it any grid that patch_size 2^(K-1) divides is taken.
         hidden_channels: width inside the encoder's blocks; default ``channels``.
         decoder_channels: width of the decoder on each level; default ``channels``.
         decoder_hidden_channels: width inside the decoder's blocks; default ``decoder_channels``.
@@ -188,17 +199,23 @@ class VDVAE(VoxelGaussian):
         template: bool = False,
         init: str = "pytorch",
         checkpoint_levels: int = 0,
+        patch_size: int = 1,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(template)
         self.arguments = arguments
-        levels = make_levels(**{name: value for name, value in arguments.items() if name not in OF_THE_WHOLE})
+        check_whole_number("patch_size", patch_size)
+        if patch_size < 1:
+            raise InputError(f"network_def: patch_size is {patch_size}: it must be 1 or more.")
+        of_levels = {name: value for name, value in arguments.items() if name not in OF_THE_WHOLE}
+        levels = make_levels(in_channels=in_channels * patch_size**spatial_dims, **of_levels)
         self.spatial_dims, self.in_channels, self.levels = spatial_dims, in_channels, len(levels)
+        self.patch_size = patch_size
         self.output_activation = output_activation
         self.spatial_shape: tuple[int, ...] | None = None
         if spatial_shape is not None:
             check_list("spatial_shape", spatial_shape)
-            self.spatial_shape = tuple(check_shape(list(spatial_shape), spatial_dims, self.levels))
+            self.spatial_shape = tuple(check_shape(list(spatial_shape), spatial_dims, self.levels, patch_size))
 
         self.encoder = Encoder(levels, strided)
         self.decoder = Decoder(levels)
@@ -210,6 +227,7 @@ class VDVAE(VoxelGaussian):
             output_activation=output_activation,
             predict_scale=predict_scale,
             zero_init=template,
+            patch_size=patch_size,
         )
         self.register_voxel_gaussian(in_channels, self.spatial_shape)
         if check_choice("init", init, ("pytorch", *HEAD_SCALES)) != "pytorch":
@@ -227,8 +245,8 @@ class VDVAE(VoxelGaussian):
         shape = spatial_shape or self.spatial_shape
         if shape is None:
             raise InputError("network_def: a grid needs spatial_shape, here or in the constructor.")
-        shape = check_shape(list(shape), self.spatial_dims, self.levels)
-        return [tuple(size // 2**level for size in shape) for level in range(self.levels)]
+        shape = check_shape(list(shape), self.spatial_dims, self.levels, self.patch_size)
+        return [tuple(size // (self.patch_size * 2**level) for size in shape) for level in range(self.levels)]
 
     def latent_grids(self, spatial_shape: Sequence[int] | None = None) -> list[tuple[int, ...]]:
         """``(channels, *grid)`` of each latent, top first; see :meth:`grids`."""
@@ -242,7 +260,7 @@ class VDVAE(VoxelGaussian):
                 f"input of shape {list(x.shape)}: expected [batch, {self.in_channels}, ...] "
                 f"with {self.spatial_dims} spatial axes."
             )
-        shape = check_shape(list(x.shape[2:]), self.spatial_dims, self.levels)
+        shape = check_shape(list(x.shape[2:]), self.spatial_dims, self.levels, self.patch_size)
         gaussian = self.voxel_gaussian()
         if gaussian is not None:
             if shape != list(gaussian[0].shape[2:]):
@@ -250,7 +268,7 @@ class VDVAE(VoxelGaussian):
                     f"input of shape {list(x.shape)}: this network's template has spatial_shape {self.spatial_shape}."
                 )
             x = deviation(x, gaussian)
-        return self.encoder(channels_last(x))
+        return self.encoder(channels_last(to_patches(x, self.patch_size)))
 
     def forward(self, x: Tensor, temperature: float | Sequence[float] = 1.0, draws: Draws | None = None) -> VDVAEOutput:
         """Reconstruct scans from latents drawn from the posterior.
@@ -262,7 +280,7 @@ class VDVAE(VoxelGaussian):
             draws: how latents are drawn; None: by PyTorch's own generator.
 
         Raises:
-            ValueError: an axis is not a multiple of 2^(K-1), or the shape is not the network's.
+            ValueError: an axis is not a multiple of patch_size 2^(K-1), or the shape is not the network's.
         """
         return self.infer(x, temperature, keep_posteriors=False, draws=draws)[0]
 
@@ -335,7 +353,7 @@ class VDVAEReconstruction(VDVAE):
         """Reconstruct scans: ``[batch, in_channels, *spatial]`` in and out, in the range of ``output_activation``.
 
         Raises:
-            ValueError: an axis is not a multiple of 2^(K-1), or the shape is not the network's.
+            ValueError: an axis is not a multiple of patch_size 2^(K-1), or the shape is not the network's.
         """
         features = self._encode(x)
         temperatures = [0.0 for _ in range(self.levels)]

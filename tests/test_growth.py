@@ -65,6 +65,23 @@ def test_coarse_latents_are_those_of_the_trained_network(coarse, tmp_path, furth
         torch.testing.assert_close(after.std, before.std, rtol=1e-5, atol=1e-5)
 
 
+def test_patches_start_from_what_was_predicted_of_one_voxel(coarse):
+    network, weights = coarse
+    fine = VDVAE(**COARSE | {"spatial_shape": [16, 16, 16], "patch_size": 2})
+    fine.set_voxel_gaussian(*(doubled(buffer)[0] for buffer in network.voxel_gaussian()))
+    grow_network(fine, weights).eval()
+    assert fine.latent_grids() == network.latent_grids()
+    x = torch.rand(2, 1, 8, 8, 8) * 2 - 1
+    with torch.no_grad():
+        known, found = network.infer(x, 0.0)[0], fine.infer(doubled(x), 0.0)[0]
+    assert found.loc.flatten(1).std(1).min() > 0.1
+    torch.testing.assert_close(found.loc, doubled(known.loc), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.scale, doubled(known.scale), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.kl, known.kl)
+    with pytest.raises(ValueError, match=r"its encoder.levels.0.0.convs.0.weight has shape"):
+        grow_network(VDVAE(**COARSE | {"spatial_shape": [16] * 3, "patch_size": 2, "channels": [5, 6, 8]}), weights)
+
+
 def test_two_levels_can_be_added_at_once(coarse):
     _, weights = coarse
     longer = {name: [value[0], *value] for name, value in FINE.items() if name in ("channels", "num_latents")}

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step_ops import OperationCounter
 from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
-from scripts.layers.convolutions import gelu_convs, repeat_voxels, upsample
+from scripts.layers.convolutions import from_patches, gelu_convs, repeat_voxels, to_patches, upsample
 from scripts.layers.gaussian import Draws, Posterior, draw, kl_divergence
 from scripts.layers.levels import find_level, grid_name
 from scripts.layers.output import OUTPUT_STD_RANGE
@@ -829,6 +829,7 @@ INPUTS = [
     ({}, (1, 2, 8, 8, 8), r"expected \[batch, 1"),
     ({}, (1, 1, 8, 8), "3 spatial axes"),
     ({}, (1, 1, 8, 8, 10), "axis 2 is 10, which must be a multiple of 4"),
+    ({"patch_size": 2}, (1, 1, 8, 8, 12), "axis 2 is 12, which must be a multiple of 8"),
     ({"template": True, "spatial_shape": [8, 8, 8]}, (1, 1, 8, 8, 4), "template has spatial_shape"),
 ]
 
@@ -932,3 +933,23 @@ def test_the_default_network_is_lean():
     assert counter.get_total_flops() / 1e9 == pytest.approx(2.5, abs=0.05)
     assert (network.levels, network.num_latents) == (6, 10)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(2.55, abs=0.05)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_patches_are_channels_of_a_coarser_grid(dims):
+    x = torch.randn(2, 3, *(8, 4, 12)[:dims])
+    patches = to_patches(x, 2)
+    assert patches.shape == (2, 3 * 2**dims, *(4, 2, 6)[:dims])
+    assert torch.equal(from_patches(patches, 2), x)
+    first = (slice(None), slice(None), *[slice(2)] * dims)
+    assert torch.equal(
+        patches[:, :, 0, 0].flatten(2)[..., 0] if dims == 3 else patches[:, :, 0, 0], x[first].reshape(2, -1)
+    )
+    if dims == 2:
+        assert torch.equal(patches, F.pixel_unshuffle(x, 2))
+    network = make(patch_size=2, spatial_dims=dims, spatial_shape=[16] * dims)
+    output = network(torch.rand(2, 1, *[16] * dims))
+    assert output.loc.shape == output.scale.shape == (2, 1, *[16] * dims)
+    assert network.latent_grids()[-1] == (3, *[8] * dims)
+    with pytest.raises(ValueError, match="patch_size is 0"):
+        make(patch_size=0)

@@ -151,6 +151,35 @@ def repeat_voxels(x: Tensor) -> Tensor:
     return repeated.reshape(batch, 2 * depth, 2 * height, 2 * width, channels).permute(0, 4, 1, 2, 3)
 
 
+def to_patches(x: Tensor, size: int) -> Tensor:
+    """Patches of so many voxels along each axis as channels: ``[batch, channels * size^d, *spatial / size]``.
+
+    A patch's voxels are the inner of the channels' two indices.
+    """
+    if size == 1:
+        return x
+    b, c = x.shape[0], x.shape[1]
+    if x.ndim == 5:
+        d, h, w = x.shape[2] // size, x.shape[3] // size, x.shape[4] // size
+        patches = x.reshape(b, c, d, size, h, size, w, size).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        return patches.reshape(b, c * size * size * size, d, h, w)
+    h, w = x.shape[2] // size, x.shape[3] // size
+    return x.reshape(b, c, h, size, w, size).permute(0, 1, 3, 5, 2, 4).reshape(b, c * size * size, h, w)
+
+
+def from_patches(x: Tensor, size: int) -> Tensor:
+    """What :func:`to_patches` was made of."""
+    if size == 1:
+        return x
+    b, d, h = x.shape[0], x.shape[2], x.shape[3]
+    if x.ndim == 5:
+        c, w = x.shape[1] // (size * size * size), x.shape[4]
+        voxels = x.reshape(b, c, size, size, size, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return voxels.reshape(b, c, d * size, h * size, w * size)
+    c = x.shape[1] // (size * size)
+    return x.reshape(b, c, size, size, d, h).permute(0, 1, 4, 2, 5, 3).reshape(b, c, d * size, h * size)
+
+
 class Downsample(nn.Module):
     """Halve every spatial axis, nearest neighbour: the even indices are kept."""
 

@@ -1,8 +1,8 @@
 """What each level of the network is, and the checks of the arguments that say so.
 
-Levels are counted from the finest: level 0 is the input grid, level k the grid after k halvings, and every list with
-one entry per level runs that way. Users know a level by its grid, such as 4³. Latents are counted from the coarsest
-("top first"), the order in which the decoder draws them.
+Levels are counted from the finest: level 0 is the grid of the scan's patches (by default its voxels), level k that
+after k halvings, and every list with one entry per level runs that way. Users know a level by its grid, such as 4³.
+Latents are counted from the coarsest ("top first"), the order in which the decoder draws them.
 """
 
 from __future__ import annotations
@@ -204,9 +204,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def check_shape(shape: list[int], spatial_dims: int, levels: int) -> list[int]:
-    """Refuse a grid that cannot be halved between so many levels; return it."""
-    divisor = 1 << (levels - 1)
+def check_shape(shape: list[int], spatial_dims: int, levels: int, patch_size: int = 1) -> list[int]:
+    """Refuse a grid whose patches cannot be halved between so many levels; return it."""
+    divisor = patch_size << (levels - 1)
     if len(shape) != spatial_dims:
         raise InputError(
             f"spatial_shape {shape} has {len(shape)} axes, but network_def has spatial_dims {spatial_dims}: give one "
@@ -216,7 +216,7 @@ def check_shape(shape: list[int], spatial_dims: int, levels: int) -> list[int]:
         if size < 1 or size % divisor != 0:
             raise InputError(
                 f"spatial_shape {shape}: axis {axis} is {size}, which must be a multiple of {divisor} "
-                f"(2^(K-1) for K = {levels} levels): change it, or the number of levels in network_def."
+                f"(patch_size 2^(K-1) for K = {levels} levels): change it, or the number of levels in network_def."
             )
     return shape
 

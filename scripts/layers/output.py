@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from scripts.layers.convolutions import gelu_conv, make_conv, preserve_variance
+from scripts.layers.convolutions import from_patches, gelu_conv, make_conv, preserve_variance
 from scripts.layers.gaussian import standard_deviation
 from scripts.layers.levels import check_choice
 from scripts.utils.errors import InputError
@@ -112,6 +112,7 @@ class OutputHead(nn.Module):
         in_channels: channels of a scan.
         std_form, output_activation, predict_scale: see :class:`scripts.networks.VDVAE`.
         zero_init: start from weights of zero.
+        patch_size: voxels along each axis that are predicted from one voxel of the features.
 
     Raises:
         ValueError: there is no such activation.
@@ -130,13 +131,14 @@ class OutputHead(nn.Module):
         output_activation: str,
         predict_scale: bool,
         zero_init: bool,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.std_form, self.std_range = std_form, OUTPUT_STD_RANGE
         self.output_activation = check_choice("output_activation", output_activation, tuple(OUTPUT_RANGES))
-        self.predict_scale = predict_scale
-        conv = make_conv(spatial_dims, width, in_channels * (2 if predict_scale else 1))
+        self.predict_scale, self.patch_size = predict_scale, patch_size
+        conv = make_conv(spatial_dims, width, in_channels * (2 if predict_scale else 1) * patch_size**spatial_dims)
         self.weight, self.bias = conv.weight, conv.bias
         if zero_init:
             nn.init.zeros_(self.weight)
@@ -156,7 +158,7 @@ class OutputHead(nn.Module):
         Returns:
             loc and scale, ``[batch, in_channels, *spatial]``.
         """
-        out = gelu_conv(features, self.weight, self.bias).float()
+        out = from_patches(gelu_conv(features, self.weight, self.bias).float(), self.patch_size)
         loc = out[:, : self.in_channels]
         if voxel_gaussian is not None:
             offset, gain = self._counted_from(voxel_gaussian)

@@ -130,6 +130,9 @@ def stored_grid(weights: str | os.PathLike | None, checkpoint: str | os.PathLike
 def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
     """Start a network's coarser levels from a trained network whose finest grid one of these has.
 
+    Or from one with as many levels and patches of one voxel: a patch is then seen as the mean of its voxels, each of
+    which starts from what was predicted of all.
+
     Both count levels from the coarsest: level 16³ of one is level 16³ of the other. The new finest levels pass the scan
     on to the levels that are taken, so that these see what they have learnt to see, at the even voxels. How the new
     levels refine it, and the output, are learnt anew; so is the decoder of what was the finest level, if it had no
@@ -150,10 +153,12 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
     matches = [match for match in map(LEVEL.match, state) if match and match[1] == "levels"]
     trained = 1 + max((int(match[2]) for match in matches), default=-1)
     new = network.levels - trained
+    if new == 0 and network.patch_size > 1:
+        return _grow_patches(network, state, weights)
     if new < 1 or trained < 1:
         raise InputError(
             f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter at least "
-            "one more, at the fine end of every list."
+            "one more, at the fine end of every list, or a patch_size."
         )
     tensors = network.state_dict(keep_vars=True)
     if isinstance(network.encoder.levels[new][0].skip, torch.nn.Identity):
@@ -181,6 +186,22 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
     return network
 
 
+def _grow_patches(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike) -> VDVAE:
+    """See :func:`grow_network`: all is taken but the Gaussian of the grid, the two ends for each voxel of a patch."""
+    voxels = network.patch_size**network.spatial_dims
+    for name, place in network.state_dict(keep_vars=True).items():
+        tensor = state.get(name)
+        if name.startswith(OF_THE_GRID[1:]):
+            continue
+        if tensor is not None and name.startswith("output."):
+            tensor = tensor.repeat_interleave(voxels, 0)
+        elif name in (f"encoder.levels.0.0.{part}.weight" for part in ("convs.0", "skip")) and tensor is not None:
+            tensor = tensor.repeat_interleave(voxels, 1) / voxels
+        _take(network, place, name, place.new_zeros(0) if tensor is None else tensor, weights, 0)
+    logger.info("All levels start from '%s', each voxel of a patch alike.", weights)
+    return network
+
+
 def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
     """Whether a level of the decoder has latents, by the names of its weights."""
     return any(name.startswith(level) and "z_projection" in name for name in state)
@@ -191,7 +212,13 @@ def _take(
 ) -> None:
     """Copy a tensor of the weights to its place; the first to see the scan sees it among the features above it."""
     entry = name in (f"encoder.levels.{new}.0.convs.0.weight", f"encoder.levels.{new}.0.skip.weight")
-    if place is not None and entry and place.shape[0] == tensor.shape[0] and place.shape[2:] == tensor.shape[2:]:
+    if (
+        new
+        and place is not None
+        and entry
+        and place.shape[0] == tensor.shape[0]
+        and place.shape[2:] == tensor.shape[2:]
+    ):
         place.zero_()
         place[:, : tensor.shape[1]] = tensor
         return
