@@ -165,6 +165,7 @@ def main(
         numbers |= mean_interval(name, [row[name] for row in rows])
     numbers |= age_by_regression(projected, ages)
     numbers["brain_share"] = float(foreground(training, network).float().mean())
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "people.json", json.dumps(numbers, indent=2) + "\n")
     shown = [name for name in numbers if f"{name}_low" in numbers]
     print_table(

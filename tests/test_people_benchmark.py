@@ -1,0 +1,84 @@
+"""The benchmark of people, run on a few phantoms with a tiny network; and its parts, where the answer is known."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, inference_config
+from monai.data import MetaTensor
+
+from benchmarks.people import age_by_regression, darken, main, own_grid_psnr
+from scripts.phantoms import make_brains
+
+CONFIGS = [str(ROOT / "configs/inference.json"), str(ROOT / "tests/tiny.json")]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("people")
+    make_brains(folder / "scans", 12, spacing=8, covariates=True, contrast="T1w", workers=1)
+    scans = [{"image": str(path)} for path in sorted((folder / "scans").glob("*.nii.gz"))]
+    sides = {"training": scans[:7], "validation": scans[7:9], "testing": scans[9:]}
+    (folder / "list.json").write_text(json.dumps(sides), encoding="utf-8")
+    return folder
+
+
+def test_it_measures_plain_models_beside_the_weights(people, capsys):
+    torch.manual_seed(0)
+    torch.save(inference_config().get_parsed_content("network_def").state_dict(), people / "model.pt")
+    mask = np.zeros((40, 40, 40), np.uint8)
+    mask[12:26, 12:26, 12:26] = 1
+    (people / "shapes").mkdir()
+    nib.save(nib.Nifti1Image(mask, np.diag([4.0, 4, 4, 1]) + np.eye(4, k=3) * -80), people / "shapes" / "a.nii.gz")
+    paths = {"dataset_dir": str(people / "list.json"), "output_dir": str(people / "out")}
+    found = main(
+        ckpt=str(people / "model.pt"), config_file=CONFIGS, mask_dir=str(people / "shapes"), batch_size=2, **paths
+    )
+    assert found["people"] == 3 and found == json.loads((people / "out" / "people.json").read_text())
+    # a grid of 8 voxels shows what it shows of a scan, and no model of it shows more
+    assert found["grid_own_grid"] > max(found["ours_own_grid"], found["pca_own_grid"]) > 10
+    assert found["pca_psnr_low"] < found["pca_psnr"] < found["pca_psnr_high"]
+    assert "| pca_bits_per_dim |" in capsys.readouterr().out
+    assert (people / "out" / "scores" / "lesions.csv").is_file()
+
+
+def test_a_scan_is_its_own_best_on_its_own_grid(people):
+    preprocess = inference_config(spatial_shape=[24, 32, 24]).get_parsed_content("preprocessing")
+    item = {"image": str(people / "scans" / "sub-0001_T1w.nii.gz")}
+    fitted, scan = preprocess(item)["image"], dict(item)
+    for step in preprocess.transforms[:3]:
+        scan = step(scan)
+    images = {"same": fitted.as_tensor(), "off": fitted.as_tensor() + 0.2}
+    found = own_grid_psnr(scan["image"], fitted, images)
+    assert found["same_own_grid"] > 25 > found["off_own_grid"] > 10
+    assert isinstance(fitted, MetaTensor) and set(found) == {
+        f"{name}_own_grid{end}" for name in images for end in ("", "_brain")
+    }
+
+
+def test_a_regression_reads_the_age_where_it_shows():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(60, 40, generator=generator)
+    ages = 50 + 10 * scores[:, 0].numpy()
+    ages[3] = np.nan
+    found = age_by_regression((scores[:40], scores[40:]), (ages[:40], ages[40:]))
+    assert found["ridge_32_mae"] < 3 < found["ridge_32_mae_mean"]
+    assert "ridge_64_mae" not in found
+
+
+def test_a_shape_is_darkened_where_it_lies_in_the_world():
+    image = np.zeros((20, 20, 20), np.float32)
+    image[4:16, 4:16, 4:16] = np.linspace(50, 100, 12)
+    shape = np.zeros((10, 10, 10), np.uint8)
+    shape[4:6, 4:6, 4:6] = 1
+    lesion, mask = darken(
+        nib.Nifti1Image(image, np.eye(4)), nib.Nifti1Image(shape, np.diag([2.0, 2, 2, 1]) + 0.5 * np.eye(4, k=3))
+    )
+    marked = np.asarray(mask.dataobj)
+    assert marked[8:12, 8:12, 8:12].mean() > 0.5 and marked.sum() < 100
+    assert (np.asarray(lesion.dataobj)[marked > 0] <= image[marked > 0]).all()
+    assert np.array_equal(np.asarray(lesion.dataobj)[:4], image[:4])
