@@ -2,9 +2,11 @@
 
     python -m scripts.check DIR
     python -m scripts.check DIR --scan_pattern "*_FLAIR.nii.gz" --spacing 1 --orientation RAS --strict True
+    python -m scripts.check DIR --ckpt models/model.pt
 
 Writes ``report.csv`` (one row per scan) and ``contact_sheet.png``, and prints the worst scans. Each scan is compared
-with what is asked for, and with the rest of the cohort; what a scan should look like need not be specified.
+with what is asked for, and with the rest of the cohort; what a scan should look like need not be specified. With
+``--ckpt`` a trained network says whether it knows such scans, and why not.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from joblib import delayed
 from scripts.data.datalist import session_name, subject_names
 from scripts.data.find import find_scans
 from scripts.utils.command_line import check_integer, run
-from scripts.utils.errors import InputError
+from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import as_folder, expand, reserve
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from scripts.data.quality import Inspection, Scan
 
 __all__ = ["check"]
+
+INFERENCE = Path(__file__).parents[1] / "configs" / "inference.json"
 
 
 def check(
@@ -47,6 +51,8 @@ def check(
     channels: int | None = None,
     spatial_dims: int = 3,
     strict: bool = False,
+    ckpt: str | os.PathLike | None = None,
+    config_file: str | Sequence[str] = (),
 ) -> Report:
     """Read every scan of a data set; write ``report.csv`` and ``contact_sheet.png``.
 
@@ -63,6 +69,8 @@ def check(
         channels: how many channels a scan must have; as many as there are patterns if not given.
         spatial_dims: how many spatial axes a scan must have, 2 or 3.
         strict: whether something suspicious is a failure too.
+        ckpt: weights, with the population prior beside them, which are asked about each scan; None: none are.
+        config_file: overlays of configs/inference.json, one or a list, where the weights need them.
 
     Raises:
         FileNotFoundError: when ``dataset_dir`` does not exist, or nothing in it matches.
@@ -101,6 +109,8 @@ def check(
             compare_looks([scans[i] for i in usable], thumbnails, usable)
             compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
         del thumbnails
+    if ckpt is not None:
+        _ask_network(ckpt, config_file, [(scans[i], files[i]) for i in usable])
 
     rows = [*scans, *passed_over]
     write_rows(output / "report.csv", rows)
@@ -111,6 +121,31 @@ def check(
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
     covariates = _covariates([scan[0] for scan in files], [scan[0] for scan in names], subjects, root)
     return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
+
+
+def _ask_network(
+    ckpt: str | os.PathLike, config_file: str | Sequence[str], scans: Sequence[tuple[Scan, list[Path]]]
+) -> None:
+    """Note of each scan whether the network of some weights knows such ones, and why not."""
+    from monai.bundle import ConfigParser
+    from scripts.inference.familiar import Examiner
+    from tqdm import tqdm
+
+    overlays = [config_file] if isinstance(config_file, str) else list(config_file)
+    config = ConfigParser()
+    config.read_config([str(INFERENCE), *overlays])
+    config.update({"bundle_root": str(INFERENCE.parents[1]), "ckpt": expand(ckpt)})
+    parts = (config.get_parsed_content(name) for name in ("network", "population_prior", "preprocessing"))
+    examiner = Examiner(*parts)
+    for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
+        try:
+            found = examiner.examine(examiner.load([str(path) for path in files] if len(files) > 1 else str(files[0])))
+        except Exception as error:  # whatever a scan holds, the others are asked about
+            scan.flag("suspicious", f"the network could not be asked about it: {root_cause(error)}")
+            continue
+        scan.familiar, scan.reason, scan.gain = "yes" if found.familiar else "no", found.reason, found.gain
+        if not found.familiar:
+            scan.flag("suspicious", found.sentence())
 
 
 def _covariates(paths: Sequence[Path], names: Sequence[str], subjects: Sequence[str], root: Path) -> list[str]:

@@ -259,15 +259,16 @@ def _read_network(root: Path, config_files: Sequence[str]) -> VDVAE:
 
 
 def _check_weights(root: Path, file: str) -> None:
-    """Check that weights fit: ``model_64.pt`` the network of ``configs/size_64.json``, ``model_lean_64.pt`` that of
-    ``configs/lean_64.json``, others the default one.
+    """Check that weights fit: ``model_lean_64.pt`` the network of ``configs/lean_64.json``, ``model_128.pt`` that of
+    ``configs/people_128.json`` or else ``configs/size_128.json``, others the default one.
     """
     _load_shipped(root, file)
 
 
 def _load_shipped(root: Path, file: str) -> VDVAE:
     name = Path(file).stem.removeprefix("model").removeprefix("_")
-    overlays = [path for path in (f"configs/{name}.json", f"configs/size_{name}.json") if (root / path).is_file()]
+    named = (f"configs/{start}{name}.json" for start in ("", "people_", "size_"))
+    overlays = [path for path in named if (root / path).is_file()]
     config_files = [INFERENCE, *overlays[:1]]
     return _load(_read_network(root, config_files), root / file, config_files)
 

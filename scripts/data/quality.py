@@ -100,6 +100,8 @@ class Scan:
         similarity: correlation with the cohort's median scan, everywhere.
         contrast: correlation with the cohort's median scan, in the foreground of that one.
         duplicate_of: path of the first scan with the same voxels.
+        familiar: whether a network knows such scans, ``yes`` or ``no``; empty where none was asked.
+        reason, gain: why it does not, and the bits per dim that this explains.
     """
 
     path: str
@@ -124,6 +126,9 @@ class Scan:
     similarity: float | None = None
     contrast: float | None = None
     duplicate_of: str | None = None
+    familiar: str = ""
+    reason: str = ""
+    gain: float | None = None
 
     def flag(self, verdict: str, reason: str) -> None:
         """Add a reason; the worst verdict is kept."""

@@ -138,7 +138,12 @@ class SaveRowd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         numbers = {k: v for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
         # as many digits as there are: nats of large scans come in double precision
-        row = {k: float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}") for k, v in numbers.items()}
+        row = {
+            k: ("no", "yes")[int(v)]
+            if v.dtype == torch.bool
+            else float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}")
+            for k, v in numbers.items()
+        }
         path = self.layout.filename(image_path(data["image"]))
         write_text(path, json.dumps(row) + "\n")
         return data
@@ -182,8 +187,8 @@ def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[st
     figures.batch(path, images, titles, value_range=(0, 1))
 
 
-def read_row(path: Path) -> dict[str, float]:
-    """The numbers of a scan, as :class:`SaveRowd` wrote them."""
+def read_row(path: Path) -> dict[str, float | str]:
+    """The numbers of a scan, and words for what is true or not, as :class:`SaveRowd` wrote them."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -13,6 +13,7 @@ from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.networks.layers.factories import Pool
 from scripts.layers.gaussian import SLICE, Draws, Posterior
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
+from scripts.population.familiarity import Familiarity, statistics
 from scripts.population.prior import PopulationPrior, innovation
 from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_likelihood
 from scripts.utils.errors import InputError
@@ -34,6 +35,8 @@ class Scoring(Inferer):
     With a population prior also ``bits_per_dim_population``, the bound under it; ``typicality``, the
     Mahalanobis distance of the scan's coordinates from the cohort's mean; and ``typicality_tail``, the share of the
     cohort's scans that lie at least so far.
+    Where the prior knows what is usual also ``familiar``, bool: whether the cohort has such scans; and
+    ``unfamiliarity``, the distance from what is usual over that which 1 % of people like the cohort's exceed.
     Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
     ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that, see
     :func:`anomaly_map`, smoothed.
@@ -99,7 +102,8 @@ class Scoring(Inferer):
         nll, kl = torch.stack(nlls).mean(0), torch.stack(kls).mean(0)
         bound = self._bound(nlls, kls, ratios)
         record = LatentRecord(self.prior)
-        loc, scale, _ = record.infer(network, scans, temperature=0.0)
+        output = record.infer(network, scans, temperature=0.0)
+        loc, scale, _ = output
         expected = (loc, scale) if self.restore is None else restored(inputs, loc, scale, network, self.restore)
         results = {"bits_per_dim": bits_per_dim(-bound, scans)}
         for name, nats in rounded.items():
@@ -113,6 +117,10 @@ class Scoring(Inferer):
             distance, tail = self.prior.typicality(coordinates)
             results |= {"bits_per_dim_population": bits_per_dim(-under_it, scans)}
             results |= {"typicality": distance, "typicality_tail": tail}
+        usual = Familiarity.of(self.prior)
+        if usual is not None:
+            apart = usual.distance(statistics(network, scans, output, record.innovations, self.prior))
+            results |= {"familiar": apart <= usual.limit(), "unfamiliarity": apart / usual.limit()}
         results |= image_quality(loc, scans, network)
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
         results["anomaly_score"] = foreground_percentile(anomaly, scans, network)

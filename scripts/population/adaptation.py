@@ -116,6 +116,7 @@ class Adaptation:
             sharpness=self.prior.sharpness,
             dispersion=self.prior.dispersion,
         )
+        adapted.familiarity = self.prior.familiarity
         if offset is not None:
             left, _ = self._mean(partial(self._unexpected, adapted), features, offset[0].numel())
             adapted.offset[place] = left.reshape(offset[0].shape)

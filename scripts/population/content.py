@@ -100,6 +100,8 @@ def _check_rest(content: Mapping, features: int) -> None:
         value = content.get(name)
         if value is not None and not (_is_number(value) and value > 0):
             raise _WrongError(f"its '{name}' is {value!r}, and should be a number above 0")
+    if content.get("familiarity") is not None:
+        _check_familiarity(content["familiarity"])
     if "covariates" not in content:
         if features:
             raise _WrongError("it has effects of covariates, and does not say of which")
@@ -109,6 +111,21 @@ def _check_rest(content: Mapping, features: int) -> None:
         raise _WrongError(f"its covariates become {size} numbers, but it has {features} effects")
     if content.get("offset") is not None and _tensor(content, "offset", "the covariates").shape[:1] != (features,):
         raise _WrongError(f"its 'offset' is not that of {features} effects")
+
+
+def _check_familiarity(plain: Any) -> None:
+    place, size = "what is familiar", len(plain["names"]) if isinstance(plain, Mapping) and "names" in plain else 0
+    if not size or not all(isinstance(name, str) for name in plain["names"]):
+        raise _WrongError("its 'familiarity' is no table of numbers by name")
+    _tensor(plain, "mean", place, [size])
+    covariance = _tensor(plain, "covariance", place, [size, size])
+    if not torch.linalg.eigvalsh(covariance.double()).min() > 0:
+        raise _WrongError(f"the covariance of {place} is none")
+    if _tensor(plain, "quantiles", place).ndim != 2 or not _is_number(plain.get("bits_per_dim")):
+        raise _WrongError(f"the quantiles or the bits per dim of {place} are missing")
+    people = plain.get("people")
+    if not isinstance(people, list | tuple) or len(people) != 2 or not all(type(n) is int and n > 0 for n in people):
+        raise _WrongError(f"the people of {place} are {people!r}, and should be two numbers of them")
 
 
 def _coding(plain: Any) -> CovariateCoding:

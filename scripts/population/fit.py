@@ -23,6 +23,7 @@ from scripts.layers.gaussian import Draws, Posterior
 from scripts.layers.levels import grid_name
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.effects import Effects
+from scripts.population.familiarity import fit_familiarity
 from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
 from scripts.population.sketch import FactorSketch
 from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
@@ -288,6 +289,9 @@ class PopulationFit:
         prior.bits_per_dim = torch.tensor(_gather([drawn.bits_per_dim]))
         if late:
             prior = self._refitted(prior, rank, shrinkage)
+        prior.familiarity = fit_familiarity(
+            self.network, prior, chosen, first, self.batch_size, self.num_workers, self.device
+        )
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 

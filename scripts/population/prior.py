@@ -71,6 +71,8 @@ class PopulationPrior(nn.Module):
         factors: their number.
         features: how many features covariates become.
         path: of the file that it was read from.
+        familiarity: what its cohort's scans look like, the plain values of a
+            :class:`scripts.population.familiarity.Familiarity`; None: not known.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
     """
 
@@ -92,6 +94,7 @@ class PopulationPrior(nn.Module):
         self.coding, self.sharpness, self.dispersion = coding, sharpness, dispersion
         self.region_dispersion = dispersion if region_dispersion is None else region_dispersion
         self.path: Path | None = None
+        self.familiarity: dict[str, Any] | None = None
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
         effects = effects or {index: mean[index].new_zeros(0, *mean[index].shape) for index in self.latents}
@@ -334,6 +337,8 @@ class PopulationPrior(nn.Module):
             "bits_per_dim": self.bits_per_dim,
             **(extras or {}),
         }
+        if self.familiarity is not None:
+            content["familiarity"] = self.familiarity
         if self.coding is not None:
             content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
             content["region_dispersion"] = self.region_dispersion
@@ -380,6 +385,7 @@ class PopulationPrior(nn.Module):
             raise CheckpointError(
                 f"{name} is damaged: its numbers are too large to compute with. {FIT_IT.capitalize()}."
             )
+        found.familiarity = content.get("familiarity")
         return found
 
 

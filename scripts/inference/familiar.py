@@ -1,0 +1,156 @@
+"""Does this model know such scans? A verdict on a scan, and where it is no, the reason and what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.networks.utils import eval_mode
+from monai.transforms import Compose
+from scripts.data.transforms import FitShaped
+from scripts.inference.explanations import Hypotheses, Hypothesis
+from scripts.networks import VDVAE
+from scripts.population.familiarity import Familiarity, look
+from scripts.population.prior import FIT_IT, PopulationPrior
+from scripts.utils.errors import InputError
+from torch import Tensor
+
+__all__ = ["Examiner", "Finding", "Step"]
+
+ROUNDS = 3  # of what may have happened to one scan, one after the other
+NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
+ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance is taken
+
+
+class Step(NamedTuple):
+    """Something that happened to a scan.
+
+    Attributes:
+        reason: a word.
+        words: half a sentence.
+        gain: bits per dim by which the scan is nearer to usual ones without it.
+        transform: the movement of the world that undoes it, or what was before.
+    """
+
+    reason: str
+    words: str
+    gain: float
+    transform: np.ndarray
+
+
+class Finding(NamedTuple):
+    """What is found of a scan.
+
+    Attributes:
+        familiar: whether the cohort has such scans.
+        distance: from what is usual, in standard deviations of the cohort, and ``limit``, which familiar ones keep.
+        bits_per_dim: at the means of the posteriors.
+        steps: what explains it, in the order in which it was found.
+        gains: of the best hypothesis for each reason alone.
+    """
+
+    familiar: bool
+    distance: float
+    limit: float
+    bits_per_dim: float
+    steps: tuple[Step, ...] = ()
+    gains: Mapping[str, float] = {}
+
+    @property
+    def reason(self) -> str:
+        """The word for what explains most; ``unknown`` where nothing does; empty for a familiar scan."""
+        if self.familiar:
+            return ""
+        return max(self.steps, key=lambda step: step.gain).reason if self.steps else "unknown"
+
+    @property
+    def gain(self) -> float | None:
+        """Bits per dim that the reason explains; None without one."""
+        return max((step.gain for step in self.steps), default=None)
+
+    def sentence(self) -> str:
+        """Half a sentence for people."""
+        said = f"it is {self.distance:.1f} from what is usual in training, and {self.limit:.1f} is the limit"
+        if not self.steps:
+            return f"the network does not know such scans: {said}; no explanation helps"
+        words = "; then ".join(f"{step.words} ({step.gain:.2g} bits per dim better)" for step in self.steps)
+        return f"the network does not know such scans: {said}: {words}"
+
+
+class Examiner:
+    """Says of scans whether a network knows such ones.
+
+    Args:
+        network: trained.
+        prior: its population prior, which says what is usual.
+        preprocessing: of scans, from their files on.
+        batch_size: scans that the network sees at a time.
+
+    Raises:
+        InputError: it does not.
+    """
+
+    def __init__(
+        self, network: VDVAE, prior: PopulationPrior | None, preprocessing: Compose, batch_size: int = 4
+    ) -> None:
+        self.network, self.prior, self.batch_size = network, prior, batch_size
+        known = Familiarity.of(prior)
+        if known is None:
+            of = (
+                "There is no population prior, which"
+                if prior is None
+                else f"The population prior '{prior.path}' does not"
+            )
+            raise InputError(f"{of} {'would say' if prior is None else 'say'} which scans are usual: {FIT_IT}.")
+        self.familiarity, self.limit = known, known.limit()
+        steps = preprocessing.transforms
+        self.read = list(takewhile(lambda step: not isinstance(step, FitShaped), steps))
+        self.fit, self.scale = steps[len(self.read)], steps[-1]
+
+    @torch.no_grad()
+    def look(self, scans: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits per dim of scans, and how far they are from what is usual, ``[batch]`` each."""
+        device = next(self.network.parameters()).device
+        with eval_mode(self.network):
+            looks = [look(self.network, part.to(device), self.prior) for part in scans.split(self.batch_size)]
+        bits = torch.cat([seen.bits_per_dim.cpu().double() for seen in looks])
+        return bits, self.familiarity.distance(torch.cat([seen.statistics.cpu() for seen in looks]))
+
+    def load(self, image: str | list[str]) -> MetaTensor:
+        """A scan from its file, or from one for each channel, ``[channels, *spatial]``, upright."""
+        data = {"image": image}
+        for step in self.read:
+            data = step(data)
+        return data["image"]
+
+    def examine(self, image: MetaTensor) -> Finding:
+        """What is found of a scan, ``[channels, *spatial]``, upright."""
+        scan = self.scale(self.fit({"image": image}))["image"].as_tensor()
+        (bits,), (distance,) = self.look(scan[None])
+        found = Finding(bool(distance <= self.limit), float(distance), self.limit, float(bits))
+        return found if found.familiar else self._explained(image, found)
+
+    def _explained(self, image: MetaTensor, found: Finding) -> Finding:
+        hypotheses = Hypotheses(self.network, self.familiarity, image, self.fit.fit, self.scale)
+        known, distance, bits = Hypothesis(np.eye(image.ndim)), found.distance, found.bits_per_dim
+        steps: list[Step] = []
+        gains: dict[str, float] = {}
+        for _ in range(ROUNDS):
+            candidates = list(hypotheses.after(known, [step.reason for step in steps]))
+            seen, far = self.look(torch.stack([hypotheses.scan(candidate) for candidate in candidates]))
+            gained = abs(bits - self.familiarity.bits_per_dim) - (seen - self.familiarity.bits_per_dim).abs()
+            if not steps:
+                for candidate, gain in zip(candidates, gained.tolist(), strict=True):
+                    gains[candidate.reason] = max(gain, gains.get(candidate.reason, gain))
+            place = int((far <= ALIKE * far.min()).nonzero()[0])
+            if far[place] > NEARER * distance:
+                break
+            known, distance, bits = candidates[place], float(far[place]), float(seen[place])
+            steps.append(Step(known.reason, known.words, float(gained[place]), known.transform))
+            if distance <= self.limit:
+                break
+        return found._replace(steps=tuple(steps), gains=gains)

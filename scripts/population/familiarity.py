@@ -1,0 +1,257 @@
+"""What a cohort's scans look like to its network, so that it can be said of another scan whether it is such a one.
+
+Of each scan a few numbers are taken from one pass of the network (:func:`statistics`): how badly each part of it is
+predicted, what the latents of each grid cost, how far its coordinates lie in the population prior. Over the people of
+a cohort these are nearly Gaussian, and their Mahalanobis distance says how unusual a scan is (density of states,
+Morningstar et al. 2021, arXiv:2006.09273): a likelihood alone does not, since what is smooth or dark is likely
+whatever it shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ignite.distributed as idist
+import torch
+from monai.data import DataLoader
+from monai.networks.utils import eval_mode
+from scipy import stats
+from scripts.layers.gaussian import Draws, Posterior
+from scripts.layers.levels import grid_name
+from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
+from scripts.population.prior import PopulationPrior, innovation
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
+from scripts.utils.devices import on_device
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+__all__ = [
+    "FALSE_ALARMS",
+    "Familiarity",
+    "Look",
+    "fit_familiarity",
+    "look",
+    "parts",
+    "reference",
+    "statistics",
+    "tissue_quantiles",
+]
+
+FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
+FOREGROUND = 0.05  # of the range that scans are scaled to: background is below
+QUANTILES = 33  # of a scan's tissue
+MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
+LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
+LEAST_SPREAD = 0.003  # of a statistic: people may be alike by chance
+
+
+class Look(NamedTuple):
+    """How a network sees some scans.
+
+    Attributes:
+        bits_per_dim: at the means of the posteriors, ``[batch]``.
+        statistics: ``[batch, numbers]``, see :func:`statistics`.
+    """
+
+    bits_per_dim: Tensor
+    statistics: Tensor
+
+
+def reference(network: VDVAE) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each voxel as the network knows its cohort, ``[1, channels, *spatial]``."""
+    known = network.voxel_gaussian()
+    loc, scale = network.decode([], 0.0) if known is None else known
+    return loc, scale.clamp_min(LEAST_STD)
+
+
+def parts(network: VDVAE) -> dict[str, Tensor]:
+    """Where the cohort's brains, their border and what lies around them are: masks, ``[*spatial]``, by name."""
+    mean, std = reference(network)
+    low, high = OUTPUT_RANGES[network.output_activation]
+    inside = (mean > low + FOREGROUND * (high - low)).any(1)[0]
+    surely = (mean - 2 * std > low).any(1)[0] & inside
+    return {"brain": surely, "border": inside & ~surely, "background": ~inside}
+
+
+def statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
+    """Of the numbers of :func:`statistics`."""
+    grids = [grid_name(network.grids()[level]) for level in sorted(set(network.latent_levels))]
+    axes = [f"roughness {axis}" for axis in "xyz"[: network.spatial_dims]]
+    return [*parts(network), *axes, *grids, *([] if prior is None else ["population"])]
+
+
+def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) -> Look:
+    """One pass of the network over scans, the latents being the posteriors' means.
+
+    Args:
+        network: trained.
+        scans: ``[batch, channels, *spatial]``, in the network's range.
+        prior: the population prior, without what is known of covariates.
+    """
+    innovations: list[Tensor] = []
+    concerned = () if prior is None else prior.latents
+
+    def record(index: int, q: Posterior) -> Tensor:
+        innovations.append(innovation(q) if index in concerned else q.mean.new_zeros(0))
+        return q.z
+
+    output, _ = network.infer(scans, 0.0, keep_posteriors=False, draws=Draws(rule=record))
+    bits = bits_per_dim(negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1), scans)
+    return Look(bits, statistics(network, scans, output, innovations, prior))
+
+
+def statistics(
+    network: VDVAE,
+    scans: Tensor,
+    output: VDVAEOutput,
+    innovations: Sequence[Tensor],
+    prior: PopulationPrior | None = None,
+) -> Tensor:
+    """What is compared of scans, ``[batch, numbers]``.
+
+    The bits per dim of the voxels in the brain, its border and the background; the logarithms of neighbours'
+    differences along each axis, of what the latents of each grid cost, finest first, and of the distance from the
+    population's mean.
+
+    Args:
+        network: trained.
+        scans: ``[batch, channels, *spatial]``, in the network's range.
+        output, innovations: of a pass whose latents are the posteriors' means; those of latents that the prior does not
+            concern may be empty.
+        prior: the population prior, without what is known of covariates.
+    """
+    log_density = torch.distributions.Normal(output.loc, output.scale).log_prob(scans)
+    numbers = [-(log_density * part).flatten(1).sum(1) for part in parts(network).values()]
+    numbers = [bits_per_dim(number, scans) for number in numbers]
+    numbers += [values.log() for values in roughness(scans)]
+    levels = torch.tensor(network.latent_levels, device=output.kl.device)
+    of_grids = [output.kl[:, levels == level].sum(1) for level in sorted(set(network.latent_levels))]
+    numbers += [kl.clamp_min(0).log1p() for kl in of_grids]
+    if prior is not None:
+        numbers.append(prior.typicality(prior.coordinates(innovations))[0].log1p())
+    return torch.stack([number.double() for number in numbers], dim=1)
+
+
+def roughness(scans: Tensor) -> list[Tensor]:
+    """The mean square of neighbouring voxels' differences along each axis, ``[batch]``: what blurring takes away."""
+    squares = (scans.diff(dim=axis).square() for axis in range(2, scans.ndim))
+    return [values.flatten(1).mean(1).clamp_min(1e-12) for values in squares]
+
+
+def tissue_quantiles(scan: Tensor, inside: Tensor) -> Tensor:
+    """Of each channel's voxels of a mask, ``[channels, QUANTILES]``.
+
+    Args:
+        scan: ``[channels, *spatial]``.
+        inside: ``[*spatial]``; where it is empty, all voxels count.
+    """
+    at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device=scan.device)
+    values = scan.double()[:, inside if inside.any() else torch.ones_like(inside)]
+    return torch.stack([torch.quantile(channel[:: 1 + len(channel) // 2**20], at) for channel in values]).float()
+
+
+class Familiarity(NamedTuple):
+    """What the numbers of :func:`statistics` are over a cohort.
+
+    Attributes:
+        names: of the numbers.
+        mean: of people whom the network was not trained on, ``[numbers]``.
+        covariance: of people, as wide as those whom it was not trained on vary, ``[numbers, numbers]``.
+        people: how many were held out, and how many the covariance is of.
+        bits_per_dim: the usual ones, at the means of the posteriors.
+        quantiles: the usual ones in the brain, ``[channels, QUANTILES]``, from 0 (background) to 1.
+    """
+
+    names: Sequence[str]
+    mean: Tensor
+    covariance: Tensor
+    people: tuple[int, int]
+    bits_per_dim: float
+    quantiles: Tensor
+
+    @classmethod
+    def of(cls, prior: PopulationPrior | None) -> Familiarity | None:
+        """That which a population prior's file holds; None where it holds none."""
+        return None if prior is None or prior.familiarity is None else cls(**prior.familiarity)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the covariance, that a distance has."""
+        return max(1, self.people[1] - 1 - len(self.names))
+
+    def distance(self, statistics: Tensor) -> Tensor:
+        """How far scans are from what is usual, in standard deviations of the cohort: ``[batch]``."""
+        apart = statistics.cpu().double() - self.mean.double()
+        return (apart @ torch.linalg.inv(self.covariance.double()) * apart).sum(1).clamp_min(0).sqrt()
+
+    def limit(self, false_alarms: float = FALSE_ALARMS) -> float:
+        """The distance beyond which so many people like those of the cohort lie (Hotelling 1931).
+
+        The fewer people there were to tell, the wider it is.
+        """
+        held_out, people = self.people
+        wider = (1 + 1 / held_out) * len(self.names) * max(1, people - 1) / self.freedom
+        return math.sqrt(wider * stats.f.isf(false_alarms, len(self.names), self.freedom))
+
+
+@torch.no_grad()
+def fit_familiarity(
+    network: VDVAE,
+    prior: PopulationPrior,
+    held_out: Dataset,
+    training: Dataset,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """The :class:`Familiarity` of a cohort as plain values; with several processes each takes its share.
+
+    Of those who are held out comes what is usual, of the many who are not how it varies; that is widened where the
+    former vary more.
+
+    Args:
+        network: trained.
+        prior: its population prior.
+        held_out, training: scans as the network gets them, that it was not trained on and that it was.
+        batch_size, num_workers: of the data loader.
+        device: of the network.
+    """
+    rows, others = (
+        _looks(network, prior, Subset(dataset, range(min(len(dataset), MOST_PEOPLE))), batch_size, num_workers, device)
+        for dataset in (held_out, training)
+    )
+    numbers = len(statistic_names(network, prior))
+    mean, count = rows[:, :numbers].mean(0), len(rows)
+    apart = torch.cat([part[:, :numbers] - part[:, :numbers].mean(0) for part in (rows, others)])
+    covariance = apart.T @ apart / max(1, len(apart) - 2) + LEAST_SPREAD**2 * torch.eye(numbers, dtype=apart.dtype)
+    if count > 1:
+        squares = (apart[:count] @ torch.linalg.inv(covariance) * apart[:count]).sum(1).mean()
+        covariance *= (squares / numbers * count / (count - 1)).clamp_min(1.0)
+    quantiles = rows[:, numbers + 1 :].mean(0).reshape(network.in_channels, QUANTILES)
+    names, people, bits = statistic_names(network, prior), (count, len(apart) - 1), rows[:, numbers].mean().item()
+    return Familiarity(names, mean, covariance, people, bits, quantiles)._asdict()
+
+
+def _looks(
+    network: VDVAE, prior: PopulationPrior, dataset: Dataset, batch_size: int, workers: int, device: torch.device | str
+) -> Tensor:
+    """Statistics, bits per dim and quantiles of scans, a row each, ``[scans, numbers]``."""
+    rank, size = idist.get_rank(), idist.get_world_size()
+    share = Subset(dataset, range(rank, len(dataset), size))
+    loader = on_device(DataLoader(share, batch_size=batch_size, num_workers=workers), torch.device(device))
+    (low, high), rows = OUTPUT_RANGES[network.output_activation], []
+    core = parts(network)["brain"]
+    prior = copy.deepcopy(prior).to(device)
+    with eval_mode(network):
+        for batch in tqdm(loader, "what is familiar", unit="batch", disable=rank > 0, mininterval=1):
+            scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(device)
+            seen = look(network, scans, prior)
+            quantiles = torch.stack([tissue_quantiles((s - low) / (high - low), core).flatten() for s in scans])
+            parts_ = (seen.statistics, seen.bits_per_dim[:, None], quantiles)
+            rows.append(torch.cat([part.cpu().double() for part in parts_], dim=1))
+    return torch.cat(list(itertools.chain(*idist.all_gather(rows))))
