@@ -17,7 +17,7 @@ from monai.data import Dataset
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
-from scripts.data.covariates import Continuous, CovariateCoding
+from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.covariate_results import RegionCurves, fit_atlas
 from scripts.inference.covariates import (
@@ -346,6 +346,18 @@ def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
     assert corrected.mean() == pytest.approx(0, abs=0.01)
     assert np.corrcoef(ages, corrected)[0, 1] == pytest.approx(0, abs=0.01)
     assert (tmp_path / "sub-0001_FLAIR_covariates.png").is_file()
+
+
+def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():
+    generator = np.random.default_rng(0)
+    ages = generator.gamma(4, 8, 2000) + 18
+    age, site = Continuous.learn("age", ages.tolist()), Categorical.learn("site", ["A"] * 70 + ["B"] * 30)
+    shares = (np.arange(1000) + 0.5) / 1000
+    drawn = np.array([age.quantile(share) for share in shares])
+    assert drawn.mean() == pytest.approx(ages.mean(), rel=0.05) and drawn.std() == pytest.approx(ages.std(), rel=0.15)
+    assert (age.quantile(0), age.quantile(1)) == (ages.min(), ages.max())
+    assert [site.quantile(share) for share in (0, 0.69, 0.71, 1)] == ["A", "A", "B", "B"]
+    assert Continuous.learn("dose", [0.0, 1.0, 1.0, 2.0]).quantile(0.5) == pytest.approx(1, abs=0.5)
 
 
 def test_samples_and_scores_use_covariates(fitted, tmp_path):

@@ -93,6 +93,12 @@ class Continuous:
             raise InputError(f"{self.name} is {shortened(value)}: it is too large; correct it, or write n/a.")
         return number
 
+    def quantile(self, share: float) -> float:
+        """The value below which this share of the training side lies, between its range and the knots."""
+        knots = self.knots or (self.mean,)
+        shares = KNOTS if len(knots) == len(KNOTS) else np.linspace(0, 1, len(knots) + 2)[1:-1]
+        return float(np.interp(share, [0.0, *shares, 1.0], [self.low, *knots, self.high]))
+
     def outside(self, value: Value) -> bool:
         """Whether a value lies outside of the range of the training side."""
         return value is not None and not self.low <= value <= self.high
@@ -131,6 +137,11 @@ class Categorical:
                 f"categorical one can have {MOST_CATEGORIES}. Is it continuous?"
             )
         return cls(name, tuple(categories), tuple(values.count(c) / len(values) for c in categories))
+
+    def quantile(self, share: float) -> str:
+        """The category at this share of the training side, in the order of the categories."""
+        place = int(np.searchsorted(np.cumsum(self.shares), share * sum(self.shares), side="right"))
+        return self.categories[min(place, len(self.categories) - 1)]
 
     def numbers(self, value: Value) -> list[float]:
         """What the covariate becomes, one number per category but the first, with a mean of 0; zeros where unknown."""

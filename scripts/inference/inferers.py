@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from monai.inferers import Inferer
 from monai.utils import ensure_tuple
+from scripts.data.covariates import Value
 from scripts.layers.gaussian import Draws, gaussian_noise
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
@@ -177,7 +178,8 @@ class Sampling(Inferer):
             prior's factors too, where it is one number. None: 1 with a population prior, 0.7 without.
         voxel_noise: also draw each voxel from its own distribution, as the likelihood says.
         prior: the population prior to draw from; None draws from the network's own.
-        covariates: of the scans, such as ``{"age": 70}``, which the prior knows; None: those of the cohort.
+        covariates: of the scans, such as ``{"age": 70}``, which the prior knows. Those that are not given are drawn for
+            each scan as the cohort had them, one independently of the other.
     """
 
     def __init__(
@@ -190,11 +192,11 @@ class Sampling(Inferer):
         if temperature is None:
             temperature = 0.7 if prior is None else 1.0
         self.temperature, self.voxel_noise, self.prior = temperature, voxel_noise, prior
-        self.features = None
+        self.given: dict[str, Value] = {}
         if covariates is not None:
             if prior is None or prior.coding is None:
                 raise InputError("covariates: the samples' population prior knows none; leave out --covariates.")
-            self.features = prior.coding.numbers(prior.coding.given(covariates))
+            self.given = prior.coding.given(covariates)
 
     def __call__(
         self, inputs: int, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
@@ -207,9 +209,22 @@ class Sampling(Inferer):
             coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors), draws)
             if not isinstance(temperature, list):
                 coordinates = temperature * coordinates
-            features = None if self.features is None else self.features.to(coordinates).expand(inputs, -1)
+            features = self._features(inputs, draws)
             loc, scale = decode_coordinates(network, self.prior, coordinates, temperature, features, draws)
         return {"sample": draw_voxels(loc, scale, network, draws) if self.voxel_noise else loc}
+
+    def _features(self, count: int, draws: Draws | None) -> Tensor | None:
+        """What the covariates of so many scans become, ``[count, features]``; None where the prior knows none."""
+        coding = self.prior.coding
+        if coding is None:
+            return None
+        left = {name: variable for name, variable in coding.variables.items() if name not in self.given}
+        shares = torch.special.ndtr(gaussian_noise(self.prior.inverse.new_empty(count, len(left)), draws)).tolist()
+        people = [
+            {name: variable.quantile(share) for (name, variable), share in zip(left.items(), row, strict=True)}
+            for row in shares
+        ]
+        return torch.stack([coding.numbers({**self.given, **person}) for person in people]).to(self.prior.inverse)
 
 
 def decode_coordinates(

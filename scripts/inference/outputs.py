@@ -125,6 +125,9 @@ def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[flo
     figures.anomaly(path, data["image"], data["restored"], data["anomaly"], titles, value_range)
 
 
+TRUE_OR_FALSE = ("familiar",)  # numbers of a scan that are 0 or 1, and words in tables
+
+
 class SaveRowd(Transform):
     """Write the numbers of a scan as JSON; :func:`scripts.inference.tables.row_table` puts those of all together.
 
@@ -140,7 +143,7 @@ class SaveRowd(Transform):
         # as many digits as there are: nats of large scans come in double precision
         row = {
             k: ("no", "yes")[int(v)]
-            if v.dtype == torch.bool
+            if k in TRUE_OR_FALSE
             else float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}")
             for k, v in numbers.items()
         }

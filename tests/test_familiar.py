@@ -1,0 +1,99 @@
+"""Does a network know such scans: the limit's false alarms, and faults that are found and named."""
+
+from __future__ import annotations
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, inference_config, informative_network, run_bundle
+from monai.data import Dataset
+
+from scripts.check import check
+from scripts.inference.familiar import Examiner
+from scripts.phantoms import make_brains
+from scripts.population.familiarity import Familiarity
+from scripts.population.fit import PopulationFit
+from scripts.population.prior import prior_path
+
+REASONS = ("orientation", "skull", "alignment", "contrast", "voxel_size", "crop", "resolution", "range", "unknown")
+TINY = str(ROOT / "tests" / "tiny.json")
+
+
+def test_as_many_false_alarms_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    rates = []
+    for _ in range(40):
+        people = torch.randn(80, 6, generator=generator, dtype=torch.float64) @ mixing
+        held_out = people[:20]
+        apart = torch.cat([part - part.mean(0) for part in (held_out, people[20:])])
+        names = [str(number) for number in range(6)]
+        known = Familiarity(names, held_out.mean(0), apart.T @ apart / 78, (20, 79), -4.0, torch.zeros(1, 2))
+        others = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ mixing
+        rates.append(float((known.distance(others) > known.limit(0.05)).double().mean()))
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """Weights whose prior says what is usual of 40 phantoms, and the folder of these."""
+    folder = tmp_path_factory.mktemp("known")
+    make_brains(folder / "brains", 40, spacing=8, workers=1)
+    network = informative_network(folder / "brains")
+    torch.save(network.state_dict(), folder / "model.pt")
+    preprocess = inference_config().get_parsed_content("preprocessing")
+    scans = [preprocess({"image": str(path)}) for path in sorted((folder / "brains").glob("*.nii.gz"))]
+    PopulationFit(network, Dataset(scans[:24]), Dataset(scans[24:]), prior_path(folder / "model.pt"), factors=4).run()
+    return folder
+
+
+def damaged(known, number: int, fault: str) -> nib.Nifti1Image:
+    scan = nib.load(known / "brains" / f"sub-{number:04d}_FLAIR.nii.gz")
+    image = scan.get_fdata(dtype=np.float32)
+    if fault == "orientation":
+        image = image[:, ::-1]
+    elif fault == "contrast":
+        image[image > 0] = image.max() + 1 - image[image > 0]
+    return nib.Nifti1Image(image, scan.affine)
+
+
+def test_check_asks_the_network_and_says_why_not(known, tmp_path):
+    (tmp_path / "scans").mkdir()
+    for number, fault in enumerate(("", "orientation", "contrast"), start=30):
+        nib.save(damaged(known, number, fault), tmp_path / "scans" / f"{fault or 'fine'}.nii.gz")
+    check(tmp_path / "scans", output_dir=tmp_path / "out", workers=1, ckpt=str(known / "model.pt"), config_file=TINY)
+    with (tmp_path / "out" / "report.csv").open(encoding="utf-8") as file:
+        rows = {row["path"].removesuffix(".nii.gz"): row for row in csv.DictReader(file)}
+    assert (rows["fine"]["familiar"], rows["fine"]["reason"], rows["fine"]["gain"]) == ("yes", "", "")
+    for fault in ("orientation", "contrast"):
+        assert rows[fault]["familiar"] == "no" and rows[fault]["reason"] in REASONS, rows[fault]
+        assert rows[fault]["verdict"] == "suspicious" and "does not know such scans" in rows[fault]["reasons"]
+    # 8 voxels are too few to tell contrast from alignment
+    assert rows["orientation"]["reason"] == "orientation" and float(rows["orientation"]["gain"]) > 0
+
+
+def test_scores_say_whether_a_scan_is_familiar(known, tmp_path):
+    (tmp_path / "scans").mkdir()
+    for number, fault in ((30, ""), (31, "contrast")):
+        nib.save(damaged(known, number, fault), tmp_path / "scans" / f"{fault or 'fine'}.nii.gz")
+    words = ("--ckpt", known / "model.pt", "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out")
+    done = run_bundle(*words, "--figures", False, run_id="score", configs=["configs/inference.json", "tests/tiny.json"])
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "scores.csv").open(encoding="utf-8") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert [rows[f"{name}.nii.gz"]["familiar"] for name in ("fine", "contrast")] == ["yes", "no"]
+    assert float(rows["fine.nii.gz"]["unfamiliarity"]) < 1 < float(rows["contrast.nii.gz"]["unfamiliarity"])
+
+
+def test_weights_that_cannot_tell_say_what_they_need(known):
+    config = inference_config(ckpt=str(known / "model.pt"))
+    network, preprocessing = config.get_parsed_content("network"), config.get_parsed_content("preprocessing")
+    with pytest.raises(ValueError, match="There is no population prior, which would say which scans are usual"):
+        Examiner(network, None, preprocessing)
+    prior = config.get_parsed_content("population_prior")
+    prior.familiarity = None
+    with pytest.raises(ValueError, match=r"population_prior.pt' does not say which scans are usual"):
+        Examiner(network, prior, preprocessing)
