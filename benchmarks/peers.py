@@ -244,20 +244,23 @@ def compare(
     cohort = {"count": test_count, "seed": lesion_seed, "spacing": spacing, "lesions": 0.5}
     sick, lesions = lesion_scans(folder / f"lesions_{lesion_seed}", unclipped(preprocess), **cohort)
     rows, quality = [], {}
-    beside = test[:samples], OUTPUT_RANGES["tanh"], batch_size
+    others = validation[:samples]
     with torch.no_grad():
         everyone = {**models, **{name: (peer, None) for name, peer in cold.items()}}
         for name, (peer, spent) in tqdm(everyone.items(), desc="measuring", unit="model"):
             torch.manual_seed(seed)
             drawn = draw_samples(peer, samples, batch_size)
-            compared = quality[name] = compare_images(drawn, *beside, training=training)
+            compared = quality[name] = compare_images(
+                drawn, test[: len(drawn)], OUTPUT_RANGES["tanh"], batch_size, training=training
+            )
             row = {"model": name, **compared}
             if name in models:
                 row |= {"likelihood": peer.likelihood, "parameters": peer.size(), "minutes": spent}
                 row |= held_out_numbers(peer, test, batch_size)
                 row |= lesion_numbers(peer, sick, lesions, smoothing, batch_size)
             rows.append(row)
-        quality["scans of the validation side"] = compare_images(validation[:samples], *beside, training=training)
+        beside = test[: len(others)], OUTPUT_RANGES["tanh"], batch_size
+        quality["scans of the validation side"] = compare_images(others, *beside, training=training)
         draw(folder, {name: peer for name, (peer, _) in models.items()}, cold, test[:1], seed)
     write_table(folder / "peers.csv", COLUMNS, rows)
     found = [name for name in compared if name.startswith(("variance", "precision", "recall", "nearest"))]

@@ -651,7 +651,8 @@ def test_a_job_as_a_workflow(scans, weights, tmp_path):
 def test_training_and_inference_prepare_scans_alike(scans):
     grid = {"grid": ScanGrid([[0.0, -18.0, 20.0], [210.0, 230.0, 190.0]])}
     train = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json") | {"augment": False} | grid)
-    infer = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json") | grid)
+    files = [str(ROOT / "configs" / name) for name in ("inference.json", "lean_32.json")]  # train.json is of this size
+    infer = ConfigParser(ConfigParser.load_config_files(files) | grid)
     path = {"image": str(scans / "PIR" / "PIR.nii.gz")}
     trained = train.get_parsed_content("train#preprocessing")(train.get_parsed_content("preprocessing")(path))["image"]
     inferred = infer.get_parsed_content("preprocessing")(path)["image"]

@@ -194,8 +194,9 @@ def test_table_has_a_row_for_each_model(cohort, tmp_path, capsys):
     with (tmp_path / "out" / "samples.csv").open() as file:
         quality = {row["model"]: row for row in csv.DictReader(file)}
     assert list(quality) == [*names, "scans of the validation side"]
-    assert all(0 <= float(row["precision"]) <= 1 for row in quality.values())
-    assert all(float(row["nearest training scan"]) > 0 for row in quality.values())
+    assert all(0 <= float(quality[name]["precision"]) <= 1 for name in names)
+    assert quality["scans of the validation side"]["precision"] == ""  # of one scan nothing can be said
+    assert all(float(row["nearest_training_ratio"]) > 0 for row in quality.values())
     assert {"reconstructions.png", "samples.png", "VarAutoEncoder.pt"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 

@@ -488,8 +488,8 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
 
 def test_the_shipped_prior_knows_what_is_far_outside():
     prior = PopulationPrior.load(torch.load(ROOT / "models" / "population_prior.pt", weights_only=True))
-    assert len(prior.bits_per_dim) == 123
-    assert -4.36 < prior.outlier_bits_per_dim() < -3.9  # above the least likely held-out phantom
+    assert len(prior.bits_per_dim) == 16
+    assert -4.51 < prior.outlier_bits_per_dim() < -3.9  # above the least likely held-out person
 
 
 def test_far_outside_is_measured_by_the_cohort():

@@ -49,8 +49,9 @@ def test_evaluate_takes_all_from_the_run(run_dir):
     # the same batches, and so the same noise
     done = run_bundle("--run_dir", run_dir, "--samples", 0, "--batch_size", 4, run_id=None, configs=EVALUATE)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((run_dir / "evaluation" / "summary.json").read_text())
-    assert summary["held_out"]["bits_per_dim"]["mean"] == pytest.approx(reported, rel=1e-6)
+    found = json.loads((run_dir / "evaluation" / "evaluation.json").read_text())
+    assert found["bits_per_dim"] == pytest.approx(reported, rel=1e-6)
+    assert found["training_scans"] == 6 and found["membership_auroc"] is not None
 
 
 def test_scans_of_a_folder_that_were_trained_on_are_left_out(run_dir, cohort, caplog):
@@ -131,7 +132,7 @@ def test_what_is_given_goes_before_the_run_however_it_is_given(run_dir, tmp_path
 def test_the_network_is_the_runs_and_of_the_class_that_is_asked_for(run_dir):
     parser = ConfigParser(ConfigParser.load_config_files("configs/inference.json"))
     default = parser.get_parsed_content("network_def")
-    assert default.spatial_shape == (32, 32, 32)
+    assert default.spatial_shape == (64, 64, 64)
     network = TrainingRun(run_dir).network(default)
     assert type(network) is VDVAEReconstruction and network.spatial_shape == (8, 8, 8)
     assert TrainingRun(None).network(default) is default
@@ -158,7 +159,7 @@ def test_scans_are_known_by_path_and_by_subject(tmp_path):
 
 def test_another_network_than_the_runs_is_refused(run_dir):
     parser = ConfigParser(ConfigParser.load_config_files("configs/inference.json"))
-    parser.update({"run_dir": str(run_dir), "spatial_shape": [64, 64, 64]})
+    parser.update({"run_dir": str(run_dir), "spatial_shape": [128, 128, 128]})
     with pytest.raises(ValueError, match="network_def or spatial_shape is given, but the run in run_dir"):
         TrainingRun(run_dir).network(parser.get_parsed_content("network_def"))
 

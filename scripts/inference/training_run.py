@@ -17,6 +17,7 @@ from scripts.utils.names import item_path
 __all__ = ["TrainedScans", "TrainingRun"]
 
 INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
+TRAINING = INFERENCE.with_name("train.json")
 DEFAULTS = {"scan_pattern": "*.nii*", "keep_aspect": True, "percentiles": [0.05, 99.95]}  # without a run
 
 
@@ -132,12 +133,13 @@ class TrainingRun:
         """An untrained network of the run's architecture and the class of ``given``; that one without a run.
 
         Raises:
-            InputError: the network that was given is neither the run's nor the one that inference takes by default.
+            InputError: the network that was given is neither the run's nor one that the bundle takes by default.
         """
         if self.folder is None:
             return given
         network = type(given)(**_arguments(self._parser))
-        if given.arguments not in (network.arguments, _default_arguments(type(given))):
+        defaults = [_default_arguments(type(given), config) for config in (INFERENCE, TRAINING)]
+        if given.arguments not in (network.arguments, *defaults):
             raise InputError(
                 f"network_def or spatial_shape is given, but the run in run_dir '{self.folder}' says them: leave out "
                 "one of the two."
@@ -163,8 +165,8 @@ def _arguments(parser: ConfigParser) -> dict[str, Any]:
     return parser.get_parsed_content("network_def", instantiate=False).resolve_args()
 
 
-def _default_arguments(kind: type[VDVAE]) -> dict[str, Any]:
-    """Those of the network that inference takes where nothing is said."""
-    content = ConfigParser.load_config_file(str(INFERENCE))
+def _default_arguments(kind: type[VDVAE], config: Path) -> dict[str, Any]:
+    """Those of the network that a config of the bundle has where nothing is said."""
+    content = ConfigParser.load_config_file(str(config))
     shown = {key: content[key] for key in ("spatial_shape", "network_def")}
     return kind(**_arguments(ConfigParser(shown))).arguments
