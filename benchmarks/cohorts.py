@@ -1,6 +1,6 @@
 """What is lost when sites share sums instead of scans, and what the sums tell of who was among them.
 
-    python -m benchmarks.cohorts --ckpt models/covariates.pt --dataset_dir D --output_dir OUT
+    python -m benchmarks.cohorts --ckpt models/model_phantoms_32.pt --dataset_dir D --output_dir OUT
 
 ``D`` holds a folder for each site. Two thirds of each site's people are given to the fit, the others are kept apart.
 Every scan is encoded once. Prints a Markdown table.
