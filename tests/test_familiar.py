@@ -12,6 +12,7 @@ from conftest import ROOT, inference_config, informative_network, run_bundle
 from monai.data import Dataset
 
 from scripts.check import check
+from scripts.inference.explanations import _movement_words
 from scripts.inference.familiar import Examiner
 from scripts.phantoms import make_brains
 from scripts.population.familiarity import Familiarity
@@ -35,6 +36,13 @@ def test_as_many_false_alarms_as_it_says():
         others = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ mixing
         rates.append(float((known.distance(others) > known.limit(0.05)).double().mean()))
     assert np.mean(rates) == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_header_of_larger_voxels_is_called_so():
+    """A header whose voxels are 1.25 times too large maps the world of the cohort to one that is as much larger."""
+    words = _movement_words(np.diag([1.25, 1.25, 1.25, 1.0]), np.zeros(3), stretches=True)
+    assert "its header says voxels 1.25 x 1.25 x 1.25 times as large as they are" in words
+    assert "0° and 0 mm off" in words
 
 
 @pytest.fixture(scope="module")

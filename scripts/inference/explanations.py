@@ -300,10 +300,13 @@ def _turn_words(turn: np.ndarray) -> str:
 
 
 def _movement_words(moved: np.ndarray, centre: np.ndarray, stretches: bool) -> str:
+    """How a scan lies by its header, where ``moved`` maps the world of the cohort to the header's."""
     scales = np.linalg.norm(moved[:-1, :-1], axis=0)
     cosine = (np.trace(moved[:-1, :-1] / scales) - len(centre) % 2) / 2
     shift = np.linalg.norm(moved[:-1, :-1] @ centre + moved[:-1, -1] - centre)
     words = f"it is not aligned, {np.degrees(np.arccos(np.clip(cosine, -1, 1))):.0f}° and {shift:.0f} mm off"
     if stretches:
-        words += f", and its voxels {' x '.join(f'{scale:.2f}' for scale in scales)} of what its header says"
+        words += (
+            f", and its header says voxels {' x '.join(f'{scale:.2f}' for scale in scales)} times as large as they are"
+        )
     return words
