@@ -78,6 +78,10 @@ def test_patches_start_from_what_was_predicted_of_one_voxel(coarse):
     torch.testing.assert_close(found.loc, doubled(known.loc), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.scale, doubled(known.scale), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.kl, known.kl)
+    for latents, message in (([0, 2, 2], "lacks decoder"), ([0, 1, 1], "network_def makes it none")):
+        other = VDVAE(**COARSE | {"spatial_shape": [16] * 3, "patch_size": 2, "num_latents": latents})
+        with pytest.raises(ValueError, match=message):
+            grow_network(other, weights)
     with pytest.raises(ValueError, match=r"its encoder.levels.0.0.convs.0.weight has shape"):
         grow_network(VDVAE(**COARSE | {"spatial_shape": [16] * 3, "patch_size": 2, "channels": [5, 6, 8]}), weights)
 

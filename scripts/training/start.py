@@ -188,18 +188,28 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
 
 def _grow_patches(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike) -> VDVAE:
     """See :func:`grow_network`: all is taken but the Gaussian of the grid, the two ends for each voxel of a patch."""
-    voxels = network.patch_size**network.spatial_dims
-    for name, place in network.state_dict(keep_vars=True).items():
-        tensor = state.get(name)
+    voxels, tensors = network.patch_size**network.spatial_dims, network.state_dict(keep_vars=True)
+    lacking = [name for name in tensors if name not in state and not name.startswith(OF_THE_GRID)]
+    if lacking:
+        raise InputError(
+            f"grow_from '{weights}' lacks {lacking[0]}: give all levels the widths, kernels and latents that they were "
+            "trained with."
+        )
+    for name, tensor in state.items():
         if name.startswith(OF_THE_GRID[1:]):
             continue
-        if tensor is not None and name.startswith("output."):
+        if name.startswith("output."):
             tensor = tensor.repeat_interleave(voxels, 0)
-        elif name in (f"encoder.levels.0.0.{part}.weight" for part in ("convs.0", "skip")) and tensor is not None:
+        elif name in _entries(0):
             tensor = tensor.repeat_interleave(voxels, 1) / voxels
-        _take(network, place, name, place.new_zeros(0) if tensor is None else tensor, weights, 0)
+        _take(network, tensors.get(name), name, tensor, weights, 0)
     logger.info("All levels start from '%s', each voxel of a patch alike.", weights)
     return network
+
+
+def _entries(level: int) -> tuple[str, str]:
+    """The weights that see the scan, or what finer levels pass on of it, where a level is the first to."""
+    return f"encoder.levels.{level}.0.convs.0.weight", f"encoder.levels.{level}.0.skip.weight"
 
 
 def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
@@ -211,14 +221,8 @@ def _take(
     network: VDVAE, place: Tensor | None, name: str, tensor: Tensor, weights: str | os.PathLike, new: int
 ) -> None:
     """Copy a tensor of the weights to its place; the first to see the scan sees it among the features above it."""
-    entry = name in (f"encoder.levels.{new}.0.convs.0.weight", f"encoder.levels.{new}.0.skip.weight")
-    if (
-        new
-        and place is not None
-        and entry
-        and place.shape[0] == tensor.shape[0]
-        and place.shape[2:] == tensor.shape[2:]
-    ):
+    entry = new > 0 and place is not None and name in _entries(new)
+    if entry and place.shape[0] == tensor.shape[0] and place.shape[2:] == tensor.shape[2:]:
         place.zero_()
         place[:, : tensor.shape[1]] = tensor
         return
