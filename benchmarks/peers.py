@@ -38,8 +38,9 @@ from scripts.inference.detection import detect
 from scripts.inference.inferers import Sampling
 from scripts.inference.lesions import pair_masks, with_masks
 from scripts.inference.sample_comparison import compare_images
-from scripts.inference.scoring import anomaly_map, foreground, image_quality, restored
+from scripts.inference.scoring import anomaly_map, image_quality, restored
 from scripts.layers.gaussian import Draws
+from scripts.layers.output import foreground
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.phantoms import make_brains
 from scripts.population.prior import PopulationPrior, find_population_prior

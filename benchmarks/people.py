@@ -29,8 +29,10 @@ from benchmarks.peer_models import VoxelGaussian, fit_pca
 from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
 from scripts.data.to_scan import Fit, to_scan
+from scripts.data.transforms import reading
 from scripts.inference.measures import mean_interval, value_numbers
-from scripts.inference.scoring import foreground, image_quality
+from scripts.inference.scoring import image_quality
+from scripts.layers.output import foreground
 from scripts.training.losses import bits_per_dim
 from scripts.utils.command_line import run
 from scripts.utils.files import write_text
@@ -129,7 +131,7 @@ def main(
     """
     parser = read_config(config_file, ckpt=ckpt)
     network, preprocess = parser.get_parsed_content("network").eval(), parser.get_parsed_content("preprocessing")
-    load, folder = preprocess.transforms[:3], Path(output_dir)
+    load, folder = reading(preprocess), Path(output_dir)
     sides, _, _ = list_sides(dataset_dir)
 
     def read(side: str) -> Tensor:
@@ -139,9 +141,7 @@ def main(
     gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
     rows, scores = [], []
     for item in tqdm(sides[testing], "measuring", unit="scan"):
-        preprocessed, scan = preprocess(item), dict(item)
-        for step in load:
-            scan = step(scan)
+        preprocessed, scan = preprocess(item), load(item)
         x = preprocessed["image"].as_tensor()[None]
         output, mean = network.infer(x, 0.0, keep_posteriors=False)[0], training.mean(0, keepdim=True)
         recons = {"ours": output.loc, "pca": pca.reconstruct(x)[0], "gaussian": mean, "grid": x}

@@ -23,9 +23,9 @@ from scripts.inference.scoring import Scoring
 from scripts.inference.tables import list_coordinates, scans_to_fit
 from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
-from scripts.population.fit import PopulationFit, fit_bytes, latents_within, prior_from_sketch
+from scripts.population.fit import PopulationFit, fit_bytes, latents_within
 from scripts.population.prior import PopulationPrior, find_population_prior, fingerprint, innovation
-from scripts.population.sketch import FactorSketch
+from scripts.population.sketch import FactorSketch, prior_from_sketch
 from scripts.training.checkpoints import CheckpointError
 from scripts.utils.names import UNUSABLE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -377,6 +378,11 @@ class RobustScaled(MapTransform, InvertibleTransform):
             info = self.pop_transform(image)[TraceKeys.EXTRA_INFO]
             d[key] = unscaled(image, info)
         return d
+
+
+def reading(preprocessing: Compose) -> Compose:
+    """The steps of a preprocessing up to the fit: they give a scan on its own grid and in its own units."""
+    return Compose(list(takewhile(lambda step: not isinstance(step, FitShaped), preprocessing.transforms)))
 
 
 def unclipped(preprocessing: Compose) -> Compose:

@@ -30,6 +30,8 @@ from scripts.inference.common import Common
 from scripts.inference.covariates import Deviation, stack_features
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.layouts import ScanLayout
+from scripts.layers.output import foreground
+from scripts.networks import VDVAE
 from scripts.utils.command_line import check_number
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_csv, write_text
@@ -87,17 +89,16 @@ class FindClusters(Transform):
     """Add ``clusters`` and ``cluster_numbers``, see :func:`find_clusters`, to a scan's deviation on the network's grid.
 
     Args:
-        value_range: of scans.
+        network: says what scans are scaled to.
     """
 
-    def __init__(self, value_range: tuple[float, float]) -> None:
-        low, high = value_range
-        self.tissue = low + 0.05 * (high - low)
+    def __init__(self, network: VDVAE) -> None:
+        self.network = network
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        z, scan, expected = (torch.as_tensor(data[k]).numpy() for k in ("deviation", "image", "expected"))
-        inside = (scan > self.tissue) | (expected > self.tissue)
-        clusters, numbers = find_clusters(z, inside, np.asarray(data["image"].affine, float))
+        z, scan, expected = (torch.as_tensor(data[k]) for k in ("deviation", "image", "expected"))
+        inside = (foreground(scan, self.network) | foreground(expected, self.network)).numpy()
+        clusters, numbers = find_clusters(z.numpy(), inside, np.asarray(data["image"].affine, float))
         return {**data, "clusters": clusters, "cluster_numbers": numbers}
 
 
@@ -342,7 +343,7 @@ class CertifiedEvaluator:
             "calibration",
             Dataset(cohort.with_covariates(common.prior), common.preprocessing),
             inferer,
-            [FindClusters(common.value_range), SaveLargest(self.largest)],
+            [FindClusters(common.network), SaveLargest(self.largest)],
             [self.largest],
             settings,
             arguments=lambda items: stack_features(common.prior, items),
@@ -351,7 +352,7 @@ class CertifiedEvaluator:
         self.findings, self.maps, self.columns = layout("findings", ".json"), layout("significant"), given.columns
         self.output_dir, self.layouts = common.output_dir, [self.findings, self.maps]
         self.scans: ScanEvaluator | None = None
-        self.steps = [FindClusters(common.value_range), SaveFindings(self.findings, certificate, regions)]
+        self.steps = [FindClusters(common.network), SaveFindings(self.findings, certificate, regions)]
 
     def of(self, scans: ScanEvaluator) -> CertifiedEvaluator:
         """With the evaluator of the scans, which has :attr:`steps`, :attr:`layouts` and :meth:`summary`."""

@@ -19,8 +19,8 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from scipy import stats
 from scripts.data.covariates import CovariateCoding, Value
-from scripts.inference.scoring import foreground
 from scripts.layers.gaussian import Draws
+from scripts.layers.output import foreground
 from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior, given_innovations, innovation
 from scripts.utils.errors import InputError

@@ -24,8 +24,8 @@ from scripts.inference.engine import read_item
 from scripts.inference.measures import NormativeErrors, category_numbers, file_bits, mean_interval, value_numbers
 from scripts.inference.privacy import Measured, draw_samples, measure, membership_numbers, one_per_subject
 from scripts.inference.sample_comparison import compare_images
-from scripts.inference.scoring import foreground
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
+from scripts.layers.output import foreground
 from scripts.training.checkpoints import DEFAULT_WEIGHTS
 from scripts.training.metrics import PER_SCAN
 from scripts.training.trainer import VDVAEEvaluator
@@ -224,7 +224,7 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
         return {}
     common = common.replace(cohort=common.cohort.of(held_out.items))
     count, batch_size, coding = len(held_out.items), common.loading["batch_size"], common.prior.coding
-    telling, usual = jobs.predict_covariates(common), jobs.deviation(common, draws or None)
+    telling = jobs.predict_covariates(common)
 
     def tell(places: Sequence[int]) -> list[dict[str, Any]]:
         found = telling.compute([read_item(telling.dataset, place) for place in places])
@@ -248,7 +248,7 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
             numbers |= category_numbers(name, own, [said[place][f"{name}_likeliest"] for place in known], commonest)
     if not draws:
         return numbers
-    scans = held_out if trained is None else trained
+    usual, scans = jobs.deviation(common, draws), held_out if trained is None else trained
     mask = foreground(scans.images.mean(0), common.network)
     errors = NormativeErrors(mask, None if trained is None else trained.images)
 

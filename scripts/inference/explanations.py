@@ -19,8 +19,9 @@ from monai.networks.layers import AffineTransform
 from monai.networks.layers.factories import Pool
 from scipy import ndimage
 from scripts.data.transforms import FitShape, RobustScaled
+from scripts.layers.output import FOREGROUND
 from scripts.networks import OUTPUT_RANGES, VDVAE
-from scripts.population.familiarity import FOREGROUND, Familiarity, parts, reference, roughness, tissue_quantiles
+from scripts.population.familiarity import Familiarity, parts, reference, roughness, tissue_quantiles
 from torch import Tensor
 
 __all__ = ["Hypotheses", "Hypothesis"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.utils import eval_mode
 from monai.transforms import Compose
-from scripts.data.transforms import FitShaped
+from scripts.data.transforms import reading
 from scripts.inference.explanations import Hypotheses, Hypothesis
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look
@@ -107,9 +106,8 @@ class Examiner:
             )
             raise InputError(f"{of} {'would say' if prior is None else 'say'} which scans are usual: {FIT_IT}.")
         self.familiarity, self.limit = known, known.limit()
-        steps = preprocessing.transforms
-        self.read = list(takewhile(lambda step: not isinstance(step, FitShaped), steps))
-        self.fit, self.scale = steps[len(self.read)], steps[-1]
+        self.read = reading(preprocessing)
+        self.fit, self.scale = preprocessing.transforms[len(self.read)], preprocessing.transforms[-1]
 
     @torch.no_grad()
     def look(self, scans: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,10 +120,7 @@ class Examiner:
 
     def load(self, image: str | list[str]) -> MetaTensor:
         """A scan from its file, or from one for each channel, ``[channels, *spatial]``, upright."""
-        data = {"image": image}
-        for step in self.read:
-            data = step(data)
-        return data["image"]
+        return self.read({"image": image})["image"]
 
     def examine(self, image: MetaTensor) -> Finding:
         """What is found of a scan, ``[channels, *spatial]``, upright."""

@@ -10,16 +10,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.transforms import Compose
-from scripts.data.covariate_tables import read_cohort
 from scripts.data.datalist import common_root
 from scripts.data.to_scan import ToScand
-from scripts.data.transforms import FitShaped, unclipped
+from scripts.data.transforms import reading, unclipped
 from scripts.inference import covariate_results, lesions, outputs
 from scripts.inference.certificate import CERTIFIED, CertifiedEvaluator, certify
 from scripts.inference.common import Common
@@ -50,13 +48,11 @@ from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, l
 from scripts.inference.job_report import DEVIATIONS, PREDICTIONS, SCORES, Report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
+from scripts.inference.prior_jobs import adapt, fit_prior
 from scripts.inference.privacy import Privacy, privacy_sides
 from scripts.inference.score_summary import ScoreSummary
 from scripts.inference.scoring import Scoring
-from scripts.inference.tables import latent_tables, list_coordinates, scans_to_fit, stack_coordinates
-from scripts.population.adaptation import Adaptation
-from scripts.population.fit import PopulationFit
-from scripts.population.statistics import StatisticsFit
+from scripts.inference.tables import latent_tables, list_coordinates, stack_coordinates
 from scripts.utils import distributed
 
 __all__ = [
@@ -327,7 +323,6 @@ def score(
     numbers = {"importance_samples": importance_samples, "restore": restore, "anomaly_smoothing": anomaly_smoothing}
     masks = {"mask_dir": mask_dir, "mask_pattern": mask_pattern}
     row, counts = layout("score", ".json"), layout("lesions", ".npz")
-    read = list(takewhile(lambda step: not isinstance(step, FitShaped), common.preprocessing.transforms))
     return ScanEvaluator(
         common,
         "score",
@@ -346,7 +341,7 @@ def score(
         {"population_prior": common.prior_file, **numbers, **masks},
         arguments=partial(stack_features, common.prior),
         likelihood=lambda item: float(item["bits_per_dim"]),
-        summary=ScoreSummary(common, layout, scans, read, mask_dir, unmasked_healthy),
+        summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
         report=Report(("scores.csv", "lesions.csv"), ("most_unusual.png",), SCORES),
     )
 
@@ -446,59 +441,6 @@ def predict_covariates(common: Common) -> ScanEvaluator:
         arguments=partial(stack_features, prior),
         summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns, prior.coding),
         report=Report(("covariates.csv",), legend=PREDICTIONS),
-    )
-
-
-def fit_prior(
-    common: Common,
-    factors: int = 64,
-    covariates: Any = None,
-    memory: float | None = None,
-    statistics_only: bool = False,
-) -> PopulationFit:
-    """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
-
-    Args:
-        common: what all jobs share.
-        factors: how many at most.
-        covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
-        memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
-        statistics_only: write the cohort's sums instead, ``statistics.pt``, for :mod:`scripts.merge_priors`.
-    """
-    cohort = common.cohort
-    fit = partial(StatisticsFit, kinds=covariates) if statistics_only else PopulationFit
-    training, validation = distributed.from_rank_zero(scans_to_fit, cohort.folder, cohort.pattern)
-    return fit(
-        common.network,
-        Dataset(training, common.preprocessing),
-        Dataset(validation, common.preprocessing),
-        common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt"),
-        factors,
-        **common.loading,
-        device=common.device,
-        seed=common.seed,
-        covariates=read_cohort(training, validation, cohort.folder, covariates, cohort.covariates_file),
-        memory=memory,
-    )
-
-
-def adapt(common: Common, covariates: Any) -> Adaptation:
-    """A population prior that knows one more category, such as a new site: ``population_prior.pt``.
-
-    Args:
-        common: what all jobs share; its prior has covariates.
-        covariates: the new category of a covariate, such as ``{"site": "D"}``.
-    """
-    return Adaptation(
-        common.network,
-        need_covariates(common.prior),
-        Dataset(common.cohort.items, common.preprocessing),
-        covariates,
-        dataset_dir=common.cohort.folder,
-        covariates_file=common.cohort.covariates_file,
-        path=common.output_dir / "population_prior.pt",
-        **common.loading,
-        device=common.device,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose, LoadImage, Orientation
+from monai.transforms import LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
@@ -46,13 +46,13 @@ class ScoreSummary:
         common: Common,
         layout: Callable[..., ScanLayout],
         scans: Sequence[Mapping[str, Any]],
-        read: Sequence[Callable],
+        read: Callable,
         mask_dir: str | os.PathLike | None = None,
         unmasked_healthy: bool = False,
     ) -> None:
         self.output_dir, self.figures, self.columns = common.output_dir, common.figures, common.cohort.columns
         self.items = {item_path(item): item for item in scans}
-        self.layout, self.read = layout, Compose(read)
+        self.layout, self.read = layout, read
         self.mask_dir, self.unmasked_healthy = mask_dir, unmasked_healthy
 
     def __call__(self, scans: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.networks.layers.factories import Pool
 from scripts.layers.gaussian import SLICE, Draws, Posterior
+from scripts.layers.output import foreground
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.familiarity import Familiarity, statistics
 from scripts.population.prior import PopulationPrior, innovation
@@ -19,7 +20,7 @@ from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = ["Scoring", "anomaly_map", "foreground", "foreground_percentile", "image_quality", "restored"]
+__all__ = ["Scoring", "anomaly_map", "foreground_percentile", "image_quality", "restored"]
 
 LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is known better
 
@@ -213,12 +214,6 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     near = Pool["MAX", network.spatial_dims](kernel_size=3, stride=1, padding=1)(odd.to(inputs.dtype)) > 0
     scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
     return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
-
-
-def foreground(scans: Tensor, network: VDVAE) -> Tensor:
-    """Where scans exceed 5 % of the range that they are scaled to, shaped like them."""
-    low, high = OUTPUT_RANGES[network.output_activation]
-    return scans > low + 0.05 * (high - low)
 
 
 def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:

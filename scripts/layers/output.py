@@ -23,6 +23,18 @@ OUTPUT_STD_RANGE = (1e-2, 1.0)
 LEAST_INPUT_STD = 0.05
 # what scans are scaled to for each output activation
 OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "identity": (-1.0, 1.0)}
+FOREGROUND = 0.05  # of the range that scans are scaled to: background is below
+
+
+def foreground(scans: Tensor, network: Any) -> Tensor:
+    """Where scans exceed 5 % of the range that they are scaled to, shaped like them.
+
+    Args:
+        scans: any shape.
+        network: or what has its ``output_activation``.
+    """
+    low, high = OUTPUT_RANGES[network.output_activation]
+    return scans > low + FOREGROUND * (high - low)
 
 
 def deviation(x: Tensor, voxel_gaussian: tuple[Tensor, Tensor], least_std: float = LEAST_INPUT_STD) -> Tensor:

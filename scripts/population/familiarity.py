@@ -22,6 +22,7 @@ from monai.networks.utils import eval_mode
 from scipy import stats
 from scripts.layers.gaussian import Draws, Posterior
 from scripts.layers.levels import grid_name
+from scripts.layers.output import foreground
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.prior import PopulationPrior, innovation
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
-FOREGROUND = 0.05  # of the range that scans are scaled to: background is below
 QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
 LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
@@ -72,8 +72,8 @@ def reference(network: VDVAE) -> tuple[Tensor, Tensor]:
 def parts(network: VDVAE) -> dict[str, Tensor]:
     """Where the cohort's brains, their border and what lies around them are: masks, ``[*spatial]``, by name."""
     mean, std = reference(network)
-    low, high = OUTPUT_RANGES[network.output_activation]
-    inside = (mean > low + FOREGROUND * (high - low)).any(1)[0]
+    low, _ = OUTPUT_RANGES[network.output_activation]
+    inside = foreground(mean, network).any(1)[0]
     surely = (mean - 2 * std > low).any(1)[0] & inside
     return {"brain": surely, "border": inside & ~surely, "background": ~inside}
 

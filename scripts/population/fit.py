@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.layers.gaussian import Draws, Posterior
 from scripts.layers.levels import grid_name
-from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.layers.output import foreground
+from scripts.networks import VDVAE
 from scripts.population.effects import Effects
 from scripts.population.familiarity import fit_familiarity
 from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
-from scripts.population.sketch import FactorSketch
+from scripts.population.sketch import FactorSketch, prior_from_sketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.protocol import Trainer
@@ -47,18 +48,6 @@ SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 DISPERSION_SCANS, DISPERSION_DRAWS = 32, 16  # held-out scans whose deviations are looked at, of each process
 OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
-LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
-
-
-def split_latents(vectors: Tensor, grids: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-    """The latents that lie one after the other in vectors, by their indices: ``[rows, channels, *grid]`` each.
-
-    Args:
-        vectors: ``[rows, dimensions]``.
-        grids: ``[channels, *grid]`` of each latent, in order.
-    """
-    parts = vectors.split([math.prod(grid) for grid in grids.values()], dim=1)
-    return {index: part.unflatten(1, grid) for part, (index, grid) in zip(parts, grids.items(), strict=True)}
 
 
 def fit_bytes(factors: int, features: int, batch_size: int, held_out: int) -> int:
@@ -95,31 +84,6 @@ def shifts_and_ratios(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
     posteriors = list(posteriors)
     shifts = [innovation(q._replace(z=q.mean)).flatten(1) for q in posteriors]
     return torch.cat(shifts, dim=1), torch.cat([ratio(q).flatten(1) for q in posteriors], dim=1)
-
-
-def prior_from_sketch(
-    sketch: FactorSketch, rank: int, shrinkage: float, grids: Mapping[int, Sequence[int]], effects: Tensor | None = None
-) -> PopulationPrior:
-    """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out.
-
-    Args:
-        sketch: of what the covariates' effects leave.
-        rank, shrinkage: see :meth:`FactorSketch.factors`.
-        grids: ``[channels, *grid]`` of each latent of which the sketch is.
-        effects: of the covariates, ``[features, dimensions]``.
-    """
-    mean, variance, directions = sketch.factors(rank, shrinkage)
-    effects = mean.new_zeros(0, len(mean)) if effects is None else effects
-    parts = [split_latents(part, grids) for part in (mean[None], variance[None], directions, effects)]
-    explained = {index: latent.square().sum().item() for index, latent in parts[2].items()}
-    total = max(sum(explained.values()), 1e-12)
-    # all latents where shrinkage leaves nothing to explain
-    kept = [i for i, share in explained.items() if share >= LEAST_SHARE * total] or list(explained)
-    return PopulationPrior(
-        *({i: part[i][0] for i in kept} for part in parts[:2]),
-        {i: parts[2][i] for i in kept},
-        effects={i: parts[3][i] for i in kept},
-    )
 
 
 def _gather(batches: Sequence[Tensor]) -> list[float]:
@@ -456,7 +420,6 @@ class PopulationFit:
 
     def _squared_deviations(self, prior: PopulationPrior, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Sums of squares and their numbers, of voxels and of blocks, ``[2]`` each."""
-        low, high = OUTPUT_RANGES[self.network.output_activation]
         pool = Pool["AVG", self.network.spatial_dims](max(1, min(self.network.spatial_shape) // 8))
         squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         some = Subset(dataset, range(min(len(dataset), DISPERSION_SCANS)))
@@ -464,7 +427,7 @@ class PopulationFit:
             drawn = [prior.usual(self.network, vectors.features) for _ in range(DISPERSION_DRAWS)]
             means = torch.stack([loc.cpu() for loc, _ in drawn])
             noise = torch.stack([scale.cpu().square() for _, scale in drawn]).mean(0)
-            brain = (means > low + 0.05 * (high - low)).float().mean(0)
+            brain = foreground(means, self.network).float().mean(0)
             blocks = pool(means.flatten(0, 1)).unflatten(0, means.shape[:2])
             inside = brain > 0.5, pool(brain) > 0.5
             for place, (scans, of_draws, rest) in enumerate(

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.population.effects import Effects
-from scripts.population.fit import RANKS, SHARPNESSES, SHRINKAGES, prior_from_sketch
+from scripts.population.fit import RANKS, SHARPNESSES, SHRINKAGES
 from scripts.population.prior import PopulationPrior
-from scripts.population.sketch import FactorSketch
+from scripts.population.sketch import FactorSketch, prior_from_sketch
 from scripts.population.statistics import BITS_STEP, DISTANCE_STEP, CohortStatistics, coefficients
 from scripts.utils.errors import InputError
 from torch import Tensor

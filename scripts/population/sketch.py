@@ -1,11 +1,17 @@
-"""Mean, variance and leading principal directions of long vectors that come in blocks, in one pass."""
+"""Mean, variance and leading principal directions of long vectors that come in blocks, in one pass; a prior of them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import ignite.distributed as idist
 import torch
+from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError
 from torch import Tensor
+
+LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 
 
 class FactorSketch:
@@ -94,3 +100,39 @@ class FactorSketch:
         directions = self.basis[:rank] * (share / max(self.count - 1, 1) ** 0.5)[:, None]
         variance = self.scatter / max(self.count - 1, 1) - directions.square().sum(0)
         return self.mean, self.square / self.count + variance.clamp_min(0), directions
+
+
+def split_latents(vectors: Tensor, grids: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+    """The latents that lie one after the other in vectors, by their indices: ``[rows, channels, *grid]`` each.
+
+    Args:
+        vectors: ``[rows, dimensions]``.
+        grids: ``[channels, *grid]`` of each latent, in order.
+    """
+    parts = vectors.split([math.prod(grid) for grid in grids.values()], dim=1)
+    return {index: part.unflatten(1, grid) for part, (index, grid) in zip(parts, grids.items(), strict=True)}
+
+
+def prior_from_sketch(
+    sketch: FactorSketch, rank: int, shrinkage: float, grids: Mapping[int, Sequence[int]], effects: Tensor | None = None
+) -> PopulationPrior:
+    """The factor analysis of a sketch as a prior of the latents; those that it hardly concerns are left out.
+
+    Args:
+        sketch: of what the covariates' effects leave.
+        rank, shrinkage: see :meth:`FactorSketch.factors`.
+        grids: ``[channels, *grid]`` of each latent of which the sketch is.
+        effects: of the covariates, ``[features, dimensions]``.
+    """
+    mean, variance, directions = sketch.factors(rank, shrinkage)
+    effects = mean.new_zeros(0, len(mean)) if effects is None else effects
+    parts = [split_latents(part, grids) for part in (mean[None], variance[None], directions, effects)]
+    explained = {index: latent.square().sum().item() for index, latent in parts[2].items()}
+    total = max(sum(explained.values()), 1e-12)
+    # all latents where shrinkage leaves nothing to explain
+    kept = [i for i, share in explained.items() if share >= LEAST_SHARE * total] or list(explained)
+    return PopulationPrior(
+        *({i: part[i][0] for i in kept} for part in parts[:2]),
+        {i: parts[2][i] for i in kept},
+        effects={i: parts[3][i] for i in kept},
+    )

@@ -25,9 +25,10 @@ import ignite.distributed as idist
 import torch
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Value
-from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios, split_latents
+from scripts.networks import VDVAE
+from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
 from scripts.population.prior import PopulationPrior, as_bytes, fingerprint, from_bytes
-from scripts.population.sketch import FactorSketch
+from scripts.population.sketch import FactorSketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand, write_whole
@@ -218,11 +219,13 @@ class StatisticsFit(PopulationFit):
 
     Args:
         kinds: of the covariates, by their names; knots may be given. None: there are none.
-        others: see :class:`PopulationFit`; its path is of ``statistics.pt``.
+        network, training, others: see :class:`PopulationFit`; its path is of ``statistics.pt``.
     """
 
     def __init__(
         self,
+        network: VDVAE,
+        training: Dataset,
         *others: Any,
         covariates: CohortCovariates | None = None,
         kinds: Mapping[str, Any] | None = None,
@@ -232,9 +235,11 @@ class StatisticsFit(PopulationFit):
             coding = shared_coding(kinds, covariates.values[0])
             covariates = CohortCovariates.coded(coding, *covariates.values)
         self.raw_coding = CovariateCoding([]) if covariates is None else covariates.coding
-        self.values = [{}] * len(others[1]) if covariates is None else covariates.values[0]
+        self.values = [{}] * len(training) if covariates is None else covariates.values[0]
         # what has one category alone explains nothing here
-        super().__init__(*others, covariates=covariates if self.raw_coding.size else None, **settings)
+        super().__init__(
+            network, training, *others, covariates=covariates if self.raw_coding.size else None, **settings
+        )
         self.calibration: dict[str, Any] = {}
         if len(self.training) < LEAST_PEOPLE:
             raise InputError(

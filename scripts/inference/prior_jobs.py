@@ -1,0 +1,71 @@
+"""The jobs that make a population prior of a cohort, or the sums from which one can be made."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from monai.data import Dataset
+from scripts.data.covariate_tables import read_cohort
+from scripts.inference.common import Common
+from scripts.inference.covariates import need_covariates
+from scripts.inference.tables import scans_to_fit
+from scripts.population.adaptation import Adaptation
+from scripts.population.fit import PopulationFit
+from scripts.population.statistics import StatisticsFit
+from scripts.utils import distributed
+
+__all__ = ["adapt", "fit_prior"]
+
+
+def fit_prior(
+    common: Common,
+    factors: int = 64,
+    covariates: Any = None,
+    memory: float | None = None,
+    statistics_only: bool = False,
+) -> PopulationFit:
+    """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
+
+    Args:
+        common: what all jobs share.
+        factors: how many at most.
+        covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
+        memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
+        statistics_only: write the cohort's sums instead, ``statistics.pt``, for :mod:`scripts.merge_priors`.
+    """
+    cohort = common.cohort
+    fit = partial(StatisticsFit, kinds=covariates) if statistics_only else PopulationFit
+    training, validation = distributed.from_rank_zero(scans_to_fit, cohort.folder, cohort.pattern)
+    return fit(
+        common.network,
+        Dataset(training, common.preprocessing),
+        Dataset(validation, common.preprocessing),
+        common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt"),
+        factors,
+        **common.loading,
+        device=common.device,
+        seed=common.seed,
+        covariates=read_cohort(training, validation, cohort.folder, covariates, cohort.covariates_file),
+        memory=memory,
+    )
+
+
+def adapt(common: Common, covariates: Any) -> Adaptation:
+    """A population prior that knows one more category, such as a new site: ``population_prior.pt``.
+
+    Args:
+        common: what all jobs share; its prior has covariates.
+        covariates: the new category of a covariate, such as ``{"site": "D"}``.
+    """
+    return Adaptation(
+        common.network,
+        need_covariates(common.prior),
+        Dataset(common.cohort.items, common.preprocessing),
+        covariates,
+        dataset_dir=common.cohort.folder,
+        covariates_file=common.cohort.covariates_file,
+        path=common.output_dir / "population_prior.pt",
+        **common.loading,
+        device=common.device,
+    )
