@@ -83,7 +83,33 @@ def test_patches_start_from_what_was_predicted_of_one_voxel(coarse):
         with pytest.raises(ValueError, match=message):
             grow_network(other, weights)
     with pytest.raises(ValueError, match=r"its encoder.levels.0.0.convs.0.weight has shape"):
-        grow_network(VDVAE(**COARSE | {"spatial_shape": [16] * 3, "patch_size": 2, "channels": [5, 6, 8]}), weights)
+        grow_network(VDVAE(**COARSE | {"spatial_shape": [16] * 3, "patch_size": 2, "channels": [3, 6, 8]}), weights)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": [7, 10, 12]},
+        {"hidden_channels": [5, 6, 9], "decoder_hidden_channels": [4, 9, 8]},
+        {"channels": [7, 10, 12], "patch_size": 2, "spatial_shape": [16] * 3},
+    ],
+)
+def test_a_wider_network_starts_with_what_the_narrow_one_predicts(coarse, change):
+    network, weights = coarse
+    wide = VDVAE(**COARSE | change)
+    x = torch.rand(2, 1, 8, 8, 8) * 2 - 1
+    bigger = doubled if "patch_size" in change else torch.Tensor.clone
+    if "patch_size" in change:
+        wide.set_voxel_gaussian(*(doubled(buffer)[0] for buffer in network.voxel_gaussian()))
+    grow_network(wide, weights)
+    with torch.no_grad():
+        known, found = network.infer(x, 0.0)[0], wide.infer(bigger(x), 0.0)[0]
+    torch.testing.assert_close(found.loc, bigger(known.loc), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.kl, known.kl)
+    output = wide(bigger(x))
+    (output.loc.square().mean() + output.kl.sum()).backward()
+    learns = [parameter.grad.abs().sum() > 0 for parameter in wide.parameters()]
+    assert all(learns[-20:]) and sum(learns) > 0.8 * len(learns)
 
 
 def test_two_levels_can_be_added_at_once(coarse):
@@ -109,8 +135,14 @@ def test_the_new_levels_learn(coarse):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (COARSE, "has 3 levels and network_def 3"),
-        (FINE | {"channels": [3, 4, 7, 8]}, "give the levels up to 8³ the widths"),
+        (COARSE | {"spatial_shape": [16, 16, 16]}, "has as many levels as network_def, but another grid"),
+        (
+            {name: value[1:] if isinstance(value, list) else value for name, value in COARSE.items()}
+            | {"spatial_shape": [4] * 3},
+            "has 3 levels and network_def 2",
+        ),
+        (FINE | {"channels": [3, 4, 5, 8]}, "and no smaller widths"),
+        (FINE | {"latent_channels": [2, 2, 4, 8]}, "and no smaller widths"),
         (FINE | {"num_latents": [1, 0, 1, 1]}, "makes it none"),
         (FINE | {"channels": [4, 4, 6, 8]}, "level 8³ and the next finer one are as wide"),
     ],

@@ -30,7 +30,12 @@ __all__ = ["check_inputs", "grow_network", "start_network", "starts_untrained", 
 logger = logging.getLogger(__name__)
 
 LEVEL = re.compile(r"^encoder\.(levels|downsamples)\.(\d+)")
-OF_THE_GRID = ("output.", "template_", "scan_grid")  # what is not taken
+OF_THE_GRID = ("output.", "template_", "scan_grid")  # what is not taken from a coarser one
+# the weights that see the scan
+ENTRIES = ("encoder.levels.0.0.convs.0.weight", "encoder.levels.0.0.skip.weight")
+# those that give latents or take them, and those of a posterior that see two parts
+LATENTS = re.compile(r"\.(mean|std|z_projection)\.(weight|bias)$")
+POSTERIOR = re.compile(r"^decoder\.groups\.(\d+)\..*posterior\.(std_)?trunk\.convs\.0\.weight$")
 
 
 def check_inputs(
@@ -93,7 +98,7 @@ def start_network(
     if grid is not None:
         network.scan_grid.copy_(grid.as_tensor())
     network = start_from_scans(network, dataset, augmented, workers)
-    return grow_network(network, grow_from) if grow_from is not None and first else network
+    return grow_network(network, grow_from, renew_template) if grow_from is not None and first else network
 
 
 def starts_untrained(
@@ -127,40 +132,51 @@ def stored_grid(weights: str | os.PathLike | None, checkpoint: str | os.PathLike
 
 
 @torch.no_grad()
-def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
-    """Start a network's coarser levels from a trained network whose finest grid one of these has.
+def grow_network(network: VDVAE, weights: str | os.PathLike, renew_template: bool = False) -> VDVAE:
+    """Start a network from the weights of a coarser or a narrower one.
 
-    Or from one with as many levels and patches of one voxel: a patch is then seen as the mean of its voxels, each of
-    which starts from what was predicted of all.
+    Both count levels from the coarsest: level 16³ of one is level 16³ of the other. New finest levels pass the scan on
+    to the levels that are taken, so that these see what they have learnt to see, at the even voxels. How the new levels
+    refine it, and the output, are learnt anew; so is the decoder of what was the finest level, if it had no latents
+    there and gets some.
 
-    Both count levels from the coarsest: level 16³ of one is level 16³ of the other. The new finest levels pass the scan
-    on to the levels that are taken, so that these see what they have learnt to see, at the even voxels. How the new
-    levels refine it, and the output, are learnt anew; so is the decoder of what was the finest level, if it had no
-    latents there and gets some.
+    A network of as many levels takes all of them. With patches where the weights have voxels, a patch is seen as the
+    mean of its voxels, each of which starts from what was predicted of all.
+
+    A level may be wider than in the weights (Net2Net: Chen et al. 2016, arXiv:1511.05641): what is added starts as
+    features that nothing looks at, so that the same is predicted.
 
     Args:
         network: at the start of its training.
         weights: a ``model.pt``.
+        renew_template: do not take the voxel-wise Gaussian of weights of the same grid.
 
     Returns:
         the same network.
 
     Raises:
-        ValueError: it has no finer levels than the weights, a level that both have differs, or the last new level is as
-            wide as the next.
+        ValueError: it has fewer levels than the weights, a level that both have differs in more than its width, or the
+            last new level is as wide as the next.
     """
     state = read_weights(weights)
     matches = [match for match in map(LEVEL.match, state) if match and match[1] == "levels"]
     trained = 1 + max((int(match[2]) for match in matches), default=-1)
-    new = network.levels - trained
-    if new == 0 and network.patch_size > 1:
-        return _grow_patches(network, state, weights)
-    if new < 1 or trained < 1:
+    if not 0 < trained <= network.levels:
         raise InputError(
-            f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter at least "
-            "one more, at the fine end of every list, or a patch_size."
+            f"grow_from '{weights}' has {trained} levels and network_def {network.levels}: give the latter as many, or "
+            "more at the fine end of every list."
         )
-    tensors = network.state_dict(keep_vars=True)
+    if trained < network.levels:
+        _add_levels(network, state, weights, network.levels - trained)
+    else:
+        _take_all(network, state, weights, renew_template)
+    logger.info("Levels up to %s start from '%s'.", grid_name(network.grids()[network.levels - trained]), weights)
+    return network
+
+
+def _add_levels(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike, new: int) -> None:
+    """See :func:`grow_network`: all is taken but what belongs to the grid."""
+    tensors, finest = network.state_dict(keep_vars=True), f"decoder.groups.{network.levels - new - 1}."
     if isinstance(network.encoder.levels[new][0].skip, torch.nn.Identity):
         raise InputError(
             f"network_def: level {grid_name(network.grids()[new])} and the next finer one are as wide as each other: "
@@ -168,48 +184,47 @@ def grow_network(network: VDVAE, weights: str | os.PathLike) -> VDVAE:
             f"'{weights}'."
         )
     anew = OF_THE_GRID
-    finest = f"decoder.groups.{trained - 1}."  # of the trained network
     if _has_latents(tensors, finest) and not _has_latents(state, finest):
         anew = (*OF_THE_GRID, finest)
     for name, tensor in state.items():
         if not name.startswith(anew):
             target = LEVEL.sub(lambda m: f"encoder.{m[1]}.{int(m[2]) + new}", name)
-            _take(network, tensors.get(target), target, tensor, weights, new)
+            _take(network, state, tensors.get(target), target, tensor, weights)
     for level in range(new):
         for block in network.encoder.levels[level]:
             _pass_on(block, network.in_channels)
-    for block in network.decoder.groups[trained - 1]:
+    for block in network.decoder.groups[network.levels - new - 1]:
         # on the finest level, which this was, such a block adds to nothing
         if isinstance(block, RefiningBlock) and not isinstance(block.skip, torch.nn.Identity):
             block.skip.weight.zero_()
-    logger.info("Levels up to %s start from '%s'.", grid_name(network.grids()[new]), weights)
-    return network
 
 
-def _grow_patches(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike) -> VDVAE:
-    """See :func:`grow_network`: all is taken but the Gaussian of the grid, the two ends for each voxel of a patch."""
-    voxels, tensors = network.patch_size**network.spatial_dims, network.state_dict(keep_vars=True)
+def _take_all(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike, renew_template: bool) -> None:
+    """See :func:`grow_network`: all is taken, of a coarser grid without its Gaussian, the two ends for each voxel."""
+    tensors = network.state_dict(keep_vars=True)
     lacking = [name for name in tensors if name not in state and not name.startswith(OF_THE_GRID)]
     if lacking:
         raise InputError(
-            f"grow_from '{weights}' lacks {lacking[0]}: give all levels the widths, kernels and latents that they were "
-            "trained with."
+            f"grow_from '{weights}' lacks {lacking[0]}: give all levels the kernels and latents that they were trained "
+            "with, and widths that are equal where those were."
         )
+    # a patch for each of the weights' voxels, where these had none
+    voxels = max(1, len(tensors["output.bias"]) // len(state["output.bias"]))
+    mean = "template_mean"
+    if voxels == 1 and mean in state and mean in tensors and state[mean].shape != tensors[mean].shape:
+        raise InputError(
+            f"grow_from '{weights}' has as many levels as network_def, but another grid: give the latter at least one "
+            "level more, at the fine end of every list, or a patch_size."
+        )
+    anew = OF_THE_GRID[1:] if voxels > 1 else ("template_",) if renew_template else ()
     for name, tensor in state.items():
-        if name.startswith(OF_THE_GRID[1:]):
+        if name.startswith(anew):
             continue
         if name.startswith("output."):
             tensor = tensor.repeat_interleave(voxels, 0)
-        elif name in _entries(0):
+        elif name in ENTRIES:
             tensor = tensor.repeat_interleave(voxels, 1) / voxels
-        _take(network, tensors.get(name), name, tensor, weights, 0)
-    logger.info("All levels start from '%s', each voxel of a patch alike.", weights)
-    return network
-
-
-def _entries(level: int) -> tuple[str, str]:
-    """The weights that see the scan, or what finer levels pass on of it, where a level is the first to."""
-    return f"encoder.levels.{level}.0.convs.0.weight", f"encoder.levels.{level}.0.skip.weight"
+        _take(network, state, tensors.get(name), name, tensor, weights)
 
 
 def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
@@ -218,21 +233,46 @@ def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
 
 
 def _take(
-    network: VDVAE, place: Tensor | None, name: str, tensor: Tensor, weights: str | os.PathLike, new: int
+    network: VDVAE,
+    state: Mapping[str, Tensor],
+    place: Tensor | None,
+    name: str,
+    tensor: Tensor,
+    weights: str | os.PathLike,
 ) -> None:
-    """Copy a tensor of the weights to its place; the first to see the scan sees it among the features above it."""
-    entry = new > 0 and place is not None and name in _entries(new)
-    if entry and place.shape[0] == tensor.shape[0] and place.shape[2:] == tensor.shape[2:]:
-        place.zero_()
-        place[:, : tensor.shape[1]] = tensor
-        return
-    if place is None or place.shape != tensor.shape:
+    """Copy a tensor of the weights to its place, which may be wider: what is known sees nothing of what is added."""
+    fits = place is not None and place.ndim == tensor.ndim and place.shape[2:] == tensor.shape[2:]
+    fits = fits and all(wide >= narrow for wide, narrow in zip(place.shape, tensor.shape, strict=True))
+    if fits and name.startswith(OF_THE_GRID[1:]):
+        fits = place.shape == tensor.shape
+    if fits and LATENTS.search(name):  # their number of channels
+        axis = 1 if name.endswith("z_projection.weight") else 0
+        fits = name.endswith("z_projection.bias") or place.shape[axis] == tensor.shape[axis]
+    if not fits:
         raise InputError(
             f"grow_from '{weights}': its {name} has shape {list(tensor.shape)}, but network_def makes it "
-            f"{'none' if place is None else list(place.shape)}: give the levels up to "
-            f"{grid_name(network.grids()[new])} the widths, kernels and latents that they were trained with."
+            f"{'none' if place is None else list(place.shape)}: give the levels that both have the kernels and latents "
+            "that they were trained with, and no smaller widths."
         )
-    place.copy_(tensor)
+    if tensor.ndim < 2 or place.shape == tensor.shape:
+        place[(slice(0, len(tensor)),) if tensor.ndim else ()] = tensor
+        return
+    place[: len(tensor)] = 0
+    place[: len(tensor), _columns(network, state, name, tensor)] = tensor
+
+
+def _columns(network: VDVAE, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    """Where a wider network has what each column of a weight sees."""
+    columns = torch.arange(tensor.shape[1])
+    match = POSTERIOR.match(name)
+    if match:  # the encoder's features first, then the decoder's
+        level = network.levels - 1 - int(match[1])
+        wide = network.encoder.levels[level][0].convs[-1].weight.shape[0]
+        trained = 1 + max(int(found[2]) for found in map(LEVEL.match, state) if found and found[1] == "levels")
+        blocks = f"encoder.levels.{trained - 1 - int(match[1])}.0.convs."
+        narrow = len([tensor for key, tensor in sorted(state.items()) if key.startswith(blocks)][-1])
+        columns[narrow:] += wide - narrow
+    return columns
 
 
 def _pass_on(block: ResidualBlock, channels: int) -> None:
