@@ -258,7 +258,7 @@ def _take(
         place[(slice(0, len(tensor)),) if tensor.ndim else ()] = tensor
         return
     place[: len(tensor)] = 0
-    place[: len(tensor), _columns(network, state, name, tensor)] = tensor
+    place[: len(tensor), _columns(network, state, name, tensor)] = tensor.to(place)
 
 
 def _columns(network: VDVAE, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor:
