@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fitted_scans, inference_config, informative_network, run_bundle, run_bundle_process
+from conftest import fitted_scans, inference_config, informative_network, run_bundle, run_bundle_process
 from groups import free_port, run_group
 from monai.data import Dataset
 from torch.distributions import LowRankMultivariateNormal, Normal
@@ -482,23 +482,17 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
     for job in ("score", "reconstruct"):
         done = infer(run_dir, job, tmp_path / job, "--dataset_dir", tmp_path / "scans", "--figures", False)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("is unlike the scans that the network was trained on") == 1
-        assert "odd.nii.gz' is unlike" in done.stderr
-
-
-def test_the_shipped_prior_knows_what_is_far_outside():
-    prior = PopulationPrior.load(torch.load(ROOT / "models" / "population_prior.pt", weights_only=True))
-    assert len(prior.bits_per_dim) == 16
-    assert -4.51 < prior.outlier_bits_per_dim() < -3.9  # above the least likely held-out person
-
-
-def test_far_outside_is_measured_by_the_cohort():
-    prior = random_prior()
-    assert prior.outlier_bits_per_dim() is None
-    prior.bits_per_dim = torch.tensor([-4.6, -4.5, -4.4, -4.5, -1.0])
-    assert prior.outlier_bits_per_dim() == pytest.approx(-4.5 + 10 * 1.4826 * 0.1, abs=1e-4)
-    prior.bits_per_dim = torch.tensor([-4.5, -4.5])
-    assert prior.outlier_bits_per_dim() == pytest.approx(-4.3)
+        assert done.stderr.count("the network does not know such scans") == 1
+        assert "odd.nii.gz': the network does not know such scans" in done.stderr
+    words = ("--dataset_dir", tmp_path / "scans", "--figures", False, "--unfamiliar")
+    done = infer(run_dir, "encode", tmp_path / "refused", *words, "refuse")
+    assert done.returncode == 1 and "odd.nii.gz': the network does not know such scans" in done.stderr
+    assert [path.name for path in (tmp_path / "refused").glob("*.npz")] == ["usual_latents.npz"]
+    done = infer(run_dir, "encode", tmp_path / "refused", *words, "allow")
+    assert done.returncode == 0 and "does not know such scans" not in done.stderr
+    assert len(list((tmp_path / "refused").glob("*.npz"))) == 2
+    done = infer(run_dir, "encode", tmp_path / "refused", *words, "never")
+    assert done.returncode == 1 and "unfamiliar is 'never': choose one of warn, refuse, allow" in done.stderr
 
 
 def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):

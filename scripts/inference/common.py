@@ -24,13 +24,15 @@ from scripts.inference.outputs import SaveFigured
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.prior import PopulationPrior
 from scripts.utils import distributed
-from scripts.utils.errors import BundleError, ResourceError, root_cause, sentence
+from scripts.utils.errors import BundleError, InputError, ResourceError, root_cause, sentence
 from scripts.utils.files import write_csv
 from scripts.utils.names import item_files, item_path
 
 __all__ = ["Common", "Failure", "Failures"]
 
 logger = logging.getLogger(__name__)
+
+UNFAMILIAR = ("warn", "refuse", "allow")
 
 
 class Failure(NamedTuple):
@@ -108,6 +110,8 @@ class Common:
         overwrite: make results again that are there.
         figures: draw PNGs.
         naming: of results: ``join_channels`` and ``bids``, see :class:`scripts.inference.layouts.ScanLayout`.
+        unfamiliar: what becomes of scans of a kind that the network does not know, where the prior says it: ``"warn"``,
+            ``"refuse"`` (nothing is written of them) or ``"allow"`` (nobody asks).
         describe: is called at the start of a job, on rank 0, with its name; None: nothing is.
     """
 
@@ -126,9 +130,12 @@ class Common:
     figures: bool = True
     naming: Mapping[str, bool] = field(default_factory=dict)
     describe: Callable[[str], object] | None = None
+    unfamiliar: str = "warn"
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.output_dir).expanduser()
+        if self.unfamiliar not in UNFAMILIAR:
+            raise InputError(f"unfamiliar is {self.unfamiliar!r}: choose one of {', '.join(UNFAMILIAR)}.")
 
     @property
     def value_range(self) -> tuple[float, float]:

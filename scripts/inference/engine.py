@@ -30,6 +30,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
 from scripts.inference.writers import ResultWriters
 from scripts.layers.gaussian import Draws
+from scripts.population.familiarity import FALSE_ALARMS, Familiarity, look
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 COVARIATES = "covariates"  # in an item: what is known of the scan
 SCANS = "covariates_of_scans"  # in a job's record
+UNFAMILIARITY = "unfamiliarity"  # in a scan's results: its distance from what is usual, over the limit
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
 
@@ -137,8 +139,7 @@ class ScanEvaluator(Evaluator):
         settings: on which the results of this job depend beside :meth:`Common.settings`; files by their content.
         inputs: makes the inferer's inputs of a list of items; the stack of their images by default.
         arguments: makes further arguments of the inferer by name, likewise.
-        likelihood: the bits per dim of an item with its results: a warning names a scan that is far less likely than
-            the cohort; None: not known.
+        asks: whether the network knows such scans as the inferer gets: what becomes of others, ``common`` says.
         summary: is called at the end, on rank 0, with the names of all scans.
         report: what the page about the results shows.
     """
@@ -154,7 +155,7 @@ class ScanEvaluator(Evaluator):
         settings: Mapping[str, Any] | None = None,
         inputs: Callable[[Sequence[dict]], Any] = stack_images,
         arguments: Callable[[Sequence[dict]], dict[str, Any]] = lambda items: {},
-        likelihood: Callable[[Mapping[str, Any]], float] | None = None,
+        asks: bool = False,
         summary: Callable[[Sequence[str]], object] = lambda scans: None,
         report: Report | None = None,
     ) -> None:
@@ -165,8 +166,8 @@ class ScanEvaluator(Evaluator):
         self.dataset, self.network, self.inferer = dataset, common.network, inferer
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
         self.layouts, self.inputs, self.arguments = layouts, inputs, arguments
-        self.likelihood, self.summary, self.report = likelihood, summary, report or Report()
-        self.unlikely_above = common.prior and common.prior.outlier_bits_per_dim()
+        self.summary, self.report = summary, report or Report()
+        self.familiarity = Familiarity.of(common.prior) if asks and common.unfamiliar != "allow" else None
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self._writers: ResultWriters | None = None
         if idist.get_rank() == 0:
@@ -277,7 +278,11 @@ class ScanEvaluator(Evaluator):
         scans, inputs, arguments = batch
         cast = autocast(self.state.device, self.amp, self.common.precision.get("amp_dtype"))
         with self.mode(self.network), cast:
-            return self.inferer(inputs, self.network, draws=self.draws(scans.items), **arguments)
+            results = self.inferer(inputs, self.network, draws=self.draws(scans.items), **arguments)
+            if self.familiarity is not None and UNFAMILIARITY not in results:
+                apart = self.familiarity.distance(look(self.network, inputs, self.common.prior).statistics)
+                results[UNFAMILIARITY] = apart / self.familiarity.limit()
+        return results
 
     def relative(self, name: str) -> str:
         """A scan's path in its data set."""
@@ -375,7 +380,7 @@ class ScanEvaluator(Evaluator):
     def _write(self, item: Mapping[str, Any]) -> tuple[Failure | None, str | None]:
         """Write the results of a scan, perhaps in another process: why that failed, and what is to be said of them."""
         try:
-            warning = self._unlikely(item)
+            warning = self._unfamiliar(item)
             self.results_of(item)
         except Exception as error:
             files = image_files(item["image"]) if isinstance(item.get("image"), MetaTensor) else None
@@ -402,19 +407,22 @@ class ScanEvaluator(Evaluator):
             for difference in [*place, *field_of_view_differences(grid, geometry)]:
                 logger.warning("'%s': %s.", image_path(image), difference)
 
-    def _unlikely(self, item: Mapping[str, Any]) -> str | None:
-        """A sentence that names a scan which is far less likely than the cohort's."""
-        if self.unlikely_above is None or self.likelihood is None:
+    def _unfamiliar(self, item: Mapping[str, Any]) -> str | None:
+        """A sentence that names a scan of a kind that the network does not know.
+
+        Raises:
+            InputError: none such is wanted.
+        """
+        if self.familiarity is None or item[UNFAMILIARITY] <= 1:
             return None
-        bits_per_dim = self.likelihood(item)
-        if bits_per_dim <= self.unlikely_above:
-            return None
-        return (
-            f"'{item['name']}' is unlike the scans that the network was trained on ({bits_per_dim:.2f} bits per dim; "
-            f"above {self.unlikely_above:.2f} is far outside), so that no result of it means much. Is it another "
-            "contrast, not skull-stripped, or not aligned as they are? `python -m scripts.check` looks at it, `python "
-            "-m scripts.prepare` mends it."
+        said = (
+            f"the network does not know such scans: it is {float(item[UNFAMILIARITY]):.1f} times as far from what is "
+            f"usual as 1 in {1 / FALSE_ALARMS:.0f} of its cohort. `python -m scripts.check DIR --ckpt "
+            f"{self.common.ckpt}` says why"
         )
+        if self.common.unfamiliar == "refuse":
+            raise InputError(f"{said}; --unfamiliar warn makes results of it")
+        return f"'{item['name']}': {said}; no result of it means much."
 
 
 class _Batches:

@@ -32,6 +32,9 @@ TAIL = 8.0  # squared deviation beyond which a voxel hardly counts where a trans
 TURNS = 2  # by right angles, the likeliest ones, that the network is shown
 WIDTHS = np.linspace(0, 2, 21)  # of the blur that is undone, voxels (a standard deviation)
 NOISE = 0.02  # of a frequency's power: nothing is restored of what blurring left less of
+CLIPPED = 0.02  # share of the tissue that is as bright as it gets, from which on a scan is called clipped
+CONSTANT = 0.2  # share of a scan that has one value, from which on this is the background's
+COMPLETIONS = 2  # times that the network completes what is missing, from the mean scan on
 WHOLE = 0.95  # share of tissue in a voxel from which its intensity is the tissue's
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))
 
@@ -68,7 +71,7 @@ class Hypotheses:
     def __init__(
         self, network: VDVAE, familiarity: Familiarity, scan: MetaTensor, fit: FitShape, scale: RobustScaled
     ) -> None:
-        self.familiarity, self.percentiles = familiarity, (scale.lower, scale.upper)
+        self.network, self.familiarity, self.percentiles = network, familiarity, (scale.lower, scale.upper)
         self.range, self.rank = OUTPUT_RANGES[network.output_activation], scan.ndim - 1
         fitted = fit(scan)
         self.shape = tuple(fitted.shape[1:])
@@ -79,7 +82,8 @@ class Hypotheses:
         zoom = affine_to_spacing(self.affine, self.rank) / affine_to_spacing(self.scan_affine, self.rank)
         pixels = (scan.as_tensor() - scan.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * self.rank)).float()
         pixels = pixels.cpu().numpy()
-        tissue = (pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0, keepdims=True)
+        tissue = _tissue(pixels)[None]
+        self.plateau = max((channel >= 0.999 * channel.max())[tissue[0]].mean() for channel in pixels)
         source = np.concatenate([pixels, tissue.astype(np.float32)])
         smooth = ndimage.gaussian_filter(source, (0, *np.maximum((zoom - 1) / 2, 0)), truncate=3)
         (mean, std), where = reference(network), parts(network)
@@ -137,6 +141,8 @@ class Hypotheses:
     def after(self, known: Hypothesis, tried: Sequence[str] = ()) -> Iterator[Hypothesis]:
         """What may have happened beside what is known, without what was tried; the simple hypotheses first."""
         image, tissue = self._changed(known)
+        moved = iter(()) if {"alignment", "voxel_size"} & {*tried} else self._moved(known)
+        yield from itertools.islice(moved, 1)  # whoever is turned is centred, too
         if "orientation" not in tried:
             yield from self._turned(known)
         of_voxels = {"skull": self._skull, "range": self._range, "crop": self._crop, "contrast": self._contrast}
@@ -145,8 +151,7 @@ class Hypotheses:
             if reason not in tried:
                 for change, words in changes(image, tissue):
                     yield known._replace(changes=(*known.changes, change), reason=reason, words=words)
-        if not {"alignment", "voxel_size"} & {*tried}:
-            yield from self._moved(known)
+        yield from moved
 
     # where it lies
 
@@ -210,12 +215,18 @@ class Hypotheses:
     # what its voxels show
 
     def _skull(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
-        keep = Pool["MAX", self.rank](3, 1, 1)(self.brain[None, None].float())[0, 0] > 0
-        if (image * ~keep > FOREGROUND).any():
-            yield lambda scan, tissue: self._scaled(scan * keep), "it shows more than a brain"
+        if (image * ~self.brain > FOREGROUND).any():
+            yield lambda scan, tissue: self._scaled(scan * self.brain), "it shows more than a brain"
 
     def _range(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
-        """A straight line between the tenths of the tissue and the cohort's."""
+        """A darker background; a curve where the brightest are alike; a line between the tenths of the tissue."""
+        around = image[:, tissue[0] < 1 - WHOLE]
+        if around.numel() and around.median() > FOREGROUND:
+            words = "its background is not the darkest there is"
+            yield lambda scan, tissue: self._scaled((scan - (1 - tissue) * around.median()).clamp_min(0)), words
+        if self.plateau > CLIPPED:
+            curve, _ = next(self._contrast(image, tissue))
+            yield curve, f"it is clipped: {100 * self.plateau:.0f} % of its tissue have the highest value"
         quantiles, usual = tissue_quantiles(image, tissue[0] > WHOLE), self.familiarity.quantiles
         ends = [quantiles.shape[1] // 10, -1 - quantiles.shape[1] // 10]
         gain = usual[:, ends].diff(dim=1) / quantiles[:, ends].diff(dim=1).clamp_min(1e-3)
@@ -245,7 +256,17 @@ class Hypotheses:
                         [-1 if a == axis else 1 for a in range(self.rank)]
                     )
                     words = f"it is cut at its {side}, by {lost * self.spacing[axis]:.0f} mm at least"
-                    yield lambda scan, tissue, hole=hole: torch.where(hole, self.mean, scan), words
+                    yield lambda scan, tissue, hole=hole: self._completed(scan, hole), words
+
+    @torch.no_grad()
+    def _completed(self, scan: Tensor, hole: Tensor) -> Tensor:
+        """A scan whose hole, ``[*spatial]``, has what the network makes of the rest."""
+        low, high = self.range
+        scan = torch.where(hole, self.mean, scan)
+        for _ in range(COMPLETIONS):
+            output, _ = self.network.infer((low + (high - low) * scan)[None], 0.0, keep_posteriors=False)
+            scan = torch.where(hole, self._unit(output.loc[0]), scan)
+        return scan
 
     def _resolution(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
         """Without the blur whose undoing leaves the usual roughness along each axis, and along all."""
@@ -268,6 +289,18 @@ class Hypotheses:
             )
 
 
+def _tissue(pixels: np.ndarray) -> np.ndarray:
+    """Where a scan shows anything, ``[*spatial]``, of voxels from 0 on, ``[channels, *spatial]``.
+
+    That is what is not dark, and what that surrounds; where many voxels are as a corner is and others are darker, what
+    is not as the corner.
+    """
+    corner = pixels[(slice(None), *[0] * (pixels.ndim - 1))].reshape(-1, *[1] * (pixels.ndim - 1))
+    if (pixels == corner).mean() > CONSTANT and (pixels < corner).mean() > CLIPPED:
+        return (pixels != corner).any(0)
+    return ndimage.binary_fill_holes((pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0))
+
+
 def _centre(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Of the voxels of a mask, in the world."""
     return affine[:-1, :-1] @ np.argwhere(mask).mean(0) + affine[:-1, -1]
@@ -278,7 +311,7 @@ def _curve(scan: Tensor, tissue: Tensor, points: Tensor, values: Tensor) -> Tens
     share = tissue.clamp(FOREGROUND, 1)
     pure = (scan / share).clamp(0, 1)
     mapped = np.stack([np.interp(*map(np.asarray, line)) for line in zip(pure.cpu(), points, values, strict=True)])
-    return torch.where(scan > FOREGROUND, share * torch.from_numpy(mapped).to(scan).clamp(FOREGROUND, 1), scan)
+    return torch.where(tissue > FOREGROUND, share * torch.from_numpy(mapped).to(scan).clamp(FOREGROUND, 1), scan)
 
 
 def _sharpened(scan: Tensor, widths: dict[int, float]) -> Tensor:
@@ -290,7 +323,7 @@ def _sharpened(scan: Tensor, widths: dict[int, float]) -> Tensor:
         gain = passed * (1 + NOISE) / (passed.square() + NOISE)
         gain = gain.reshape([-1 if other == axis + 1 else 1 for other in range(scan.ndim)])
         result = torch.fft.irfft(gain * torch.fft.rfft(result, dim=1 + axis), scan.shape[1 + axis], dim=1 + axis)
-    return torch.where(scan > FOREGROUND, result, scan).clamp(0, 1)
+    return torch.where(result > FOREGROUND, result, 0).clamp(0, 1)
 
 
 def _turn_words(turn: np.ndarray) -> str:

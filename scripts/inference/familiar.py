@@ -61,15 +61,15 @@ class Finding(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """The word for what explains most; ``unknown`` where nothing does; empty for a familiar scan."""
+        """The word for what was found first; ``unknown`` where nothing explains it; empty for a familiar scan."""
         if self.familiar:
             return ""
-        return max(self.steps, key=lambda step: step.gain).reason if self.steps else "unknown"
+        return self.steps[0].reason if self.steps else "unknown"
 
     @property
     def gain(self) -> float | None:
         """Bits per dim that the reason explains; None without one."""
-        return max((step.gain for step in self.steps), default=None)
+        return self.steps[0].gain if self.steps else None
 
     def sentence(self) -> str:
         """Half a sentence for people."""

@@ -118,7 +118,7 @@ def reconstruct(
         postprocessing or reconstruction_outputs(common, inferer),
         [layout(name) for name in inferer.images(common.network)],
         {"temperature": inferer.temperature, "levels": inferer.levels},
-        likelihood=outputs.reconstruction_bits if inferer.levels in (None, "each") else None,
+        asks=True,
     )
 
 
@@ -134,6 +134,7 @@ def encode(common: Common, temperature: Temperature = 0.0) -> ScanEvaluator:
         SaveLatentsd(layout),
         [layout],
         {"population_prior": common.prior_file, "temperature": temperature},
+        asks=True,
         summary=partial(latent_tables, common.output_dir, layout, common.cohort.columns, common.prior),
         report=Report(("coordinates.csv", "factors.csv", "latents.csv")),
     )
@@ -340,7 +341,7 @@ def score(
         [layout("anomaly"), row, *([counts] if mask_dir else [])],
         {"population_prior": common.prior_file, **numbers, **masks},
         arguments=partial(stack_features, common.prior),
-        likelihood=lambda item: float(item["bits_per_dim"]),
+        asks=True,
         summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
         report=Report(("scores.csv", "lesions.csv"), ("most_unusual.png",), SCORES),
     )
@@ -375,6 +376,7 @@ def counterfactual(
         [layout(name) for name in add.images()],
         {"population_prior": common.prior_file, "covariates": covariates},
         arguments=partial(stack_features, prior),
+        asks=True,
     )
 
 
@@ -419,6 +421,7 @@ def deviation(
         [layout("deviation"), *([regions] if atlas else []), *([] if certificate is None else certificate.layouts)],
         {"population_prior": common.prior_file, **settings},
         arguments=partial(stack_features, prior),
+        asks=True,
         summary=tables if certificate is None else partial(certificate.summary, tables),
         report=Report((*CERTIFIED, "deviation_z.csv", "deviation.csv"), ("regions.png",), DEVIATIONS),
     )
@@ -439,6 +442,7 @@ def predict_covariates(common: Common) -> ScanEvaluator:
         [content],
         {"population_prior": common.prior_file},
         arguments=partial(stack_features, prior),
+        asks=True,
         summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns, prior.coding),
         report=Report(("covariates.csv",), legend=PREDICTIONS),
     )

@@ -21,7 +21,6 @@ from scripts.inference.inferers import latents_up_to
 from scripts.inference.layouts import ScanLayout
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
-from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils import figures
 from scripts.utils.files import write_text
 from scripts.utils.formats import SPACE_CODE, save_nifti
@@ -95,12 +94,6 @@ def draw_reconstruction(path: str, data: Mapping[Hashable, Any], value_range: tu
     """A scan beside its reconstruction, the predicted standard deviation and the difference."""
     titles = file_names(data["image"])
     figures.reconstructions(path, [data["image"]], [data["recon"]], [data["scale"]], [titles], value_range)
-
-
-def reconstruction_bits(data: Mapping[Hashable, Any]) -> float:
-    """The bits per dim of a reconstructed scan, without the KL divergence, which would only add to them."""
-    image, loc, scale = (torch.as_tensor(data[k]).as_subclass(torch.Tensor)[None] for k in ("image", "recon", "scale"))
-    return float(bits_per_dim(negative_log_likelihood(loc, scale, image), image))
 
 
 def file_names(image: MetaTensor) -> list[str]:

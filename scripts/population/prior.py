@@ -206,17 +206,6 @@ class PopulationPrior(nn.Module):
         beyond = len(self.distances) - torch.searchsorted(self.distances, distance)
         return distance, (1 + beyond) / (1 + len(self.distances))
 
-    def outlier_bits_per_dim(self) -> float | None:
-        """Bits per dim above which a scan is unlike the cohort: ten robust standard deviations from the median.
-
-        None where those of the cohort are not known.
-        """
-        if len(self.bits_per_dim) == 0:
-            return None
-        median = self.bits_per_dim.median()
-        spread = 1.4826 * (self.bits_per_dim - median).abs().median()
-        return (median + 10 * spread.clamp_min(LEAST_SPREAD)).item()
-
     def innovations(
         self,
         coordinates: Tensor,
