@@ -21,8 +21,10 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
-from scripts.data import registration
+from scripts.data import head_layers, registration
+from scripts.data.head_layers import ON_SCALP, align_head, brain_mask, scalp_inside
 from scripts.data.preparation import flag_alignments
+from scripts.data.registration import Alignment, foreground, to_sitk
 from scripts.phantoms import brain_phantom
 from scripts.phantoms.anatomy import brain_anatomy
 from scripts.phantoms.fields import EXTENT, ORIGIN
@@ -282,6 +284,60 @@ def test_a_broken_file_stops_nothing(study):
     assert "cannot be read" in row["reason"]
 
 
+# ------------------------------------------------------------------------------------------------- brain and scalp
+
+
+def placed(truth: Head, larger: float = 1.0) -> sitk.AffineTransform:
+    """Where a head truly lies in the template; or so that its scalp, which is larger, lies on the template's brain."""
+    matrix = FLIP @ truth.moved @ FLIP
+    transform = sitk.AffineTransform(3)
+    centre = np.array(registration.brain_centre())
+    transform.SetCenter(centre.tolist())
+    transform.SetMatrix((larger * matrix[:3, :3]).ravel().tolist())
+    transform.SetTranslation((matrix[:3, :3] @ centre + matrix[:3, 3] - centre).tolist())
+    return transform
+
+
+@pytest.mark.parametrize("contrast", ["FLAIR", "T1w"])
+def test_a_template_on_the_scalp_is_told_from_one_on_the_brain(contrast):
+    truth = raw_head(4, contrast=contrast)
+    scan = to_sitk(truth.image, truth.affine)
+    assert scalp_inside(scan, placed(truth)) < ON_SCALP / 2
+    assert scalp_inside(scan, placed(truth, 1.3)) > 1.5 * ON_SCALP
+    stripped = to_sitk(np.where(truth.brain, truth.image, 0), truth.affine)
+    assert scalp_inside(stripped, placed(truth)) < ON_SCALP / 2
+    assert scalp_inside(to_sitk(np.zeros_like(truth.image), truth.affine), placed(truth)) == 0
+
+
+def test_a_head_whose_scalp_was_taken_for_the_brain_is_aligned_again_without_it(monkeypatch):
+    truth = raw_head(4)
+    scan, asked = to_sitk(truth.image, truth.affine), []
+
+    def found(image, head):
+        asked.append(sitk.GetArrayFromImage(head).sum())
+        return Alignment(placed(truth, 1.3 if len(asked) == 1 else 1.0), 0.3)
+
+    monkeypatch.setattr(head_layers, "align", found)
+    alignment, share = align_head(scan, foreground(scan))
+    assert share < ON_SCALP / 2
+    assert np.linalg.det(np.reshape(alignment.transform.GetMatrix(), (3, 3))) < 1.2 * np.linalg.det(truth.moved[:3, :3])
+    assert asked[1] < 0.8 * asked[0]  # the scalp was taken away
+
+
+@pytest.mark.parametrize("contrast", ["FLAIR", "T1w"])
+def test_the_mask_follows_the_brain_where_the_template_does_not(contrast):
+    truth = raw_head(4, contrast=contrast)
+    transform = placed(truth, 0.94)  # as if the template's brain were smaller than this one
+    mask = brain_mask(to_sitk(truth.image, truth.affine), transform)
+    true = sitk.Resample(to_sitk(truth.brain, truth.affine), mask, transform, sitk.sitkLinear) > 0.5
+    outline = sitk.Resample(registration.template_brain(), mask, sitk.Transform(), sitk.sitkNearestNeighbor)
+    dice = sitk.LabelOverlapMeasuresImageFilter()
+    dice.Execute(outline, true)
+    of_outline = dice.GetDiceCoefficient()
+    dice.Execute(mask, true)
+    assert dice.GetDiceCoefficient() > max(0.93, of_outline + 0.02)
+
+
 # --------------------------------------------------------------------------------------------------------- workings
 
 
@@ -384,16 +440,17 @@ def test_outliers_of_a_cohort_are_flagged():
     rng = np.random.default_rng(0)
     rows = [
         {"scan": f"{i}", "similarity": rng.normal(0.5, 0.02), "overlap": 0.99, "volume_ratio": rng.normal(1.2, 0.05)}
-        | {"stretch": 1.08, "rotation_x": 5.0, "rotation_y": 1.0, "rotation_z": 0.0}
+        | {"stretch": 1.08, "rotation_x": 5.0, "rotation_y": 1.0, "rotation_z": 0.0, "scalp_inside": 0.02}
         for i in range(20)
     ]
     assert {row["verdict"] for row in flag_alignments(rows)} == {"ok"}
     rows[7]["similarity"] = 0.3
     rows[11]["volume_ratio"] = 1.9
     rows[13]["rotation_z"] = 170.0
+    rows[17]["scalp_inside"] = 0.4
     judged = flag_alignments(rows)
-    assert {row["scan"] for row in judged if row["verdict"] == "check"} == {"7", "11", "13"}
-    assert {row["scan"] for row in judged[:3]} == {"7", "11", "13"}
+    assert {row["scan"] for row in judged if row["verdict"] == "check"} == {"7", "11", "13", "17"}
+    assert {row["scan"] for row in judged[:4]} == {"7", "11", "13", "17"}
 
 
 def test_command_line(tmp_path):

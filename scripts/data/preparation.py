@@ -16,9 +16,9 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scipy.stats import median_abs_deviation
+from scripts.data.head_layers import ON_SCALP, align_head, brain_mask
 from scripts.data.registration import (
     FLIP,
-    align,
     array_and_affine,
     brain_centre,
     foreground,
@@ -35,14 +35,15 @@ from scripts.utils.slices import plane
 
 __all__ = ["METHOD", "Job", "flag_alignments", "prepare_scan", "read_record"]
 
-METHOD = 1  # raised whenever the same scan and settings give another result, so that old results are replaced
+METHOD = 2  # raised whenever the same scan and settings give another result, so that old results are replaced
 STRIPPED = 0.8  # Dice of a scan's foreground with the template's brain; that of a head with its scalp is about 0.6
 
 # What no brain that is aligned well goes beyond; see docs/preparing.md for how these were chosen.
 LIMITS = {
     "similarity": (0.15, math.inf),
     "overlap": (0.9, 1.0),
-    "volume_ratio": (0.6, 2.2),
+    "scalp_inside": (0.0, ON_SCALP),
+    "volume_ratio": (0.85, 2.2),
     "stretch": (1.0, 1.35),
     "rotation": (0.0, 45.0),
 }
@@ -57,7 +58,7 @@ class Job(NamedTuple):
     Attributes:
         name: posix path relative to the data set.
         scan: its file, or the folder of a DICOM series.
-        mask: a brain mask to use instead of the template's.
+        mask: a brain mask of the user's own.
         stem: path of the results, without any ending.
         settings: ``method``, ``spacing`` (mm), ``keep_skull`` and ``bias_correction``.
     """
@@ -96,32 +97,32 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
             lowest = max(lowest, 0.0)
             image = image / SimpleITK.Exp(log_bias_field(image, head))
         shown = SimpleITK.Mask(image, head, lowest) if job.mask else image
-        transform, similarity = align(shown, head)
+        (transform, similarity), scalp = align_head(shown, head)
 
         dice, overlap = _overlap(head, transform)
-        stripped = bool(dice >= STRIPPED)
+        stripped = bool(dice >= STRIPPED and scalp <= ON_SCALP)
         row = {
             "scan": job.name,
             "similarity": similarity,
             "overlap": overlap,
             "dice": dice,
+            "scalp_inside": scalp,
             **_movement(transform),
             "skull_stripped": stripped,
             "bias_corrected": bool(corrected),
         }
         values = (lowest, float(SimpleITK.GetArrayViewFromImage(image).max()))
         result = _resample(image, transform, job.settings["spacing"], values)
+        mask = None
         if not job.settings["keep_skull"]:
-            inside = SimpleITK.Resample(
-                SimpleITK.Cast(head if job.mask or stripped else template_brain(), SimpleITK.sitkFloat32),
-                result,
-                transform if job.mask or stripped else SimpleITK.Transform(),
-                SimpleITK.sitkLinear,
-            )
-            result = SimpleITK.Mask(result, inside >= 0.5)
+            whole = job.mask or stripped
+            brain, place = (head, transform) if whole else (brain_mask(image, transform), SimpleITK.Transform())
+            brain = SimpleITK.Cast(brain, SimpleITK.sitkFloat32)
+            mask = SimpleITK.Resample(brain, result, place, SimpleITK.sitkLinear) >= 0.5
+            result = SimpleITK.Mask(result, mask)
         job.stem.parent.mkdir(parents=True, exist_ok=True)
         write_whole(job.result(".tfm"), lambda path: SimpleITK.WriteTransform(transform, path))
-        write_whole(job.result(".png"), lambda path: imsave(path, _picture(image, transform)))
+        write_whole(job.result(".png"), lambda path: imsave(path, _picture(image, transform, mask)))
         write_bytes(job.result(".nii.gz"), nifti_bytes(*array_and_affine(result), world="mni", compresslevel=4))
         record = {"input": identity, "settings": job.settings, "row": row}
         write_text(job.result(".json"), json.dumps(record, indent=2) + "\n")
@@ -217,8 +218,11 @@ def _resample(
     return SimpleITK.Clamp(result, SimpleITK.sitkFloat32, min(values[0], 0.0), values[1])
 
 
-def _picture(image: SimpleITK.Image, transform: SimpleITK.Transform) -> np.ndarray:
-    """Three slices of the scan, skull and all, with the template's outline: uint8 ``[rows, columns, 3]``."""
+def _picture(image: SimpleITK.Image, transform: SimpleITK.Transform, mask: SimpleITK.Image | None = None) -> np.ndarray:
+    """Three slices of the scan, skull and all: uint8 ``[rows, columns, 3]``.
+
+    The template's outline is orange, that of the brain mask in the template's space blue.
+    """
     grid = template()
     panels = []
     for axis, mm in ((2, 8.0), (1, -18.0), (0, 4.0)):
@@ -226,19 +230,26 @@ def _picture(image: SimpleITK.Image, transform: SimpleITK.Transform) -> np.ndarr
         start, size = [0, 0, 0], list(grid.GetSize())
         start[axis], size[axis] = index, 1
         cut = SimpleITK.RegionOfInterest(grid, size, start)
-        scan = plane(
-            SimpleITK.GetArrayFromImage(SimpleITK.Resample(image, cut, transform, SimpleITK.sitkLinear)).T, axis
-        )
-        brain = (
-            plane(SimpleITK.GetArrayFromImage(SimpleITK.RegionOfInterest(template_brain(), size, start)).T, axis) > 0
-        )
+        scan = _slice(SimpleITK.Resample(image, cut, transform, SimpleITK.sitkLinear), axis)
+        brain = _slice(SimpleITK.RegionOfInterest(template_brain(), size, start), axis) > 0
         low, high = np.percentile(scan, 1), np.percentile(scan[brain], 99.5)
         gray = np.clip((scan - low) / max(high - low, 1e-6), 0, 1)
         colours = np.repeat((255 * gray).astype(np.uint8)[..., None], 3, -1)
-        colours[brain & ~ndimage.binary_erosion(brain)] = (255, 140, 0)
+        colours[_outline(brain)] = (255, 140, 0)
+        if mask is not None:
+            nearest = SimpleITK.Resample(mask, cut, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
+            colours[_outline(_slice(nearest, axis) > 0)] = (0, 190, 255)
         panels.append(colours)
     tallest = max(len(panel) for panel in panels)
     return np.hstack([np.pad(p, ((0, tallest - len(p)), (0, 4), (0, 0))) for p in panels])
+
+
+def _slice(cut: SimpleITK.Image, axis: int) -> np.ndarray:
+    return plane(SimpleITK.GetArrayFromImage(cut).T, axis)
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    return mask & ~ndimage.binary_erosion(mask)
 
 
 def flag_alignments(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -26,7 +26,9 @@ __all__ = [
     "array_and_affine",
     "brain_centre",
     "foreground",
+    "like",
     "log_bias_field",
+    "refine",
     "smooth_for",
     "template",
     "template_brain",
@@ -152,13 +154,7 @@ def align(image: SimpleITK.Image, head: SimpleITK.Image) -> Alignment:
     Raises:
         ValueError: when the scan and the template do not overlap anywhere.
     """
-    inside = SimpleITK.GetArrayViewFromImage(image)[SimpleITK.GetArrayViewFromImage(head) > 0]
-    lowest = float(SimpleITK.GetArrayViewFromImage(image).min())
-    # Fat and vessels may be ten times as bright as the brain, which would be left with a few bins of the histogram.
-    image = SimpleITK.Clamp(
-        image, SimpleITK.sitkFloat32, lowest, max(float(np.percentile(inside, 99.5)), lowest + 1e-6)
-    )
-    search, rough, fine = (_Stage(image, spacing) for spacing in (SEARCH, ROUGH, FINE))
+    search, rough, fine = (_Stage(_clamped(image, head), spacing) for spacing in (SEARCH, ROUGH, FINE))
 
     grown = []
     for scale in SCALES:
@@ -167,11 +163,28 @@ def align(image: SimpleITK.Image, head: SimpleITK.Image) -> Alignment:
         turned = [search.optimise(start, 8.0, weights=[1] * 6 + [0]) for start in search.best(starts, TURNED)]
         grown += [rough.optimise(start, 2.0) for start in rough.best(turned, GROWN)]
     affine = rough.optimise(_affine(*rough.best(grown, 1)), 1.0)
-    affine = fine.optimise(affine, 0.5)
+    return _finished(affine, rough, fine)
+
+
+def refine(image: SimpleITK.Image, head: SimpleITK.Image, transform: SimpleITK.AffineTransform) -> Alignment:
+    """Take the last step of :func:`align` from a transform that is nearly right; arguments and errors are the same."""
+    return _finished(transform, *(_Stage(_clamped(image, head), spacing) for spacing in (ROUGH, FINE)))
+
+
+def _finished(transform: SimpleITK.AffineTransform, rough: _Stage, fine: _Stage) -> Alignment:
+    affine = fine.optimise(transform, 0.5)
     similarity = rough.similarity(affine)
     if not math.isfinite(similarity):
         raise InputError("the scan cannot be brought to overlap with the template")
     return Alignment(affine, similarity)
+
+
+def _clamped(image: SimpleITK.Image, head: SimpleITK.Image) -> SimpleITK.Image:
+    """A scan without its brightest voxels: fat and vessels, ten times as bright as the brain, leave it few bins."""
+    inside = SimpleITK.GetArrayViewFromImage(image)[SimpleITK.GetArrayViewFromImage(head) > 0]
+    lowest = float(SimpleITK.GetArrayViewFromImage(image).min())
+    highest = max(float(np.percentile(inside, 99.5)), lowest + 1e-6)
+    return SimpleITK.Clamp(image, SimpleITK.sitkFloat32, lowest, highest)
 
 
 def smooth_for(image: SimpleITK.Image, spacing: float) -> SimpleITK.Image:
