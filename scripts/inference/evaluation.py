@@ -21,6 +21,7 @@ from scripts.inference.cohort import list_scans
 from scripts.inference.common import Common
 from scripts.inference.covariates import summary
 from scripts.inference.engine import read_item
+from scripts.inference.information import information
 from scripts.inference.measures import NormativeErrors, category_numbers, file_bits, mean_interval, value_numbers
 from scripts.inference.privacy import Measured, draw_samples, measure, membership_numbers, one_per_subject
 from scripts.inference.sample_comparison import compare_images
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 Numbers = dict[str, float | None]
 
 SCORED = ("bits_per_voxel_", "bits_per_dim_population", "typicality", "psnr", "ssim")  # how columns of scores begin
+INFORMATION_PEOPLE = 512  # at most: each is compared with all others' covariates
 GROUPS = {
     "held-out scans": ("bits_per_dim", "bits_per_voxel_", "nll", "kl", "mse", "psnr", "ssim", "file_", "typicality"),
     "samples": ("mmd", "ms_ssim", "precision", "recall", "variance_"),
@@ -231,6 +233,7 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
         columns = {name: found[f"posterior_{name}"].cpu() for name in coding.variables}
         return [
             {k: v for name, rows in columns.items() for k, v in summary(coding, name, rows[at]).items()}
+            | {"effect_scores": found["effect_scores"][at].cpu()}
             for at in range(len(places))
         ]
 
@@ -246,6 +249,9 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
         else:
             commonest = max(zip(variable.shares, variable.categories, strict=True))[1]
             numbers |= category_numbers(name, own, [said[place][f"{name}_likeliest"] for place in known], commonest)
+    people = one_per_subject(held_out.items, INFORMATION_PEOPLE, common.seed)
+    scores = torch.stack([said[place]["effect_scores"] for place in people])
+    numbers |= information(common.prior, scores, [held_out.items[place]["covariates"] for place in people], common.seed)
     if not draws:
         return numbers
     usual, scans = jobs.deviation(common, draws), held_out if trained is None else trained
