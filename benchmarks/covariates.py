@@ -30,6 +30,7 @@ from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Sampling
+from scripts.inference.information import information
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
 from scripts.phantoms.anatomy import random_streams
@@ -261,11 +262,19 @@ class Measurement:
             largest = [v.abs().topk(v.shape[1] // 50, 1).values.mean(1) for v in (z, unusual_z)]
             area = roc_auc_score(labels, torch.cat(largest).numpy())
             results.append((f"AUROC of the 2 % largest |z|, {what}", f"{area:.3f}", ""))
-        healthy = [
-            self.batches(Scoring(prior=self.prior), self.scans, values)["bits_per_dim_population"].mean().item()
-            for values in (self.known, [self.nothing] * len(self.known))
-        ]
-        return [*results, ("bits per dim with covariates", f"{healthy[0]:.4f}", f"without: {healthy[1]:.4f}")]
+        return results
+
+    def information(self) -> Rows:
+        """Bits that a scan holds on each covariate, and on all of them."""
+        scores = self.batches(CovariatePosterior(self.prior), self.scans, self.known)["effect_scores"]
+        found, results = information(self.prior, scores, self.known), []
+        for name in (*KINDS, "covariates"):
+            value, low, high, most, chance = (
+                found[f"{name}_information{end}"] for end in ("", "_low", "_high", "_most", "_shuffled_95")
+            )
+            beside = f"at most {most:.2f}; dealt out at random below {chance:.2f}"
+            results.append((f"information on {name}, bits per scan", f"{value:.2f} ({low:.2f} to {high:.2f})", beside))
+        return results
 
     def sites(self) -> Rows:
         """All scans as if they came from one site: a classifier fitted to training scans, as they are or changed."""
@@ -324,7 +333,7 @@ def main(
     people = People(Path(output_dir) / "people", preprocess, seed, spacing)
     measured = Measurement(network, prior, training, rows, people, count, draws, batch_size)
     parts = (measured.counterfactuals, measured.samples, measured.brain_ages, measured.coordinates)
-    results = [row for part in (*parts, measured.deviations, measured.sites) for row in part()]
+    results = [row for part in (*parts, measured.information, measured.deviations, measured.sites) for row in part()]
     print_table(("measure", "found", "beside it"), results)
 
 

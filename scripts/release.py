@@ -1,6 +1,7 @@
-"""Releases: the bundle as a zip in the form of the Model Zoo, and weights in half precision.
+"""Releases: the bundle as a zip in the form of the Model Zoo or as a folder for a hub, and weights in half precision.
 
     python -m scripts.release bundle --output_dir releases
+    python -m scripts.release hf releases/hub
     python -m scripts.release weights output/checkpoints/model.pt --output models/model.pt
 
 A release is checked before anything is written.
@@ -11,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import posixpath
 import re
+import shutil
 import subprocess
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -24,14 +27,15 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_METADATA
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors.torch import save_file
 from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior, fingerprint, prior_path
-from scripts.training.checkpoints import CheckpointError, load_weights, read_archive
+from scripts.training.checkpoints import CheckpointError, load_weights, read_archive, read_weights
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder, expand, write_text, write_whole
 
-__all__ = ["ReleaseError", "make_release", "ship_weights"]
+__all__ = ["ReleaseError", "make_hub_folder", "make_release", "ship_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,14 @@ LAYOUT = (
     "models/model.pt",
 )
 NOT_SHIPPED = ("tests/", ".ci/", ".git")
+HUB = {
+    "license": ["apache-2.0", "cc-by-sa-4.0"],  # of the code, of the weights
+    "library_name": "monai",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["monai", "medical", "mri", "brain", "vae", "normative-modelling", "3d"],
+}
+MOVED = {"docs/README.md": "README.md", "README.md": "docs/bundle.md"}  # pages that have another place on a hub
+BINARY, LFS = ("*.pt", "*.safetensors"), "filter=lfs diff=lfs merge=lfs -text"
 # what the bundle specification asks of each input and output
 FORMAT_KEYS = {
     "type",
@@ -93,21 +105,8 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
             this version.
     """
     root = Path(expand(bundle_root))
-    files = _list_files(root)
-    _check_layout(root, files)
-    metadata = _read_json(root / "configs/metadata.json")
-    _check_metadata(metadata)
-    _check_versions(metadata, root / "requirements.txt")
-    models = [file for file in files if file.startswith("models/") and file.endswith(".pt")]
-    priors = [file for file in models if Path(file).name.startswith("population_prior")]
-    weights = [file for file in models if file not in priors]
-    for file in weights:
-        _check_weights(root, file)
-    for file in priors:
-        _check_prior(root, file, weights)
-    network = _read_network(root, [INFERENCE])
-    _check_data_format(metadata["network_data_format"], network)
-
+    files, metadata = _checked(root)
+    weights = _weights(files)
     large = [file for file in files if (root / file).stat().st_size > SIZE_LIMIT]
     entries = _list_large_files(root, large, files, url)
     name = re.sub(r"\W+", "_", metadata["name"].lower()).strip("_")
@@ -137,6 +136,111 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
         logger.info("%s  %s (%s)", _sha256(root / file), file, where)
     logger.info("%s  %s (%.1f MB)", _sha256(path), path, path.stat().st_size / 1e6)
     return path
+
+
+def make_hub_folder(output_dir: str, bundle_root: str = ".") -> Path:
+    """Check the bundle and write it as a folder that Hugging Face takes as a repository.
+
+    It holds what a release holds, files above 25 MB too. ``README.md`` is the model card, whose front matter says what
+    a hub sorts by; the bundle's own is ``docs/bundle.md``. Beside each ``.pt`` of weights there is a ``.safetensors``.
+
+    Args:
+        output_dir: made if needed; empty, or not there.
+        bundle_root: the bundle's folder.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        ReleaseError: the bundle is incomplete or contradicts itself, or the folder is not empty.
+    """
+    root, folder = Path(expand(bundle_root)), as_folder("output_dir", output_dir)
+    files, metadata = _checked(root)
+    if folder.exists() and any(folder.iterdir()):
+        raise ReleaseError(f"output_dir '{folder}' is not empty: give another one, or empty it.")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        _fill_hub_folder(unfinished, root, files, metadata)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    logger.info("'%s' is a repository as a hub takes it: upload it as it is.", folder)
+    return folder
+
+
+def _fill_hub_folder(folder: Path, root: Path, files: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    pages = {file: MOVED.get(file, file) for file in files if file.endswith(".md")}
+    for file in files:
+        path = folder / pages.get(file, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / file, path)
+        if file in pages:
+            path.write_text(_relinked(path.read_text(encoding="utf-8"), file, pages), encoding="utf-8")
+    for file in _weights(files):
+        state = {name: tensor.contiguous() for name, tensor in read_weights(root / file).items()}
+        path = folder / Path(file).with_suffix(".safetensors")
+        save_file(state, path, metadata={"format": "pt"})
+        shutil.copymode(root / file, path)  # else it is the owner's alone
+    card = folder / MOVED["docs/README.md"]
+    card.write_text(_front_matter(metadata) + card.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / ".gitattributes").write_text("".join(f"{kind} {LFS}\n" for kind in BINARY), encoding="utf-8")
+
+
+def _relinked(text: str, file: str, moved: Mapping[str, str]) -> str:
+    """A page whose links lead where they did, now that it or what they lead to has moved."""
+    old, new = Path(file).parent.as_posix(), Path(moved[file]).parent.as_posix()
+
+    def relink(match: re.Match) -> str:
+        target, anchor = match[1], match[2] or ""
+        if re.match(r"[a-z]+:", target) or not target:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(old, target))
+        return f"]({posixpath.relpath(moved.get(path, path), new)}{anchor})"
+
+    return re.sub(r"\]\(([^)\s#]*)(#[^)\s]*)?\)", relink, text)
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    """What a hub sorts models by, as YAML at the head of the card: licence, library, tags, and what was measured."""
+    measured = [{"type": name, "value": value} for name, value in metadata["eval_metrics"].items()]
+    result = {
+        "task": {"type": "unconditional-image-generation", "name": metadata["task"]},
+        "dataset": {"type": "brain-mri", "name": metadata["data_source"]},
+        "metrics": measured,
+    }
+    content = {**HUB, "model-index": [{"name": metadata["name"], "results": [result]}]}
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _checked(root: Path) -> tuple[list[str], dict[str, Any]]:
+    """The files to release and the metadata, after all checks.
+
+    Raises:
+        ReleaseError: the bundle is incomplete or contradicts itself.
+    """
+    files = _list_files(root)
+    _check_layout(root, files)
+    metadata = _read_json(root / "configs/metadata.json")
+    _check_metadata(metadata)
+    _check_versions(metadata, root / "requirements.txt")
+    weights = _weights(files)
+    for file in weights:
+        _check_weights(root, file)
+    for file in files:
+        if _is_prior(file):
+            _check_prior(root, file, weights)
+    _check_data_format(metadata["network_data_format"], _read_network(root, [INFERENCE]))
+    return files, metadata
+
+
+def _is_prior(file: str) -> bool:
+    return file.startswith("models/population_prior") and file.endswith(".pt")
+
+
+def _weights(files: Sequence[str]) -> list[str]:
+    return [file for file in files if file.startswith("models/") and file.endswith(".pt") and not _is_prior(file)]
 
 
 def _list_files(root: Path) -> list[str]:
@@ -390,4 +494,4 @@ def ship_weights(
 
 
 if __name__ == "__main__":
-    run("python -m scripts.release", {"bundle": make_release, "weights": ship_weights})
+    run("python -m scripts.release", {"bundle": make_release, "hf": make_hub_folder, "weights": ship_weights})

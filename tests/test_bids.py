@@ -6,7 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import nibabel as nib
 import pytest
+import torch
 from conftest import ROOT
 
 from scripts.data.find import find_scans
@@ -104,6 +106,37 @@ def test_the_data_set_is_described(tmp_path):
         assert (entry["Name"], entry["Version"]) == (metadata["name"], metadata["version"])
         assert hashlib.sha256(b"weights").hexdigest() in entry["Description"]
         assert str(tmp_path / "model.pt") in entry["Description"]
+
+
+def test_a_volume_says_what_it_was_made_of_and_by_what(tmp_path):
+    scans = tmp_path / "my scans"
+    first, second, elsewhere = (
+        folder / "sub-01" / "anat" / f"sub-01_{end}.nii.gz"
+        for folder, end in ((scans, "T1w"), (scans, "FLAIR"), (tmp_path, "T2w"))
+    )
+    for file in (first, second, elsewhere):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    output, ckpt = tmp_path / "out", tmp_path / "model.pt"
+    ckpt.write_bytes(b"weights")
+    description = DatasetDescription(output, scans, ckpt, ROOT / "configs" / "metadata.json")
+    layout = ScanLayout(scans, output, "recon", bids=True, description=description)
+    files = [*map(str, (first, second, elsewhere)), str(scans / "none.nii.gz")]
+    layout.save(str(first), torch.zeros(1, 2, 2, 2), torch.eye(4), files)
+    volume = output / "sub-01" / "anat" / "sub-01_desc-recon_T1w.nii.gz"
+    sidecar = json.loads(volume.with_name("sub-01_desc-recon_T1w.json").read_text())
+    assert nib.load(volume).shape == (2, 2, 2)
+    description("reconstruct")
+    about = json.loads((output / "dataset_description.json").read_text())
+    (link,) = about["DatasetLinks"]
+    assert about["DatasetLinks"][link] == scans.as_uri() and link.isalnum()
+    assert sidecar["Sources"] == [
+        *(f"bids:{link}:sub-01/anat/sub-01_{end}.nii.gz" for end in ("T1w", "FLAIR")),
+        elsewhere.as_uri(),
+    ]
+    (made_by,) = sidecar["GeneratedBy"]
+    assert made_by["Weights"]["Digest"] == {"SHA-256": hashlib.sha256(b"weights").hexdigest()}
+    assert made_by.items() <= about["GeneratedBy"][0].items()
 
 
 def test_another_data_set_keeps_its_description(tmp_path):

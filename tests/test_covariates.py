@@ -348,6 +348,20 @@ def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
     assert (tmp_path / "sub-0001_FLAIR_covariates.png").is_file()
 
 
+def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
+    make_brains(tmp_path / "others", count=6, spacing=16.0, seed=1, covariates=True, workers=1)
+    words = ("--run_dir", fitted / "run", "--dataset_dir", tmp_path / "others", "--output_dir", tmp_path)
+    words = (*words, "--samples", 0, "--draws", 2)
+    result = run_bundle(*words, run_id=None, configs=["configs/train.json", "configs/evaluate.json"])
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert {"age_mae", "sex_accuracy", "mace", "msll"} <= found.keys()
+    for name in (*KINDS, "covariates"):
+        assert 0 <= found[f"{name}_information"] <= found[f"{name}_information_most"] + 1e-9
+    assert found["covariates_information_most"] == pytest.approx(np.log2(found["held_out_scans"]))
+    assert "age_information" in result.stderr
+
+
 def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():
     generator = np.random.default_rng(0)
     ages = generator.gamma(4, 8, 2000) + 18

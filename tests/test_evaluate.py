@@ -8,25 +8,31 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, bundle_words, inference_config, run_bundle, run_command_process
 from groups import run_bundle_group
 from monai.inferers import Inferer
+from monai.metrics import FIDMetric
+from torch import nn
 
 from scripts.inference import jobs
 from scripts.inference.evaluation import held_out
 from scripts.inference.inferers import Sampling
 from scripts.inference.privacy import draw_samples, one_per_subject
 from scripts.inference.sample_comparison import (
+    compare_features,
     compare_images,
+    compare_regions,
     gaussian_kernel,
     kernel_features,
     mean_of_pairs,
     mmd,
     ms_ssim_metric,
     random_halves,
+    read_feature_network,
 )
 from scripts.layers.gaussian import gaussian_noise
 from scripts.networks import VDVAE
@@ -56,12 +62,32 @@ def run(cohort, tmp_path_factory):
     return output
 
 
+class Features(nn.Module):
+    """Numbers of an image on a grid, four channels of them."""
+
+    def forward(self, images):
+        pooled = nn.functional.adaptive_avg_pool3d(images, 2)
+        return torch.cat([pooled, pooled.square(), images.amax((2, 3, 4), True).expand_as(pooled), pooled.sqrt()], 1)
+
+
 @pytest.fixture(scope="session")
-def evaluated(cohort, run):
+def beside(cohort, tmp_path_factory) -> tuple:
+    """Options that name a network of features, and an atlas of two halves."""
+    folder = tmp_path_factory.mktemp("beside")
+    torch.jit.script(Features()).save(str(folder / "features.pt"))
+    scan = nib.load(next(cohort.glob("*.nii.gz")))
+    halves = np.ones(scan.shape, np.uint8)
+    halves[scan.shape[0] // 2 :] = 2
+    nib.save(nib.Nifti1Image(halves, scan.affine), folder / "atlas.nii.gz")
+    return ("--fid_network", folder / "features.pt", "--atlas", folder / "atlas.nii.gz")
+
+
+@pytest.fixture(scope="session")
+def evaluated(cohort, run, beside):
     """That run, evaluated in its own folder; what the folder held before, and what was printed."""
     before = contents(run)
     ckpt = run / "checkpoints" / "model.pt"
-    words = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", run, *HALF, "--samples", 5)
+    words = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", run, *HALF, "--samples", 5, *beside)
     words = bundle_words(*words, run_id=None, configs=EVALUATE)
     result = run_command_process("monai.bundle", *words, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
@@ -105,6 +131,13 @@ def test_training_people_are_compared_with_held_out_ones(evaluated):
     assert summary["variance_1_5"] > 0
 
 
+def test_samples_are_compared_by_features_and_in_regions(evaluated):
+    summary, _, _ = evaluated
+    for name in ("fid", "region_distance"):
+        assert summary[name] > 0
+        assert 0 < summary[f"{name}_halves_mean"] < summary[f"{name}_halves_95"]
+
+
 def test_nothing_of_the_training_run_is_touched(run, evaluated):
     _, before, log = evaluated
     assert before.items() <= contents(run).items()
@@ -122,11 +155,11 @@ def test_nothing_of_the_training_run_is_touched(run, evaluated):
 
 
 @pytest.fixture(scope="session")
-def by_two(cohort, run, tmp_path_factory):
+def by_two(cohort, run, beside, tmp_path_factory):
     """The same by two processes, the cache still to be filled; what they printed."""
     output = tmp_path_factory.mktemp("by_two")
     ckpt = run / "checkpoints" / "model.pt"
-    arguments = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", output, *HALF, "--samples", 5)
+    arguments = ("--ckpt", ckpt, "--dataset_dir", cohort, "--output_dir", output, *HALF, "--samples", 5, *beside)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         results = run_bundle_group(*arguments, run_id=None, configs=EVALUATE_BY_TWO)
@@ -283,6 +316,43 @@ def test_few_scans_leave_open_what_they_cannot_tell(tmp_path):
     assert found["ms_ssim_standard_error"] > 0
     alone = compare(Blobs(), tmp_path, samples=6, scans=1)
     assert alone["mmd_linear"] is None and alone["precision"] is None
+
+
+def test_the_fid_is_of_the_means_over_the_grid_of_images_from_0_to_1():
+    samples, scans = (blobs(12, shift).clamp(-1, 1) for shift in (0.3, 0.0))
+    found = compare_features(samples, scans, Features(), (-1.0, 1.0), batch_size=5)
+    features = [Features()((x + 1) / 2).mean((2, 3, 4)) for x in (samples, scans)]
+    assert found["fid"] == pytest.approx(FIDMetric()(*features).item(), rel=1e-3)
+    same = compare_features(scans, scans, Features(), (-1.0, 1.0))
+    assert same["fid"] == pytest.approx(0, abs=1e-6) and found["fid"] > found["fid_halves_95"]
+
+
+def test_samples_that_differ_in_a_region_are_seen():
+    labels = torch.zeros(8, 8, 8, dtype=torch.long)
+    labels[:4], labels[4:, :4] = 1, 7
+    scans = blobs(40)
+    samples = blobs(41)[:40]
+    honest = compare_regions(samples, scans, labels)
+    changed = samples.clone()
+    changed[:, :, :4] += 0.6
+    found = compare_regions(changed, scans, labels)
+    assert honest["region_distance"] < honest["region_distance_halves_95"] < found["region_distance"]
+    # 0.6 in one of two regions, where people's brightness has a deviation of 0.3
+    assert found["region_distance"] - honest["region_distance"] == pytest.approx(1, abs=0.4)
+
+
+def test_what_gives_no_features_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_feature_network(tmp_path / "none.pt", "cpu")
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(ValueError, match="cannot be read as TorchScript"):
+        read_feature_network(tmp_path / "text.pt", "cpu")
+    torch.jit.script(nn.Linear(3, 2)).save(str(tmp_path / "linear.pt"))
+    linear = read_feature_network(tmp_path / "linear.pt", "cpu")
+    with pytest.raises(ValueError, match=r"does not take images of shape \(1, 8, 8, 8\)"):
+        compare_features(blobs(4), blobs(4), linear, (-1.0, 1.0))
+    with pytest.raises(ValueError, match="must give one tensor"):
+        compare_features(blobs(4), blobs(4), lambda x: x.mean(), (-1.0, 1.0))
 
 
 def test_mmd_is_the_unbiased_estimate_of_its_kernel():

@@ -7,6 +7,7 @@ import gzip
 import numpy as np
 import pytest
 import torch
+from monai.metrics import FIDMetric
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -14,10 +15,12 @@ from scripts.inference.measures import (
     NormativeErrors,
     category_numbers,
     file_bits,
+    frechet_distance,
     mean_interval,
     membership,
     nearest_training,
     precision_recall,
+    region_distance,
     spectrum,
     value_numbers,
 )
@@ -135,3 +138,24 @@ def test_files_are_as_large_as_what_they_hold():
     assert all(bits < 0.5 for bits in file_bits(ramp).values())
     assert file_bits(noise)["gzip"] == pytest.approx(8 * len(gzip.compress(noise.tobytes(), 9)) / noise.size)
     assert set(file_bits(noise[0])) == {"gzip", "xz", "png", "webp"}
+
+
+def test_the_frechet_distance_is_monais_and_that_of_normal_distributions():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(4000, 5, generator=generator) for _ in range(2))
+    second = 2 * second + 1
+    assert frechet_distance(first, second) == pytest.approx(FIDMetric()(first, second).item(), rel=1e-6)
+    assert frechet_distance(first, second) == pytest.approx(5 * (1 + (2 - 1) ** 2), rel=0.1)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+    # more features than images: those that are 0 change nothing
+    few = torch.randn(6, 50, generator=generator)
+    turned = few @ torch.linalg.qr(torch.randn(50, 50, generator=generator))[0]
+    assert frechet_distance(few, few + 0.1) == pytest.approx(50 * 0.01, rel=1e-5)
+    assert frechet_distance(turned, turned + 0.1) == pytest.approx(50 * 0.01, rel=1e-5)
+
+
+def test_regions_apart_are_so_many_standard_deviations_apart():
+    people = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    spread = torch.tensor([1.0, 0.5])
+    assert region_distance(people, people + torch.tensor([1.0, 1.0]), spread) == pytest.approx((1 + 2) / 2)
+    assert region_distance(people, people, spread) == 0

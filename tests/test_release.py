@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from scripts import release
 from scripts.population.prior import PopulationPrior, fingerprint
-from scripts.release import ReleaseError, make_release, ship_weights
-from scripts.training.checkpoints import load_weights
+from scripts.release import ReleaseError, make_hub_folder, make_release, ship_weights
+from scripts.training.checkpoints import CheckpointError, load_weights
 
 NAME = "very_deep_vae_for_brain_mri"
 VERSION = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
@@ -142,6 +142,42 @@ def test_works_where_it_is_unpacked(bundle, tmp_path, tiny_weights):
     )
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "out").glob("*_sample.nii.gz"))) == 2
+
+
+def test_a_hub_gets_a_card_with_front_matter_and_weights_without_pickle(bundle, tmp_path, tiny_weights):
+    (bundle / "docs/README.md").write_text(
+        "# Card\n\n![x](figures/x.png) [more](training.md#how) [usage](../README.md) [up](#card) [away](https://a.org/b)\n"
+    )
+    (bundle / "README.md").write_text("[card](docs/README.md#card) [data](docs/data.md), [code](scripts/networks.py)\n")
+    (bundle / "docs/data.md").write_text("[usage](../README.md) and [card](README.md)\n")
+    subprocess.run(["git", "add", "--all"], cwd=bundle, check=True)
+    done = run_command_process("scripts.release", "hf", tmp_path / "hub" / "vdvae", cwd=bundle)
+    assert done.returncode == 0, done.stderr
+    hub = tmp_path / "hub" / "vdvae"
+    assert [path.name for path in hub.parent.iterdir()] == ["vdvae"]
+    head, _, card = (hub / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    said = yaml.safe_load(head)
+    assert said["library_name"] == "monai" and said["license"][0] == "apache-2.0" and "medical" in said["tags"]
+    metadata = json.loads((bundle / "configs/metadata.json").read_text())
+    (result,) = said["model-index"][0]["results"]
+    assert {m["type"]: m["value"] for m in result["metrics"]} == metadata["eval_metrics"]
+    assert card.strip().endswith(
+        "![x](docs/figures/x.png) [more](docs/training.md#how) [usage](docs/bundle.md) [up](#card) [away](https://a.org/b)"
+    )
+    usage = "[card](../README.md#card) [data](data.md), [code](../scripts/networks.py)\n"
+    assert (hub / "docs/bundle.md").read_text() == usage
+    assert (hub / "docs/data.md").read_text() == "[usage](bundle.md) and [card](../README.md)\n"
+    assert "*.safetensors filter=lfs" in (hub / ".gitattributes").read_text()
+    assert not (hub / "tests").exists() and (hub / "LICENSE").is_file() and (hub / "configs/inference.json").is_file()
+    whole = torch.load(tiny_weights, weights_only=True)
+    network = inference_config().get_parsed_content("network_def")
+    for name, tensor in load_weights(network, hub / "models/model.safetensors").state_dict().items():
+        assert torch.equal(tensor, whole[name])
+    with pytest.raises(ReleaseError, match="is not empty"):
+        make_hub_folder(str(hub), str(bundle))
+    (hub / "models/model.safetensors").write_bytes(b"none")
+    with pytest.raises(CheckpointError, match=r"cannot be read .*: it is damaged"):
+        load_weights(network, hub / "models/model.safetensors")
 
 
 def test_a_large_file_is_listed_not_shipped(bundle, tmp_path, monkeypatch):

@@ -147,6 +147,9 @@ def test_decoded_channels_are_those_reconstructed(decoded):
 
 def test_bids_results_are_described(decoded):
     for job in ("reconstruct", "encode", "decode"):
+        volumes = sorted((decoded / "bids" / job).rglob("*.nii.gz"))
+        assert all(path.with_name(path.name.replace(".nii.gz", ".json")).is_file() for path in volumes)
+        assert bool(volumes) == (job != "encode")
         content = json.loads((decoded / "bids" / job / "dataset_description.json").read_text())
         assert [entry["Description"].split(",")[0] for entry in content["GeneratedBy"]] == [job]
 

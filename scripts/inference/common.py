@@ -18,6 +18,7 @@ from monai.transforms import Compose
 from scripts.data.reading import as_reason
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import FitShaped, RobustScaled
+from scripts.inference.bids import DatasetDescription
 from scripts.inference.cohort import Cohort
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import SaveFigured
@@ -110,9 +111,14 @@ class Common:
         overwrite: make results again that are there.
         figures: draw PNGs.
         naming: of results: ``join_channels`` and ``bids``, see :class:`scripts.inference.layouts.ScanLayout`.
+<<<<<<< HEAD
         unfamiliar: what becomes of scans of a kind that the network does not know, where the prior says it: ``"warn"``,
             ``"refuse"`` (nothing is written of them) or ``"allow"`` (nobody asks).
         describe: is called at the start of a job, on rank 0, with its name; None: nothing is.
+=======
+        describe: is called at the start of a job, on rank 0, with its name, and writes volumes' sidecars; None: results
+            are no BIDS data set.
+>>>>>>> measured
     """
 
     network: VDVAE
@@ -129,7 +135,7 @@ class Common:
     overwrite: bool = False
     figures: bool = True
     naming: Mapping[str, bool] = field(default_factory=dict)
-    describe: Callable[[str], object] | None = None
+    describe: DatasetDescription | None = None
     unfamiliar: str = "warn"
 
     def __post_init__(self) -> None:
@@ -158,7 +164,7 @@ class Common:
 
     def layout(self, root: str | os.PathLike) -> Callable[..., ScanLayout]:
         """Makes the layout of a result, by its postfix, of scans under a folder."""
-        return partial(ScanLayout, root, self.output_dir, **self.naming)
+        return partial(ScanLayout, root, self.output_dir, **self.naming, description=self.describe)
 
     def figure(self, layout: ScanLayout, draw: Callable[..., object]) -> SaveFigured:
         """A transform that draws a scan's results, where figures are wanted."""

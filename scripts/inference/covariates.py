@@ -214,7 +214,8 @@ class CovariatePosterior(Inferer):
     """What a scan says of each covariate: ``posterior_NAME``, ``[batch, values]``, over the values of its grid.
 
     By Bayes, from the likelihood of the scan under each value and a flat prior over the grid. Other covariates are
-    those that are known of the scan; one that is not is averaged over.
+    those that are known of the scan; one that is not is averaged over. ``effect_scores``, ``[batch, features]``, hold
+    all that the scan says.
 
     Args:
         prior: with covariates.
@@ -229,12 +230,11 @@ class CovariatePosterior(Inferer):
         """``known`` are the covariates of each scan."""
         _, posteriors = network.infer(inputs, temperature=0.0)
         scores = self.prior.effect_scores([innovation(q) for q in posteriors])
-        return {
-            f"posterior_{name}": torch.stack(
-                [posterior(self.prior, row, values, name)[1] for row, values in zip(scores, known, strict=True)]
-            )
-            for name in self.prior.coding.variables
-        }
+        results = {"effect_scores": scores}
+        for name in self.prior.coding.variables:
+            rows = [posterior(self.prior, row, values, name)[1] for row, values in zip(scores, known, strict=True)]
+            results[f"posterior_{name}"] = torch.stack(rows)
+        return results
 
 
 def posterior(

@@ -19,11 +19,13 @@ from scripts.data.datalist import make_datalist
 from scripts.inference import jobs
 from scripts.inference.cohort import list_scans
 from scripts.inference.common import Common
+from scripts.inference.covariate_results import fit_atlas
 from scripts.inference.covariates import summary
 from scripts.inference.engine import read_item
+from scripts.inference.information import information
 from scripts.inference.measures import NormativeErrors, category_numbers, file_bits, mean_interval, value_numbers
 from scripts.inference.privacy import Measured, draw_samples, measure, membership_numbers, one_per_subject
-from scripts.inference.sample_comparison import compare_images
+from scripts.inference.sample_comparison import compare_features, compare_images, compare_regions, read_feature_network
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.layers.output import foreground
 from scripts.training.checkpoints import DEFAULT_WEIGHTS
@@ -42,9 +44,10 @@ logger = logging.getLogger(__name__)
 Numbers = dict[str, float | None]
 
 SCORED = ("bits_per_voxel_", "bits_per_dim_population", "typicality", "psnr", "ssim")  # how columns of scores begin
+INFORMATION_PEOPLE = 512  # at most: each is compared with all others' covariates
 GROUPS = {
     "held-out scans": ("bits_per_dim", "bits_per_voxel_", "nll", "kl", "mse", "psnr", "ssim", "file_", "typicality"),
-    "samples": ("mmd", "ms_ssim", "precision", "recall", "variance_"),
+    "samples": ("mmd", "ms_ssim", "fid", "region_distance", "precision", "recall", "variance_"),
     "training people": ("membership", "nearest_training"),
 }
 
@@ -153,6 +156,8 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     training_scans: int = 256,
     draws: int = 32,
+    fid_network: str | None = None,
+    atlas: str | None = None,
 ) -> None:
     """Evaluate, and write ``evaluation.csv`` (one row per scan) and ``evaluation.json`` (flat), by rank 0.
 
@@ -165,7 +170,11 @@ def evaluate(
         settings: ``temperature`` and ``voxel_noise`` of the samples.
         training_scans: of how many people who were trained on a scan is read; 0: of none.
         draws: of what is usual for each held-out scan's covariates, where the prior has such; 0: of none.
+        fid_network: a TorchScript file that gives features of images, for the FID; None: there is no FID.
+        atlas: a NIfTI file of region numbers, in which samples are compared with scans; None: they are not.
     """
+    features = None if fid_network is None else read_feature_network(fid_network, common.device)
+    labels = fit_atlas(atlas, common.grid, common.network.spatial_shape, common.network.scan_affine)
     for name, value, least in (("samples", samples, 2), ("draws", draws, 2), ("training_scans", training_scans, 1)):
         if value and value < least:
             raise InputError(f"{name} is {value}: set --{name} to {least} or more, or to 0 for none.")
@@ -188,6 +197,10 @@ def evaluate(
         how = common.value_range, common.loading["batch_size"], common.device, common.seed
         known = None if trained is None else trained.images
         numbers |= compare_images(drawn, held_out.images[people], *how, training=known)
+        if features is not None:
+            numbers |= compare_features(drawn, held_out.images[people], features, *how)
+        if labels is not None:
+            numbers |= compare_regions(drawn, held_out.images[people], labels, common.seed)
     numbers |= _covariate_numbers(common, held_out, trained, draws)
     if idist.get_rank() == 0:
         _write(common, numbers, {**settings, "draws": draws}, rows, held_out)
@@ -231,6 +244,7 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
         columns = {name: found[f"posterior_{name}"].cpu() for name in coding.variables}
         return [
             {k: v for name, rows in columns.items() for k, v in summary(coding, name, rows[at]).items()}
+            | {"effect_scores": found["effect_scores"][at].cpu()}
             for at in range(len(places))
         ]
 
@@ -246,6 +260,9 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
         else:
             commonest = max(zip(variable.shares, variable.categories, strict=True))[1]
             numbers |= category_numbers(name, own, [said[place][f"{name}_likeliest"] for place in known], commonest)
+    people = one_per_subject(held_out.items, INFORMATION_PEOPLE, common.seed)
+    scores = torch.stack([said[place]["effect_scores"] for place in people])
+    numbers |= information(common.prior, scores, [held_out.items[place]["covariates"] for place in people], common.seed)
     if not draws:
         return numbers
     usual, scans = jobs.deviation(common, draws), held_out if trained is None else trained

@@ -20,7 +20,6 @@ from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_files, image_path, item_files
 from torch import Tensor
 
@@ -145,7 +144,7 @@ class SaveStepsd(Transform):
         for key in self.keys:
             layout = self.layout(key)
             for name, part in split_channels(scans[key], layout.names(files)).items():
-                save_nifti(layout.filename(name), part, data["image"].affine)
+                layout.save(name, part, data["image"].affine, [*files, *image_files(data["second"])])
         if self.figure:
             labels = ["first scan", *(f"{i / (len(self.keys) - 1):.0%}" for i in range(len(self.keys))), "second scan"]
             path = self.layout("steps", ".png").filename(files[0])

@@ -242,7 +242,7 @@ def interpolate(
     """
     report_levels(common.network, levels_between)
     pair = list_pair(scans_between, common.cohort)
-    layout = partial(PairLayout, pair, common.output_dir, **common.naming)
+    layout = partial(PairLayout, pair, common.output_dir, **common.naming, description=common.describe)
     inferer = Interpolation(steps, levels_between)
     ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
     return ScanEvaluator(

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.data import FolderLayoutBase
 from monai.utils import ensure_tuple
 from scripts.data.transforms import ScanError
-from scripts.inference.bids import derivative_path
+from scripts.inference.bids import DatasetDescription, derivative_path
 from scripts.utils.errors import InputError
-from scripts.utils.formats import without_image_suffix
+from scripts.utils.formats import save_nifti, without_image_suffix
 from scripts.utils.names import item_files
+from torch import Tensor
 
 __all__ = ["SampleLayout", "ScanLayout", "scan_stem"]
 
@@ -41,6 +43,7 @@ class ScanLayout(FolderLayoutBase):
         join_channels: a volume of a scan of several files is one file, named after the first; else one per channel,
             each named after its own. Other results are always named after the first.
         bids: name results by BIDS, see :func:`scripts.inference.bids.derivative_path`.
+        description: writes a sidecar beside each volume; None: there is none.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class ScanLayout(FolderLayoutBase):
         extension: str = VOLUME,
         join_channels: bool = False,
         bids: bool = False,
+        description: DatasetDescription | None = None,
     ) -> None:
+        self.description = description
         self.root, self.output_dir = Path(root).expanduser().absolute(), Path(output_dir).expanduser()
         self.postfix, self.extension = postfix, extension
         self.join_channels, self.bids = join_channels, bids
@@ -67,8 +72,23 @@ class ScanLayout(FolderLayoutBase):
         path.parent.mkdir(parents=True, exist_ok=True)
         return str(path)
 
+    def save(
+        self, scan: str, image: Tensor, affine: np.ndarray | Tensor, files: Sequence[str], space_code: int | None = None
+    ) -> None:
+        """Write a volume, and what it was made of where results are a BIDS data set.
+
+        Args:
+            scan: by which it is named.
+            image, affine, space_code: see :func:`scripts.utils.formats.save_nifti`.
+            files: of the scan.
+        """
+        path = self.filename(scan)
+        if self.description is not None:
+            self.description.write_sidecar(path, files)
+        save_nifti(path, image, affine, space_code)
+
     def path(self, scan: str | os.PathLike) -> Path:
-        """The same without making anything."""
+        """The path of a scan's result, without making anything."""
         relative, stem = Path(self.relative(scan)), scan_stem(scan)
         if self.bids:
             path = derivative_path(relative.parent, stem, self._postfix(scan), self.extension)

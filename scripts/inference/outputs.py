@@ -49,8 +49,9 @@ class SaveScansd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
             image, layout = data[key], self.layouts[key]
-            for name, part in split_channels(image, layout.names(image_files(image))).items():
-                save_nifti(layout.filename(name), part, image.affine, image.meta.get(SPACE_CODE) or None)
+            files = image_files(image)
+            for name, part in split_channels(image, layout.names(files)).items():
+                layout.save(name, part, image.affine, files, image.meta.get(SPACE_CODE) or None)
         return data
 
 

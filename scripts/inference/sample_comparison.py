@@ -1,22 +1,26 @@
-"""How samples compare with held-out scans: MMD, MS-SSIM of pairs, spread, and their nearest training scans."""
+"""How samples compare with held-out scans: MMD, MS-SSIM of pairs, FID, spread, and their nearest training scans."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
-from scripts.inference.measures import nearest_training, precision_recall, spectrum
-from torch import Tensor
+from scripts.inference.measures import frechet_distance, nearest_training, precision_recall, region_distance, spectrum
+from scripts.utils.distributed import shared_out
+from scripts.utils.errors import InputError, NotFoundError
+from torch import Tensor, nn
 from tqdm import tqdm
 
-__all__ = ["compare_images"]
+__all__ = ["compare_features", "compare_images", "compare_regions", "read_feature_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +135,95 @@ def _dot_products(images: Tensor) -> Tensor:
     for part in images.split(max(1, VOXELS // len(images)), dim=1):
         dots += part.double() @ part.double().T
     return dots
+
+
+def read_feature_network(path: str | os.PathLike, device: torch.device | str) -> nn.Module:
+    """A TorchScript network that takes images, ``[batch, channels, *spatial]``, to features.
+
+    Raises:
+        NotFoundError, InputError: there is no such file, or it is no TorchScript.
+    """
+    if not Path(path).is_file():
+        raise NotFoundError(f"fid_network '{path}' does not exist: check the path.")
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"fid_network '{path}' cannot be read as TorchScript ({str(error).strip().splitlines()[0]}): save the "
+            "network by torch.jit.script or torch.jit.trace."
+        ) from error
+
+
+def compare_features(
+    samples: Tensor,
+    scans: Tensor,
+    network: nn.Module,
+    value_range: tuple[float, float],
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Numbers:
+    """``fid``, the Frechet distance of the features of as many samples as scans, with the reference: halves of scans.
+
+    All processes take part. Of features on a grid the mean over it counts.
+
+    Args:
+        samples, scans: ``[images, channels, *spatial]``, not more scans than samples.
+        network: gives features, ``[batch, features]`` or ``[batch, features, *grid]``, of images from 0 to 1.
+        value_range: lowest and highest intensity of the images.
+        batch_size, device: of the network.
+        seed: of random halves.
+
+    Raises:
+        InputError: the network does not take such images, or gives something else.
+    """
+    low, high = value_range
+    images = torch.cat([samples[: len(scans)], scans])
+
+    def describe(places: Sequence[int]) -> list[Tensor]:
+        try:
+            features = network(((images[places] - low) / (high - low)).to(device))
+        except RuntimeError as error:
+            raise InputError(
+                f"fid_network does not take images of shape {tuple(images.shape[1:])} ({str(error).strip()[-200:]}): "
+                "give a network that brings them to its own grid."
+            ) from error
+        if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(places):
+            raise InputError("fid_network must give one tensor, [batch, features]: wrap it so that it does.")
+        return list(features.flatten(2).mean(2).cpu() if features.ndim > 2 else features.cpu())
+
+    with torch.no_grad():
+        features = torch.stack(shared_out(len(images), batch_size, describe, "features for the FID"))
+    return _with_halves("fid", features[: len(scans)], features[len(scans) :], frechet_distance, seed)
+
+
+def compare_regions(samples: Tensor, scans: Tensor, labels: Tensor, seed: int = 0) -> Numbers:
+    """``region_distance``: how far samples' region means are from those of as many scans, with halves of scans.
+
+    Args:
+        samples, scans: ``[images, channels, *spatial]``; the first channel counts.
+        labels: a region's number in each voxel, 0 for none, ``[*spatial]``.
+        seed: of random halves.
+    """
+    masks = [labels == number for number in labels.unique().tolist() if number]
+    means = [torch.stack([x[:, 0][:, mask].mean(1) for mask in masks], 1) for x in (samples[: len(scans)], scans)]
+    spread = means[1].std(0)
+    return _with_halves("region_distance", *means, lambda a, b: region_distance(a, b, spread), seed)
+
+
+def _with_halves(
+    name: str, samples: Tensor, scans: Tensor, distance: Callable[[Tensor, Tensor], float], seed: int
+) -> Numbers:
+    """A distance, and that of halves of the scans from each other: mean and 95th percentile."""
+    if len(scans) < 2:
+        return {name: None}
+    halves = random_halves(range(len(scans)), HALVES, seed) if len(scans) >= 4 else []
+    reference = [distance(scans[a], scans[b]) for a, b in halves]
+    return {
+        name: distance(samples, scans),
+        f"{name}_halves_mean": float(np.mean(reference)) if reference else None,
+        f"{name}_halves_95": float(np.quantile(reference, 0.95)) if reference else None,
+    }
 
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first (Wang et al. 2003)

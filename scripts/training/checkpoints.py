@@ -15,6 +15,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
+from safetensors.torch import load_file
 from scripts.networks import VDVAE
 from scripts.training.checkpoint_content import REQUIRED, checkpoint_problem, optimizer_problem, state_problem
 from scripts.training.schedule import base_rate
@@ -117,12 +118,14 @@ def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
 
 
 def read_archive(path: Path, mmap: bool = False) -> Any:
-    """What ``torch.save`` wrote, tensors and plain values only.
+    """What ``torch.save`` wrote, tensors and plain values only; or the tensors of a ``.safetensors``.
 
     Raises:
         CheckpointError: it is damaged, or holds anything else.
     """
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -147,7 +150,7 @@ def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) 
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The state dict in a ``model.pt``.
+    """The state dict in a ``model.pt``, or in a ``.safetensors``.
 
     Raises:
         FileNotFoundError: there is no such file.
