@@ -111,14 +111,10 @@ class Common:
         overwrite: make results again that are there.
         figures: draw PNGs.
         naming: of results: ``join_channels`` and ``bids``, see :class:`scripts.inference.layouts.ScanLayout`.
-<<<<<<< HEAD
-        unfamiliar: what becomes of scans of a kind that the network does not know, where the prior says it: ``"warn"``,
-            ``"refuse"`` (nothing is written of them) or ``"allow"`` (nobody asks).
-        describe: is called at the start of a job, on rank 0, with its name; None: nothing is.
-=======
         describe: is called at the start of a job, on rank 0, with its name, and writes volumes' sidecars; None: results
             are no BIDS data set.
->>>>>>> measured
+        unfamiliar: what becomes of scans of a kind that the network does not know, where the prior says it: ``"warn"``,
+            ``"refuse"`` (nothing is written of them) or ``"allow"`` (nobody asks).
     """
 
     network: VDVAE
