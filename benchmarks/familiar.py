@@ -94,12 +94,6 @@ def outlying(image: Image, times: float, spacing: np.ndarray) -> Image:
     return np.where((np.square(apart).sum(-1).T < 36), times * image.max(), image)
 
 
-def standardized(image: Image, by: float, spacing: np.ndarray) -> Image:
-    """The brain has mean 0 and deviation 1, the background stays 0."""
-    brain = image[image > 0]
-    return np.where(image > 0, (image - brain.mean()) / brain.std(), 0)
-
-
 def cut(axis: int, end: int) -> Fault:
     """A share of the brain's slices at one end of an axis is missing."""
 
@@ -156,7 +150,6 @@ FAULTS: Mapping[str, tuple[str, Fault, tuple[float, ...]]] = {
     "brightened, power": ("contrast", tissue(lambda image, by: image**by), (0.7, 0.5, 0.33)),
     "clipped, share": ("range", voxels(clipped), (0.1, 0.25, 0.5)),
     "a bright blot, times": ("range", voxels(outlying), (1.5, 2, 4)),
-    "z-scored brain": ("range", voxels(standardized), (1,)),
     "top cut, share": ("crop", cut(2, 1), (0.1, 0.2, 0.35)),
     "front cut, share": ("crop", cut(1, 1), (0.1, 0.2, 0.35)),
     "thick slices, mm": ("resolution", blurred([2]), (5, 8, 12)),

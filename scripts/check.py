@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check"]
 
-INFERENCE = Path(__file__).parents[1] / "configs" / "inference.json"
-
 
 def check(
     dataset_dir: str | os.PathLike,
@@ -127,16 +125,10 @@ def _ask_network(
     ckpt: str | os.PathLike, config_file: str | Sequence[str], scans: Sequence[tuple[Scan, list[Path]]]
 ) -> None:
     """Note of each scan whether the network of some weights knows such ones, and why not."""
-    from monai.bundle import ConfigParser
     from scripts.inference.familiar import Examiner
     from tqdm import tqdm
 
-    overlays = [config_file] if isinstance(config_file, str) else list(config_file)
-    config = ConfigParser()
-    config.read_config([str(INFERENCE), *overlays])
-    config.update({"bundle_root": str(INFERENCE.parents[1]), "ckpt": expand(ckpt)})
-    parts = (config.get_parsed_content(name) for name in ("network", "population_prior", "preprocessing"))
-    examiner = Examiner(*parts)
+    examiner = Examiner.of(ckpt, config_file)
     for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
         try:
             found = examiner.examine(examiner.load([str(path) for path in files] if len(files) > 1 else str(files[0])))

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +58,8 @@ def prepare(
     keep_skull: bool = False,
     bias_correction: bool = True,
     workers: int | None = None,
+    like: str | os.PathLike | None = None,
+    config_file: str | Sequence[str] = (),
 ) -> Prepared:
     """Align every scan under a folder to ICBM152, correct its bias field, strip its skull, resample it once.
 
@@ -73,6 +75,9 @@ def prepare(
         keep_skull: keep what is outside of the brain.
         bias_correction: correct the bias field (N4).
         workers: processes to use, each with one thread; as many as there are cores if not given.
+        like: weights, with the population prior beside them. Scans are then only mended until their network knows
+            them, in place of all of the above: turned and moved by their headers, and what is no brain taken away.
+        config_file: overlays of configs/inference.json, one or a list, where these weights need them.
 
     Raises:
         ValueError: an argument is outside the limits above, or two scans would get the same name.
@@ -87,6 +92,15 @@ def prepare(
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise InputError(f"output_dir '{folder}' and dataset_dir '{root}' lie within each other: give another folder.")
 
+    names = [scan.relative_to(root).as_posix() for scan in scans]
+    stems = _stems(names)
+    if like is not None:
+        if mask_dir is not None or keep_skull or spacing != 1.0 or not bias_correction:
+            raise InputError(
+                "like mends scans on their own grid: leave mask_dir, keep_skull, spacing and bias_correction out."
+            )
+        return _mend(dict(zip(names, scans, strict=True)), [folder / stem for stem in stems], folder, like, config_file)
+
     from scripts.data.preparation import METHOD, Job, flag_alignments, read_record
 
     settings = {
@@ -95,8 +109,6 @@ def prepare(
         "keep_skull": bool(keep_skull),
         "bias_correction": bool(bias_correction),
     }
-    names = [scan.relative_to(root).as_posix() for scan in scans]
-    stems = _stems(names)
     masks = _masks(names, mask_dir) if mask_dir is not None else [None] * len(names)
     jobs, failures = [], {}
     for name, scan, stem, mask in zip(names, scans, stems, masks, strict=True):
@@ -109,6 +121,22 @@ def prepare(
     records = {job.name: read_record(job) for job in jobs if job.name not in failures}
     rows = flag_alignments([record["row"] for record in records.values()])
     _report(folder, rows, failures, {job.name: job for job in jobs})
+    return Prepared(rows, failures)
+
+
+def _mend(
+    scans: Mapping[str, Path], stems: Sequence[Path], folder: Path, ckpt: str | os.PathLike, config_file: Any
+) -> Prepared:
+    """See ``like``."""
+    from scripts.inference.mending import mend_scans
+
+    results = dict(zip(scans, (stem.with_name(f"{stem.name}.nii.gz") for stem in stems), strict=True))
+    mended, failed = mend_scans({path: results[name] for name, path in scans.items()}, ckpt, config_file)
+    failures = {name: failed[path] for name, path in scans.items() if path in failed}
+    rows = [{"scan": name, **mended[path]} for name, path in scans.items() if path in mended]
+    rows.sort(key=lambda row: -row["after"])
+    _report_failures(folder, failures, set(results.values()))
+    _report_rows(folder, "mended.csv", rows, results)
     return Prepared(rows, failures)
 
 
@@ -128,6 +156,20 @@ def _run(jobs: Sequence[Job], workers: int | None, total: int) -> dict[str, str]
 
 def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], jobs: dict[str, Job]) -> None:
     """Write the tables and figures of the whole cohort, and log what people should look at."""
+    results = {name: job.result(".nii.gz") for name, job in jobs.items()}
+    _report_failures(folder, failures, set(results.values()))
+    if not rows:
+        for name in ("alignment.csv", "contact_sheet.png", "datalist.json"):
+            (folder / name).unlink(missing_ok=True)
+        return
+    suspects = _report_rows(folder, "alignment.csv", rows, results)
+    _contact_sheet(folder / "contact_sheet.png", rows[:SHOWN], jobs)
+    lead = f"{len(rows)} scan(s) are prepared, {suspects} of them to check."
+    write_report(folder, "prepare", lead, [folder / "alignment.csv"], [folder / "contact_sheet.png"])
+
+
+def _report_failures(folder: Path, failures: dict[str, str], expected: set[Path]) -> None:
+    """Write and log what failed, and name files that come from none of the scans."""
     if failures:
         write_csv(folder / "failed.csv", ("scan", "reason"), sorted(failures.items()))
         logger.error("%d scan(s) failed, see %s:", len(failures), folder / "failed.csv")
@@ -135,7 +177,6 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
             logger.error("  %s: %s", name, failures[name])
     else:
         (folder / "failed.csv").unlink(missing_ok=True)
-    expected = {job.result(".nii.gz") for job in jobs.values()}
     unexpected_files = sorted(p for p in folder.rglob("*.nii.gz") if p not in expected and not p.name.startswith("."))
     if unexpected_files:
         logger.warning(
@@ -144,29 +185,22 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
             folder,
             unexpected_files[0],
         )
-    if not rows:
-        for name in ("alignment.csv", "contact_sheet.png", "datalist.json"):
-            (folder / name).unlink(missing_ok=True)
-        return
-    columns = list(rows[0])
+
+
+def _report_rows(folder: Path, table: str, rows: Sequence[dict[str, Any]], results: Mapping[str, Path]) -> int:
+    """Write a table and the list of good scans, log the others; returns how many these are."""
+    columns = list(rows[0]) if rows else ["scan"]
     cells = ([row.get(name, "") for name in columns] for row in rows)
     rounded = ([round(v, 4) if isinstance(v, float) else v for v in row] for row in cells)
-    write_csv(folder / "alignment.csv", columns, rounded)
+    write_csv(folder / table, columns, rounded)
     suspects = [row for row in rows if row["verdict"] != "ok"]
     for row in suspects:
         logger.warning("Check %s: %s.", row["scan"], row["reasons"])
-    good = sorted(jobs[row["scan"]].result(".nii.gz") for row in rows if row["verdict"] == "ok")
+    good = sorted(results[row["scan"]] for row in rows if row["verdict"] == "ok")
     listed = {"training": [{"image": path.relative_to(folder).as_posix()} for path in good]}
     write_text(folder / "datalist.json", json.dumps(listed, indent=1) + "\n")
-    _contact_sheet(folder / "contact_sheet.png", rows[:SHOWN], jobs)
-    lead = f"{len(rows)} scan(s) are prepared, {len(suspects)} of them to check."
-    write_report(folder, "prepare", lead, [folder / "alignment.csv"], [folder / "contact_sheet.png"])
-    logger.info(
-        "%d scan(s) are in %s, %d of them to check, see alignment.csv and contact_sheet.png.",
-        len(rows),
-        folder,
-        len(suspects),
-    )
+    logger.info("%d scan(s) are in %s, %d of them to check, see %s.", len(rows), folder, len(suspects), table)
+    return len(suspects)
 
 
 def _contact_sheet(path: Path, rows: Sequence[dict[str, Any]], jobs: dict[str, Job]) -> None:

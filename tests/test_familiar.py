@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +19,7 @@ from scripts.phantoms import make_brains
 from scripts.population.familiarity import Familiarity
 from scripts.population.fit import PopulationFit
 from scripts.population.prior import prior_path
+from scripts.prepare import prepare
 
 REASONS = ("orientation", "skull", "alignment", "contrast", "voxel_size", "crop", "resolution", "range", "unknown")
 TINY = str(ROOT / "tests" / "tiny.json")
@@ -81,6 +83,26 @@ def test_check_asks_the_network_and_says_why_not(known, tmp_path):
         assert rows[fault]["verdict"] == "suspicious" and "does not know such scans" in rows[fault]["reasons"]
     # 8 voxels are too few to tell contrast from alignment
     assert rows["orientation"]["reason"] == "orientation" and float(rows["orientation"]["gain"]) > 0
+
+
+def test_prepare_mends_what_the_network_finds(known, tmp_path):
+    for number, fault in enumerate(("", "orientation", "contrast"), start=30):
+        (tmp_path / "scans" / fault).mkdir(parents=True, exist_ok=True)
+        nib.save(damaged(known, number, fault), tmp_path / "scans" / fault / "scan.nii.gz")
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"no scan")
+    words = {"like": known / "model.pt", "config_file": TINY}
+    done = prepare(tmp_path / "scans", tmp_path / "out", **words)
+    rows = {row["scan"]: row for row in done.rows}
+    assert rows["scan.nii.gz"]["verdict"] == "ok" and rows["scan.nii.gz"]["mended"] == ""
+    turned = rows["orientation/scan.nii.gz"]
+    assert turned["mended"] == "orientation" and turned["after"] < 1 < turned["distance"] and turned["gain"] > 0
+    assert list(done.failures) == ["broken.nii.gz"]
+    wrong, right = (nib.load(tmp_path / name / "orientation" / "scan.nii.gz") for name in ("scans", "out"))
+    assert np.array_equal(right.get_fdata(), wrong.get_fdata()[:, ::-1])  # turned, and moved by the header alone
+    listed = json.loads((tmp_path / "out" / "datalist.json").read_text(encoding="utf-8"))["training"]
+    assert {"image": "orientation/scan.nii.gz"} in listed and {"image": "contrast/scan.nii.gz"} not in listed
+    with pytest.raises(ValueError, match="like mends scans on their own grid"):
+        prepare(tmp_path / "scans", tmp_path / "out", keep_skull=True, **words)
 
 
 def test_scores_say_whether_a_scan_is_familiar(known, tmp_path):

@@ -24,18 +24,19 @@ from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.familiarity import Familiarity, parts, reference, roughness, tissue_quantiles
 from torch import Tensor
 
-__all__ = ["Hypotheses", "Hypothesis"]
+__all__ = ["Hypotheses", "Hypothesis", "brain_mask"]
 
 STAGES = ((16, 60), (32, 25))  # voxels along an axis where a transform is sought, and steps of gradient descent
 LEARNING_RATE = 0.02  # radians, tenths of a metre, logarithms of a scale
 TAIL = 8.0  # squared deviation beyond which a voxel hardly counts where a transform is sought: skull, lesions
 TURNS = 2  # by right angles, the likeliest ones, that the network is shown
+SMOOTH = 3.0  # deviations of people below what is usual, from which on a scan's roughness is that of a blurred one
 WIDTHS = np.linspace(0, 2, 21)  # of the blur that is undone, voxels (a standard deviation)
 NOISE = 0.02  # of a frequency's power: nothing is restored of what blurring left less of
+SCALP = 0.02  # share of the tissue that is no brain, from which on a scan without it is tried
+BRIDGE = 8.0  # mm, the width of what may join brain and scalp
 CLIPPED = 0.02  # share of the tissue that is as bright as it gets, from which on a scan is called clipped
-CONSTANT = 0.2  # share of a scan that has one value, from which on this is the background's
 COMPLETIONS = 2  # times that the network completes what is missing, from the mean scan on
-WHOLE = 0.95  # share of tissue in a voxel from which its intensity is the tissue's
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))
 
 # of a scan, [channels, *spatial], from 0 to 1, with the share of tissue in each voxel, [1, *spatial]
@@ -47,12 +48,14 @@ class Hypothesis(NamedTuple):
 
     Attributes:
         transform: maps the world of the cohort to the world that the scan's header says, ``[rank + 1, rank + 1]``.
+        stripped: only the brain is looked at.
         changes: of its voxels, in this order.
         reason: the word for the last of these.
         words: half a sentence about it.
     """
 
     transform: np.ndarray
+    stripped: bool = False
     changes: tuple[Change, ...] = ()
     reason: str = ""
     words: str = ""
@@ -80,11 +83,12 @@ class Hypotheses:
         )
         # smoothed as FitShape does, once for all transforms
         zoom = affine_to_spacing(self.affine, self.rank) / affine_to_spacing(self.scan_affine, self.rank)
-        pixels = (scan.as_tensor() - scan.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * self.rank)).float()
-        pixels = pixels.cpu().numpy()
+        pixels = _from_zero(scan)
         tissue = _tissue(pixels)[None]
         self.plateau = max((channel >= 0.999 * channel.max())[tissue[0]].mean() for channel in pixels)
-        source = np.concatenate([pixels, tissue.astype(np.float32)])
+        brain = brain_mask(scan)[None]
+        self.beyond = 1 - brain.sum() / max(1, tissue.sum())
+        source = np.concatenate([pixels, tissue, pixels * brain, brain], dtype=np.float32)
         smooth = ndimage.gaussian_filter(source, (0, *np.maximum((zoom - 1) / 2, 0)), truncate=3)
         (mean, std), where = reference(network), parts(network)
         self.source = torch.from_numpy(smooth).to(mean.device)
@@ -106,20 +110,21 @@ class Hypotheses:
 
     def _changed(self, hypothesis: Hypothesis) -> tuple[Tensor, Tensor]:
         """The scan under a hypothesis, from 0 to 1, and the share of tissue in its voxels."""
-        (sampled,) = self._sampled(torch.from_numpy(hypothesis.transform)[None])
+        (sampled,) = self._sampled(torch.from_numpy(hypothesis.transform)[None], hypothesis.stripped)
         image, tissue = self._scaled(sampled[:-1]), sampled[-1:]
         for change in hypothesis.changes:
             image = change(image, tissue)
         return image, tissue
 
-    def _sampled(self, transforms: Tensor, by: int = 1) -> Tensor:
+    def _sampled(self, transforms: Tensor, stripped: bool, by: int = 1) -> Tensor:
         """The scan and its tissue under transforms, ``[n, rank + 1, rank + 1]``: ``[n, channels + 1, *shape / by]``."""
+        source = self.source.chunk(2)[int(stripped)]
         coarse = np.diag([by] * self.rank + [1.0])
         coarse[:-1, -1] = (by - 1) / 2
         to_world, to_scan = (torch.from_numpy(m) for m in (self.affine @ coarse, np.linalg.inv(self.scan_affine)))
         theta = (to_scan @ transforms @ to_world).float().to(self.source.device)
         sampler = AffineTransform([size // by for size in self.shape], padding_mode="zeros", align_corners=True)
-        return sampler(self.source.expand(len(theta), *self.source.shape), theta)
+        return sampler(source.expand(len(theta), *source.shape), theta)
 
     def _scaled(self, image: Tensor) -> Tensor:
         """An image between its percentiles, as :class:`RobustScaled` has it, from 0 to 1."""
@@ -128,13 +133,13 @@ class Hypotheses:
         low, high = (torch.from_numpy(end).to(image).reshape(-1, *[1] * self.rank) for end in ends)
         return ((image - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
-    def _unlikeness(self, transforms: Tensor, by: int = 1) -> Tensor:
+    def _unlikeness(self, transforms: Tensor, stripped: bool, by: int = 1) -> Tensor:
         """How far the scan is from the cohort's mean under transforms, ``[n]``, on a grid that is coarser ``by``.
 
         What lies far off counts little, be it skull or lesion.
         """
         pool = Pool["AVG", self.rank](by)
-        images = torch.stack([self._scaled(sampled[:-1]) for sampled in self._sampled(transforms, by)])
+        images = torch.stack([self._scaled(sampled[:-1]) for sampled in self._sampled(transforms, stripped, by)])
         squares = ((images - pool(self.mean[None])) / pool(self.std[None])).square()
         return TAIL * torch.log1p(squares / TAIL).flatten(1).mean(1)
 
@@ -145,8 +150,9 @@ class Hypotheses:
         yield from itertools.islice(moved, 1)  # whoever is turned is centred, too
         if "orientation" not in tried:
             yield from self._turned(known)
-        of_voxels = {"skull": self._skull, "range": self._range, "crop": self._crop, "contrast": self._contrast}
-        of_voxels["resolution"] = self._resolution
+        if self.beyond > SCALP and not known.stripped:
+            yield known._replace(stripped=True, reason="skull", words="it shows more than a brain")
+        of_voxels = {"range": self._range, "crop": self._crop, "contrast": self._contrast}
         for reason, changes in of_voxels.items():
             if reason not in tried:
                 for change, words in changes(image, tissue):
@@ -165,7 +171,7 @@ class Hypotheses:
         ][1:]
         transforms = np.stack([self._centred(turn) for turn in turns])
         by = max(1, min(self.shape) // STAGES[-1][0])
-        unlikeness = self._unlikeness(torch.from_numpy(transforms), by)
+        unlikeness = self._unlikeness(torch.from_numpy(transforms), known.stripped, by)
         for place in unlikeness.argsort()[:TURNS].tolist():
             yield known._replace(transform=transforms[place], reason="orientation", words=_turn_words(turns[place]))
 
@@ -180,14 +186,14 @@ class Hypotheses:
         start = known.transform
         both = torch.from_numpy(np.stack([start, self._centred(start[:-1, :-1])]))
         by = max(1, min(self.shape) // STAGES[0][0])
-        start = both[self._unlikeness(both, by).argmin()].numpy()
+        start = both[self._unlikeness(both, known.stripped, by).argmin()].numpy()
         for reason, stretches in (("alignment", False), ("voxel_size", True)):
-            start = self._descend(start, stretches)
+            start = self._descend(start, known.stripped, stretches)
             words = _movement_words(np.linalg.inv(known.transform) @ start, self.centre, stretches)
             yield known._replace(transform=start, reason=reason, words=words)
 
     @torch.enable_grad()
-    def _descend(self, start: np.ndarray, stretches: bool) -> np.ndarray:
+    def _descend(self, start: np.ndarray, stripped: bool, stretches: bool) -> np.ndarray:
         """The transform near ``start`` under which the scan is most like the cohort, by gradients."""
         rank, turns = self.rank, self.rank * (self.rank - 1) // 2
         rows, columns = torch.tril_indices(rank, rank, -1)
@@ -206,7 +212,7 @@ class Hypotheses:
             by = max(1, min(self.shape) // size)
             for _ in range(steps):
                 optimizer.zero_grad()
-                self._unlikeness(transform()[None], by).sum().backward()
+                self._unlikeness(transform()[None], stripped, by).sum().backward()
                 optimizer.step()
             for group in optimizer.param_groups:
                 group["lr"] /= 4
@@ -214,20 +220,12 @@ class Hypotheses:
 
     # what its voxels show
 
-    def _skull(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
-        if (image * ~self.brain > FOREGROUND).any():
-            yield lambda scan, tissue: self._scaled(scan * self.brain), "it shows more than a brain"
-
     def _range(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
-        """A darker background; a curve where the brightest are alike; a line between the tenths of the tissue."""
-        around = image[:, tissue[0] < 1 - WHOLE]
-        if around.numel() and around.median() > FOREGROUND:
-            words = "its background is not the darkest there is"
-            yield lambda scan, tissue: self._scaled((scan - (1 - tissue) * around.median()).clamp_min(0)), words
+        """A curve where the brightest are alike; a straight line between the tenths of the tissue."""
         if self.plateau > CLIPPED:
             curve, _ = next(self._contrast(image, tissue))
             yield curve, f"it is clipped: {100 * self.plateau:.0f} % of its tissue have the highest value"
-        quantiles, usual = tissue_quantiles(image, tissue[0] > WHOLE), self.familiarity.quantiles
+        quantiles, usual = tissue_quantiles(image, self.core), self.familiarity.quantiles
         ends = [quantiles.shape[1] // 10, -1 - quantiles.shape[1] // 10]
         gain = usual[:, ends].diff(dim=1) / quantiles[:, ends].diff(dim=1).clamp_min(1e-3)
         line = usual[:, ends[:1]] + gain * (torch.tensor([0.0, 1.0]) - quantiles[:, ends[:1]])
@@ -236,7 +234,7 @@ class Hypotheses:
 
     def _contrast(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
         """The monotone curves that give its tissue the cohort's histogram."""
-        quantiles, usual = tissue_quantiles(image, tissue[0] > WHOLE), self.familiarity.quantiles
+        quantiles, usual = tissue_quantiles(image, self.core), self.familiarity.quantiles
         yield partial(_curve, points=quantiles, values=usual), "its contrast is another: a curve makes it usual"
         yield partial(_curve, points=quantiles, values=usual.flip(1)), "its contrast is another: inverted it is usual"
 
@@ -268,37 +266,55 @@ class Hypotheses:
             scan = torch.where(hole, self._unit(output.loc[0]), scan)
         return scan
 
-    def _resolution(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
-        """Without the blur whose undoing leaves the usual roughness along each axis, and along all."""
-        usual = dict(zip(self.familiarity.names, self.familiarity.mean.tolist(), strict=True))
-        widths = {}
+    def blurred(self, known: Hypothesis) -> Hypothesis | None:
+        """That it is blurred along some axes, where it is far smoother than usual there; None where it is not.
+
+        No undoing of a blur gives usual voxels back: this is no candidate beside the others.
+        """
+        image, _ = self._changed(known)
+        unit, widths = self.range[1] - self.range[0], {}
+        spread = self.familiarity.covariance.diagonal().sqrt().tolist()
+        usual = {
+            n: values for n, *values in zip(self.familiarity.names, self.familiarity.mean.tolist(), spread, strict=True)
+        }
         for axis in range(self.rank):
+            mean, deviation = usual[f"roughness {'xyz'[axis]}"]
             for width in WIDTHS:
-                scan = (self.range[1] - self.range[0]) * _sharpened(image, {axis: width})
-                if roughness(scan[None])[axis].log().item() > usual[f"roughness {'xyz'[axis]}"]:
+                rough = roughness(unit * _sharpened(image, {axis: width})[None])[axis].log().item()
+                if rough > mean - (SMOOTH * deviation if width == 0 else 0):
                     break
                 widths[axis] = float(width)
-        widths = {axis: width for axis, width in widths.items() if width}
-        for chosen in ([{axis: width} for axis, width in widths.items()] + [widths])[: None if len(widths) > 1 else -1]:
-            sizes = (
-                f"{2.355 * width * self.spacing[axis]:.0f} mm along {'xyz'[axis]}" for axis, width in chosen.items()
-            )
-            yield (
-                lambda scan, tissue, chosen=chosen: _sharpened(scan, chosen),
-                f"it is blurred, by {' and '.join(sizes)}",
-            )
+        if not widths:
+            return None
+        sizes = (f"{2.355 * width * self.spacing[axis]:.0f} mm along {'xyz'[axis]}" for axis, width in widths.items())
+        changes = (*known.changes, lambda scan, tissue: _sharpened(scan, widths))
+        return known._replace(changes=changes, reason="resolution", words=f"it is blurred, by {' and '.join(sizes)}")
+
+
+def _from_zero(scan: MetaTensor) -> np.ndarray:
+    """A scan's voxels less the lowest of their channel, ``[channels, *spatial]``."""
+    pixels = scan.as_tensor().float().cpu().numpy()
+    return pixels - pixels.min(tuple(range(1, pixels.ndim)), keepdims=True)
 
 
 def _tissue(pixels: np.ndarray) -> np.ndarray:
-    """Where a scan shows anything, ``[*spatial]``, of voxels from 0 on, ``[channels, *spatial]``.
-
-    That is what is not dark, and what that surrounds; where many voxels are as a corner is and others are darker, what
-    is not as the corner.
-    """
-    corner = pixels[(slice(None), *[0] * (pixels.ndim - 1))].reshape(-1, *[1] * (pixels.ndim - 1))
-    if (pixels == corner).mean() > CONSTANT and (pixels < corner).mean() > CLIPPED:
-        return (pixels != corner).any(0)
+    """What is not dark, and what that surrounds, ``[*spatial]``, of voxels from 0 on, ``[channels, *spatial]``."""
     return ndimage.binary_fill_holes((pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0))
+
+
+def brain_mask(scan: MetaTensor) -> np.ndarray:
+    """The largest piece of a scan's tissue that hangs together by more than thin bridges, ``[*spatial]``.
+
+    Args:
+        scan: ``[channels, *spatial]``.
+    """
+    tissue = _tissue(_from_zero(scan))
+    steps = max(1, round(BRIDGE / 2 / float(np.mean(affine_to_spacing(scan.affine.numpy(), tissue.ndim)))))
+    pieces, _ = ndimage.label(ndimage.binary_erosion(tissue, iterations=steps))
+    sizes = np.bincount(pieces.ravel())[1:]
+    if not len(sizes):
+        return tissue
+    return ndimage.binary_dilation(pieces == 1 + sizes.argmax(), iterations=steps + 1, mask=tissue)
 
 
 def _centre(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.networks.utils import eval_mode
-from monai.transforms import Compose
+from monai.transforms import Compose, Orientation
+from monai.utils import ensure_tuple
 from scripts.data.transforms import reading
-from scripts.inference.explanations import Hypotheses, Hypothesis
+from scripts.inference.explanations import Hypotheses, Hypothesis, brain_mask
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look
 from scripts.population.prior import FIT_IT, PopulationPrior
 from scripts.utils.errors import InputError
+from scripts.utils.files import expand
 from torch import Tensor
 
 __all__ = ["Examiner", "Finding", "Step"]
 
+INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
+MENDED = {"orientation", "alignment", "voxel_size", "skull"}  # reasons of what can be undone
 ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
-ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance is taken
+ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance, or the usual one, is taken
 
 
 class Step(NamedTuple):
@@ -109,6 +116,19 @@ class Examiner:
         self.read = reading(preprocessing)
         self.fit, self.scale = preprocessing.transforms[len(self.read)], preprocessing.transforms[-1]
 
+    @classmethod
+    def of(cls, ckpt: str | os.PathLike, config_file: str | Sequence[str] = ()) -> Examiner:
+        """That of some weights, with the population prior beside them.
+
+        Args:
+            ckpt: the weights.
+            config_file: overlays of configs/inference.json, one or a list, where the weights need them.
+        """
+        config = ConfigParser()
+        config.read_config([str(INFERENCE), *ensure_tuple(config_file)])
+        config.update({"bundle_root": str(INFERENCE.parents[1]), "ckpt": expand(ckpt)})
+        return cls(*(config.get_parsed_content(name) for name in ("network", "population_prior", "preprocessing")))
+
     @torch.no_grad()
     def look(self, scans: Tensor) -> tuple[Tensor, Tensor]:
         """Bits per dim of scans, and how far they are from what is usual, ``[batch]`` each."""
@@ -129,6 +149,23 @@ class Examiner:
         found = Finding(bool(distance <= self.limit), float(distance), self.limit, float(bits))
         return found if found.familiar else self._explained(image, found)
 
+    def mended(self, image: MetaTensor, found: Finding) -> MetaTensor | None:
+        """A scan without what can be undone and leaves its values: where it lies, and what is no brain.
+
+        None where nothing of that was found.
+
+        Args:
+            image: that was examined.
+            found: what was found of it.
+        """
+        if not {step.reason for step in found.steps} & MENDED:
+            return None
+        mended = image.clone()
+        if any(step.reason == "skull" for step in found.steps):
+            mended *= torch.from_numpy(brain_mask(image))
+        mended.affine = torch.from_numpy(np.linalg.inv(found.steps[-1].transform)) @ image.affine.to(torch.float64)
+        return Orientation("RAS", labels=None)(mended)
+
     def _explained(self, image: MetaTensor, found: Finding) -> Finding:
         hypotheses = Hypotheses(self.network, self.familiarity, image, self.fit.fit, self.scale)
         known, distance, bits = Hypothesis(np.eye(image.ndim)), found.distance, found.bits_per_dim
@@ -141,11 +178,21 @@ class Examiner:
             if not steps:
                 for candidate, gain in zip(candidates, gained.tolist(), strict=True):
                     gains[candidate.reason] = max(gain, gains.get(candidate.reason, gain))
-            place = int((far <= ALIKE * far.min()).nonzero()[0])
+            place = int((far <= max(self.limit, ALIKE * far.min())).nonzero()[0])
             if far[place] > NEARER * distance:
+                steps += self._blurred(hypotheses, known, bits)
                 break
             known, distance, bits = candidates[place], float(far[place]), float(seen[place])
             steps.append(Step(known.reason, known.words, float(gained[place]), known.transform))
             if distance <= self.limit:
                 break
         return found._replace(steps=tuple(steps), gains=gains)
+
+    def _blurred(self, hypotheses: Hypotheses, known: Hypothesis, bits: float) -> list[Step]:
+        """What is left where nothing brings a scan nearer: a blur that one can see, but not undo."""
+        blurred = hypotheses.blurred(known)
+        if blurred is None:
+            return []
+        (seen,), _ = self.look(hypotheses.scan(blurred)[None])
+        gain = abs(bits - self.familiarity.bits_per_dim) - abs(float(seen) - self.familiarity.bits_per_dim)
+        return [Step(blurred.reason, blurred.words, gain, blurred.transform)]
