@@ -14,6 +14,9 @@ from monai.bundle import create_workflow
 from monai.fl.utils.constants import ExtraItems, ModelType, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 
+from scripts.phantoms import make_brains
+from scripts.population.prior import PopulationPrior
+
 HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
 
 
@@ -103,6 +106,29 @@ def test_a_federated_client_trains_and_evaluates(cohort, tmp_path):
     difference = client.get_weights()
     assert difference.weight_type == WeightType.WEIGHT_DIFF
     assert any(value.abs().max() > 0 for value in difference.weights.values())
+
+
+def test_three_sites_train_one_model_and_fit_one_prior(tmp_path):
+    spec = importlib.util.spec_from_file_location("federated", ROOT / "docs" / "examples" / "federated.py")
+    federated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(federated)
+    for site in "ABC":
+        make_brains(tmp_path / site, 12, spacing=8.0, workers=1, seed=ord(site), covariates=True, site=site)
+    federated.main(
+        *(str(tmp_path / site) for site in "ABC"),
+        output_dir=str(tmp_path / "out"),
+        rounds=2,
+        covariates={"age": "continuous", "sex": "categorical"},
+        configs=TINY,
+        inference_configs=["configs/inference.json", "tests/tiny.json"],
+    )
+    state = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
+    content = torch.load(tmp_path / "out" / "population_prior.pt", weights_only=True)
+    assert content["cohorts"] == {"A": 12, "B": 12, "C": 12}
+    assert PopulationPrior.load(content).coding.variables["site"].categories == ("A", "B", "C")
+    one, other = ({"w": torch.tensor([value]), "n": torch.tensor(3)} for value in (1.0, 4.0))
+    assert federated.average([one, other], [2, 1]) == {"w": torch.tensor([2.0]), "n": torch.tensor(3)}
 
 
 @pytest.mark.skipif(not HAS_MLFLOW, reason="mlflow is not installed: pip install mlflow-skinny sqlalchemy alembic")
