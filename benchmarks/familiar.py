@@ -86,12 +86,12 @@ def clipped(image: Image, share: float, spacing: np.ndarray) -> Image:
 
 
 def outlying(image: Image, times: float, spacing: np.ndarray) -> Image:
-    """A blot of 12 mm in the brain that is so many times as bright as the brightest."""
+    """A blot of 24 mm in the brain that is so many times as bright as the brightest."""
     deep = ndimage.distance_transform_edt(image > 0, sampling=spacing)
     apart = (
         np.indices(image.shape) - np.reshape(np.unravel_index(deep.argmax(), image.shape), (3, 1, 1, 1))
     ).T * spacing
-    return np.where((np.square(apart).sum(-1).T < 36), times * image.max(), image)
+    return np.where((np.square(apart).sum(-1).T < 144), times * image.max(), image)
 
 
 def cut(axis: int, end: int) -> Fault:

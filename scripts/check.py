@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check"]
 
+SHOWN = 16  # of the scans that a network does not know
+
 
 def check(
     dataset_dir: str | os.PathLike,
@@ -107,14 +109,14 @@ def check(
             compare_looks([scans[i] for i in usable], thumbnails, usable)
             compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
         del thumbnails
+    tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
     if ckpt is not None:
-        _ask_network(ckpt, config_file, [(scans[i], files[i]) for i in usable])
+        pictures += _ask_network(ckpt, config_file, [(scans[i], files[i]) for i in usable], output / "unfamiliar.png")
 
     rows = [*scans, *passed_over]
     write_rows(output / "report.csv", rows)
     contact_sheet(output / "contact_sheet.png", scans, files, spatial_dims, workers)
     lead = f"{len(scans)} scan(s), {len(usable)} of them usable."
-    tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
     write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
     covariates = _covariates([scan[0] for scan in files], [scan[0] for scan in names], subjects, root)
@@ -122,13 +124,15 @@ def check(
 
 
 def _ask_network(
-    ckpt: str | os.PathLike, config_file: str | Sequence[str], scans: Sequence[tuple[Scan, list[Path]]]
-) -> None:
-    """Note of each scan whether the network of some weights knows such ones, and why not."""
+    ckpt: str | os.PathLike, config_file: str | Sequence[str], scans: Sequence[tuple[Scan, list[Path]]], picture: Path
+) -> list[Path]:
+    """Note of each scan whether the network of some weights knows such ones, and why not; draw those it does not."""
     from scripts.inference.familiar import Examiner
+    from scripts.utils.plots import unfamiliar
     from tqdm import tqdm
 
-    examiner = Examiner.of(ckpt, config_file)
+    examiner, strangers = Examiner.of(ckpt, config_file), []
+    picture.unlink(missing_ok=True)
     for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
         try:
             found = examiner.examine(examiner.load([str(path) for path in files] if len(files) > 1 else str(files[0])))
@@ -138,6 +142,10 @@ def _ask_network(
         scan.familiar, scan.reason, scan.gain = "yes" if found.familiar else "no", found.reason, found.gain
         if not found.familiar:
             scan.flag("suspicious", found.sentence())
+            strangers.append((found.distance / found.limit, f"{scan.path}: {found.reason}", found))
+    strangers.sort(key=lambda stranger: -stranger[0])
+    shown = [(title, (found.seen, found.undone), found.gains) for _, title, found in strangers[:SHOWN]]
+    return [unfamiliar(picture, examiner.usual, shown)] if shown else []
 
 
 def _covariates(paths: Sequence[Path], names: Sequence[str], subjects: Sequence[str], root: Path) -> list[str]:

@@ -82,6 +82,9 @@ def test_check_asks_the_network_and_says_why_not(known, tmp_path):
         assert rows[fault]["familiar"] == "no" and rows[fault]["reason"] in REASONS, rows[fault]
         assert rows[fault]["verdict"] == "suspicious" and "does not know such scans" in rows[fault]["reasons"]
     # 8 voxels are too few to tell contrast from alignment
+    assert (tmp_path / "out" / "unfamiliar.png").is_file() and "unfamiliar.png" in (
+        tmp_path / "out" / "report.html"
+    ).read_text(encoding="utf-8")
     assert rows["orientation"]["reason"] == "orientation" and float(rows["orientation"]["gain"]) > 0
 
 

@@ -35,6 +35,7 @@ WIDTHS = np.linspace(0, 2, 21)  # of the blur that is undone, voxels (a standard
 NOISE = 0.02  # of a frequency's power: nothing is restored of what blurring left less of
 SCALP = 0.02  # share of the tissue that is no brain, from which on a scan without it is tried
 BRIDGE = 8.0  # mm, the width of what may join brain and scalp
+OUTSHONE = 1.3  # times that the brightest tissue is usually brighter, from which on that is not its own contrast
 CLIPPED = 0.02  # share of the tissue that is as bright as it gets, from which on a scan is called clipped
 COMPLETIONS = 2  # times that the network completes what is missing, from the mean scan on
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))
@@ -221,16 +222,16 @@ class Hypotheses:
     # what its voxels show
 
     def _range(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
-        """A curve where the brightest are alike; a straight line between the tenths of the tissue."""
+        """A curve where the brightest are alike; a factor where something outshines the brain."""
         if self.plateau > CLIPPED:
             curve, _ = next(self._contrast(image, tissue))
             yield curve, f"it is clipped: {100 * self.plateau:.0f} % of its tissue have the highest value"
-        quantiles, usual = tissue_quantiles(image, self.core), self.familiarity.quantiles
-        ends = [quantiles.shape[1] // 10, -1 - quantiles.shape[1] // 10]
-        gain = usual[:, ends].diff(dim=1) / quantiles[:, ends].diff(dim=1).clamp_min(1e-3)
-        line = usual[:, ends[:1]] + gain * (torch.tensor([0.0, 1.0]) - quantiles[:, ends[:1]])
-        words = f"its tissue spans another range: times {gain[0].item():.2g} it is usual"
-        yield partial(_curve, points=torch.tensor([[0.0, 1.0]] * len(image)), values=line), words
+        bright = [values[:, -2] for values in (self.familiarity.quantiles, tissue_quantiles(image, self.core))]
+        factor = bright[0] / bright[1].clamp_min(FOREGROUND)
+        if (factor > OUTSHONE).any():
+            factor = factor.to(image).reshape(-1, *[1] * self.rank)
+            words = f"something outshines its brain, which has {1 / factor.max():.2g} of its usual brightness"
+            yield lambda scan, tissue: (scan * factor).clamp(0, 1), words
 
     def _contrast(self, image: Tensor, tissue: Tensor) -> Iterator[tuple[Change, str]]:
         """The monotone curves that give its tissue the cohort's histogram."""

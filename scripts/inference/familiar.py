@@ -17,7 +17,7 @@ from monai.utils import ensure_tuple
 from scripts.data.transforms import reading
 from scripts.inference.explanations import Hypotheses, Hypothesis, brain_mask
 from scripts.networks import VDVAE
-from scripts.population.familiarity import Familiarity, look
+from scripts.population.familiarity import Familiarity, look, reference
 from scripts.population.prior import FIT_IT, PopulationPrior
 from scripts.utils.errors import InputError
 from scripts.utils.files import expand
@@ -26,7 +26,15 @@ from torch import Tensor
 __all__ = ["Examiner", "Finding", "Step"]
 
 INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
-MENDED = {"orientation", "alignment", "voxel_size", "skull"}  # reasons of what can be undone
+MEND = "`python -m scripts.prepare --like WEIGHTS` mends it"
+REMEDIES = {
+    **dict.fromkeys(("orientation", "alignment", "voxel_size", "skull"), MEND),
+    "contrast": "weights of this contrast are needed",
+    "range": "export it again, without clipping, or leave out what outshines the brain",
+    "crop": "the job impute fills in what a mask marks",
+    "resolution": "weights of such slices are needed",
+}
+MENDED = {reason for reason, remedy in REMEDIES.items() if remedy == MEND}
 ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
 ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance, or the usual one, is taken
@@ -57,6 +65,7 @@ class Finding(NamedTuple):
         bits_per_dim: at the means of the posteriors.
         steps: what explains it, in the order in which it was found.
         gains: of the best hypothesis for each reason alone.
+        seen, undone: an unfamiliar scan as the network got it, and mended, ``[channels, *spatial]``.
     """
 
     familiar: bool
@@ -65,6 +74,8 @@ class Finding(NamedTuple):
     bits_per_dim: float
     steps: tuple[Step, ...] = ()
     gains: Mapping[str, float] = {}
+    seen: Tensor | None = None
+    undone: Tensor | None = None
 
     @property
     def reason(self) -> str:
@@ -84,7 +95,8 @@ class Finding(NamedTuple):
         if not self.steps:
             return f"the network does not know such scans: {said}; no explanation helps"
         words = "; then ".join(f"{step.words} ({step.gain:.2g} bits per dim better)" for step in self.steps)
-        return f"the network does not know such scans: {said}: {words}"
+        remedies = dict.fromkeys(REMEDIES[step.reason] for step in self.steps)
+        return f"the network does not know such scans: {said}: {words}; {', '.join(remedies)}"
 
 
 class Examiner:
@@ -129,6 +141,11 @@ class Examiner:
         config.update({"bundle_root": str(INFERENCE.parents[1]), "ckpt": expand(ckpt)})
         return cls(*(config.get_parsed_content(name) for name in ("network", "population_prior", "preprocessing")))
 
+    @property
+    def usual(self) -> Tensor:
+        """The cohort's mean scan, ``[channels, *spatial]``."""
+        return reference(self.network)[0][0]
+
     @torch.no_grad()
     def look(self, scans: Tensor) -> tuple[Tensor, Tensor]:
         """Bits per dim of scans, and how far they are from what is usual, ``[batch]`` each."""
@@ -147,7 +164,7 @@ class Examiner:
         scan = self.scale(self.fit({"image": image}))["image"].as_tensor()
         (bits,), (distance,) = self.look(scan[None])
         found = Finding(bool(distance <= self.limit), float(distance), self.limit, float(bits))
-        return found if found.familiar else self._explained(image, found)
+        return found if found.familiar else self._explained(image, found._replace(seen=scan))
 
     def mended(self, image: MetaTensor, found: Finding) -> MetaTensor | None:
         """A scan without what can be undone and leaves its values: where it lies, and what is no brain.
@@ -186,7 +203,7 @@ class Examiner:
             steps.append(Step(known.reason, known.words, float(gained[place]), known.transform))
             if distance <= self.limit:
                 break
-        return found._replace(steps=tuple(steps), gains=gains)
+        return found._replace(steps=tuple(steps), gains=gains, undone=hypotheses.scan(known))
 
     def _blurred(self, hypotheses: Hypotheses, known: Hypothesis, bits: float) -> list[Step]:
         """What is left where nothing brings a scan nearer: a blur that one can see, but not undo."""

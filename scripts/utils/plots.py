@@ -15,9 +15,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scripts.utils.errors import InputError
 from scripts.utils.figures import DPI, save
-from scripts.utils.slices import as_array
+from scripts.utils.slices import as_array, middle, plane
 
-__all__ = ["centiles", "curves", "kl_per_latent", "posteriors"]
+__all__ = ["centiles", "curves", "kl_per_latent", "posteriors", "unfamiliar"]
 
 # label of a curve's y axis
 UNITS = {
@@ -250,4 +250,33 @@ def centiles(
     for axes in panels[::columns]:
         axes.set_ylabel("mean intensity, network's range")
     figure.suptitle("Centiles 5, 25, 50, 75, 95, and scans by their z scores (orange: beyond 2)", fontsize="small")
+    return save(path, figure)
+
+
+def unfamiliar(
+    path: str | os.PathLike, usual: Any, scans: Sequence[tuple[str, tuple[Any, Any], Mapping[str, float]]]
+) -> Path:
+    """Draw scans that a network does not know, a row each: as seen, mended, the mean scan, and what explains them.
+
+    Args:
+        path: of the PNG.
+        usual: the mean scan of the cohort, ``[channels, *spatial]``.
+        scans: a title, the scan and itself mended, shaped likewise, and the gain of each reason alone, bits per dim.
+    """
+    figure = Figure((11.0, 2.6 * len(scans)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(scans), 4, squeeze=False, width_ratios=(1, 1, 1, 1.4))
+    mean = as_array(usual)[0]
+    axis, places = (0, middle(mean)) if mean.ndim == 3 else (None, (0,))
+    for row, (title, images, gains) in zip(panels, scans, strict=True):
+        for axes, image, name in zip(row, (*images, usual), ("as it is seen", "mended", "the mean scan"), strict=False):
+            axes.imshow(plane(as_array(image)[0], axis, places[0]), cmap="gray", vmin=mean.min(), vmax=mean.max())
+            axes.set_title(name, fontsize="small")
+            axes.set_axis_off()
+        names = sorted(gains, key=lambda reason: gains[reason])
+        row[-1].barh(
+            names, [gains[name] for name in names], color=["tab:blue" if gains[n] > 0 else "0.7" for n in names]
+        )
+        row[-1].set_xscale("symlog", linthresh=0.01)
+        row[-1].set_xlabel("gain of each alone, bits per dim", fontsize="small")
+        row[-1].set_title(title, fontsize="small", parse_math=False, loc="right")
     return save(path, figure)
