@@ -282,6 +282,8 @@ SHOWN = 12  # regions
 class RegionCurves:
     """Draws ``regions.png``: a panel per region, its centiles over the first continuous covariate, and the scans.
 
+    Of more than 12 regions those are shown in which any scan has the largest z scores.
+
     The curves are of people whose other covariates are not known. A scan's point lies as far from the middle curve as
     its z score says, so that what its other covariates explain does not count.
 
@@ -349,5 +351,7 @@ class RegionCurves:
             [(place, scores[scan][names[region]]) for scan, place in placed.items() if place is not None]
             for region in shown
         ]
-        plots.centiles(path, covariate, values, panels, points)
+        few = len(shown) < len(names)
+        why = f"The {len(shown)} of {len(names)} regions with the largest z score of any scan" if few else "All regions"
+        plots.centiles(path, covariate, values, panels, points, why)
         logger.info("'%s' shows regions over %s, with the scans among the centiles.", path, covariate)
