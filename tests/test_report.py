@@ -137,7 +137,9 @@ def test_each_job_writes_one(cohort, tmp_path):
     torch.save(inference_config().get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     words = ("--dataset_dir", tmp_path / "scans", "--ckpt", tmp_path / "model.pt", "--output_dir", tmp_path / "out")
     configs = ["configs/inference.json", "tests/tiny.json"]
-    assert run_bundle(*words, run_id="score", configs=configs).returncode == 1
+    done = run_bundle(*words, run_id="score", configs=configs)
+    assert done.returncode == 1
+    assert "input summary" not in done.stdout + done.stderr  # what somebody has just typed
     text = (tmp_path / "out" / "report_score.html").read_text(encoding="utf-8")
     assert "2 of 3 scan(s) have results" in text
     assert "Scans that failed" in text and "sub-9_T1w.nii.gz" in text
