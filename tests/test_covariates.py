@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from conftest import ROOT, informative_network, run_bundle, run_bundle_process
 from matplotlib.image import imread
 from monai.data import Dataset
+from scipy.stats import norm
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.data.scan_grid import ScanGrid
-from scripts.inference.covariate_results import RegionCurves, fit_atlas
+from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_table
 from scripts.inference.covariates import (
     Counterfactual,
     Deviation,
@@ -30,7 +32,10 @@ from scripts.inference.covariates import (
     targets,
 )
 from scripts.inference.inferers import Sampling
+from scripts.inference.layouts import ScanLayout
+from scripts.inference.tables import ScanColumns
 from scripts.phantoms import make_brains
+from scripts.population import adaptation
 from scripts.population.adaptation import Adaptation
 from scripts.population.prior import PopulationPrior
 
@@ -321,7 +326,7 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     done = job("deviation", fitted, tmp_path / "out", "--atlas", atlas, "--draws", 4)
     rows = list(csv.DictReader((tmp_path / "out" / "deviation.csv").open()))
     assert len(rows) == 48 and {row["region"] for row in rows} == {"left", "right"}
-    assert {"image", "subject", "age", "value", "expected", "std", "z", "centile"} <= set(rows[0])
+    assert {"image", "subject", "age", "value", "expected", "std", "z", "centile", "q"} <= set(rows[0])
     wide = list(csv.DictReader((tmp_path / "out" / "deviation_z.csv").open()))
     assert "shows regions over age" in done.stderr and imread(tmp_path / "out" / "regions.png").shape[2] == 4
     assert len(wide) == 24 and wide[0]["left"] == rows[0]["z"]
@@ -425,6 +430,7 @@ def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
 def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path):
     prior = prior_with_effects(network, coding, 0.3)
     prior.register_buffer("offset", torch.zeros(coding.size, 1, 8, 8, 8))
+    prior.region_dispersion = 1.7
 
     def drawn(prior: PopulationPrior, count: int, **covariates: str) -> torch.Tensor:
         torch.manual_seed(count)
@@ -446,8 +452,38 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     assert after < 0.3 * before
     again = PopulationPrior.load(torch.load(path, weights_only=True))
     torch.testing.assert_close(again.offset, adapted.offset, atol=1e-3, rtol=1e-2)
+    assert again.region_dispersion == prior.region_dispersion == 1.7
     with pytest.raises(ValueError, match="of one scan nothing tells what is the category's"):
         Adaptation(network, prior, Dataset(dataset.data[:1]), {"site": "D"}, tmp_path, path)
+
+
+@torch.no_grad()
+def test_a_site_of_which_nothing_is_learnt_is_said(network, coding, tmp_path, caplog, monkeypatch):
+    prior = prior_with_effects(network, coding, 0.3)
+    items = [{"image": str(tmp_path / f"{index}.nii.gz")} for index in range(2)]
+    dataset = Dataset(items, lambda item: {"image": torch.zeros(1, 8, 8, 8)})
+    monkeypatch.setattr(adaptation, "shrunk_mean", lambda total, squares, scans: (0 * total, 0.0))
+    with caplog.at_level("INFO"):
+        Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, tmp_path / "adapted.pt").run()
+    assert "Nothing was learnt of site 'D'" in caplog.text and "is taken for its effect" not in caplog.text
+
+
+def test_the_likeliest_category_is_empty_where_nothing_is_known(coding):
+    even = torch.full((3,), 1 / 3)
+    assert summary(coding, "site", even)["site_likeliest"] == ""
+    assert summary(coding, "site", torch.tensor([0.3, 0.4, 0.3]))["site_likeliest"] == "B"
+
+
+def test_the_p_values_of_regions_are_corrected_for_their_number(tmp_path):
+    scan = tmp_path / "a.nii.gz"
+    layout = ScanLayout(tmp_path, tmp_path, "regions", ".json")
+    z = [3.5, 0.1, -0.3, 0.2, 1.0, float("nan")]  # the last lies where no scan has anything
+    layout.path(str(scan)).write_text(json.dumps({f"r{place}": [0, 0, 1, value] for place, value in enumerate(z)}))
+    curves = SimpleNamespace(draw=lambda path, scores: None)
+    region_table(tmp_path, layout, ScanColumns([{"image": str(scan)}], tmp_path), curves, [str(scan)])
+    q = [float(row["q"]) for row in csv.DictReader((tmp_path / "deviation.csv").open())]
+    assert q[0] == pytest.approx(6 * 2 * norm.sf(3.5), rel=1e-3)
+    assert min(q[1:]) > 0.5 and q[-1] == 1
 
 
 def test_jobs_without_such_a_prior_say_what_they_need(cohort, tmp_path):

@@ -238,6 +238,10 @@ def test_no_state_is_left_behind(tmp_path):
     assert plt.get_fignums() == []
 
 
+def batched(values, size):
+    return zip(*[iter(values)] * size, strict=True)
+
+
 @pytest.mark.parametrize("shape", [(16, 16, 16), (16, 16)])
 def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
     image = np.zeros((1, *shape), np.float32)
@@ -245,10 +249,19 @@ def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
     score = np.zeros_like(image)
     peak, outside = (5, 11, 4)[: len(shape)], (0, 1, 0)[: len(shape)]
     score[0][peak], score[0][outside] = -7, 9  # outside of the foreground it does not count
-    cut = []
-    monkeypatch.setattr(figures, "middle", lambda guide: cut.append(slices.middle(guide)) or cut[-1])
+    drawn, picture = [], figures.Sheet.picture
+
+    def draw(self, x, y, box, inch, shown, mark=None, **style):
+        drawn.append((shown, mark))
+        picture(self, x, y, box, inch, shown, mark, **style)
+
+    monkeypatch.setattr(figures.Sheet, "picture", draw)
     figures.anomaly(tmp_path / "a.png", image, image, score, "one", (0, 1))
-    assert set(cut) == {tuple(place - 2 for place in peak)}  # two voxels of background are cut off before it
+    for scan, restored, anomaly, in_middle, anomaly_in_middle in batched(drawn, 5):
+        column, row = scan[1]
+        assert anomaly[1] == scan[1] and anomaly[0][row, column] == anomaly[0].min() == -7
+        assert restored[1] is in_middle[1] is anomaly_in_middle[1] is None
+        assert len(shape) == 2 or anomaly_in_middle[0].min() == 0  # none of the planes through the middle has the peak
     check_picture(tmp_path / "a.png")
 
 
@@ -256,7 +269,9 @@ def test_anomaly_is_cut_through_its_peak(tmp_path, monkeypatch, shape):
 @pytest.mark.parametrize("count", [1, 5])
 def test_anomalies_are_a_sheet_of_scans_cut_through_their_peaks(tmp_path, monkeypatch, shape, count):
     drawn, peak = [], (6, 10, 5)[: len(shape)]
-    monkeypatch.setattr(figures.Sheet, "picture", lambda self, x, y, box, inch, picture, **style: drawn.append(picture))
+    monkeypatch.setattr(
+        figures.Sheet, "picture", lambda self, x, y, box, inch, picture, mark, **style: drawn.append((picture, mark))
+    )
 
     def scans():
         for number in range(count):
@@ -267,10 +282,10 @@ def test_anomalies_are_a_sheet_of_scans_cut_through_their_peaks(tmp_path, monkey
 
     figures.anomalies(tmp_path / "a.png", scans(), [f"scan {number}" for number in range(count)])
     cuts = 3 if len(shape) == 3 else 1
-    assert len(drawn) == 2 * cuts * count and all(np.isfinite(picture).all() for picture in drawn)
+    assert len(drawn) == 2 * cuts * count and all(np.isfinite(picture).all() for picture, _ in drawn)
     for number in range(count):
         own = drawn[2 * cuts * number + cuts : 2 * cuts * (number + 1)]
-        assert [picture.min() for picture in own] == [-number - 4] * cuts
+        assert [picture[mark[1], mark[0]] for picture, mark in own] == [-number - 4] * cuts
     with pytest.raises(ValueError, match="as many of each"):
         figures.anomalies(tmp_path / "b.png", scans(), ["one too many"] * (count + 1))
 

@@ -1,6 +1,7 @@
 """Raw heads with a known truth: phantoms' brains within a simulated head, moved, in all kinds of files.
 
-``python -m tests.test_prepare`` measures how well ten of them are aligned.
+``python -m tests.test_prepare phantoms`` measures how well ten of them are aligned, and ``python -m tests.test_prepare
+people HEADS MASKS`` how well the masks of real heads are found.
 """
 
 from __future__ import annotations
@@ -149,15 +150,15 @@ def error(truth: Head, found: np.ndarray) -> float:
     return float(np.linalg.norm(truth.points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean())
 
 
-def mask_dice(truth: Head, prepared: Path) -> float:
-    """Dice of the true brain, taken to the template by the transform that was found, with what is not 0."""
+def mask_dice(truth: Head, prepared: Path, ours: np.ndarray | None = None) -> float:
+    """Dice of the true brain, taken to the template by the transform that was found, with a mask; or what is not 0."""
     result = nib.load(prepared)
     found = transform_of(Path(str(prepared).replace(".nii.gz", ".tfm")))
     back = np.linalg.inv(truth.affine) @ found @ result.affine
     true = ndimage.affine_transform(
         truth.brain.astype(np.float32), back[:3, :3], back[:3, 3], result.shape, order=1, prefilter=False
     )
-    ours, theirs = np.asarray(result.dataobj) != 0, true > 0.5
+    ours, theirs = np.asarray(result.dataobj) != 0 if ours is None else ours, true > 0.5
     return 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
 
 
@@ -498,7 +499,22 @@ def measure(folder: str = "output/heads", count: int = 10, spacing: float = 3.0)
     print(f"median Dice {np.median(dices):.3f}, lowest {min(dices):.3f}")
 
 
+def people(heads: str, masks: str, folder: str = "output/people") -> None:
+    """Print the Dice of brain masks of real heads, and of the template's outline, with masks made otherwise."""
+    rows = {row["scan"]: row for row in prepare(heads, folder).rows}
+    template = sitk.GetArrayFromImage(registration.template_brain()).T > 0
+    found = []
+    for name in sorted(rows):
+        true = nib.load(Path(masks) / name)
+        truth = Head(np.zeros(0), true.affine, np.asarray(true.dataobj) > 0, np.zeros(0), np.zeros(0))
+        prepared = Path(folder) / f"{name.split('.')[0]}.nii.gz"
+        found.append((mask_dice(truth, prepared), mask_dice(truth, prepared, template)))
+        print(f"{name}: mask {found[-1][0]:.3f}, outline {found[-1][1]:.3f}, scalp {rows[name]['scalp_inside']:.2f}")
+    for what, values in zip(("mask", "outline"), zip(*found, strict=True), strict=True):
+        print(f"{what}: mean {np.mean(values):.3f}, lowest {min(values):.3f}")
+
+
 if __name__ == "__main__":
     import fire
 
-    fire.Fire(measure)
+    fire.Fire({"phantoms": measure, "people": people})

@@ -17,7 +17,10 @@ from scripts.utils.report import (
     MOST_ROWS,
     MOST_VOLUMES,
     MOST_VOXELS,
+    OPEN,
+    ShownTable,
     ShownVolume,
+    read_shown,
     read_volume,
     write_report,
 )
@@ -55,6 +58,30 @@ def test_long_tables_are_cut_and_say_so(tmp_path):
     text = write_report(tmp_path, "score", "", [tmp_path / "t.csv"]).read_text()
     assert text.count("<tr><td>") == MOST_ROWS
     assert "5 more rows and columns: see t.csv" in text
+
+
+def test_the_worst_comes_first_beside_what_is_usual(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("image,subject,bits,score,note\na,1,-4.5,2,\nb,2,-4.1,11,x\nc,3,-4.4,,\nd,4,-4.6,3.5,\n")
+    table = read_shown(ShownTable(path, ("score", "bits", "none"), "score", {"bits": "-5 to -4"}))
+    assert table.columns == ["image", "score", "bits", "subject", "note"]
+    assert [row[0] for row in table.rows] == ["b", "d", "a", "c"]
+    usual, median = table.beside
+    assert usual == ["usual", "", "-5 to -4", "", ""]
+    assert median == ["median of these", "3.5", "-4.45", "2.5", ""]
+    assert [row[0] for row in read_shown(ShownTable(path)).rows] == ["a", "b", "c", "d"]
+    assert read_shown(ShownTable(path)).beside == []
+
+
+def test_many_scans_are_folded_away_and_long_cells_are_wrapped(tmp_path):
+    pictures = [tmp_path / f"{number}.png" for number in range(OPEN + 3)]
+    for picture in pictures:
+        Figure((1, 1)).savefig(picture)
+    (tmp_path / "t.csv").write_text(f"image,reasons\na.nii,{'the scan has a reason; ' * 9}\n")
+    text = write_report(tmp_path, "score", "", [tmp_path / "t.csv"], pictures[:1], scans=pictures[1:]).read_text()
+    assert "<summary>2 more scans</summary>" in text
+    assert text.index(f"{OPEN}.png") < text.index("2 more scans") < text.index(f"{OPEN + 1}.png")
+    assert '<td class="long">the scan has' in text
 
 
 def test_columns_of_each_latent_stay_in_the_file(tmp_path):
@@ -110,7 +137,9 @@ def test_each_job_writes_one(cohort, tmp_path):
     torch.save(inference_config().get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     words = ("--dataset_dir", tmp_path / "scans", "--ckpt", tmp_path / "model.pt", "--output_dir", tmp_path / "out")
     configs = ["configs/inference.json", "tests/tiny.json"]
-    assert run_bundle(*words, run_id="score", configs=configs).returncode == 1
+    done = run_bundle(*words, run_id="score", configs=configs)
+    assert done.returncode == 1
+    assert "input summary" not in done.stdout + done.stderr  # what somebody has just typed
     text = (tmp_path / "out" / "report_score.html").read_text(encoding="utf-8")
     assert "2 of 3 scan(s) have results" in text
     assert "Scans that failed" in text and "sub-9_T1w.nii.gz" in text

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from monai.networks.utils import eval_mode
 from monai.transforms import Transform
+from scipy import stats
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.tables import read_table
@@ -245,7 +246,8 @@ def region_table(
     """Put the regions of all scans together, in two tables and a picture.
 
     ``deviation.csv`` has a row per scan and region: the region's mean intensity (in the range of the network's output),
-    what is expected for the scan's covariates, the standard deviation of that, the z score, and the centile.
+    what is expected for the scan's covariates, the standard deviation of that, the z score, the centile, and ``q``: the
+    two-sided p value, corrected for the number of regions of the scan by Benjamini and Hochberg.
     ``deviation_z.csv`` has a row per scan and a column per region, its z score. ``regions.png``: see
     :class:`scripts.inference.covariate_results.RegionCurves`.
     """
@@ -258,17 +260,24 @@ def region_table(
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         for scan, regions in found.items():
-            for region, values in regions.items():
+            scores = np.array([values[3] for values in regions.values()])
+            p = np.nan_to_num(2 * stats.norm.sf(np.abs(scores)), nan=1.0)
+            corrected = stats.false_discovery_control(p)
+            for (region, values), q in zip(regions.items(), corrected, strict=True):
                 numbers = {name: f"{value:.6g}" for name, value in zip(names, values, strict=True)}
                 centile = 50 * (1 + math.erf(values[3] / math.sqrt(2)))
-                yield scan, {"region": region, **numbers, "centile": f"{centile:.4g}"}
+                yield scan, {"region": region, **numbers, "centile": f"{centile:.4g}", "q": f"{q:.4g}"}
 
     folder = Path(output_dir)
     columns.write(folder / "deviation.csv", rows())
     z = ((scan, {name: f"{values[3]:.6g}" for name, values in regions.items()}) for scan, regions in found.items())
     columns.write(folder / "deviation_z.csv", z)
     curves.draw(folder / "regions.png", {scan: {name: v[3] for name, v in found[scan].items()} for scan in found})
-    logger.info("'deviation.csv' has a row per scan and region, 'deviation_z.csv' one per scan.")
+    logger.info(
+        "'deviation.csv' has a row per scan and region, 'deviation_z.csv' one per scan. Of %d regions of a healthy "
+        "scan %.0f lie beyond a z of 2 by chance: q is corrected for that.",
+        *((count := len(next(iter(found.values())))), 0.0455 * count),
+    )
 
 
 def _text(value: Value) -> str:
@@ -281,6 +290,8 @@ SHOWN = 12  # regions
 
 class RegionCurves:
     """Draws ``regions.png``: a panel per region, its centiles over the first continuous covariate, and the scans.
+
+    Of more than 12 regions those are shown in which any scan has the largest z scores.
 
     The curves are of people whose other covariates are not known. A scan's point lies as far from the middle curve as
     its z score says, so that what its other covariates explain does not count.
@@ -349,5 +360,7 @@ class RegionCurves:
             [(place, scores[scan][names[region]]) for scan, place in placed.items() if place is not None]
             for region in shown
         ]
-        plots.centiles(path, covariate, values, panels, points)
+        few = len(shown) < len(names)
+        why = f"The {len(shown)} of {len(names)} regions with the largest z score of any scan" if few else "All regions"
+        plots.centiles(path, covariate, values, panels, points, why)
         logger.info("'%s' shows regions over %s, with the scans among the centiles.", path, covariate)

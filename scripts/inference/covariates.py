@@ -264,18 +264,25 @@ def posterior(
     return grid, logs.softmax(0)
 
 
+NOT_EVEN = 1.05  # times as likely as if nothing were known
+
+
 def _few(variable: Any) -> list[Value]:
     """Some values of a covariate that is not known."""
     return variable.grid(OTHER_STEPS) if variable.kind == "continuous" else variable.grid()
 
 
 def summary(coding: CovariateCoding, name: str, likely: Tensor) -> dict[str, Any]:
-    """A posterior in a few numbers: the mean and the 90 % interval, or the likeliest category and its probability."""
+    """A posterior in a few numbers: mean and 90 % interval, or the likeliest category and the probability of each.
+
+    The likeliest is empty where all are as likely as each other, within 5 %.
+    """
     grid = coding.variables[name].grid()
     if coding.variables[name].kind == "categorical":
         best = int(likely.argmax())
         shares = {f"{name}_{value}": f"{share:.4g}" for value, share in zip(grid, likely.tolist(), strict=True)}
-        return {f"{name}_likeliest": grid[best], **shares}
+        known = float(likely[best]) > NOT_EVEN / len(grid)
+        return {f"{name}_likeliest": grid[best] if known else "", **shares}
     points, below = torch.tensor(grid, dtype=torch.float64), likely.double().cumsum(0)
     mean = float((points * likely.double()).sum())
     # between the points of the grid, each of which stands for what is half a step around it

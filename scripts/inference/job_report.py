@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.inference.layouts import VOLUME, ScanLayout
-from scripts.utils.report import ShownVolume, write_report
+from scripts.population.prior import PopulationPrior
+from scripts.utils.report import ShownTable, ShownVolume, read_shown, write_report
+from torch import Tensor
 
-__all__ = ["DEVIATIONS", "PREDICTIONS", "SCORES", "Report", "write_job_report"]
+__all__ = ["DEVIATIONS", "PREDICTIONS", "SCORES", "Report", "usual_scores", "write_job_report"]
 
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
 IMAGES = ("recon", "imputed_mean", "sample", "decoded")
@@ -22,7 +25,8 @@ SCORES = (
     "bits_per_dim_population: the same under the prior of the cohort. typicality: how far the scan's coordinates lie "
     "from the cohort's mean; typicality_tail: the share of held-out scans that lie at least so far. psnr (dB), ssim: "
     "of the reconstruction, higher is nearer. anomaly_score: the 99.9th percentile of the anomaly map in the brain, in "
-    "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark."
+    "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark. usual: 90 % of the held-out "
+    "scans of the cohort that the network was trained on. The most anomalous scans come first."
 )
 DEVIATIONS = (
     "z: standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are "
@@ -40,11 +44,29 @@ class Report(NamedTuple):
     Attributes:
         tables, sheets: names of CSV files and of pictures of many scans, in the folder of the results.
         legend: what the columns mean.
+        first, worst: of the first table, see :class:`scripts.utils.report.ShownTable`; its order is that of the scans.
+        usual: likewise.
     """
 
     tables: Sequence[str] = ()
     sheets: Sequence[str] = ()
     legend: str = ""
+    first: Sequence[str] = ()
+    worst: str = ""
+    usual: Mapping[str, str] = {}
+
+
+def usual_scores(prior: PopulationPrior | None) -> dict[str, str]:
+    """Between what 90 % of the held-out scans lie that a population prior remembers, by the columns of ``score``."""
+    if prior is None:
+        return {}
+    known = {"bits_per_dim": prior.bits_per_dim, "typicality": prior.distances}
+    return {name: _middle(values) for name, values in known.items() if len(values)}
+
+
+def _middle(values: Tensor) -> str:
+    low, high = values.double().quantile(values.new_tensor([0.05, 0.95]).double()).tolist()
+    return f"{low:.4g} to {high:.4g}"
 
 
 def write_job_report(
@@ -67,17 +89,24 @@ def write_job_report(
         failed: scans of which there are no results, and why.
     """
     folder = layouts[0].output_dir
+    tables = [ShownTable(folder / name) for name in report.tables]
+    if tables:
+        tables[0] = tables[0]._replace(first=report.first, worst=report.worst, usual=report.usual)
+        if report.worst and tables[0].path.is_file():
+            places = {row[0]: place for place, row in enumerate(read_shown(tables[0]).rows)}
+            scans = sorted(scans, key=lambda scan: places.get(layouts[0].relative(scan), math.inf))
     return write_report(
         folder,
         f"Results of {job}",
         f"{len(scans)} of {len(scans) + len(failed)} scan(s) have results in this folder.",
-        [folder / name for name in report.tables],
-        [folder / name for name in report.sheets] + [layout.path(scan) for scan in scans for layout in figures],
+        tables,
+        [folder / name for name in report.sheets],
         settings,
         failed,
         [_shown(layout, scan) for scan in scans for layout in layouts if _kind(layout)],
         report.legend,
         f"report_{job}.html",
+        [layout.path(scan) for scan in scans for layout in figures],
     )
 
 

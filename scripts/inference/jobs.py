@@ -45,7 +45,7 @@ from scripts.inference.inferers import (
     Temperature,
 )
 from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
-from scripts.inference.job_report import DEVIATIONS, PREDICTIONS, SCORES, Report
+from scripts.inference.job_report import DEVIATIONS, PREDICTIONS, SCORES, Report, usual_scores
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
 from scripts.inference.prior_jobs import adapt, fit_prior
@@ -343,7 +343,14 @@ def score(
         arguments=partial(stack_features, common.prior),
         asks=True,
         summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
-        report=Report(("scores.csv", "lesions.csv"), ("most_unusual.png",), SCORES),
+        report=Report(
+            ("scores.csv", "lesions.csv"),
+            ("most_unusual.png",),
+            SCORES,
+            ("familiar", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail", "bits_per_dim"),
+            "anomaly_score",
+            usual_scores(common.prior),
+        ),
     )
 
 

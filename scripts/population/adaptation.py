@@ -29,6 +29,7 @@ __all__ = ["Adaptation", "extended"]
 logger = logging.getLogger(__name__)
 
 DRAWS = 8  # of what is expected of each scan
+LEAST_KEPT = 0.005  # of a mean difference: below, nothing was learnt
 
 
 def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
@@ -115,6 +116,7 @@ class Adaptation:
             coding=self.coding,
             sharpness=self.prior.sharpness,
             dispersion=self.prior.dispersion,
+            region_dispersion=self.prior.region_dispersion,
         )
         adapted.familiarity = self.prior.familiarity
         if offset is not None:
@@ -164,6 +166,13 @@ class Adaptation:
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, write)
+        if kept < LEAST_KEPT:
+            logger.warning(
+                "Nothing was learnt of %s '%s': its %d scan(s) differ from others, in the mean, no more than by "
+                "chance. Give more, better 50. '%s' says the same of them as a prior that does not know this %s.",
+                *(self.name, self.category, len(self.dataset), self.path, self.name),
+            )
+            return
         logger.info(
             "The population prior knows %s '%s' now, from %d scan(s), %.0f %% of whose mean difference from others is "
             "taken for its effect, the rest for chance: use it by --prior '%s'.",

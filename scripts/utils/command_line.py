@@ -31,6 +31,8 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
     """
     import fire  # a program that only imports a command need not have it
 
+    # MONAI imports MLflow where it is installed, a quarter of the time that a command takes to start; none uses it
+    sys.modules.setdefault("mlflow", None)
     show_root_cause()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

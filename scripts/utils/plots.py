@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scripts.utils.errors import InputError
-from scripts.utils.figures import DPI, save
+from scripts.utils.sheets import DPI, save
 from scripts.utils.slices import as_array, middle, plane
 
 __all__ = ["centiles", "curves", "kl_per_latent", "posteriors", "unfamiliar"]
@@ -221,6 +221,7 @@ def centiles(
     values: Sequence[float],
     regions: Mapping[str, tuple[np.ndarray, np.ndarray]],
     points: Sequence[Sequence[tuple[float, float]]],
+    title: str = "",
 ) -> Path:
     """Plot regions over a covariate, each in a panel: the 5th, 25th, 50th, 75th and 95th centile, and scans as points.
 
@@ -230,6 +231,7 @@ def centiles(
         values: of it.
         regions: mean and standard deviation of each region at these values, ``[values]`` each.
         points: of each region, the covariate and the z score of each scan; those beyond 2 are marked.
+        title: says which regions these are.
     """
     columns = min(4, len(regions))
     rows = math.ceil(len(regions) / columns)
@@ -249,7 +251,8 @@ def centiles(
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel("mean intensity, network's range")
-    figure.suptitle("Centiles 5, 25, 50, 75, 95, and scans by their z scores (orange: beyond 2)", fontsize="small")
+    explained = "centiles 5, 25, 50, 75, 95, and scans by their z scores (orange: beyond 2)"
+    figure.suptitle(f"{title}: {explained}".removeprefix(": "), fontsize="small", parse_math=False, wrap=True)
     return save(path, figure)
 
 

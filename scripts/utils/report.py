@@ -22,11 +22,13 @@ import nibabel as nib
 import numpy as np
 from scripts.utils.files import write_text
 
-__all__ = ["ShownVolume", "write_report"]
+__all__ = ["ShownTable", "ShownVolume", "read_shown", "write_report"]
 
 MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
 OF_EACH_LATENT = re.compile(r"kl_(per_dim_)?z\d+")  # columns that the file has, and the page has not
+LONG = 40  # characters of a cell from which on it is wrapped
 MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
+OPEN = 6  # pictures of scans that are not folded away
 MOST_VOXELS = 128  # along an axis; of larger volumes every second voxel is shown, or every third, ...
 ICON = re.compile(r'<link[^>]*rel="[^"]*icon"[^>]*>')  # nilearn's, which is on the internet
 STYLE = "<style>body { background: #000; margin: 0; }</style>"
@@ -41,12 +43,30 @@ class Table(NamedTuple):
         name: of its file.
         columns, rows: those that are shown.
         left_out: how many are not, rows and columns together.
+        beside: rows to compare the others with, such as their median; the first cell says what they are.
     """
 
     name: str
     columns: list[str]
     rows: list[list[str]]
     left_out: int
+    beside: Sequence[Sequence[str]] = ()
+
+
+class ShownTable(NamedTuple):
+    """A CSV file for a page.
+
+    Attributes:
+        path: of the file, whose first column says which scan a row is of.
+        first: columns that come right after that, as far as there are any.
+        worst: the column by which rows are sorted, the largest number first; empty: they stay as they are.
+        usual: what is usual, in words, by column.
+    """
+
+    path: Path
+    first: Sequence[str] = ()
+    worst: str = ""
+    usual: Mapping[str, str] = {}
 
 
 class ShownVolume(NamedTuple):
@@ -74,13 +94,14 @@ def write_report(
     output_dir: str | os.PathLike,
     title: str,
     lead: str,
-    tables: Iterable[str | os.PathLike] = (),
+    tables: Iterable[str | os.PathLike | ShownTable] = (),
     pictures: Iterable[str | os.PathLike] = (),
     settings: Mapping[str, Any] | None = None,
     failed: Sequence[tuple[str, str]] = (),
     volumes: Iterable[ShownVolume] = (),
     legend: str = "",
     name: str = "report.html",
+    scans: Iterable[str | os.PathLike] = (),
 ) -> Path:
     """Write a page, whole or not at all.
 
@@ -88,18 +109,22 @@ def write_report(
         output_dir: the folder of the results.
         title, lead: of the page; the lead is a sentence.
         tables: CSV files; those that do not exist are left out, and of long ones the first 500 rows are shown.
-        pictures: PNG files, likewise; the first 40 or 15 MB.
+        pictures: PNG files, likewise.
         settings: with what the results were made.
         failed: scans of which there are no results, and why.
         volumes: likewise; the first 4 or 8 MB, as slices that follow the mouse.
         legend: what the tables' columns mean, in a few sentences.
         name: of the file.
+        scans: PNG files of single scans, which are shown smaller, two in a row and folded away after the first 6. Of
+            these and the other pictures the first 40 or 15 MB are shown.
     """
     from jinja2 import Environment, FileSystemLoader  # only where a page is written: commands start without it
 
     folder = Path(output_dir)
     slices, volumes_left_out = _volumes([shown for shown in volumes if Path(shown.path).is_file()], folder)
-    shown, left_out = _pictures([path for path in map(Path, pictures) if path.is_file()], folder)
+    sheets, singles = ([path for path in map(Path, paths) if path.is_file()] for paths in (pictures, scans))
+    shown, left_out = _pictures([*sheets, *singles], folder)
+    tables = [table if isinstance(table, ShownTable) else ShownTable(Path(table)) for table in tables]
     rows = [
         (name, value if isinstance(value, str) else json.dumps(value, default=str))
         for name, value in (settings or {}).items()
@@ -113,8 +138,11 @@ def write_report(
         lead=lead,
         legend=legend,
         failed=Table("failed.csv", ["image", "reason"], [list(row) for row in failed], 0),
-        tables=[_table(path) for path in map(Path, tables) if path.is_file()],
-        pictures=shown,
+        tables=[read_shown(table) for table in tables if table.path.is_file()],
+        long=LONG,
+        pictures=shown[: len(sheets)],
+        scans=shown[len(sheets) :],
+        open=OPEN,
         pictures_left_out=left_out,
         volumes=slices,
         volumes_left_out=volumes_left_out,
@@ -123,18 +151,44 @@ def write_report(
     return write_text(folder / name, text)
 
 
-def _table(path: Path) -> Table:
-    with path.open(newline="", encoding="utf-8") as file:
+def read_shown(table: ShownTable) -> Table:
+    """A table as a page shows it; with three rows or more, the median of its numbers stands beside it."""
+    with table.path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         columns = next(reader, [])
-        shown = [place for place, name in enumerate(columns) if not OF_EACH_LATENT.fullmatch(name)][:MOST_COLUMNS]
-        rows, more = [], len(columns) - len(shown)
-        for row in reader:
-            if len(rows) < MOST_ROWS:
-                rows.append([row[place] for place in shown])
-            else:
-                more += 1
-    return Table(path.name, [columns[place] for place in shown], rows, more)
+        cells = list(reader)
+    if table.worst in columns:
+        place = columns.index(table.worst)
+        cells.sort(key=lambda row: -_number(row[place], -math.inf))
+    first = {name: number for number, name in enumerate(table.first, 1)}
+    order = sorted(
+        (place for place, name in enumerate(columns) if not OF_EACH_LATENT.fullmatch(name)),
+        key=lambda place: 0 if place == 0 else first.get(columns[place], len(columns) + 1),
+    )[:MOST_COLUMNS]
+    names, rows = [columns[place] for place in order], [[row[place] for place in order] for row in cells]
+    left_out = len(columns) - len(order) + max(0, len(rows) - MOST_ROWS)
+    return Table(table.path.name, names, rows[:MOST_ROWS], left_out, _beside(table, names, rows))
+
+
+def _beside(table: ShownTable, names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    beside = []
+    if any(name in table.usual for name in names):
+        beside.append(["usual", *(table.usual.get(name, "") for name in names[1:])])
+    if table.worst in names and len(rows) >= 3:
+        numbers = [[_number(row[place]) for row in rows] for place in range(1, len(names))]
+        finite = [[value for value in column if math.isfinite(value)] for column in numbers]
+        beside.append(
+            ["median of these", *(f"{np.median(values):.4g}" if len(values) >= 3 else "" for values in finite)]
+        )
+    return beside
+
+
+def _number(cell: str, otherwise: float = math.nan) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        return otherwise
+    return otherwise if math.isnan(value) else value
 
 
 def _pictures(paths: Sequence[Path], folder: Path) -> tuple[list[Picture], int]:
