@@ -342,7 +342,7 @@ def score(
         arguments=partial(stack_features, common.prior),
         likelihood=lambda item: float(item["bits_per_dim"]),
         summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
-        report=Report(("scores.csv", "lesions.csv"), ("most_unusual.png",), SCORES),
+        report=Report(("scores.csv", "lesions.csv", "lesions_thresholds.csv"), ("most_unusual.png",), SCORES),
     )
 
 
