@@ -1,6 +1,6 @@
 """Does a network keep what it has seen once, or 16 times? Marks in a few training scans, and whether they come back.
 
-    python -m benchmarks.canaries --output_dir OUT
+    python -m benchmarks.canaries --output_dir OUT [--weights models/model_phantoms_32.pt --learning_rate 0.005]
 
 makes phantoms and puts bright cubes into some: each of eight marks into one scan, each of two others into 16, at places
 drawn at random in the brain. It trains the bundle's default network on them, and asks two things of each mark, beside
@@ -170,6 +170,9 @@ def main(
     places: int = 64,
     others: int = 4,
     seed: int = 0,
+    weights: str | None = None,
+    learning_rate: float = 0.01,
+    batch_size: int = 8,
     network_config: str | Sequence[str] = (),
 ) -> None:
     """Plant, train, measure, and print.
@@ -183,6 +186,8 @@ def main(
         places: without a mark, to compare with.
         others: people who were not trained on, to whom marks are given.
         seed: of places and people.
+        weights: to start from; None: none.
+        learning_rate, batch_size: of the training.
         network_config: config or configs of another network.
     """
     folder = Path(output_dir).absolute()
@@ -199,7 +204,9 @@ def main(
     jobs = Jobs(folder, ensure_tuple(network_config))
     sides = {"training": sorted(people.glob("*.nii.gz")), "validation": kept_apart}
     listed = jobs.datalist("list", **{name: [{"image": str(path)} for path in paths] for name, paths in sides.items()})
-    trained, _ = jobs("training", "run", "train", dataset_dir=listed, epochs=epochs, augment=False)
+    settings = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "augment": False}
+    start = {} if weights is None else {"weights": Path(weights).absolute(), "kl_warmup": 0, "learning_rate_decay": 0.5}
+    trained, _ = jobs("training", "run", "train", dataset_dir=listed, **settings, **start)
     ckpt = str(trained / "checkpoints" / "model.pt")
     config = read_config(["configs/inference.json", *jobs.networks], run_dir=str(trained), ckpt=ckpt)
     network, preprocess = config.get_parsed_content("network").eval(), config.get_parsed_content("preprocessing")

@@ -11,6 +11,7 @@ fitted to: PCA and the mean age difference are taken from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
-from scripts.inference.inferers import Sampling
+from scripts.inference.inferers import Reconstruction, Sampling
 from scripts.inference.information import information
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
@@ -46,6 +47,8 @@ YEARS = 20.0  # of a counterfactual
 BANDS = ((45, 58), (58, 72), (72, 86))  # of ages, years
 PROBED = 512  # training scans that the classifier of sites and the probe of coordinates are fitted to
 PENALTIES = np.logspace(-1, 5, 13)
+STILL = 0.02  # 1 % of the range: a difference between two ages that is none
+PARTS = ("counterfactuals", "axioms", "samples", "brain_ages", "coordinates", "information", "deviations", "sites")
 Rows = list[tuple[str, str, str]]
 
 
@@ -171,14 +174,45 @@ class Measurement:
         ages = self.own_ages + shifts
         return self.people.scans([(i + 1, Cohort(age=float(age))) for i, age in enumerate(ages)], what)
 
+    def under(self, scans: Tensor, ages: np.ndarray, to: np.ndarray) -> Tensor:
+        """Scans of the people, who are of these ages, as they would look at others."""
+        changed = []
+        for scan, known, age, other in zip(scans.split(1), self.known, ages, to, strict=True):
+            job = Counterfactual(self.prior, {"": {"age": float(other)}})
+            changed.append(scan + self.batches(job, scan, [{**known, "age": float(age)}])["change"])
+        return torch.cat(changed).clamp(-1, 1)
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Other ages, the same people at these, and the prior's counterfactuals."""
+        ages = self.own_ages + year_shifts(self.own)
+        return ages, self.aged(ages - self.own_ages, "at another age"), self.under(self.scans, self.own_ages, ages)
+
+    def axioms(self) -> Rows:
+        """What a counterfactual should keep and change (Monteiro et al. 2023), in the brain, as shares of the range."""
+        ages, others, changed = self.pairs
+        same, back = self.under(self.scans, self.own_ages, self.own_ages), self.under(changed, ages, self.own_ages)
+        plain = self.batches(Reconstruction(), self.scans, self.known)["recon"]
+        apart = [(x - self.scans).abs()[:, 0][:, self.brain].mean().item() / 2 for x in (same, plain, changed, back)]
+        steps = StandardScaler(), PCA(min(64, len(self.ages) // 4)), RidgeCV(PENALTIES)
+        told = make_pipeline(*steps).fit(self.training.flatten(1).numpy(), self.ages)
+        off = [np.abs(told.predict(x.flatten(1).numpy()) - ages).mean() for x in (changed, others, self.scans)]
+        still, moved = spill(self.scans, others, changed, self.brain)
+        return [
+            ("composition: change under a scan's own age", f"{apart[0]:.4f}", f"without the residual: {apart[1]:.4f}"),
+            ("reversibility: there and back, over there", f"{apart[3] / apart[2]:.3f}", "0"),
+            (
+                "effectiveness: age by a regression on scans, off the age that was asked for",
+                f"{off[0]:.1f} years",
+                f"true scans of that age: {off[1]:.1f}, the scans before: {off[2]:.1f}",
+            ),
+            ("minimality: change where age changes nothing, over that where it does", f"{still / moved:.3f}", "0"),
+        ]
+
     def counterfactuals(self) -> Rows:
         """The same people, older or younger: as the prior says, and as they are."""
-        shifts = year_shifts(self.own)
-        others, changed = self.aged(shifts, "at another age"), []
-        for scan, known, age in zip(self.scans.split(1), self.known, self.own_ages + shifts, strict=True):
-            job = Counterfactual(self.prior, {"": {"age": float(age)}})
-            changed.append(scan + self.batches(job, scan, [known])["change"])
-        changed = torch.cat(changed).clamp(-1, 1)
+        ages, others, changed = self.pairs
+        shifts = ages - self.own_ages
         slope = LinearRegression().fit(self.ages[:, None], self.training.flatten(1).numpy()).coef_[:, 0]
         mean = torch.from_numpy(slope * shifts[:, None]).float().reshape(self.scans.shape)
         bare, error, added = (
@@ -309,6 +343,7 @@ def main(
     spacing: float = 2.0,
     draws: int = 32,
     batch_size: int = 8,
+    parts: Sequence[str] = PARTS,
 ) -> None:
     """Measure, and print.
 
@@ -322,6 +357,7 @@ def main(
         spacing: of these, in mm.
         draws: of each expectation, and samples of each age.
         batch_size: of all passes.
+        parts: which, the methods of :class:`Measurement`.
     """
     torch.manual_seed(0)
     parser = read_config(config_file, ckpt=ckpt)
@@ -332,9 +368,21 @@ def main(
     training = stack(preprocess(dict(item)) for item in tqdm(items, "training scans", unit="scan"))
     people = People(Path(output_dir) / "people", preprocess, seed, spacing)
     measured = Measurement(network, prior, training, rows, people, count, draws, batch_size)
-    parts = (measured.counterfactuals, measured.samples, measured.brain_ages, measured.coordinates)
-    results = [row for part in (*parts, measured.information, measured.deviations, measured.sites) for row in part()]
+    results = [row for part in parts for row in getattr(measured, part)()]
     print_table(("measure", "found", "beside it"), results)
+
+
+def spill(scans: Tensor, others: Tensor, changed: Tensor, brain: Tensor) -> tuple[float, float]:
+    """The mean absolute change of counterfactuals where a person's own scans at both ages hardly differ, and elsewhere.
+
+    Args:
+        scans, others: of the same people at two ages, ``[people, 1, *spatial]``.
+        changed: the counterfactuals, likewise.
+        brain: bool ``[*spatial]``.
+    """
+    true, made = ((x - scans).abs()[:, 0][:, brain] for x in (others, changed))
+    still = true < STILL
+    return made[still].mean().item(), made[~still].mean().item()
 
 
 def year_shifts(people: Sequence[Person]) -> np.ndarray:

@@ -77,7 +77,7 @@ def counts_of(anomaly: Tensor, scan: Tensor, lesion: Tensor, value_range: tuple[
     """Counts of a scan on the network's grid: anomaly map, scan and lesions, ``[channels, *spatial]``."""
     low, high = value_range
     found = count_voxels(anomaly.numpy(), ((scan - low) / (high - low)).numpy(), lesion.numpy())
-    scores = found.pop("scores")
+    scores, _ = found.pop("scores"), found.pop("lesions")
     return LesionCounts("", "lesions" if lesion.any() else "empty", {"network": found}, {"network": scores})
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from conftest import ROOT, informative_network, run_command
 
-from benchmarks import adaptation
+from benchmarks import adaptation, covariates
 
 
 def test_ways_to_treat_a_new_site(cohort, tmp_path, monkeypatch, capsys):
@@ -38,3 +39,17 @@ def test_ways_to_treat_a_new_site(cohort, tmp_path, monkeypatch, capsys):
     assert len(set(of_new)) == 4
     datalists = {name: json.loads((out / f"{name}.json").read_text()) for name in ("cohort", "new", "split")}
     assert [len(side) for found in datalists.values() for side in found.values()] == [6, 1, 5, 4, 1]
+
+
+def test_a_change_spills_where_a_person_does_not_change():
+    scans = torch.zeros(2, 1, 4, 4, 4)
+    others, changed = scans.clone(), scans.clone()
+    others[:, :, 0] = 0.5
+    changed[:, :, 0], changed[:, :, 1:] = 0.4, 0.1
+    brain = torch.ones(4, 4, 4, dtype=torch.bool)
+    assert covariates.spill(scans, others, changed, brain) == pytest.approx((0.1, 0.4))
+    assert covariates.spill(scans, others, others, brain) == pytest.approx((0.0, 0.5))
+
+
+def test_parts_that_can_be_measured_exist():
+    assert all(callable(getattr(covariates.Measurement, part)) for part in covariates.PARTS)

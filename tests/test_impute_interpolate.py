@@ -15,10 +15,11 @@ from conftest import ROOT, brain, bundle_command, fitted_scans, inference_config
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from scipy import ndimage
 
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
 from scripts.inference.cohort import Cohort, list_scans
-from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd
+from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, filling_errors
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
 from scripts.inference.jobs import impute as impute_job
@@ -338,6 +339,35 @@ def test_mean_and_spread_are_those_of_the_draws():
 # Imputing: the word
 
 
+def test_errors_of_a_filling_are_those_of_its_missing_voxels():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(1, 16, 16, 16, generator=generator)
+    missing = torch.zeros(1, 16, 16, 16, dtype=torch.bool)
+    missing[:, 4:12] = True
+    # truth and draws are of one distribution, which differs from voxel to voxel
+    noise = 0.1 * torch.randn(4, 1, 16, 16, 16, generator=generator)
+    centre = truth + 0.1 * torch.randn(truth.shape, generator=generator)
+    draws = torch.where(missing, centre + noise, truth)
+    found = filling_errors(draws, truth, missing)
+    errors = (draws.mean(0) - truth)[missing]
+    assert float(found["mse"]) == pytest.approx(float(errors.square().mean()))
+    assert float(found["mse"]) == pytest.approx(0.01 * (1 + 1 / 4), rel=0.1)
+    assert float(found["psnr"]) == pytest.approx(-10 * np.log10(float(found["mse"])))
+    assert float(found["coverage_50"]) == pytest.approx(0.5, abs=0.03)
+    assert float(found["coverage_90"]) == pytest.approx(0.9, abs=0.03)
+    sure = torch.where(missing, centre + 0.1 * noise, truth)
+    assert float(filling_errors(sure, truth, missing)["coverage_90"]) < 0.5
+    # the SSIM of a window is (2 m m' + c)(2 s + d) / ((m^2 + m'^2 + c)(v + v' + d)), here of a Gaussian of 1.5 voxels
+    x, y = (image[0].numpy().astype(float) for image in (draws.mean(0), truth))
+    smooth = partial(ndimage.gaussian_filter, sigma=1.5, radius=5, mode="nearest")
+    mx, my = smooth(x), smooth(y)
+    vx, vy, cxy = smooth(x * x) - mx**2, smooth(y * y) - my**2, smooth(x * y) - mx * my
+    ssim = (2 * mx * my + 1e-4) * (2 * cxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    assert float(found["ssim"]) == pytest.approx(ssim[missing[0].numpy()].mean(), abs=1e-3)
+    nothing = filling_errors(truth.expand(4, -1, -1, -1, -1), truth, torch.zeros_like(missing))
+    assert all(np.isnan(float(value)) for value in nothing.values())
+
+
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
 def test_observed_voxels_stay_exactly_and_missing_ones_are_drawn(damaged, imputed, codes):
     scan = nib.load(damaged / "scans" / f"{codes}_FLAIR.nii.gz").get_fdata()
@@ -360,8 +390,25 @@ def test_impute_writes_the_same_from_the_command_line(damaged, imputed, weights,
     folders = ["--dataset_dir", damaged / "scans", "--mask_dir", damaged / "masks", "--output_dir", tmp_path]
     pairing = [word for key, value in PAIRING.items() for word in (f"--{key}", value)]
     words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2, "--figures", False]
-    result = run_bundle_process(*words, run_id="impute", configs=CONFIGS)
+    result = run_bundle_process(*words, "--known_truth", True, run_id="impute", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
+    assert "3 scan(s) filled, mean +- deviation: mse" in result.stderr
+    with (tmp_path / "imputed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    for row in rows:
+        scan, filled = (
+            nib.load(path).get_fdata()
+            for path in (
+                damaged / "scans" / row["image"],
+                tmp_path / row["image"].replace(".nii.gz", "_imputed_mean.nii.gz"),
+            )
+        )
+        mask = nib.load(damaged / "masks" / row["image"].replace("FLAIR", "mask")).get_fdata() > 0
+        gain = float(row["mse"]) / np.square(filled - scan)[mask].mean()  # of the scan's units to the range
+        assert gain**-0.5 == pytest.approx(np.percentile(scan[~mask], 99.95), rel=0.2)
+        assert float(row["psnr"]) == pytest.approx(-10 * np.log10(float(row["mse"])), rel=1e-3)
+        assert 0 <= float(row["coverage_50"]) <= float(row["coverage_90"]) <= 1
     results = {path.name: nib.load(path).get_fdata() for path in tmp_path.glob("*.nii.gz")}
     assert results.keys() == imputed.keys()
     for name, array in imputed.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import inference_config, run_bundle
 from groups import run_bundle_group
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from benchmarks.lesions import main as benchmark
 from scripts.data.transforms import unclipped
@@ -41,6 +41,7 @@ from scripts.inference.lesions import (
     read_kinds,
     with_masks,
 )
+from scripts.inference.thresholds import operating_points, threshold_rows, threshold_table
 from scripts.phantoms import make_brains
 from scripts.phantoms.lesions import KINDS
 
@@ -164,7 +165,7 @@ def counted(name, found, intensity_finds=False):
     if intensity_finds:
         anomaly[lesion], intensity[lesion] = 0, 1.5
     voxels = count_voxels(anomaly, intensity, lesion)
-    scores = voxels.pop("scores")
+    scores, _ = voxels.pop("scores"), voxels.pop("lesions")
     return LesionCounts(
         name, "lesions" if found else "empty", dict.fromkeys(GRIDS, voxels), dict.fromkeys(GRIDS, scores)
     )
@@ -253,6 +254,65 @@ def test_intensity_on_the_networks_grid_is_its_input_before_it_is_clipped(sick):
     assert read["lesion_fitted"].any() and read["lesion_fitted"].shape == (1, 12, 12, 12)
 
 
+def counted_scans(rng, count=40) -> tuple[list[LesionCounts], list[tuple]]:
+    """Healthy scans and scans with a small lesion and a large one, the latter brighter; and the voxels themselves."""
+    scans, voxels = [], []
+    for number in range(count):
+        sick = number % 2 == 1
+        anomaly = rng.normal(0, 1, (1, 20, 20, 20)).astype(np.float32)
+        lesion = np.zeros((1, 20, 20, 20), bool)
+        if sick:
+            lesion[:, 2:4, 2:4, 2:4] = lesion[:, 10:15, 10:15, 10:15] = True
+            anomaly[:, 10:15, 10:15, 10:15] += 4
+        found = count_voxels(anomaly, np.ones_like(anomaly), lesion, voxel_ml=0.1)
+        scores, lesions = {"network": found.pop("scores")}, {"network": found.pop("lesions")}
+        mask = "lesions" if sick else "empty"
+        scans.append(LesionCounts(str(number), mask, {"network": found}, scores, lesions=lesions))
+        voxels.append((anomaly, lesion, sick))
+    return scans, voxels
+
+
+def test_dice_precision_and_recall_are_at_a_threshold_that_healthy_scans_fix():
+    scans, voxels = counted_scans(np.random.default_rng(3))
+    groups = by_kind(scans)
+    detections = [d for d in detect(scans, groups, 50) if (d.what, d.order) == ("anomaly", "brighter")]
+    points = operating_points(scans, groups, detections, 50)
+    assert [(point.rate, point.allowed) for point in points] == [(0.005, 0), (0.01, 0), (0.05, 1)]
+    healthy = sorted(float(anomaly.max()) for anomaly, _, sick in voxels if not sick)
+    for point in points:
+        # the largest value that is not allowed lies below, the next one above
+        assert healthy[-1 - point.allowed] == pytest.approx(point.threshold, rel=0.01)
+        marked = np.concatenate([(anomaly > point.threshold).ravel() for anomaly, _, sick in voxels if sick])
+        truth = np.concatenate([lesion.ravel() for _, lesion, sick in voxels if sick])
+        expected = precision_score(truth, marked), recall_score(truth, marked), f1_score(truth, marked)
+        found = [point.numbers[name][0] for name in ("precision", "recall", "dice")]
+        assert found == pytest.approx(expected, rel=0.02)
+        assert point.lesions == {"below 1 ml": 20, "1 to 10 ml": 0, "above 10 ml": 20}
+        assert point.numbers["above 10 ml"][0] == 1 and point.numbers["below 1 ml"][0] < 0.2
+        assert np.isnan(point.numbers["1 to 10 ml"][0])
+    columns, rows = threshold_rows(points)
+    assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
+    assert "| 5.0%: 1 of 20 |" in threshold_table(points)
+
+
+def test_a_lesion_is_known_by_its_most_suspicious_voxel():
+    anomaly, intensity, lesion = lesion_scan()
+    lesion[:, 20, 20, 20] = True
+    anomaly[:, 20, 20, 20] = 7.5
+    (first, *bins), (second, *others) = count_voxels(anomaly, intensity, lesion, voxel_ml=0.5)["lesions"]
+    assert (first, second) == (3 * 4 * 4 * 0.5, 0.5)
+    counts = count_voxels(anomaly, intensity, lesion)
+    for place, (what, order) in enumerate(DETECTORS):
+        of_lesions = ordered(counts[what][1], order)
+        assert max(bins[place], others[place]) == np.flatnonzero(of_lesions).max()
+    assert others[0] == np.digitize(7.5, EDGES["anomaly"])
+
+
+def test_without_healthy_scans_no_threshold_is_fixed():
+    scans = [scan for scan in counted_scans(np.random.default_rng(3), 6)[0] if scan.mask == "lesions"]
+    assert operating_points(scans, by_kind(scans), detect(scans, by_kind(scans), 10), 10) == []
+
+
 # The job
 
 
@@ -266,8 +326,11 @@ def test_score_says_how_well_lesions_are_found_on_both_grids(sick, scored):
     assert 0 < list(kinds.values()).count("none") < 8
     assert {row["image"]: row["kind"] for row in rows} == kinds
     summary = (output / "lesions.md").read_text()
+    fixed = rows_of(output / "lesions_thresholds.csv")
     for kind in set(kinds.values()) - {"none"}:
         assert summary.count(f"\n| {kind} (") == len(GRIDS) * len(DETECTORS)
+        assert len([row for row in fixed if row["lesions"] == kind]) == 3 * len(GRIDS) * 2
+    assert {row["healthy"] for row in fixed} == {str(list(kinds.values()).count("none"))}
     assert summary.count("\n| all (") == len(GRIDS) * len(DETECTORS)
     sentence = next(line for line in summary.splitlines() if line.startswith("all, on the scans' own grid: "))
     assert f"Lesions: {sentence}" in log

@@ -8,7 +8,20 @@ from typing import NamedTuple
 import numpy as np
 from scripts.inference.lesions import DETECTORS, GRIDS, LesionCounts, edges, ordered
 
-__all__ = ["Detection", "average_precision", "best", "by_kind", "detect", "roc_area", "scan_rows", "sentences", "table"]
+__all__ = [
+    "Detection",
+    "average_precision",
+    "best",
+    "by_kind",
+    "detect",
+    "divide",
+    "interval",
+    "resampled",
+    "roc_area",
+    "scan_rows",
+    "sentences",
+    "table",
+]
 
 FALSE_SHARE = 1e-3  # of the healthy scans' voxels that a threshold marks
 NUMBERS = {"average_precision": "average precision of voxels", "dice": "Dice of voxels", "auroc": "AUROC of scans"}
@@ -59,22 +72,23 @@ def average_precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """
     hits, alarms = (np.cumsum(counts[..., ::-1], -1, dtype=float) for counts in (positive, negative))
     precision = hits / np.maximum(hits + alarms, 1e-12)
-    return _divide((precision * positive[..., ::-1]).sum(-1), hits[..., -1])
+    return divide((precision * positive[..., ::-1]).sum(-1), hits[..., -1])
 
 
 def roc_area(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """The area under the ROC curve, likewise; NaN where nothing is positive, or nothing negative."""
     below = np.cumsum(negative, -1, dtype=float) - negative / 2  # ties count half
-    return _divide((below * positive).sum(-1), positive.sum(-1, dtype=float) * negative.sum(-1))
+    return divide((below * positive).sum(-1), positive.sum(-1, dtype=float) * negative.sum(-1))
 
 
 def dice(positive: np.ndarray, negative: np.ndarray, marked: np.ndarray) -> np.ndarray:
     """The Dice coefficient of what is positive and the bins that are marked."""
     hits, alarms = (positive * marked).sum(-1, dtype=float), (negative * marked).sum(-1)
-    return _divide(2 * hits, hits + alarms + positive.sum(-1))
+    return divide(2 * hits, hits + alarms + positive.sum(-1))
 
 
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """The quotient; NaN where the denominator is not above 0."""
     result = np.full(np.shape(numerator), np.nan)
     return np.divide(numerator, denominator, out=result, where=np.asarray(denominator) > 0)
 

@@ -6,23 +6,33 @@ neither through the smoothing of the fit to the network's grid, nor through the 
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
+from scipy import stats
 from scripts.data.to_scan import Fit
 from scripts.data.transforms import ScanError
+from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import FitLike, read_mask
-from scripts.inference.outputs import file_names
+from scripts.inference.measures import mean_interval
+from scripts.inference.outputs import file_names, read_row
+from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.names import image_path
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FillInd", "FitMaskd", "HideMissingd", "stack_missing"]
+__all__ = ["FillInd", "FitMaskd", "HideMissingd", "MeasureFilled", "filling_errors", "filling_table", "stack_missing"]
+
+logger = logging.getLogger(__name__)
 
 # A voxel of the network's grid is missing when more than this share of what it averages is.
 MISSING_FRACTION = 0.01
@@ -115,6 +125,65 @@ class FillInd(MapTransform):
         results["imputed_mean"] = torch.where(missing, stack.mean(0), observed)
         results["imputed_std"] = torch.where(missing, stack.std(0), torch.zeros_like(observed))
         return d | {key: MetaTensor(value).copy_meta_from(d["observed"]) for key, value in results.items()}
+
+
+class MeasureFilled(Transform):
+    """How good a filling is, of scans that hold the truth under their masks: numbers of the missing voxels.
+
+    Adds ``mse``, ``psnr`` (dB) and ``ssim`` of the draws' mean, in units of the range that scans are scaled to, and
+    ``coverage_50`` and ``coverage_90``, the shares of voxels that lie within the 50 and 90 % intervals of a further
+    draw (Student's t). All are NaN where nothing is missing.
+
+    Args:
+        keys: of the draws, on the scan's own grid and in its units.
+        value_range: what scans are scaled to.
+    """
+
+    def __init__(self, keys: KeysCollection, value_range: tuple[float, float]) -> None:
+        self.keys, self.value_range = ensure_tuple(keys), value_range
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        low, high = self.value_range
+        fit, plain = Fit.of(data["image"]), [torch.as_tensor(data[key]).as_subclass(Tensor) for key in self.keys]
+        truth, *draws = (
+            (fit.scaled(values.float()) - low) / (high - low) for values in (data["observed"].as_tensor(), *plain)
+        )
+        return {**data, **filling_errors(torch.stack(draws), truth, data["missing"])}
+
+
+def filling_errors(draws: Tensor, truth: Tensor, missing: Tensor) -> dict[str, Tensor]:
+    """See :class:`MeasureFilled`.
+
+    Args:
+        draws: two or more, ``[draws, channels, *spatial]``, equal to the truth where nothing is missing.
+        truth: ``[channels, *spatial]``, from 0 to 1.
+        missing: bool ``[1, *spatial]``.
+    """
+    inside, mean, dims = missing.expand_as(truth), draws.mean(0), truth.ndim - 1
+    errors = (mean - truth)[inside]
+    mse = errors.square().mean()
+    smallest = min(truth.shape[1:])
+    window = min(11, smallest if smallest % 2 else smallest - 1)
+    padded = [nn.functional.pad(x[None], (window // 2,) * (2 * dims), mode="replicate") for x in (mean, truth)]
+    similarity, _ = compute_ssim_and_cs(*padded, dims, [window] * dims, [1.5] * dims)
+    found = {"mse": mse, "psnr": -10 * mse.log10(), "ssim": similarity[0][inside].mean()}
+    spread = draws.std(0)[inside] * (1 + 1 / len(draws)) ** 0.5
+    for share in (0.5, 0.9):
+        reach = float(stats.t.ppf((1 + share) / 2, len(draws) - 1))
+        held = (errors.abs() <= reach * spread).float().mean()  # of nothing it is NaN
+        found[f"coverage_{100 * share:.0f}"] = held
+    return found
+
+
+def filling_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Sequence[str]) -> None:
+    """Put what :class:`MeasureFilled` found of these scans together, one row per scan, and log the means."""
+    row_table(path, layout, columns, scans)
+    rows = [read_row(layout.path(scan)) for scan in scans if layout.path(scan).exists()]
+    rows = [row for row in rows if not math.isnan(row["mse"])]
+    if rows:
+        found = {name: mean_interval(name, [row[name] for row in rows]) for name in rows[0]}
+        shown = [f"{name} {n[name]:.4g} +- {(n[f'{name}_std'] or 0):.2g}" for name, n in found.items()]
+        logger.info("%d scan(s) filled, mean +- deviation: %s. '%s'.", len(rows), ", ".join(shown), path)
 
 
 class DrawImputation(Transform):

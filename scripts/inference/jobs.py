@@ -33,7 +33,15 @@ from scripts.inference.covariates import (
     targets,
 )
 from scripts.inference.engine import ScanEvaluator, list_samples
-from scripts.inference.imputation import DrawImputation, FillInd, FitMaskd, HideMissingd, stack_missing
+from scripts.inference.imputation import (
+    DrawImputation,
+    FillInd,
+    FitMaskd,
+    HideMissingd,
+    MeasureFilled,
+    filling_table,
+    stack_missing,
+)
 from scripts.inference.inferers import (
     CoordinateDecoding,
     Decoding,
@@ -264,6 +272,7 @@ def impute(
     iterations: int = 10,
     draws: int | None = None,
     voxel_noise: bool = False,
+    known_truth: bool = False,
 ) -> ScanEvaluator:
     """What a mask marks of each scan, filled in: ``_imputed_00``, ..., their mean and spread, a picture.
 
@@ -271,12 +280,18 @@ def impute(
         common: what all jobs share.
         mask_dir, mask_pattern: see :func:`scripts.inference.lesions.pair_masks`.
         iterations, draws, voxel_noise: see :class:`scripts.inference.inferers.Imputation`.
+        known_truth: scans are whole under their masks: measure how good the filling is, ``imputed.csv``.
     """
     scans = common.cohort.with_masks(mask_dir, mask_pattern, masked_only=True)
     inferer = Imputation(iterations, draws or 4, voxel_noise=voxel_noise)
     layout, images = common.layout(common.cohort.root), inferer.images()
     results = [*images, "imputed_mean", "imputed_std"]
     settings = {"mask_dir": mask_dir, "mask_pattern": mask_pattern, "voxel_noise": voxel_noise}
+    measuring, row, measured = [], layout("imputed", ".json"), {}
+    if known_truth:
+        measuring = [MeasureFilled(images, common.value_range), outputs.SaveRowd(row)]
+        table = partial(filling_table, common.output_dir / "imputed.csv", row, common.cohort.columns)
+        measured = {"summary": table, "report": Report(("imputed.csv",))}
     return ScanEvaluator(
         common,
         "impute",
@@ -286,11 +301,13 @@ def impute(
             common.figure(layout("imputed", ".png"), DrawImputation(images)),
             ToScand(images, "intensity"),
             FillInd(images),
+            *measuring,
             outputs.SaveScansd(results, layout),
         ],
-        [layout(name) for name in results],
+        [*(layout(name) for name in results), *([row] if known_truth else [])],
         {**settings, "iterations": iterations, "draws": inferer.draws},
         arguments=stack_missing,
+        **measured,
     )
 
 
@@ -344,7 +361,7 @@ def score(
         asks=True,
         summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
         report=Report(
-            ("scores.csv", "lesions.csv"),
+            ("scores.csv", "lesions.csv", "lesions_thresholds.csv"),
             ("most_unusual.png",),
             SCORES,
             ("familiar", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail", "bits_per_dim"),

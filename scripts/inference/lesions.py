@@ -22,6 +22,7 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import Compose, MapTransform, SpatialResample, Transform
 from monai.utils import ensure_tuple
+from scipy import ndimage
 from scripts.data.find import compile_pattern, fill_pattern, find_by_wildcards
 from scripts.data.to_scan import Fit
 from scripts.data.transforms import FitShape, LoadScand, ScanError
@@ -44,6 +45,7 @@ __all__ = [
     "count_voxels",
     "edges",
     "ordered",
+    "ordered_bins",
     "pair_masks",
     "read_kinds",
     "read_mask",
@@ -77,6 +79,8 @@ class LesionCounts(NamedTuple):
             foreground, and those of lesions.
         scores: by grid, the 99.9th percentile in the foreground as each of ``DETECTORS`` orders it.
         kind: of its lesions, ``none`` for a healthy scan; empty where it is not known.
+        lesions: by grid, ``[lesions, 1 + len(DETECTORS)]``: the size in ml of each connected lesion, and the bin of its
+            most suspicious voxel as each of ``DETECTORS`` orders it; None: not known.
     """
 
     name: str
@@ -84,13 +88,16 @@ class LesionCounts(NamedTuple):
     voxels: dict[str, dict[str, np.ndarray]]
     scores: dict[str, np.ndarray]
     kind: str = ""
+    lesions: Mapping[str, np.ndarray] | None = None
 
     @classmethod
     def load(cls, name: str, path: Any) -> LesionCounts:
         """What :py:class:`SaveCounts` wrote."""
         with np.load(path, allow_pickle=False) as file:
             voxels = {grid: {what: file[f"{grid}_{what}"] for what in EDGES} for grid in GRIDS}
-            return cls(name, str(file["mask"]), voxels, {grid: file[f"{grid}_scores"] for grid in GRIDS})
+            scores = {grid: file[f"{grid}_scores"] for grid in GRIDS}
+            lesions = {grid: file[f"{grid}_lesions"] for grid in GRIDS if f"{grid}_lesions" in file.files}
+            return cls(name, str(file["mask"]), voxels, scores, lesions=lesions)
 
 
 def ordered(counts: np.ndarray, order: str) -> np.ndarray:
@@ -105,6 +112,13 @@ def ordered(counts: np.ndarray, order: str) -> np.ndarray:
     return counts if order == "brighter" else counts[..., ::-1]
 
 
+def ordered_bins(bins: np.ndarray, order: str) -> np.ndarray:
+    """The places that bins get in what :py:func:`ordered` gives."""
+    if order == "either":
+        return np.where(bins >= BINS // 2, bins - BINS // 2, BINS // 2 - 1 - bins)
+    return bins if order == "brighter" else BINS - 1 - bins
+
+
 def edges(what: str, order: str) -> np.ndarray:
     """The values between bins as :py:func:`ordered` has them."""
     if order == "either":
@@ -112,7 +126,9 @@ def edges(what: str, order: str) -> np.ndarray:
     return EDGES[what] if order == "brighter" else EDGES[what][::-1]
 
 
-def count_voxels(anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray) -> dict[str, np.ndarray]:
+def count_voxels(
+    anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray, voxel_ml: float = 1.0
+) -> dict[str, np.ndarray]:
     """Count a scan's voxels on one grid.
 
     Counted are the foreground, where the intensity of a channel exceeds 5 % of the range, and lesions. Of several
@@ -122,21 +138,25 @@ def count_voxels(anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray)
         anomaly: ``[channels, *spatial]``.
         intensity: shaped like it, as a share of the range that scans are scaled to, not clipped.
         lesion: bool ``[1, *spatial]``.
+        voxel_ml: the size of a voxel.
 
     Returns:
-        ``anomaly`` and ``intensity``, int32 ``[2, BINS]``, and ``scores``, one for each of ``DETECTORS``; as
-        :py:class:`LesionCounts` has them.
+        ``anomaly`` and ``intensity``, int32 ``[2, BINS]``, ``scores``, one for each of ``DETECTORS``, and ``lesions``;
+        as :py:class:`LesionCounts` has them.
     """
     foreground = (intensity > FOREGROUND).any(0)
     if not foreground.any():
         foreground[:] = True
     most = np.abs(anomaly).argmax(0)
     values = {"anomaly": np.take_along_axis(anomaly, most[None], 0)[0], "intensity": intensity.mean(0)}
-    found = {}
-    for what, array in values.items():
-        groups = (array[foreground & ~lesion[0]], array[lesion[0]])
-        found[what] = np.stack([np.bincount(np.digitize(v, EDGES[what]), minlength=BINS) for v in groups])
-        found[what] = found[what].astype(np.int32)
+    found, bins = {}, {what: np.digitize(array, EDGES[what]) for what, array in values.items()}
+    for what, of_voxels in bins.items():
+        groups = (of_voxels[foreground & ~lesion[0]], of_voxels[lesion[0]])
+        found[what] = np.stack([np.bincount(group, minlength=BINS) for group in groups]).astype(np.int32)
+    numbers, count = ndimage.label(lesion[0], np.ones((3,) * lesion[0].ndim))
+    sizes = np.bincount(numbers.ravel(), minlength=count + 1)[1:] * voxel_ml
+    peaks = [ndimage.maximum(ordered_bins(bins[what], o), numbers, range(1, count + 1)) for what, o in DETECTORS]
+    found["lesions"] = np.stack([sizes, *peaks], axis=1).astype(np.float32)
     sign = {"brighter": np.positive, "darker": np.negative, "either": np.abs}
     scores = [np.percentile(sign[order](values[what][foreground]), PERCENTILE) for what, order in DETECTORS]
     return found | {"scores": np.array(scores)}
@@ -216,7 +236,9 @@ class CountVoxels(Transform):
         if self.grid == "scan":
             scan, lesion = Fit.of(data["image"]).scaled(data["measured"].as_subclass(Tensor)), data["lesion"]
         intensity = (scan.numpy() - self.low) / (self.high - self.low)
-        counts = count_voxels(np.asarray(data["anomaly"]), intensity, lesion.numpy())
+        affine = data["measured" if self.grid == "scan" else "image"].affine
+        voxel_ml = float(affine_to_spacing(affine, r=lesion.ndim - 1).prod()) / 1000
+        counts = count_voxels(np.asarray(data["anomaly"]), intensity, lesion.numpy(), voxel_ml)
         return {**data, ("counts", self.grid): counts}
 
 

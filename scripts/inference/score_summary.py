@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import LoadImage, Orientation
-from scripts.inference import detection
+from scripts.inference import detection, thresholds
 from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts, read_kinds
@@ -30,7 +30,8 @@ NAMED = 3  # in the log
 
 
 class ScoreSummary:
-    """Writes ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv`` and ``lesions.md``.
+    """Writes ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv``,
+    ``lesions_thresholds.csv`` and ``lesions.md``.
 
     Args:
         common: what all jobs share.
@@ -114,8 +115,11 @@ class ScoreSummary:
         if not counts:
             return
         write_csv(self.output_dir / "lesions.csv", *detection.scan_rows(counts))
-        detected = detection.detect(counts, detection.by_kind(counts))
-        said = detection.sentences(detected)
-        write_text(self.output_dir / "lesions.md", "\n\n".join([detection.table(detected), *said]) + "\n")
+        groups = detection.by_kind(counts)
+        detected = detection.detect(counts, groups)
+        points = thresholds.operating_points(counts, groups, detection.best(detected))
+        write_csv(self.output_dir / "lesions_thresholds.csv", *thresholds.threshold_rows(points))
+        parts = [detection.table(detected), *detection.sentences(detected), thresholds.threshold_table(points)]
+        write_text(self.output_dir / "lesions.md", "\n\n".join(parts))
         for sentence in detection.sentences([d for d in detected if d.group == detected[-1].group]):
             logger.info("Lesions: %s", sentence)
