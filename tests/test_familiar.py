@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -12,13 +13,16 @@ import torch
 from conftest import ROOT, inference_config, informative_network, run_bundle
 from monai.data import Dataset
 
+import benchmarks.familiar
+from benchmarks.familiar import FAULTS
 from scripts.check import check
+from scripts.data.scan_grid import ScanGrid
 from scripts.inference.explanations import _movement_words
 from scripts.inference.familiar import Examiner
 from scripts.phantoms import make_brains
 from scripts.population.familiarity import Familiarity
 from scripts.population.fit import PopulationFit
-from scripts.population.prior import prior_path
+from scripts.population.prior import PopulationPrior, prior_path
 from scripts.prepare import prepare
 
 REASONS = ("orientation", "skull", "alignment", "contrast", "voxel_size", "crop", "resolution", "range", "unknown")
@@ -106,6 +110,55 @@ def test_prepare_mends_what_the_network_finds(known, tmp_path):
     assert {"image": "orientation/scan.nii.gz"} in listed and {"image": "contrast/scan.nii.gz"} not in listed
     with pytest.raises(ValueError, match="like mends scans on their own grid"):
         prepare(tmp_path / "scans", tmp_path / "out", keep_skull=True, **words)
+
+
+@pytest.fixture(scope="module")
+def examiner(tmp_path_factory):
+    """An untrained network of 16³ with the template of 44 phantoms that lie in one box of the world, and one more."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_brains(folder, 45, spacing=4, workers=1, contrast="T1w")
+    *paths, other = sorted(folder.glob("*.nii.gz"))
+    scan = nib.load(other)
+    ends = np.array(
+        [scan.affine[:3, :3] @ corner + scan.affine[:3, 3] for corner in ([-0.5] * 3, np.array(scan.shape) - 0.5)]
+    )
+    grid = ScanGrid([ends.mean(0).tolist(), np.ptp(ends, axis=0).tolist()])
+    config = inference_config(grid=grid, spatial_shape=[16] * 3, **{"network_def#init": "informative"})
+    network, preprocessing = config.get_parsed_content("network_def"), config.get_parsed_content("preprocessing")
+    scans = [preprocessing({"image": str(path)}) for path in paths]
+    images = torch.stack([item["image"].as_tensor() for item in scans])
+    network.set_voxel_gaussian(images.mean(0), images.std(0), scans[0]["image"].affine)
+    PopulationFit(network, Dataset(scans[:26]), Dataset(scans[26:]), folder / "prior.pt", factors=4).run()
+    prior = PopulationPrior.load(torch.load(folder / "prior.pt", weights_only=True))
+    return Examiner(network.eval(), prior, preprocessing), scan
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("axes exchanged", "top where it says front"),
+        ("turned, °", "it is not aligned, 3[0-9]°"),
+        ("voxel size, times", "header says voxels 1.4"),
+        ("inverted", "inverted it is usual"),
+        ("clipped, share", "50 % of its tissue have the highest value"),
+        ("a bright blot, times", "something outshines its brain"),
+        ("top cut, share", "it is cut at its top"),
+        ("scalp, mm", "it shows more than a brain"),
+        ("thick slices, mm", "it is blurred, by .* along z"),
+    ],
+)
+def test_a_fault_is_named(examiner, tmp_path, fault, words):
+    network, scan = examiner
+    reason, change, _ = FAULTS[fault]
+    image = benchmarks.familiar.damaged(scan, fault, "strong")
+    if reason == "resolution":  # strong enough for voxels of 12 mm
+        image = nib.Nifti1Image(*change(scan.get_fdata(dtype=np.float32), scan.affine, 25))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    found = network.examine(network.load(str(tmp_path / "scan.nii.gz")))
+    assert found.reason == reason, found.sentence()
+    assert re.search(words, found.sentence())
+    nib.save(scan, tmp_path / "fine.nii.gz")
+    assert network.examine(network.load(str(tmp_path / "fine.nii.gz"))).familiar
 
 
 def test_scores_say_whether_a_scan_is_familiar(known, tmp_path):

@@ -85,7 +85,7 @@ class Hypotheses:
         # smoothed as FitShape does, once for all transforms
         zoom = affine_to_spacing(self.affine, self.rank) / affine_to_spacing(self.scan_affine, self.rank)
         pixels = _from_zero(scan)
-        tissue = _tissue(pixels)[None]
+        tissue = ndimage.binary_fill_holes(_tissue(pixels))[None]
         self.plateau = max((channel >= 0.999 * channel.max())[tissue[0]].mean() for channel in pixels)
         brain = brain_mask(scan)[None]
         self.beyond = 1 - brain.sum() / max(1, tissue.sum())
@@ -299,12 +299,12 @@ def _from_zero(scan: MetaTensor) -> np.ndarray:
 
 
 def _tissue(pixels: np.ndarray) -> np.ndarray:
-    """What is not dark, and what that surrounds, ``[*spatial]``, of voxels from 0 on, ``[channels, *spatial]``."""
-    return ndimage.binary_fill_holes((pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0))
+    """What is not dark, ``[*spatial]``, of voxels from 0 on, ``[channels, *spatial]``."""
+    return (pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0)
 
 
 def brain_mask(scan: MetaTensor) -> np.ndarray:
-    """The largest piece of a scan's tissue that hangs together by more than thin bridges, ``[*spatial]``.
+    """The largest piece of tissue that hangs together by more than thin bridges, and what it surrounds, ``[*spatial]``.
 
     Args:
         scan: ``[channels, *spatial]``.
@@ -315,7 +315,8 @@ def brain_mask(scan: MetaTensor) -> np.ndarray:
     sizes = np.bincount(pieces.ravel())[1:]
     if not len(sizes):
         return tissue
-    return ndimage.binary_dilation(pieces == 1 + sizes.argmax(), iterations=steps + 1, mask=tissue)
+    brain = ndimage.binary_dilation(pieces == 1 + sizes.argmax(), iterations=steps + 1, mask=tissue)
+    return ndimage.binary_fill_holes(brain)
 
 
 def _centre(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ REMEDIES = {
 MENDED = {reason for reason, remedy in REMEDIES.items() if remedy == MEND}
 ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
+MUCH_NEARER = 0.5  # what leaves more, and not a familiar scan, explains less than that the scan is blurred, if it is
 ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance, or the usual one, is taken
 
 
@@ -196,8 +197,11 @@ class Examiner:
                 for candidate, gain in zip(candidates, gained.tolist(), strict=True):
                     gains[candidate.reason] = max(gain, gains.get(candidate.reason, gain))
             place = int((far <= max(self.limit, ALIKE * far.min())).nonzero()[0])
-            if far[place] > NEARER * distance:
-                steps += self._blurred(hypotheses, known, bits)
+            blurred = (
+                self._blurred(hypotheses, known, bits) if far[place] > max(self.limit, MUCH_NEARER * distance) else []
+            )
+            if blurred or far[place] > NEARER * distance:
+                steps += blurred
                 break
             known, distance, bits = candidates[place], float(far[place]), float(seen[place])
             steps.append(Step(known.reason, known.words, float(gained[place]), known.transform))
@@ -206,7 +210,7 @@ class Examiner:
         return found._replace(steps=tuple(steps), gains=gains, undone=hypotheses.scan(known))
 
     def _blurred(self, hypotheses: Hypotheses, known: Hypothesis, bits: float) -> list[Step]:
-        """What is left where nothing brings a scan nearer: a blur that one can see, but not undo."""
+        """Where nothing brings a scan much nearer: a blur that one can see, but not undo."""
         blurred = hypotheses.blurred(known)
         if blurred is None:
             return []
