@@ -125,13 +125,16 @@ def test_sketch_of_blocks_is_the_principal_component_analysis_of_all():
     values = torch.linalg.eigvalsh(vectors.T.cov()).flip(0)
     torch.testing.assert_close(sketch.mean, vectors.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sketch.eigenvalues(), values[: len(sketch.basis)], rtol=1e-3, atol=1e-3)
-    mean, variance, directions = sketch.factors(3, 0.0)
+    mean, variance, directions, kept = sketch.factors(3, 0.0)
     covariance = directions.T @ directions + variance.diag()
     # the diagonal is that of the vectors, and what the posterior's own variance adds
     torch.testing.assert_close(covariance.diag(), vectors.var(0) + 0.25, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(mean, vectors.mean(0), rtol=1e-4, atol=1e-4)
-    shrunk = sketch.factors(3, 1.0)[2].square().sum(1)
-    assert (shrunk < directions.square().sum(1)).all() and (shrunk > 0).all()
+    _, _, shrunk, share = sketch.factors(3, 1.0)
+    assert (shrunk.square().sum(1) < directions.square().sum(1)).all() and (kept == 1).all()
+    torch.testing.assert_close(shrunk / share[:, None], directions)
+    prior = prior_from_sketch(sketch, 3, 1.0, {0: (shrunk.shape[1], 1, 1, 1)})
+    torch.testing.assert_close(prior.spread[:, None] * prior.directions_0.flatten(1), directions)
 
 
 def test_a_small_sketch_keeps_the_leading_directions():

@@ -207,6 +207,7 @@ class Sampling(Inferer):
             loc, scale = network.decode([], temperature, batch_size=inputs, draws=draws)
         else:
             coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors), draws)
+            coordinates = self.prior.spread * coordinates
             if not isinstance(temperature, list):
                 coordinates = temperature * coordinates
             features = self._features(inputs, draws)

@@ -118,7 +118,7 @@ class Adaptation:
             dispersion=self.prior.dispersion,
             region_dispersion=self.prior.region_dispersion,
         )
-        adapted.familiarity = self.prior.familiarity
+        adapted.familiarity, adapted.spread = self.prior.familiarity, self.prior.spread
         if offset is not None:
             left, _ = self._mean(partial(self._unexpected, adapted), features, offset[0].numel())
             adapted.offset[place] = left.reshape(offset[0].shape)

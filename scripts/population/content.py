@@ -40,14 +40,14 @@ def check_prior(content: Any, name: str, grids: Sequence[Sequence[int]] | None =
             f"that wrote it, or {FIT_IT}."
         )
     try:
-        features = _check_latents(content.get("latents"), grids)
-        _check_rest(content, features)
+        factors, features = _check_latents(content.get("latents"), grids)
+        _check_rest(content, factors, features)
     except _WrongError as error:
         raise CheckpointError(f"{name} is damaged: {error}. Take it from where it was made, or {FIT_IT}.") from None
 
 
-def _check_latents(latents: Any, grids: Sequence[Sequence[int]] | None) -> int:
-    """Returns the number of features of covariates."""
+def _check_latents(latents: Any, grids: Sequence[Sequence[int]] | None) -> tuple[int, int]:
+    """Returns the numbers of factors and of features of covariates."""
     if not isinstance(latents, Mapping) or not latents:
         raise _WrongError("its 'latents' are no table of latents")
     sizes = set()
@@ -66,7 +66,7 @@ def _check_latents(latents: Any, grids: Sequence[Sequence[int]] | None) -> int:
         sizes.add((factors, _check_rows(latent, "effects", "effects_scale", place, shape) if effects else 0))
     if len(sizes) > 1:
         raise _WrongError("its latents differ in their numbers of factors or of covariates' effects")
-    return sizes.pop()[1]
+    return sizes.pop()
 
 
 def _check_rows(latent: Mapping, name: str, scale: str, place: str, shape: Sequence[int]) -> int:
@@ -90,10 +90,12 @@ def _tensor(values: Mapping, name: str, place: str, shape: Sequence[int] | None 
     return tensor
 
 
-def _check_rest(content: Mapping, features: int) -> None:
+def _check_rest(content: Mapping, factors: int, features: int) -> None:
     for name, needed in (("distances", True), ("bits_per_dim", False)):
         if (needed or content.get(name) is not None) and _tensor(content, name, "the cohort").ndim != 1:
             raise _WrongError(f"its '{name}' are no list of numbers")
+    if content.get("spread") is not None and _tensor(content, "spread", "the cohort", [factors]).min() <= 0:
+        raise _WrongError("its 'spread' has numbers that are not above 0")
     if not isinstance(content.get("weights", ""), str):
         raise _WrongError("its 'weights' are no checksum")
     for name in FACTORS:

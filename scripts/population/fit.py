@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -375,13 +375,17 @@ class PopulationFit:
             prior = self._prior(sketch, rank, shrinkage, effects)
             return idist.all_reduce(prior.log_ratio(latents, drawn.features).sum().item()) / count
 
-        self.gains = gains = {
-            rank: gain(rank, SHRINKAGES[2]) for rank in sorted({r for r in (*RANKS, most) if r <= most})
-        }
-        rank = max(gains, key=gains.__getitem__)
+        def best(gains: Mapping[Any, float]) -> Any:
+            return max(gains, key=gains.__getitem__)
+
+        ranks = sorted({rank for rank in (*RANKS, most) if rank <= most})
+        # the more factors, the more of each is chance: the number is chosen again once it is known how much to shrink
+        tried = {rank: gain(rank, SHRINKAGES[2]) for rank in ranks}
+        shrinkage = best({shrinkage: gain(best(tried), shrinkage) for shrinkage in SHRINKAGES})
+        self.gains = {rank: gain(rank, shrinkage) for rank in ranks}
+        rank = best(self.gains)
         gains = {shrinkage: gain(rank, shrinkage) for shrinkage in SHRINKAGES}
-        shrinkage = max(gains, key=gains.__getitem__)
-        return rank, shrinkage, gains[shrinkage]
+        return rank, best(gains), max(gains.values())
 
     def _sharpness(self, prior: PopulationPrior, drawn: HeldOut) -> float:
         """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors."""

@@ -74,6 +74,8 @@ class PopulationPrior(nn.Module):
         familiarity: what its cohort's scans look like, the plain values of a
             :class:`scripts.population.familiarity.Familiarity`; None: not known.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
+        spread: the standard deviation of each factor over the cohort, ``[factors]``: 1 or more, where the directions
+            are shrunk to what predicts others best. Samples vary as the cohort does.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class PopulationPrior(nn.Module):
         self.register_buffer("offset", None if offset is None else offset.float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
         self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
+        self.register_buffer("spread", torch.ones(self.factors))
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
         variances = gram.new_zeros(self.factors)
         log_variance = gram.new_zeros(())
@@ -324,6 +327,7 @@ class PopulationPrior(nn.Module):
             "latents": latents,
             "distances": self.distances,
             "bits_per_dim": self.bits_per_dim,
+            "spread": self.spread,
             **(extras or {}),
         }
         if self.familiarity is not None:
@@ -375,6 +379,7 @@ class PopulationPrior(nn.Module):
                 f"{name} is damaged: its numbers are too large to compute with. {FIT_IT.capitalize()}."
             )
         found.familiarity = content.get("familiarity")
+        found.spread = content.get("spread", found.spread).float()
         return found
 
 

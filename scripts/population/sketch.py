@@ -12,6 +12,7 @@ from scripts.utils.errors import InputError
 from torch import Tensor
 
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
+LEAST_SHRUNK = 0.05  # a direction that is shrunk to less is that of no factor
 
 
 class FactorSketch:
@@ -81,7 +82,7 @@ class FactorSketch:
         """Variances along the directions that are kept, largest first."""
         return self.basis.square().sum(1) / max(self.count - 1, 1)
 
-    def factors(self, rank: int, shrinkage: float) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, rank: int, shrinkage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Factor analysis of what has been taken in.
 
         With fewer vectors than dimensions the largest variances of a sample are too large, by about the mean variance
@@ -92,14 +93,15 @@ class FactorSketch:
             shrinkage: 0 takes the sample's variances as they are.
 
         Returns:
-            mean and residual variance, ``[dimensions]``, and the directions, ``[rank, dimensions]``.
+            mean and residual variance, ``[dimensions]``, the directions, ``[rank, dimensions]``, and by how much these
+            are shrunk, ``[rank]``, from 0 to 1.
         """
         values = self.eigenvalues()[:rank]
         excess = shrinkage * self.scatter.sum() / max(self.count - 1, 1) / self.count
         share = (1 - excess / values).clamp_min(0)
         directions = self.basis[:rank] * (share / max(self.count - 1, 1) ** 0.5)[:, None]
         variance = self.scatter / max(self.count - 1, 1) - directions.square().sum(0)
-        return self.mean, self.square / self.count + variance.clamp_min(0), directions
+        return self.mean, self.square / self.count + variance.clamp_min(0), directions, share
 
 
 def split_latents(vectors: Tensor, grids: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
@@ -124,15 +126,17 @@ def prior_from_sketch(
         grids: ``[channels, *grid]`` of each latent of which the sketch is.
         effects: of the covariates, ``[features, dimensions]``.
     """
-    mean, variance, directions = sketch.factors(rank, shrinkage)
+    mean, variance, directions, share = sketch.factors(rank, shrinkage)
     effects = mean.new_zeros(0, len(mean)) if effects is None else effects
     parts = [split_latents(part, grids) for part in (mean[None], variance[None], directions, effects)]
     explained = {index: latent.square().sum().item() for index, latent in parts[2].items()}
     total = max(sum(explained.values()), 1e-12)
     # all latents where shrinkage leaves nothing to explain
     kept = [i for i, share in explained.items() if share >= LEAST_SHARE * total] or list(explained)
-    return PopulationPrior(
+    prior = PopulationPrior(
         *({i: part[i][0] for i in kept} for part in parts[:2]),
         {i: parts[2][i] for i in kept},
         effects={i: parts[3][i] for i in kept},
     )
+    prior.spread = torch.where(share > LEAST_SHRUNK, 1 / share, 1.0)
+    return prior
