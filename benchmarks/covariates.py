@@ -194,7 +194,7 @@ class Measurement:
         same, back = self.under(self.scans, self.own_ages, self.own_ages), self.under(changed, ages, self.own_ages)
         plain = self.batches(Reconstruction(), self.scans, self.known)["recon"]
         apart = [(x - self.scans).abs()[:, 0][:, self.brain].mean().item() / 2 for x in (same, plain, changed, back)]
-        steps = StandardScaler(), PCA(min(64, len(self.ages) // 4)), RidgeCV(PENALTIES)
+        steps = PCA(min(64, len(self.ages) // 4)), StandardScaler(), RidgeCV(PENALTIES)
         told = make_pipeline(*steps).fit(self.training.flatten(1).numpy(), self.ages)
         off = [np.abs(told.predict(x.flatten(1).numpy()) - ages).mean() for x in (changed, others, self.scans)]
         still, moved = spill(self.scans, others, changed, self.brain)

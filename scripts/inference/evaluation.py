@@ -203,7 +203,8 @@ def evaluate(
             numbers |= compare_regions(drawn, held_out.images[people], labels, common.seed)
     numbers |= _covariate_numbers(common, held_out, trained, draws)
     if idist.get_rank() == 0:
-        _write(common, numbers, {**settings, "draws": draws}, rows, held_out)
+        known = {**settings, "draws": draws, "fid_network": fid_network, "atlas": atlas}
+        _write(common, numbers, known, rows, held_out)
 
 
 def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int) -> Measured | None:
