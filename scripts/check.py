@@ -53,6 +53,7 @@ def check(
     strict: bool = False,
     ckpt: str | os.PathLike | None = None,
     config_file: str | Sequence[str] = (),
+    run_dir: str | os.PathLike | None = None,
 ) -> Report:
     """Read every scan of a data set; write ``report.csv`` and ``contact_sheet.png``.
 
@@ -71,6 +72,7 @@ def check(
         strict: whether something suspicious is a failure too.
         ckpt: weights, with the population prior beside them, which are asked about each scan; None: none are.
         config_file: overlays of configs/inference.json, one or a list, where the weights need them.
+        run_dir: folder of a run whose weights are asked, with its network and preprocessing.
 
     Raises:
         FileNotFoundError: when ``dataset_dir`` does not exist, or nothing in it matches.
@@ -110,8 +112,9 @@ def check(
             compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
         del thumbnails
     tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
-    if ckpt is not None:
-        pictures += _ask_network(ckpt, config_file, [(scans[i], files[i]) for i in usable], output / "unfamiliar.png")
+    if ckpt is not None or run_dir is not None:
+        asked = [(scans[i], files[i]) for i in usable]
+        pictures += _ask_network(asked, output / "unfamiliar.png", ckpt, config_file, run_dir)
 
     rows = [*scans, *passed_over]
     write_rows(output / "report.csv", rows)
@@ -123,15 +126,13 @@ def check(
     return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
 
 
-def _ask_network(
-    ckpt: str | os.PathLike, config_file: str | Sequence[str], scans: Sequence[tuple[Scan, list[Path]]], picture: Path
-) -> list[Path]:
-    """Note of each scan whether the network of some weights knows such ones, and why not; draw those it does not."""
+def _ask_network(scans: Sequence[tuple[Scan, list[Path]]], picture: Path, *network: Any) -> list[Path]:
+    """Note of each scan whether a network (see ``Examiner.of``) knows such ones, and why not; draw the others."""
     from scripts.inference.familiar import Examiner
     from scripts.utils.plots import unfamiliar
     from tqdm import tqdm
 
-    examiner, strangers = Examiner.of(ckpt, config_file), []
+    examiner, strangers = Examiner.of(*network), []
     picture.unlink(missing_ok=True)
     for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
         try:

@@ -17,6 +17,7 @@ from groups import free_port, run_group
 from monai.data import Dataset
 from torch.distributions import LowRankMultivariateNormal, Normal
 
+from scripts.check import check
 from scripts.data.covariates import CovariateCoding
 from scripts.inference.inferers import CoordinateDecoding, Sampling
 from scripts.inference.scoring import Scoring
@@ -487,6 +488,8 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("the network does not know such scans") == 1
         assert "odd.nii.gz': the network does not know such scans" in done.stderr
+    said = check(tmp_path / "scans", output_dir=tmp_path / "check", workers=1, run_dir=run_dir)
+    assert {Path(scan.path).stem: scan.familiar for scan in said.scans} == {"odd.nii": "no", "usual.nii": "yes"}
     words = ("--dataset_dir", tmp_path / "scans", "--figures", False, "--unfamiliar")
     done = infer(run_dir, "encode", tmp_path / "refused", *words, "refuse")
     assert done.returncode == 1 and "odd.nii.gz': the network does not know such scans" in done.stderr

@@ -130,16 +130,23 @@ class Examiner:
         self.fit, self.scale = preprocessing.transforms[len(self.read)], preprocessing.transforms[-1]
 
     @classmethod
-    def of(cls, ckpt: str | os.PathLike, config_file: str | Sequence[str] = ()) -> Examiner:
+    def of(
+        cls,
+        ckpt: str | os.PathLike | None = None,
+        config_file: str | Sequence[str] = (),
+        run_dir: str | os.PathLike | None = None,
+    ) -> Examiner:
         """That of some weights, with the population prior beside them.
 
         Args:
-            ckpt: the weights.
+            ckpt: the weights; None: those of the run.
             config_file: overlays of configs/inference.json, one or a list, where the weights need them.
+            run_dir: folder of a run, whose network and preprocessing are taken.
         """
         config = ConfigParser()
         config.read_config([str(INFERENCE), *ensure_tuple(config_file)])
-        config.update({"bundle_root": str(INFERENCE.parents[1]), "ckpt": expand(ckpt)})
+        config["bundle_root"] = str(INFERENCE.parents[1])
+        config.update({name: expand(path) for name, path in (("ckpt", ckpt), ("run_dir", run_dir)) if path is not None})
         return cls(*(config.get_parsed_content(name) for name in ("network", "population_prior", "preprocessing")))
 
     @property
