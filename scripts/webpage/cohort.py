@@ -19,6 +19,7 @@ SCORES = (
     "bits_per_dim_population",
     "anomaly_score",
     "anomaly_score_dark",
+    "unfamiliarity",
     "typicality",
     "typicality_tail",
     "psnr",

@@ -6,11 +6,13 @@ import { Viewer } from "./viewer.js";
 const PAGE = 50;
 const COLUMNS = {
   image: "scan", bits_per_dim: "bits per dim", bits_per_dim_population: "population", anomaly_score: "anomaly (sd)",
+  unfamiliarity: "unfamiliar",
   typicality: "typicality distance", typicality_tail: "share as far", psnr: "PSNR (dB)", ssim: "SSIM", trained_on: "trained on",
 };
 
 const TITLES = {
   bits_per_dim_population: "Bits per dim under the population prior", anomaly_score: "99.9th percentile of the anomaly map, in standard deviations",
+  unfamiliarity: "Distance from what is usual in training, over its limit: the network does not know scans above 1",
   typicality: "Mahalanobis distance from the cohort's mean", typicality_tail: "Share of the cohort's scans that lie at least as far from its mean",
 };
 
@@ -158,6 +160,8 @@ export function makeScans(section, about, select) {
   async function open({ result, files }) {
     const row = result.row;
     const shares = row.typicality_tail === undefined ? "" : `, ${(100 * row.typicality_tail).toFixed(0)} % of the cohort as far from its mean`;
+    message.textContent = row.unfamiliarity > 1 ? `The network does not know such scans (${row.unfamiliarity.toFixed(1)} times ` +
+      "the limit), so that nothing here means much: python -m scripts.check with --ckpt says why." : "";
     facts.textContent = `${row.bits_per_dim.toFixed(3)} bits per dim, anomaly score ${row.anomaly_score.toFixed(1)} standard deviations, ` +
       `PSNR ${row.psnr.toFixed(1)} dB${shares}`;
     const file = (name) => files[`${name}.nii.gz`];
