@@ -116,6 +116,7 @@ def measure(
     prior: PopulationPrior | None,
     read: Callable[[Path], Any],
     training: Sequence[Path],
+    unmarked: Sequence[Path],
     others: Sequence[Path],
     marks: Marks,
     samples: int,
@@ -126,7 +127,7 @@ def measure(
     Args:
         network, prior: trained on the scans.
         read: preprocessing of a path.
-        training: the scans with marks, in the order of the marks.
+        training, unmarked: the scans with marks, in the order of the marks, and those without.
         others: scans of people who were not trained on.
         marks: where, and how often each was seen.
         samples: how many to draw.
@@ -137,14 +138,16 @@ def measure(
     half = EDGE / 2 / float(image.pixdim.min())
     scans = torch.stack([read(path).as_tensor() for path in training])
     by_scan = np.repeat(np.arange(len(marks.seen)), marks.seen)
-    own = contrasts(scans, centres, half)[by_scan, np.arange(len(scans))]
-    rows = [("contrast of a mark where it is", "", *(f"{own[marks.seen[by_scan] == n].mean():.2f}" for n in TIMES))]
-    limit = own.mean() / 2
-    for name, which in (("its own prior", None), ("the population prior", prior)):
-        if name == "its own prior" or which is not None:
-            drawn = contrasts(samples_of(network, which, samples), centres, half) > limit
-            shares = [f"{drawn[marks.seen == n].mean():.2%}" for n in (0, *TIMES)]
-            rows.append((f"samples of {name} in which it is", *shares))
+    plain = contrasts(torch.stack([read(path).as_tensor() for path in unmarked]), centres, half)
+    rise = contrasts(scans, centres, half)[by_scan, np.arange(len(scans))] - plain.mean(1)[by_scan]
+    rows = [("rise of contrast by a mark", "", *(f"{rise[marks.seen[by_scan] == n].mean():.2f}" for n in TIMES))]
+    limits = plain.mean(1, keepdims=True) + rise.mean() / 2  # half way from people without a mark there
+    shown = {"people without it": plain, "samples of its own prior": None, "samples of the population prior": None}
+    for name, which in zip(list(shown)[1:], (None, prior), strict=True):
+        shown[name] = contrasts(samples_of(network, which, samples), centres, half)
+    for name, values in shown.items():
+        shares = [f"{(values > limits)[marks.seen == n].mean():.2%}" for n in (0, *TIMES)]
+        rows.append((f"{name} in which it seems to be", *shares))
     bits = []
     for path in others:
         scan, costs = nib.load(path), []
@@ -155,10 +158,10 @@ def measure(
         bits.append(costs)
     found, seen = exposures(np.mean(bits, 0), marks.seen), marks.seen[marks.seen > 0]
     chance = f"{1 / np.log(2):.2f} by chance"
-    shown = (
+    ranks = (
         f"{found[seen == n].mean():.2f} ({found[seen == n].min():.2f} to {found[seen == n].max():.2f})" for n in TIMES
     )
-    return [*rows, (f"exposure, bits, of at most {np.log2(1 + (marks.seen == 0).sum()):.1f}", chance, *shown)]
+    return [*rows, (f"exposure, bits, of at most {np.log2(1 + (marks.seen == 0).sum()):.1f}", chance, *ranks)]
 
 
 def main(
@@ -216,6 +219,7 @@ def main(
         prior,
         lambda path: preprocess({"image": str(path)})["image"],
         training,
+        sorted(set(people.glob("*.nii.gz")) - set(training)),
         kept_apart,
         marks,
         samples,
