@@ -15,7 +15,6 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
-from safetensors.torch import load_file
 from scripts.networks import VDVAE
 from scripts.training.checkpoint_content import REQUIRED, checkpoint_problem, optimizer_problem, state_problem
 from scripts.training.schedule import base_rate
@@ -125,13 +124,14 @@ def read_archive(path: Path, mmap: bool = False) -> Any:
     """
     try:
         if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # as few need it
+
             return load_file(path)
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"'{path}' holds more than tensors and plain values, which could run code as it is read: refused. Save its "
-            "state dict alone."
+            f"'{path}' holds more than tensors and plain values, which could run code: refused. Save its state dict alone."
         ) from error
     except Exception as error:  # of many kinds, for what is no archive
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
