@@ -131,7 +131,7 @@ def read_archive(path: Path, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"'{path}' holds more than tensors and plain values, which could run code: refused. Save its state dict alone."
+            f"'{path}' holds more than tensors and plain values, and may run code: refused. Save its state dict alone."
         ) from error
     except Exception as error:  # of many kinds, for what is no archive
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
