@@ -94,7 +94,7 @@ def _check_rest(content: Mapping, factors: int, features: int) -> None:
     for name, needed in (("distances", True), ("bits_per_dim", False)):
         if (needed or content.get(name) is not None) and _tensor(content, name, "the cohort").ndim != 1:
             raise _WrongError(f"its '{name}' are no list of numbers")
-    if content.get("spread") is not None and _tensor(content, "spread", "the cohort", [factors]).min() <= 0:
+    if content.get("spread") is not None and (_tensor(content, "spread", "the cohort", [factors]) <= 0).any():
         raise _WrongError("its 'spread' has numbers that are not above 0")
     if not isinstance(content.get("weights", ""), str):
         raise _WrongError("its 'weights' are no checksum")

@@ -109,7 +109,6 @@ class PopulationPrior(nn.Module):
         self.register_buffer("offset", None if offset is None else offset.float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
         self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
-        self.register_buffer("spread", torch.ones(self.factors))
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
         variances = gram.new_zeros(self.factors)
         log_variance = gram.new_zeros(())
@@ -123,6 +122,7 @@ class PopulationPrior(nn.Module):
             variances += columns.square().sum(1)
             log_variance += variance_.double().log().sum()
         self.explained = variances / variances.sum().clamp_min(1e-12)
+        self.register_buffer("spread", torch.ones(self.factors, device=gram.device))
         inverse = torch.linalg.inv(gram)  # of C = I + W^T D^-1 W
         self.register_buffer("inverse", inverse.float())
         self.register_buffer("explained_effects", (inverse @ cross).float())  # C^-1 W^T D^-1 E
