@@ -358,6 +358,8 @@ def edited(content: dict, edit: str) -> None:
         ("content['distances'] = 'far'", "the distances of the cohort is no tensor"),
         ("content['bits_per_dim'] = torch.zeros(2, 2)", "'bits_per_dim' are no list of numbers"),
         ("content['weights'] = 5", "'weights' are no checksum"),
+        ("content['spread'] = 0 * content['spread']", "'spread' has numbers that are not above 0"),
+        ("content['spread'] = content['spread'][1:]", "the spread of the cohort is"),
         ("content['sharpness'] = nan", "'sharpness' is nan"),
         ("content['dispersion'] = 'wide'", "'dispersion' is 'wide'"),
         ("content['covariates'] = 5", "'covariates' cannot be read"),
