@@ -280,8 +280,8 @@ class ScanEvaluator(Evaluator):
         with self.mode(self.network), cast:
             results = self.inferer(inputs, self.network, draws=self.draws(scans.items), **arguments)
             if self.familiarity is not None and UNFAMILIARITY not in results:
-                apart = self.familiarity.distance(look(self.network, inputs, self.common.prior).statistics)
-                results[UNFAMILIARITY] = apart / self.familiarity.limit()
+                seen = look(self.network, inputs, self.common.prior)
+                results[UNFAMILIARITY] = self.familiarity.unfamiliarity(seen.statistics)
         return results
 
     def relative(self, name: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scripts.data.covariates import Value
 from scripts.inference.measures import Numbers, mean_interval
+from scripts.population.fit import SHARPNESSES
 from scripts.population.prior import PopulationPrior
 from torch import Tensor
 
@@ -21,7 +22,7 @@ __all__ = ["information"]
 
 # what the log likelihood is multiplied by, beside the prior's own sharpness; 0, so that nothing is said, is the last
 # resort of a model that is wrong
-SHARPNESSES = (0.0, *(2.0 ** (k / 2) for k in range(-12, 9)))
+TEMPERED = (0.0, *SHARPNESSES)
 SHUFFLES = 200
 
 Row = Mapping[str, Value]
@@ -57,7 +58,7 @@ def information(prior: PopulationPrior, scores: Tensor, rows: Sequence[Row], see
 def _likelihoods(
     prior: PopulationPrior, scores: Tensor, rows: Sequence[Row], about: Sequence[str]
 ) -> tuple[Tensor, list[int]]:
-    """The log likelihood of each scan under each value that occurs, tempered by each of ``SHARPNESSES``.
+    """The log likelihood of each scan under each value that occurs, tempered by each of ``TEMPERED``.
 
     Covariates that it is not about are averaged over, as these people have them.
 
@@ -73,7 +74,7 @@ def _likelihoods(
     logs = prior.covariate_likelihoods(scores.to(prior.information), features).double().cpu()
     logs = logs.reshape(len(scores), len(values), len(rest))
     shares = torch.tensor(list(rest.values()), dtype=torch.float64).log() - np.log(len(rows))
-    tempered = torch.stack([(sharpness * logs + shares).logsumexp(2) for sharpness in SHARPNESSES])
+    tempered = torch.stack([(sharpness * logs + shares).logsumexp(2) for sharpness in TEMPERED])
     places = {value: place for place, value in enumerate(values)}
     return tempered, [places[tuple(row[name] for name in about)] for row in rows]
 

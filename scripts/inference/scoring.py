@@ -120,8 +120,8 @@ class Scoring(Inferer):
             results |= {"typicality": distance, "typicality_tail": tail}
         usual = Familiarity.of(self.prior)
         if usual is not None:
-            apart = usual.distance(statistics(network, scans, output, record.innovations, self.prior))
-            results |= {"familiar": apart <= usual.limit(), "unfamiliarity": apart / usual.limit()}
+            apart = usual.unfamiliarity(statistics(network, scans, output, record.innovations, self.prior))
+            results |= {"familiar": apart <= 1, "unfamiliarity": apart}
         results |= image_quality(loc, scans, network)
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
         results["anomaly_score"] = foreground_percentile(anomaly, scans, network)

@@ -198,6 +198,10 @@ class Familiarity(NamedTuple):
         wider = (1 + 1 / held_out) * len(self.names) * max(1, people - 1) / self.freedom
         return math.sqrt(wider * stats.f.isf(false_alarms, len(self.names), self.freedom))
 
+    def unfamiliarity(self, statistics: Tensor) -> Tensor:
+        """The distance of scans over the limit, ``[batch]``: above 1 the cohort has no such scans."""
+        return self.distance(statistics) / self.limit()
+
 
 @torch.no_grad()
 def fit_familiarity(

@@ -33,7 +33,6 @@ from scripts.utils.files import expand
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
-LEAST_SPREAD = 0.02  # bits per dim, of a cohort: a few scans may be alike by chance
 
 
 def innovation(q: Posterior) -> Tensor:

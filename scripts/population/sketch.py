@@ -132,7 +132,7 @@ def prior_from_sketch(
     explained = {index: latent.square().sum().item() for index, latent in parts[2].items()}
     total = max(sum(explained.values()), 1e-12)
     # all latents where shrinkage leaves nothing to explain
-    kept = [i for i, share in explained.items() if share >= LEAST_SHARE * total] or list(explained)
+    kept = [i for i, amount in explained.items() if amount >= LEAST_SHARE * total] or list(explained)
     prior = PopulationPrior(
         *({i: part[i][0] for i in kept} for part in parts[:2]),
         {i: parts[2][i] for i in kept},
