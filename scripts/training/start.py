@@ -141,7 +141,8 @@ def grow_network(network: VDVAE, weights: str | os.PathLike, renew_template: boo
     there and gets some.
 
     A network of as many levels takes all of them. With patches where the weights have voxels, a patch is seen as the
-    mean of its voxels, each of which starts from what was predicted of all.
+    mean of its voxels, each of which starts from what was predicted of all. Its finest level may get a latent, which
+    shows nothing at first, where it had none and its decoder is as wide as the next level's.
 
     A level may be wider than in the weights (Net2Net: Chen et al. 2016, arXiv:1511.05641): what is added starts as
     features that nothing looks at, so that the same is predicted.
@@ -202,7 +203,8 @@ def _add_levels(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.P
 def _take_all(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike, renew_template: bool) -> None:
     """See :func:`grow_network`: all is taken, of a coarser grid without its Gaussian, the two ends for each voxel."""
     tensors = network.state_dict(keep_vars=True)
-    lacking = [name for name in tensors if name not in state and not name.startswith(OF_THE_GRID)]
+    state, gained = _with_finest_latent(network, state, weights)
+    lacking = [name for name in tensors if name not in state and not name.startswith((*OF_THE_GRID, *gained))]
     if lacking:
         raise InputError(
             f"grow_from '{weights}' lacks {lacking[0]}: give all levels the kernels and latents that they were trained "
@@ -225,6 +227,26 @@ def _take_all(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.Pat
         elif name in ENTRIES:
             tensor = tensor.repeat_interleave(voxels, 1) / voxels
         _take(network, state, tensors.get(name), name, tensor, weights)
+
+
+def _with_finest_latent(
+    network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The weights by their names where the finest level gets a latent, and what the names of its weights begin with.
+
+    The block that was the level's only one follows the latent's, which hands on what it gets.
+    """
+    finest = f"decoder.groups.{network.levels - 1}."
+    if _has_latents(state, finest) or not _has_latents(network.state_dict(), finest):
+        return state, []
+    latent, *others = network.decoder.groups[-1]
+    if len(others) > 1 or not isinstance(latent.skip, torch.nn.Identity):
+        raise InputError(
+            f"grow_from '{weights}' has no latents on its finest level: give num_latents 1 there at most, and "
+            "decoder_channels that are equal there and on the next level."
+        )
+    latent.z_projection.weight.zero_()
+    return {name.replace(f"{finest}0.", f"{finest}1."): tensor for name, tensor in state.items()}, [f"{finest}0."]
 
 
 def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:
