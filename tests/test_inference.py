@@ -221,6 +221,18 @@ def test_latents_are_all_there_with_a_table_of_the_coarsest(encoded, network, sc
     assert f"{len(rows)} scan(s): 'latents.csv' has the means of the coarsest latent, one row per scan." in log
 
 
+def test_coarse_latents_can_be_written_alone(scans, reconstructed, network, weights, tmp_path):
+    log = run("encode", scans / "RAS", tmp_path / "coarse", weights, "--levels", 2)
+    run("decode", tmp_path / "coarse", tmp_path / "decoded", weights)
+    coarse = sum(level == 2 for level in network.latent_levels)
+    with np.load(tmp_path / "coarse" / "RAS_latents.npz") as content:
+        written = sorted(name for name in content.files if name[0] == "z")
+    assert written == [f"z{index:02d}" for index in range(coarse)]
+    assert f"{coarse} of {network.num_latents} latents of each scan are written" in log
+    results = load(tmp_path / "decoded", "RAS_recon.nii.gz"), load(reconstructed[0], "RAS/RAS_recon_to2.nii.gz")
+    assert np.abs(results[0] - results[1]).max() < 1e-5 * results[1].max()
+
+
 def test_latents_may_be_edited_and_cut_short(encoded, reconstructed, network, weights, tmp_path):
     with np.load(encoded[0] / "RAS" / "RAS_latents.npz") as content:
         latents = dict(content)
@@ -258,9 +270,10 @@ def test_of_several_channels_voxels_are_said_to_be_in_each(caplog):
     content = inference_config()
     content["network_def"]["in_channels"] = 2
     with caplog.at_level("INFO"):
-        report_latents(content.get_parsed_content("network_def"))
-    assert all("(of 512 voxels in 2 channels)" in message for message in caplog.messages)
-    assert len(caplog.messages) == 3
+        report_latents(content.get_parsed_content("network_def"), 5)
+    *levels, written = caplog.messages
+    assert len(levels) == 3 and all("(of 512 voxels in 2 channels)" in message for message in levels)
+    assert written.startswith("5 of 5 latents")
 
 
 # Sampling

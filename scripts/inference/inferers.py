@@ -114,10 +114,22 @@ class Encoding(Inferer):
     Args:
         temperature: of z; 0 makes it the mean.
         prior: the network's population prior.
+        levels: the grid of the finest level whose latents are given, such as 4; None: all are.
     """
 
-    def __init__(self, temperature: Temperature = 0.0, prior: PopulationPrior | None = None) -> None:
-        self.temperature, self.prior = temperature, prior
+    def __init__(
+        self, temperature: Temperature = 0.0, prior: PopulationPrior | None = None, levels: int | str | None = None
+    ) -> None:
+        self.temperature, self.prior, self.levels = temperature, prior, levels
+
+    def count(self, network: VDVAE) -> int:
+        """How many latents it gives.
+
+        Raises:
+            ValueError: no level has the grid that ``levels`` names.
+        """
+        finest = 0 if self.levels is None else find_level("levels", self.levels, network.grids())
+        return latents_up_to(network, finest)
 
     def __call__(
         self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
@@ -125,7 +137,7 @@ class Encoding(Inferer):
         results = {}
         temperature = level_temperatures(network, "temperature", self.temperature)
         posteriors = network.infer(inputs, temperature, draws=draws)[1]
-        for index, q in enumerate(posteriors):
+        for index, q in enumerate(posteriors[: self.count(network)]):
             results |= {f"z{index:02d}": q.z, f"mean{index:02d}": q.mean, f"std{index:02d}": q.std}
         if self.prior is not None:
             results["coordinates"] = self.prior.coordinates([innovation(q) for q in posteriors])

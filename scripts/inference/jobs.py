@@ -130,18 +130,24 @@ def reconstruct(
     )
 
 
-def encode(common: Common, temperature: Temperature = 0.0) -> ScanEvaluator:
-    """The latents of each scan, ``_latents.npz``, with tables of the coarsest and of the prior's coordinates."""
-    outputs.report_latents(common.network)
+def encode(common: Common, temperature: Temperature = 0.0, levels: int | str | None = None) -> ScanEvaluator:
+    """The latents of each scan, ``_latents.npz``, with tables of the coarsest and of the prior's coordinates.
+
+    Args:
+        common: what all jobs share.
+        temperature, levels: see :class:`scripts.inference.inferers.Encoding`.
+    """
+    inferer = Encoding(temperature, common.prior, levels)
+    outputs.report_latents(common.network, inferer.count(common.network))
     layout = common.layout(common.cohort.root)("latents", ".npz")
     return ScanEvaluator(
         common,
         "encode",
         Dataset(common.cohort.items, common.preprocessing),
-        Encoding(temperature, common.prior),
+        inferer,
         SaveLatentsd(layout),
         [layout],
-        {"population_prior": common.prior_file, "temperature": temperature},
+        {"population_prior": common.prior_file, "temperature": temperature, "levels": levels},
         asks=True,
         summary=partial(latent_tables, common.output_dir, layout, common.cohort.columns, common.prior),
         report=Report(("coordinates.csv", "factors.csv", "latents.csv")),

@@ -189,8 +189,13 @@ def read_row(path: Path) -> dict[str, float | str]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def report_latents(network: VDVAE) -> None:
-    """Log how many numbers the latents of a scan are, level by level, beside those of its voxels."""
+def report_latents(network: VDVAE, written: int) -> None:
+    """Log how many numbers the latents of a scan are, level by level, beside those of its voxels; how large files are.
+
+    Args:
+        network: whose latents they are.
+        written: how many of them are written, the coarsest first, each with its mean and standard deviation.
+    """
     voxels, channels = math.prod(network.spatial_shape), network.in_channels
     numbers, of = channels * voxels, f"{voxels} voxels" + (f" in {channels} channels" if channels > 1 else "")
     for level in sorted(set(network.latent_levels), reverse=True):
@@ -199,3 +204,8 @@ def report_latents(network: VDVAE) -> None:
             "Latents of grids up to %s: %d numbers per scan, compression %.3g : 1 (of %s).",
             *(grid_name(network.grids()[level]), count, numbers / count, of),
         )
+    values = sum(map(math.prod, network.latent_grids()[:written]))
+    logger.info(
+        "%d of %d latents of each scan are written, with their means and standard deviations: %.1f MB a scan.",
+        *(written, network.num_latents, 3 * 4 * values / 1e6),
+    )
