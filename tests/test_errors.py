@@ -236,7 +236,7 @@ for words in (["training", "--config_file", "configs/train.json"],
     before = set(sys.modules)
     sys.argv = ["monai.bundle", "run", *words, "--agument", "False"]
     try:
-        runpy.run_module("monai.bundle", run_name="__main__")
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
     except Exception as error:
         assert "agument" in str(error.__cause__), error
     print("own", *(set(sys.modules) - before))

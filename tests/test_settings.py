@@ -49,8 +49,10 @@ def test_an_overlay_that_is_none_is_named(tmp_path, text, words):
     assert str(path) in str(refused.value)
 
 
-def test_another_program_has_no_command_line():
+def test_another_program_has_no_command_line(monkeypatch):
     assert command_line_config(["serve", "--port", "80"]) == {}
+    monkeypatch.setattr(sys, "argv", ["serve", "--config_file", "its_own.json"])
+    assert command_line_config() == {}
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,10 @@ def check_options(commands: Callable | dict[str, Callable], words: Sequence[str]
         sys.exit(2)
 
 
-def program_words() -> list[str]:
-    """What this program's command line says after the program's name; no other module reads it."""
-    return sys.argv[1:]
+def bundle_words() -> list[str]:
+    """What follows ``python -m monai.bundle``; nothing in other programs, whose command lines are their own."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return sys.argv[1:] if spec is not None and spec.name.startswith("monai.bundle.") else []
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

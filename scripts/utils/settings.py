@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from scripts.utils.command_line import check_integer, program_words
+from scripts.utils.command_line import check_integer, bundle_words
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 
@@ -53,7 +53,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
     """Merge the config files of this command with what the command line overrides, unresolved.
 
     Args:
-        arguments: of ``python -m monai.bundle run``; by default this program's.
+        arguments: of ``python -m monai.bundle run``; by default those of this program, if it is that one.
 
     Returns:
         The merged config; empty without a ``--config_file`` among the arguments (in a program that loads the bundle by
@@ -64,7 +64,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             gives a string instead of True or False, such as ``false``, which counts as true, or instead of a number or
             list, or gives a value that makes no sense; or there is no such job.
     """
-    arguments = program_words() if arguments is None else arguments
+    arguments = bundle_words() if arguments is None else arguments
     options = _options(arguments)
     if "config_file" not in options:
         return {}
