@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from scripts.utils.command_line import check_integer, bundle_words
+from scripts.utils.command_line import bundle_words, check_integer
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 
