@@ -39,7 +39,7 @@ PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), 
 # Files that stay together on one of pytest-xdist's workers, since they share processes that take seconds to start: that
 # of groups.py from which others are forked, and joblib's (test_parallel comes last: it kills some).
 TOGETHER = {
-    "forked": ("distributed", "benchmarks", "inference", "evaluate", "lesions"),
+    "forked": ("killed_runs", "distributed", "benchmarks", "inference", "evaluate", "lesions"),
     "joblib": ("check", "cache", "phantoms", "parallel"),
 }
 # other files of more than ten seconds, the longest first: both workers then end at about the same time

@@ -112,7 +112,7 @@ def reconstructed(scans, weights, tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoded(scans, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("encoded")
-    return output, run("encode", scans, output, weights, start=run_bundle_process)
+    return output, run("encode", scans, output, weights)
 
 
 # Reconstructing

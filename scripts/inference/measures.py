@@ -134,14 +134,16 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """The squared Frechet distance of two normal distributions that have the mean and covariance of each (FID).
 
     That of MONAI's ``FIDMetric``, but exact also where there are more features than images: the trace of the root of
-    the product of covariances ``A^T A`` and ``B^T B`` is the sum of the singular values of ``A B^T``.
+    the product of covariances ``A^T A`` and ``B^T B`` is the sum of the singular values of ``A B^T``, or of that of the
+    triangular factors of ``A`` and ``B``, which are no larger than the fewer of images and features.
 
     Args:
         first, second: features of two images or more each, ``[images, features]``.
     """
     a, b = first.double(), second.double()
     centred = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
-    shared = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    first_factor, second_factor = (torch.linalg.qr(x, mode="r").R for x in centred)
+    shared = torch.linalg.svdvals(first_factor @ second_factor.T).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + sum(x.square().sum() for x in centred) - 2 * shared).item()
 
 
