@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.common import print_table, read_config, stack
 from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
-from scripts.data.to_scan import Fit, to_scan
+from scripts.data.scan_grid import Fit, to_scan
 from scripts.data.transforms import reading
 from scripts.inference.measures import mean_interval, value_numbers
 from scripts.inference.scoring import image_quality

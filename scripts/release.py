@@ -35,8 +35,6 @@ from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder, expand, write_text, write_whole
 
-__all__ = ["ReleaseError", "make_hub_folder", "make_release", "ship_weights"]
-
 logger = logging.getLogger(__name__)
 
 SIZE_LIMIT = 25_000_000  # bytes; what is larger is downloaded, not shipped

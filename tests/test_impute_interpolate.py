@@ -18,7 +18,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from scipy import ndimage
 
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
-from scripts.inference.cohort import Cohort, list_scans
+from scripts.inference.common import Cohort, list_scans
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, filling_errors
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair

@@ -27,7 +27,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
 from scripts.inference import inferers, jobs
-from scripts.inference.cohort import list_scans
+from scripts.inference.common import list_scans
 from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
 from scripts.inference.layouts import ScanLayout

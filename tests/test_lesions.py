@@ -14,7 +14,7 @@ from groups import run_bundle_group
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from scripts.data.transforms import unclipped
-from scripts.inference.cohort import list_scans
+from scripts.inference.common import list_scans
 from scripts.inference.detection import (
     average_precision,
     best,
@@ -22,9 +22,12 @@ from scripts.inference.detection import (
     detect,
     dice,
     marked_bins,
+    operating_points,
     roc_area,
     sentences,
     table,
+    threshold_rows,
+    threshold_table,
 )
 from scripts.inference.lesions import (
     BINS,
@@ -39,9 +42,8 @@ from scripts.inference.lesions import (
     read_kinds,
     with_masks,
 )
-from scripts.inference.thresholds import operating_points, threshold_rows, threshold_table
 from scripts.phantoms import make_brains
-from scripts.phantoms.lesions import KINDS
+from scripts.phantoms.images import KINDS
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PATTERNS = ("--scan_pattern", "*_FLAIR.nii.gz", "--mask_pattern", "*_lesions.nii.gz")

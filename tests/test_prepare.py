@@ -22,10 +22,9 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
-from scripts.data import head_layers, registration
-from scripts.data.head_layers import ON_SCALP, align_head, brain_mask, scalp_inside
+from scripts.data import registration
 from scripts.data.preparation import flag_alignments
-from scripts.data.registration import Alignment, foreground, to_sitk
+from scripts.data.registration import ON_SCALP, Alignment, align_head, brain_mask, foreground, scalp_inside, to_sitk
 from scripts.phantoms import brain_phantom
 from scripts.phantoms.anatomy import brain_anatomy
 from scripts.phantoms.fields import EXTENT, ORIGIN
@@ -318,7 +317,7 @@ def test_a_head_whose_scalp_was_taken_for_the_brain_is_aligned_again_without_it(
         asked.append(sitk.GetArrayFromImage(head).sum())
         return Alignment(placed(truth, 1.3 if len(asked) == 1 else 1.0), 0.3)
 
-    monkeypatch.setattr(head_layers, "align", found)
+    monkeypatch.setattr(registration, "align", found)
     alignment, share = align_head(scan, foreground(scan))
     assert share < ON_SCALP / 2
     assert np.linalg.det(np.reshape(alignment.transform.GetMatrix(), (3, 3))) < 1.2 * np.linalg.det(truth.moved[:3, :3])

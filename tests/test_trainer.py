@@ -12,8 +12,7 @@ from torch.testing import assert_close
 
 from scripts.networks import VDVAE
 from scripts.training.handlers import MovingAverage
-from scripts.training.losses import ELBOLoss, negative_log_likelihood
-from scripts.training.metrics import additional_metrics, elbo_metrics, key_metric
+from scripts.training.losses import ELBOLoss, additional_metrics, elbo_metrics, key_metric, negative_log_likelihood
 from scripts.training.precision import _warn_of_slow_bfloat16, autocast
 from scripts.training.protocol import Trainer, TrainerState
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer

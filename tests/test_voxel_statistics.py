@@ -13,8 +13,7 @@ from torch.testing import assert_close
 
 from scripts.data.cache import ScanCache
 from scripts.data.geometry import describe
-from scripts.training.losses import ELBOLoss
-from scripts.training.metrics import elbo_metrics, key_metric
+from scripts.training.losses import ELBOLoss, elbo_metrics, key_metric
 from scripts.training.seeding import SeededDataset
 from scripts.training.start import start_network
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer

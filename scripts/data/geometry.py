@@ -14,20 +14,6 @@ from monai.utils import ensure_tuple
 from nibabel.orientations import aff2axcodes, io_orientation
 from scripts.utils.errors import InputError
 
-__all__ = [
-    "box_margins",
-    "describe",
-    "differences",
-    "fill_outside",
-    "foreground_extent",
-    "foreground_place",
-    "grid_box",
-    "mixed_voxel_sizes",
-    "per_axis",
-    "usual_voxel_size",
-    "world_axes",
-]
-
 TOLERANCE = 0.02  # relative: scanners write 0.9375 as 0.94
 FOREGROUND_VOXELS = 250_000  # of a scan, about, in which its foreground is looked for: every third of 190 a side
 

@@ -36,18 +36,6 @@ from scripts.utils.names import image_path, item_path
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = [
-    "DrawStrip",
-    "RegionCurves",
-    "SavePosteriors",
-    "SaveRegions",
-    "covariate_table",
-    "draw_deviation",
-    "fit_atlas",
-    "region_names",
-    "region_table",
-]
-
 logger = logging.getLogger(__name__)
 
 LEAST_FOR_SLOPE = 10  # scans

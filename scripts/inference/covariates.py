@@ -26,18 +26,6 @@ from scripts.population.prior import PopulationPrior, given_innovations, innovat
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = [
-    "AddChanged",
-    "Counterfactual",
-    "CovariatePosterior",
-    "Deviation",
-    "KeepScand",
-    "need_covariates",
-    "stack_features",
-    "summary",
-    "targets",
-]
-
 OTHER_STEPS = 9  # values of another continuous covariate that is not known
 INTERVAL = 0.9
 

@@ -24,8 +24,6 @@ from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.familiarity import Familiarity, parts, reference, roughness, tissue_quantiles
 from torch import Tensor
 
-__all__ = ["Hypotheses", "Hypothesis", "brain_mask"]
-
 STAGES = ((16, 60), (32, 25))  # voxels along an axis where a transform is sought, and steps of gradient descent
 LEARNING_RATE = 0.02  # radians, tenths of a metre, logarithms of a scale
 TAIL = 8.0  # squared deviation beyond which a voxel hardly counts where a transform is sought: skull, lesions
@@ -87,7 +85,7 @@ class Hypotheses:
         pixels = _from_zero(scan)
         tissue = ndimage.binary_fill_holes(_tissue(pixels))[None]
         self.plateau = max((channel >= 0.999 * channel.max())[tissue[0]].mean() for channel in pixels)
-        brain = brain_mask(scan)[None]
+        brain = connected_brain(scan)[None]
         self.beyond = 1 - brain.sum() / max(1, tissue.sum())
         source = np.concatenate([pixels, tissue, pixels * brain, brain], dtype=np.float32)
         smooth = ndimage.gaussian_filter(source, (0, *np.maximum((zoom - 1) / 2, 0)), truncate=3)
@@ -303,7 +301,7 @@ def _tissue(pixels: np.ndarray) -> np.ndarray:
     return (pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0)
 
 
-def brain_mask(scan: MetaTensor) -> np.ndarray:
+def connected_brain(scan: MetaTensor) -> np.ndarray:
     """The largest piece of tissue that hangs together by more than thin bridges, and what it surrounds, ``[*spatial]``.
 
     Args:

@@ -19,7 +19,7 @@ from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
 from scipy import stats
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.data.transforms import ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import FitLike, read_mask
@@ -29,8 +29,6 @@ from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.names import image_path
 from torch import Tensor, nn
-
-__all__ = ["FillInd", "FitMaskd", "HideMissingd", "MeasureFilled", "filling_errors", "filling_table", "stack_missing"]
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.transforms import Compose
 from scripts.data.datalist import common_root
-from scripts.data.to_scan import ToScand
+from scripts.data.scan_grid import ToScand
 from scripts.data.transforms import reading, unclipped
 from scripts.inference import covariate_results, lesions, outputs
 from scripts.inference.certificate import CERTIFIED, CertifiedEvaluator, certify

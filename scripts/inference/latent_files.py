@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.data.transforms import ScanError
-from scripts.inference.cohort import list_scans
+from scripts.inference.common import list_scans
 from scripts.inference.layouts import ScanLayout, scan_stem
 from scripts.utils.files import write_whole
 from scripts.utils.names import CHANNEL_FILES, image_files
-
-__all__ = ["LoadLatentsd", "SaveLatentsd", "list_latents", "stack_latents"]
 
 PATTERN = "*_*latents*.npz"  # x_latents.npz, and by BIDS sub-01_desc-latents_T1w.npz
 CHANNEL_NAMES = "channel_names"
@@ -96,7 +94,7 @@ class SaveLatentsd(Transform):
 class LoadLatentsd(MapTransform):
     """Read what :class:`SaveLatentsd` wrote; latents may be missing from some place on.
 
-    Adds ``latents``, a list of tensors, and ``fit``, see :class:`scripts.data.to_scan.Fit`.
+    Adds ``latents``, a list of tensors, and ``fit``, see :class:`scripts.data.scan_grid.Fit`.
 
     Args:
         keys: of the paths.

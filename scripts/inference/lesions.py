@@ -24,7 +24,7 @@ from monai.transforms import Compose, MapTransform, SpatialResample, Transform
 from monai.utils import ensure_tuple
 from scipy import ndimage
 from scripts.data.find import compile_pattern, fill_pattern, find_by_wildcards
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.data.transforms import FitShape, LoadScand, ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
@@ -32,25 +32,6 @@ from scripts.utils.files import write_whole
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
-
-__all__ = [
-    "DETECTORS",
-    "GRIDS",
-    "CountVoxels",
-    "FitLesionsd",
-    "FitLike",
-    "LesionCounts",
-    "ReadLesionsd",
-    "SaveCounts",
-    "count_voxels",
-    "edges",
-    "ordered",
-    "ordered_bins",
-    "pair_masks",
-    "read_kinds",
-    "read_mask",
-    "with_masks",
-]
 
 GRIDS = ("network", "scan")
 DETECTORS = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import LoadImage, Orientation
-from scripts.inference import detection, thresholds
+from scripts.inference import detection
 from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import LesionCounts, read_kinds
@@ -20,8 +20,6 @@ from scripts.inference.tables import row_table
 from scripts.utils import figures
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_files, item_path, printable
-
-__all__ = ["ScoreSummary"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +115,9 @@ class ScoreSummary:
         write_csv(self.output_dir / "lesions.csv", *detection.scan_rows(counts))
         groups = detection.by_kind(counts)
         detected = detection.detect(counts, groups)
-        points = thresholds.operating_points(counts, groups, detection.best(detected))
-        write_csv(self.output_dir / "lesions_thresholds.csv", *thresholds.threshold_rows(points))
-        parts = [detection.table(detected), *detection.sentences(detected), thresholds.threshold_table(points)]
+        points = detection.operating_points(counts, groups, detection.best(detected))
+        write_csv(self.output_dir / "lesions_thresholds.csv", *detection.threshold_rows(points))
+        parts = [detection.table(detected), *detection.sentences(detected), detection.threshold_table(points)]
         write_text(self.output_dir / "lesions.md", "\n\n".join(parts))
         for sentence in detection.sentences([d for d in detected if d.group == detected[-1].group]):
             logger.info("Lesions: %s", sentence)

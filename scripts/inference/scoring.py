@@ -20,8 +20,6 @@ from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = ["Scoring", "anomaly_map", "foreground_percentile", "image_quality", "restored"]
-
 LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is known better
 
 

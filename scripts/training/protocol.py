@@ -13,9 +13,7 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from scripts.training.losses import ELBOLoss
     from scripts.training.update import BatchNumbers
-    from scripts.utils.signals import SignalWatch
-
-__all__ = ["Trainer", "TrainerState"]
+    from scripts.utils.parallel import SignalWatch
 
 
 class TrainerState(Protocol):

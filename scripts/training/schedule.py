@@ -13,8 +13,6 @@ from ignite.engine import Events
 from scripts.training.protocol import Trainer
 from scripts.utils.errors import InputError
 
-__all__ = ["TimeEstimate", "base_rate", "learning_rate_factor", "log_plan", "updates_per_epoch"]
-
 logger = logging.getLogger(__name__)
 
 ENOUGH_UPDATES = 2000  # below, networks of 32³ still get better fast: docs/training.md

@@ -22,8 +22,6 @@ from scripts.training.protocol import Trainer
 from scripts.utils.errors import InputError
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["EpochSampler", "EpochSeeds", "SeededDataset", "derive_seed"]
-
 AUGMENTATION, NOISE = 0, 1  # streams of their own
 
 

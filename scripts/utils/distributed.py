@@ -23,18 +23,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-__all__ = [
-    "batch_share",
-    "from_rank_zero",
-    "local_device",
-    "own_store",
-    "parallel_network",
-    "shared_out",
-    "start",
-    "stop",
-    "wait_for_all",
-]
-
 T = TypeVar("T")
 
 STORE_TIMEOUT = timedelta(seconds=10)
