@@ -23,6 +23,7 @@ from scripts.inference.detection import (
     dice,
     marked_bins,
     operating_points,
+    resampled,
     roc_area,
     sentences,
     table,
@@ -57,6 +58,14 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_cohorts():
+    """A job resamples 200 cohorts instead of 1,000, of which each takes ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scripts.inference.detection.resampled", lambda sick, count, seed: resampled(sick, 200, seed))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -23,7 +23,6 @@ from monai.transforms import Compose, RandomizableTransform
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
-from scripts.training.protocol import Trainer
 from scripts.training.update import NumberEvents
 from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
@@ -32,6 +31,9 @@ from scripts.utils.names import image_captions
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from scripts.training.trainer import VDVAETrainer
 
 logger = logging.getLogger(__name__)
 SHOWN = 8  # scans
@@ -53,12 +55,12 @@ class TrainingTensorBoard(TensorBoardStatsHandler):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir, iteration_log=False)
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
         super().attach(engine)
         engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._write_numbers)
 
-    def _write_numbers(self, engine: Trainer) -> None:
+    def _write_numbers(self, engine: VDVAETrainer) -> None:
         numbers = engine.state.numbers
         for name, value in update_scalars({"numbers": numbers}).items():
             self._write_scalar(engine, self._writer, name, value, numbers["iteration"])
@@ -67,12 +69,12 @@ class TrainingTensorBoard(TensorBoardStatsHandler):
 class MovingAverage(EMAHandler):
     """Ignite's moving average of the weights, which moves with each update, however many batches make one."""
 
-    def attach(self, engine: Trainer, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
+    def attach(self, engine: VDVAETrainer, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
         """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
         update = Events.ITERATION_COMPLETED(event_filter=lambda engine, _: engine.between_updates)
         super().attach(engine, name, warn_if_exists, update)
 
-    def _update_ema_model(self, engine: Trainer, name: str) -> None:
+    def _update_ema_model(self, engine: VDVAETrainer, name: str) -> None:
         # as Ignite's, for all tensors at once
         momentum = getattr(engine.state, name)
         average, network = ([p.data for p in model.parameters()] for model in (self.ema_model, self.model))
@@ -110,17 +112,17 @@ def close(*handlers: Any) -> None:
 class ListOutput:
     """Leave a step's output as a list of one dictionary, as MONAI's experiment tracking reads it. Attach last."""
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def __call__(self, engine: Trainer) -> None:
+    def __call__(self, engine: VDVAETrainer) -> None:
         engine.state.output = [engine.state.output]
 
 
 class Progress:
     """A progress bar for each epoch, with loss, bits per dim and scans per second, on standard error."""
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach first, so that the bar's line ends before others write theirs. One process shows it for all."""
         if idist.get_rank() > 0:
             return
@@ -146,11 +148,11 @@ class History:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.rows: list[tuple[str, str, int, int, float]] = []
-        self._trainer: Trainer | None = None
+        self._trainer: VDVAETrainer | None = None
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach to the trainer, and through :meth:`watch` to the evaluator."""
         self._trainer = engine
         engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._note_batch)
@@ -164,13 +166,13 @@ class History:
         """The trainer's epoch, for handlers of an evaluator, which counts from 1 in each run."""
         return evaluator_epoch if self._trainer is None else self._trainer.state.epoch
 
-    def _note_batch(self, engine: Trainer) -> None:
+    def _note_batch(self, engine: VDVAETrainer) -> None:
         numbers = engine.state.numbers
         self._losses.append(numbers["loss"])
         if "grad_norm" in numbers:
             self._grad_norms.append(numbers["grad_norm"])
 
-    def _note_training(self, engine: Trainer) -> None:
+    def _note_training(self, engine: VDVAETrainer) -> None:
         state = engine.state
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
         scalars = dict(state.metrics)
@@ -280,12 +282,12 @@ class Figures:
         self.device = torch.device(device)
         self.seed = seed
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach after validation, so that the curves are complete. One process draws for all."""
         if self.figure_interval > 0 and idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Trainer) -> None:
+    def __call__(self, engine: VDVAETrainer) -> None:
         state = engine.state
         if state.epoch % self.figure_interval and state.epoch != state.max_epochs:
             return
