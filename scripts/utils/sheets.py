@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
@@ -40,16 +39,13 @@ class Sheet:
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.figure = Figure((width, height), dpi=DPI, facecolor="black")
+        self.page = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, width), ylim=(height, 0))
+        self.page.set_axis_off()
 
     def text(self, x: float, y: float, text: str, size: float = 9.5, colour: str = "0.9", **kwargs: Any) -> None:
         """Write text, centred at a place unless ``kwargs`` (of matplotlib's ``text``) say otherwise."""
         kwargs = {"ha": "center", "va": "center", "parse_math": False, **kwargs}  # a name may hold a $
         self.figure.text(x / self.width, 1 - y / self.height, text, color=colour, fontsize=size, **kwargs)
-
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes whose top left corner is at a place."""
-        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(place)
 
     def picture(
         self,
@@ -64,17 +60,20 @@ class Sheet:
         """Centre a slice in a box of this width and height; a voxel is ``inch`` wide, a ring is at column, row."""
         rows, columns = picture.shape
         width, height = columns * inch, rows * inch
-        axes = self.axes(x + (box[0] - width) / 2, y + (box[1] - height) / 2, width, height)
-        axes.imshow(picture, aspect="auto", **style)
+        left, top = x + (box[0] - width) / 2, y + (box[1] - height) / 2
+        # axes of their own for each picture would take nearly all of the time
+        self.page.imshow(picture, aspect="auto", extent=(left, left + width, top + height, top), **style)
         if mark is not None:
-            axes.plot(*mark, "o", markersize=RING, markerfacecolor="none", markeredgecolor="lime", markeredgewidth=1)
-        axes.set_axis_off()
+            place = left + (mark[0] + 0.5) * inch, top + (mark[1] + 0.5) * inch
+            ring = {"markerfacecolor": "none", "markeredgecolor": "lime", "markeredgewidth": 1}
+            self.page.plot(*place, "o", markersize=RING, **ring)
 
     def colour_bar(
         self, x: float, y: float, width: float, label: str, cmap: str | Colormap, vmin: float, vmax: float
     ) -> None:
         """Draw a horizontal colour bar with its numbers and its label below."""
-        axes = self.axes(x, y + 0.1, width, 0.1)
+        place = (x / self.width, 1 - (y + 0.2) / self.height, width / self.width, 0.1 / self.height)
+        axes = self.figure.add_axes(place)
         bar = self.figure.colorbar(ScalarMappable(Normalize(vmin, vmax), cmap), cax=axes, orientation="horizontal")
         bar.ax.tick_params(colors="0.9", labelsize=8)
         bar.ax.locator_params(nbins=4)
