@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import run_command_process
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -30,7 +28,6 @@ from scripts.phantoms.anatomy import brain_anatomy
 from scripts.phantoms.fields import EXTENT, ORIGIN
 from scripts.prepare import prepare
 
-ROOT = Path(__file__).parents[1]
 SPACING = 3.0
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -456,11 +453,8 @@ def test_outliers_of_a_cohort_are_flagged():
 def test_command_line(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/broken.nii.gz").write_bytes(b"no scan")
-    words = [sys.executable, "-m", "scripts.prepare", str(tmp_path / "raw"), "--output_dir", str(tmp_path / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, "--workers", "2"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+    words = (tmp_path / "raw", "--output_dir", tmp_path / "out", "--workers", 2)
+    done = run_command_process("scripts.prepare", *words)
     assert done.returncode == 1
     assert "broken.nii.gz" in done.stderr
     assert "Traceback" not in done.stderr
