@@ -424,7 +424,7 @@ def test_without_masks_there_is_a_sheet_of_the_most_unusual_scans_alone(cohort, 
     monkeypatch.setattr(
         "scripts.utils.figures.anomalies", lambda path, scans, titles: shown.append((titles, list(scans)))
     )
-    monkeypatch.setattr("scripts.inference.score_summary.MOST_UNUSUAL", 5)
+    monkeypatch.setattr("scripts.inference.scoring.MOST_UNUSUAL", 5)
     words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--ckpt", weights)
     result = run_bundle(*words, run_id="score", configs=CONFIGS)
     assert result.returncode == 0, result.stderr

@@ -58,8 +58,7 @@ from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_late
 from scripts.inference.layouts import SampleLayout
 from scripts.inference.prior_jobs import adapt, fit_prior
 from scripts.inference.privacy import Privacy, privacy_sides
-from scripts.inference.score_summary import ScoreSummary
-from scripts.inference.scoring import Scoring
+from scripts.inference.scoring import ScoreSummary, Scoring
 from scripts.inference.tables import latent_tables, list_coordinates, stack_coordinates
 from scripts.utils import distributed
 

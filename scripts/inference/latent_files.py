@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def list_latents(dataset_dir: str | os.PathLike, per_channel: bool = False) -> list[dict[str, Any]]:
-    """The latents' files of a folder or a datalist, see :func:`scripts.inference.engine.list_scans`.
+    """The latents' files of a folder or a datalist, see :func:`scripts.inference.common.list_scans`.
 
     Args:
         dataset_dir: the folder or the datalist.

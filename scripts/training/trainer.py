@@ -15,10 +15,9 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.utils.enums import CommonKeys as Keys
 from scripts.networks import VDVAEOutput
-from scripts.training.acceleration import WITHIN_UPDATES, GraphedUpdate, check_graph
 from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
-from scripts.training.precision import LowPrecision, autocast
+from scripts.training.precision import WITHIN_UPDATES, GraphedUpdate, LowPrecision, autocast, check_graph
 from scripts.training.update import BatchNote, BatchNumbers, GuardedStep, NumberEvents, StepLimits, make_capturable
 from scripts.utils.devices import on_device
 from scripts.utils.parallel import SignalWatch
