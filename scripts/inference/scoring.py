@@ -1,4 +1,4 @@
-"""How likely scans are and where they are not, as a MONAI inferer; how good reconstructions are; what a score leaves."""
+"""How likely scans are and where they are not, as a MONAI inferer; how good reconstructions are; both in short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How updates are made fast: numbers of fewer bits where a device has them at speed, and whole updates as a CUDA graph."""
+"""How updates are made fast: numbers of fewer bits where a device has them, and whole updates as a CUDA graph."""
 
 from __future__ import annotations
 
