@@ -27,11 +27,12 @@ from scripts.inference.layouts import ScanLayout
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
+from scripts.utils.distributed import ignore_signals
 from scripts.utils.errors import ResourceError
 from scripts.utils.files import write_text
 from scripts.utils.formats import SPACE_CODE, save_nifti
 from scripts.utils.names import image_files, image_path, printable
-from scripts.utils.parallel import die_with_parent, ignore_signals
+from scripts.utils.parallel import die_with_parent
 
 logger = logging.getLogger(__name__)
 WAITING = 2  # results per process that may wait to be written

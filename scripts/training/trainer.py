@@ -20,7 +20,7 @@ from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negat
 from scripts.training.precision import WITHIN_UPDATES, GraphedUpdate, LowPrecision, autocast, check_graph
 from scripts.training.update import BatchNote, BatchNumbers, GuardedStep, NumberEvents, StepLimits, make_capturable
 from scripts.utils.devices import on_device
-from scripts.utils.parallel import SignalWatch
+from scripts.utils.distributed import SignalWatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer

@@ -19,9 +19,8 @@ from scipy.ndimage import gaussian_filter
 from scripts.data.cache import DAMAGE, ScanCache, describe_transforms
 from scripts.networks import VDVAE
 from scripts.training.seeding import SeededDataset
-from scripts.utils.distributed import from_rank_zero, wait_for_all
+from scripts.utils.distributed import from_rank_zero, ignore_signals, wait_for_all
 from scripts.utils.files import check_archive, write_whole
-from scripts.utils.parallel import ignore_signals
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
