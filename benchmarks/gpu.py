@@ -91,7 +91,7 @@ class Clock:
 
 def describe(device: str) -> dict[str, Any]:
     """The device, its software, and the rate of its matrix products in TFLOP/s by precision."""
-    size = 8192 if device == "cuda" else 512
+    size = 8192 if device == "cuda" else 128
     about: dict[str, Any] = {"device": device, "torch": torch.__version__, "matrices": size}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
