@@ -64,7 +64,7 @@ def weights(tmp_path_factory):
 def fewer_cohorts():
     """A job resamples 200 cohorts instead of 1,000, of which each takes ten seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scripts.inference.detection.resampled", lambda sick, count, seed: resampled(sick, 200, seed))
+        patch.setattr("scripts.inference.detection.resampled", lambda sick, count: resampled(sick, 200))
         yield
 
 

@@ -206,12 +206,12 @@ def usual_voxel_size(geometries: Sequence[dict[str, Any]]) -> list[float]:
     return list(max(sizes, key=lambda size: (sizes[size], size)))
 
 
-def mixed_voxel_sizes(geometries: Sequence[dict[str, Any]], tolerance: float = TOLERANCE) -> list[int]:
+def mixed_voxel_sizes(geometries: Sequence[dict[str, Any]]) -> list[int]:
     """Indices of the scans whose voxels differ from those that most of the cohort has."""
     if not geometries:
         return []
     usual = usual_voxel_size(geometries)
-    return [i for i, geometry in enumerate(geometries) if differences(geometry, spacing=usual, tolerance=tolerance)]
+    return [i for i, geometry in enumerate(geometries) if differences(geometry, spacing=usual)]
 
 
 def _millimetres(sizes: Sequence[float]) -> str:

@@ -91,12 +91,12 @@ def marked_bins(healthy: np.ndarray) -> np.ndarray:
     return (above <= FALSE_SHARE * total) & (total > 0)
 
 
-def resampled(sick: np.ndarray, repeats: int, seed: int) -> np.ndarray:
+def resampled(sick: np.ndarray, repeats: int) -> np.ndarray:
     """How often each scan is in resampled cohorts, ``[1 + repeats, scans]``; once in the first, the cohort itself.
 
     Scans with lesions and healthy ones are each drawn from their own, so that no cohort lacks either.
     """
-    weights, rng = np.ones((1 + repeats, len(sick))), np.random.default_rng(seed)
+    weights, rng = np.ones((1 + repeats, len(sick))), np.random.default_rng(0)
     for group in (sick, ~sick):
         if count := int(group.sum()):
             weights[1:, group] = rng.multinomial(count, np.full(count, 1 / count), size=repeats)
@@ -111,9 +111,7 @@ def by_kind(scans: Sequence[LesionCounts]) -> dict[str, list[bool]]:
     return groups if one_for_all else groups | {"all": [True] * len(scans)}
 
 
-def detect(
-    scans: Sequence[LesionCounts], groups: Mapping[str, Sequence[bool]], repeats: int = 1000, seed: int = 0
-) -> list[Detection]:
+def detect(scans: Sequence[LesionCounts], groups: Mapping[str, Sequence[bool]], repeats: int = 1000) -> list[Detection]:
     """Measure all ``DETECTORS`` on each grid that was counted.
 
     Average precision is of the voxels of all scans of a group together. Dice is of those of its scans with lesions, at
@@ -124,13 +122,12 @@ def detect(
         scans: what was counted; ``mask`` tells those with lesions from others, which count as healthy.
         groups: by name, which of the scans belong to it.
         repeats: resampled cohorts, for the intervals.
-        seed: of the resampling.
     """
     found = []
     for group, members in groups.items():
         own = [scan for scan, member in zip(scans, members, strict=True) if member]
         sick = np.array([scan.mask == "lesions" for scan in own], bool)
-        weights = resampled(sick, repeats, seed)
+        weights = resampled(sick, repeats)
         for grid in own[0].voxels:
             for number, (what, order) in enumerate(DETECTORS):
                 counts = ordered(np.stack([scan.voxels[grid][what] for scan in own]), order)
@@ -274,19 +271,18 @@ def operating_points(
     groups: Mapping[str, Sequence[bool]],
     detections: Sequence[Detection],
     repeats: int = 1000,
-    seed: int = 0,
 ) -> list[OperatingPoint]:
     """Of each detection the numbers at each of ``RATES``; none without healthy scans.
 
     Args:
-        scans, groups, repeats, seed: see :func:`scripts.inference.detection.detect`.
+        scans, groups, repeats: see :func:`scripts.inference.detection.detect`.
         detections: of these scans and groups.
     """
     found = []
     for detection in (d for d in detections if d.healthy and d.lesions):
         own = [scan for scan, member in zip(scans, groups[detection.group], strict=True) if member]
         sick = np.array([scan.mask == "lesions" for scan in own], bool)
-        weights = resampled(sick, repeats, seed)
+        weights = resampled(sick, repeats)
         counts = ordered(np.stack([scan.voxels[detection.grid][detection.what] for scan in own]), detection.order)
         bins = counts.shape[-1]
         highest = np.eye(bins, dtype=bool)[bins - 1 - (counts[~sick].sum(1)[:, ::-1] > 0).argmax(1)]

@@ -39,12 +39,12 @@ MISSING_FRACTION = 0.01
 class HideMissingd(MapTransform):
     """Give what a scan's mask marks the scan's background, and keep a copy of the scan as it was.
 
-    It belongs right after loading. Adds ``missing``, bool ``[1, *spatial]``, true where the mask is above 0, and
-    ``observed``, the scan as loaded. The background is the lowest value outside the mask, of each channel.
+    It belongs right after loading; ``mask`` is the mask's path. Adds ``missing``, bool ``[1, *spatial]``, true where
+    the mask is above 0, and ``observed``, the scan as loaded. The background is the lowest value outside the mask, of
+    each channel.
 
     Args:
         keys: of the loaded scan, ``[channels, *spatial]``.
-        mask: key of the mask's path.
 
     A mask that marks nothing, as those of healthy scans do, leaves the scan as it is.
 
@@ -52,15 +52,11 @@ class HideMissingd(MapTransform):
         ScanError: when the mask cannot be read, lies on another grid than its scan, or marks everything.
     """
 
-    def __init__(self, keys: KeysCollection, mask: str = "mask", allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.mask = mask
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             scan = d[key]
-            missing = self._read(d[self.mask], scan)
+            missing = self._read(d["mask"], scan)
             observed_values = scan.as_tensor().masked_fill(missing, torch.inf)
             background = observed_values.flatten(1).amin(1).reshape(-1, *[1] * (scan.ndim - 1))
             d |= {"missing": missing, "observed": scan.clone()}

@@ -70,14 +70,13 @@ class SaveLatentsd(Transform):
 
     Args:
         layout: says where.
-        key: of the preprocessed scan, whose trace tells of its grid and units.
     """
 
-    def __init__(self, layout: ScanLayout, key: str = "image") -> None:
-        self.layout, self.key = layout, key
+    def __init__(self, layout: ScanLayout) -> None:
+        self.layout = layout
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        image = data[self.key]
+        image = data["image"]
         names = ("z", "mean", "std", "coordinates")
         latents = {k: np.asarray(v) for k, v in data.items() if str(k).rstrip("0123456789") in names}
         content = {**Fit.of(image).arrays(), CHANNEL_NAMES: np.asarray(self._names(image_files(image)))}

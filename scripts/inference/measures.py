@@ -24,6 +24,7 @@ from torch import Tensor
 Numbers = dict[str, float | None]
 BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
 CENTILES = np.arange(1, 100) / 100
+NEIGHBOURS = 3  # of an image: how far its kind reaches around it
 # what the log likelihood is multiplied by, beside the prior's own sharpness; 0, so that nothing is said, is the last
 # resort of a model that is wrong
 TEMPERED = (0.0, *SHARPNESSES)
@@ -103,14 +104,13 @@ def spectrum(
     }
 
 
-def precision_recall(samples: Tensor, scans: Tensor, neighbours: int = 3) -> Numbers:
+def precision_recall(samples: Tensor, scans: Tensor) -> Numbers:
     """Which samples lie among the scans, and which scans among the samples (Kynkäänniemi et al. 2019).
 
-    An image lies among others if it is not farther from one of them than that one's ``neighbours``-th nearest.
+    An image lies among others if it is not farther from one of them than that one's third nearest.
 
     Args:
-        samples, scans: more than ``neighbours`` each; of fewer the farthest counts.
-        neighbours: see there.
+        samples, scans: more than three each; of fewer the farthest counts.
 
     Returns:
         ``precision`` and ``recall``, 0 to 1. Of as many scans more, instead of samples, they are what is to be had.
@@ -118,7 +118,7 @@ def precision_recall(samples: Tensor, scans: Tensor, neighbours: int = 3) -> Num
     a, b = samples.flatten(1).double(), scans.flatten(1).double()
     between = torch.cdist(a, b)
     # the nearest of an image is itself
-    reach_a, reach_b = (torch.cdist(x, x).kthvalue(min(neighbours + 1, len(x)), dim=1).values for x in (a, b))
+    reach_a, reach_b = (torch.cdist(x, x).kthvalue(min(NEIGHBOURS + 1, len(x)), dim=1).values for x in (a, b))
     precision = (between <= reach_b[None, :]).any(1).double().mean()
     recall = (between <= reach_a[:, None]).any(0).double().mean()
     return {"precision": precision.item(), "recall": recall.item()}

@@ -19,7 +19,7 @@ from monai.transforms import LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.common import Common
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.lesions import LesionCounts, read_kinds
+from scripts.inference.lesions import PERCENTILE, LesionCounts, read_kinds
 from scripts.inference.outputs import read_row
 from scripts.inference.tables import row_table
 from scripts.layers.gaussian import SLICE, Draws, Posterior
@@ -231,10 +231,10 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
 
 
-def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
-    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
+def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE) -> Tensor:
+    """The 99.9th of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
     inside = foreground(scans, network).flatten(1)
-    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
+    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), PERCENTILE / 100)
 
 
 def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:

@@ -415,7 +415,7 @@ def save_previews(
 
 
 def save_augmentations(
-    output_dir: str | os.PathLike, dataset: Dataset, augmentation: Mapping[str, RandomizableTransform], seed: int = 0
+    output_dir: str | os.PathLike, dataset: Dataset, augmentation: Mapping[str, RandomizableTransform]
 ) -> None:
     """Save one scan under each augmentation alone at its strongest, then under all at once: ``augmentations.png``.
 
@@ -426,7 +426,6 @@ def save_augmentations(
         output_dir: made if needed.
         dataset: without augmentation, of scans in [0, 1]; its first scan is shown.
         augmentation: the random transforms by name.
-        seed: of the draws.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -438,10 +437,10 @@ def save_augmentations(
     shown = {"the scan itself": scan}
     # PyTorch's own state is what TorchIO draws from; it is put back as it was
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for name, transform in certain.items():
-            shown[name] = _strongest(Compose([transform]).set_random_state(seed), scan)
-        chain = Compose(list(certain.values()), lazy=True).set_random_state(seed)
+            shown[name] = _strongest(Compose([transform]).set_random_state(0), scan)
+        chain = Compose(list(certain.values()), lazy=True).set_random_state(0)
         shown["all at once"] = chain({"image": scan.clone()})["image"]
     images = [image.as_tensor().clamp(0, 1) for image in shown.values()]
     figures.batch(folder / "augmentations.png", images, list(shown), value_range=(0, 1))
