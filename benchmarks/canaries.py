@@ -10,6 +10,9 @@ has it elsewhere (exposure, Carlini et al. 2019)?
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +24,7 @@ from monai.utils import ensure_tuple
 from scipy import ndimage
 from torch import Tensor
 
-from benchmarks.adaptation import Jobs
-from benchmarks.common import print_table, read_config
+from benchmarks.common import CONFIGS, print_table, read_config
 from scripts.inference.inferers import Sampling
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
@@ -164,6 +166,12 @@ def measure(
     return [*rows, (f"exposure, bits, of at most {np.log2(1 + (marks.seen == 0).sum()):.1f}", chance, *ranks)]
 
 
+def run_process(words: Sequence[str]) -> None:
+    """``python -m monai.bundle run training ...``."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", *words]
+    subprocess.run(command, cwd=CONFIGS.parent, check=True)
+
+
 def main(
     output_dir: str,
     count: int = 128,
@@ -204,14 +212,18 @@ def main(
     seen[: sum(TIMES.values())] = np.repeat(list(TIMES), list(TIMES.values()))
     marks = Marks(where, seen)
     training = plant(people, marks)
-    jobs = Jobs(folder, ensure_tuple(network_config))
+    networks = [str(Path(path).absolute()) for path in ensure_tuple(network_config)]
     sides = {"training": sorted(people.glob("*.nii.gz")), "validation": kept_apart}
-    listed = jobs.datalist("list", **{name: [{"image": str(path)} for path in paths] for name, paths in sides.items()})
+    listed, trained = folder / "list.json", folder / "run"
+    items = {name: [{"image": str(path)} for path in paths] for name, paths in sides.items()}
+    listed.write_text(json.dumps(items), encoding="utf-8")
     settings = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "augment": False}
-    start = {} if weights is None else {"weights": Path(weights).absolute(), "kl_warmup": 0, "learning_rate_decay": 0.5}
-    trained, _ = jobs("training", "run", "train", dataset_dir=listed, **settings, **start)
+    if weights is not None:
+        settings |= {"weights": Path(weights).absolute(), "kl_warmup": 0, "learning_rate_decay": 0.5}
+    settings |= {"config_file": ["configs/train.json", *networks], "dataset_dir": listed, "output_dir": trained}
+    run_process([word for key, value in settings.items() for word in (f"--{key}", str(value))])
     ckpt = str(trained / "checkpoints" / "model.pt")
-    config = read_config(["configs/inference.json", *jobs.networks], run_dir=str(trained), ckpt=ckpt)
+    config = read_config(["configs/inference.json", *networks], run_dir=str(trained), ckpt=ckpt)
     network, preprocess = config.get_parsed_content("network").eval(), config.get_parsed_content("preprocessing")
     prior = config.get_parsed_content("population_prior")
     rows = measure(

@@ -31,7 +31,7 @@ from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Reconstruction, Sampling
-from scripts.inference.information import information
+from scripts.inference.measures import information
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
 from scripts.phantoms.anatomy import random_streams

@@ -37,7 +37,7 @@ NETWORKS = ("default", "lean_64", "lean_128", 256)
 # by what a user would choose
 SETTINGS = [["bf16", "eager"], ["fp32", "eager"], ["bf16", "graph"], ["fp16", "eager"], ["fp32", "graph"]]
 Command = tuple[Sequence[str], dict[str, Any]]  # words after "python", and settings
-MODULE = ["-m", "benchmarks.gpu_jobs"]
+MODULE = ["-m", "benchmarks.gpu_process"]
 
 
 class Clock:
@@ -91,7 +91,7 @@ class Clock:
 
 def describe(device: str) -> dict[str, Any]:
     """The device, its software, and the rate of its matrix products in TFLOP/s by precision."""
-    size = 8192 if device == "cuda" else 512
+    size = 8192 if device == "cuda" else 128
     about: dict[str, Any] = {"device": device, "torch": torch.__version__, "matrices": size}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -269,7 +269,7 @@ def main(
         for network in networks:
             asked = {"network": network, "settings": SETTINGS, "dataset_dir": scans, "device": device}
             asked["seconds"] = 2.0 if device == "cuda" else 0.0
-            run = clock.run(["-m", "benchmarks.gpu_training"], **asked)
+            run = clock.run(MODULE, **asked)
             missing = [
                 {"network": network, "precision": precision, "mode": mode, "error": reason(run)}
                 for precision, mode in SETTINGS[len(run["lines"]) :]
@@ -278,7 +278,7 @@ def main(
             keep()
         for network in networks:
             asked = {"network": network, "precision": "bf16", "device": device}
-            found["inference"] += clock.run(["-m", "benchmarks.gpu_jobs"], **asked)["lines"]
+            found["inference"] += clock.run(MODULE, **asked)["lines"]
         keep()
     text = tables(found)
     write_text(target / "gpu.md", text)

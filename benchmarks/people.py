@@ -22,24 +22,69 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal
 from tqdm import tqdm
 
 from benchmarks.common import print_table, read_config, stack
-from benchmarks.peer_models import VoxelGaussian, fit_pca
 from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
-from scripts.data.to_scan import Fit, to_scan
+from scripts.data.scan_grid import Fit, to_scan
 from scripts.data.transforms import reading
 from scripts.inference.measures import mean_interval, value_numbers
 from scripts.inference.scoring import image_quality
-from scripts.layers.output import foreground
-from scripts.training.losses import bits_per_dim
+from scripts.layers.output import OUTPUT_STD_RANGE, foreground
+from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.command_line import run
 from scripts.utils.files import write_text
 
-COMPONENTS = (32, 64, 128)  # of the scores that a regression reads the age from
+COMPONENTS = (4, 16, 64, 128, 256, 384, 512)  # of a PCA, from which to choose
+SCORES = (32, 64, 128)  # that a regression reads the age from
+SMOOTHING = 0.4  # voxels, of variances; what scripts.training.voxel_statistics says of it holds of PCA's residuals too
 FLUID = 10  # percentile of the brain that stands for CSF
 EDGE = 1.0  # mm, standard deviation of what smooths a lesion's edge
+
+
+def smooth_std(variance: Tensor) -> Tensor:
+    """From the variance of each voxel, `[1, *spatial]`: smoothed, and within the bounds of our network's output."""
+    sigma = (0, *[SMOOTHING] * (variance.ndim - 1))
+    smoothed = torch.as_tensor(ndimage.gaussian_filter(variance.double().clamp_min(0).numpy(), sigma)).float()
+    return smoothed.sqrt().clamp(*OUTPUT_STD_RANGE)
+
+
+class PCA:
+    """The scans' principal components, and independent noise in each voxel: covariance `W Wᵀ + diag(std²)`.
+
+    Args:
+        scans: `[scans, 1, *spatial]`.
+        components: how many; fewer than there are scans less one.
+    """
+
+    def __init__(self, scans: Tensor, components: int) -> None:
+        count, self.mean = len(scans), scans.flatten(1).mean(0)
+        x = scans.flatten(1) - self.mean
+        # as the scans are fewer than the voxels, their dot products hold all there is
+        values, vectors = torch.linalg.eigh((x @ x.T).double())
+        values, vectors = values[-components:], vectors[:, -components:]
+        self.axes = x.T @ (vectors / values.sqrt()).float()
+        residual = x.square().sum(0) - (self.axes.square() * values.float()).sum(1)
+        self.factor = self.axes * (values / (count - 1)).sqrt().float()
+        # each component takes a degree of freedom from what is left
+        self.std = smooth_std((residual / (count - 1 - components)).view(scans.shape[1:]))
+
+    def nats(self, x: Tensor) -> Tensor:
+        """Negative log-likelihood of scans, `[batch]`."""
+        covariance = {"cov_factor": self.factor, "cov_diag": self.std.flatten().square()}
+        return -LowRankMultivariateNormal(self.mean, **covariance).log_prob(x.flatten(1))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The projection of scans on the components."""
+        return (self.mean + (x.flatten(1) - self.mean) @ self.axes @ self.axes.T).view_as(x)
+
+
+def fit_pca(scans: Tensor, validation: Tensor) -> PCA:
+    """A PCA of the scans, with the number of components that makes the validation scans likeliest."""
+    fitted = [PCA(scans, count) for count in COMPONENTS if count < len(scans) - 1]
+    return min(fitted, key=lambda pca: pca.nats(validation).mean().item())
 
 
 def own_grid_psnr(scan: MetaTensor, preprocessed: MetaTensor, images: Mapping[str, Tensor]) -> dict[str, float]:
@@ -70,7 +115,7 @@ def age_by_regression(scores: Sequence[Tensor], ages: Sequence[np.ndarray]) -> d
     """
     found: dict[str, float | None] = {}
     (train, test), (known, kept) = scores, [np.isfinite(values) for values in ages]
-    for count in (count for count in COMPONENTS if count <= train.shape[1]):
+    for count in (count for count in SCORES if count <= train.shape[1]):
         model = RidgeCV(np.logspace(-2, 6, 17)).fit(train[known, :count].numpy(), ages[0][known])
         said = model.predict(test[kept, :count].numpy())
         ends = [{"mean": value, "low": value, "high": value} for value in said]
@@ -138,23 +183,23 @@ def main(
         return stack(preprocess(item) for item in tqdm(sides[side], side, unit="scan"))
 
     training, validation = read("training"), read("validation")
-    gaussian, pca = VoxelGaussian(training), fit_pca(training, validation)
+    pca, mean, std = fit_pca(training, validation), training.mean(0)[None], smooth_std(training.var(0))[None]
     rows, scores = [], []
     for item in tqdm(sides[testing], "measuring", unit="scan"):
         preprocessed, scan = preprocess(item), load(item)
         x = preprocessed["image"].as_tensor()[None]
-        output, mean = network.infer(x, 0.0, keep_posteriors=False)[0], training.mean(0, keepdim=True)
-        recons = {"ours": output.loc, "pca": pca.reconstruct(x)[0], "gaussian": mean, "grid": x}
+        output = network.infer(x, 0.0, keep_posteriors=False)[0]
+        recons = {"ours": output.loc, "pca": pca.reconstruct(x), "gaussian": mean, "grid": x}
         row = own_grid_psnr(scan["image"], preprocessed["image"], {name: image[0] for name, image in recons.items()})
         for name in ("ours", "pca", "gaussian"):
             quality = image_quality(recons[name], x, network)
             row |= {f"{name}_{key}": float(value) for key, value in quality.items()}
-        for name, peer in (("pca", pca), ("gaussian", gaussian)):
-            row[f"{name}_bits_per_dim"] = float(bits_per_dim(peer.nats(x), x))
+        for name, nats in (("pca", pca.nats(x)), ("gaussian", negative_log_likelihood(mean, std, x))):
+            row[f"{name}_bits_per_dim"] = float(bits_per_dim(nats, x))
         rows.append(row)
         scores.append(x.flatten())
     centre = training.flatten(1).mean(0)
-    basis = torch.linalg.svd(training.flatten(1) - centre, full_matrices=False)[2][: COMPONENTS[-1]].T
+    basis = torch.linalg.svd(training.flatten(1) - centre, full_matrices=False)[2][: SCORES[-1]].T
     ages = [
         np.array([float(row.get("age") or "nan") for row in Covariates(sides[side], dataset_dir).rows])
         for side in ("training", testing)

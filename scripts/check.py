@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from scripts.data.check_report import Report
     from scripts.data.quality import Inspection, Scan
 
-__all__ = ["check"]
-
 SHOWN = 16  # of the scans that a network does not know
 
 

@@ -23,8 +23,6 @@ from pathlib import Path
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError, ResourceError
 
-__all__ = ["explore"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -248,9 +248,9 @@ class VDVAE(VoxelGaussian):
         shape = check_shape(list(shape), self.spatial_dims, self.levels, self.patch_size)
         return [tuple(size // (self.patch_size * 2**level) for size in shape) for level in range(self.levels)]
 
-    def latent_grids(self, spatial_shape: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+    def latent_grids(self) -> list[tuple[int, ...]]:
         """``(channels, *grid)`` of each latent, top first; see :meth:`grids`."""
-        grids = self.grids(spatial_shape)
+        grids = self.grids()
         return [(c, *grids[level]) for c, level in zip(self.latent_channels, self.latent_levels, strict=True)]
 
     def _encode(self, x: Tensor) -> list[Tensor]:

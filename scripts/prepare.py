@@ -30,8 +30,6 @@ from scripts.utils.report import write_report
 if TYPE_CHECKING:
     from scripts.data.preparation import Job
 
-__all__ = ["Prepared", "prepare"]
-
 logger = logging.getLogger(__name__)
 
 SHOWN = 48  # scans on the contact sheet
@@ -128,7 +126,7 @@ def _mend(
     scans: Mapping[str, Path], stems: Sequence[Path], folder: Path, ckpt: str | os.PathLike, config_file: Any
 ) -> Prepared:
     """See ``like``."""
-    from scripts.inference.mending import mend_scans
+    from scripts.inference.familiar import mend_scans
 
     results = dict(zip(scans, (stem.with_name(f"{stem.name}.nii.gz") for stem in stems), strict=True))
     mended, failed = mend_scans({path: results[name] for name, path in scans.items()}, ckpt, config_file)

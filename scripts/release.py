@@ -10,7 +10,6 @@ A release is checked before anything is written.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import posixpath
 import re
@@ -33,9 +32,7 @@ from scripts.population.prior import PopulationPrior, fingerprint, prior_path
 from scripts.training.checkpoints import CheckpointError, load_weights, read_archive, read_weights
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, expand, write_text, write_whole
-
-__all__ = ["ReleaseError", "make_hub_folder", "make_release", "ship_weights"]
+from scripts.utils.files import as_folder, expand, read_json, write_text, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -222,12 +219,12 @@ def _checked(root: Path) -> tuple[list[str], dict[str, Any]]:
     """
     files = _list_files(root)
     _check_layout(root, files)
-    metadata = _read_json(root / "configs/metadata.json")
+    metadata = read_json(root / "configs/metadata.json", "the metadata of a bundle")
     _check_metadata(metadata)
     _check_versions(metadata, root / "requirements.txt")
     weights = _weights(files)
     for file in weights:
-        _check_weights(root, file)
+        _load_shipped(root, file)
     for file in files:
         if _is_prior(file):
             _check_prior(root, file, weights)
@@ -304,13 +301,6 @@ def _advice(file: str) -> str:
     return "write it"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ReleaseError(f"'{path}' is not JSON ({error}): correct it.") from error
-
-
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     for key in ("schema", "name", *DEFAULT_METADATA):
         if key not in metadata:
@@ -362,14 +352,10 @@ def _read_network(root: Path, config_files: Sequence[str]) -> VDVAE:
     return parser.get_parsed_content("network_def")
 
 
-def _check_weights(root: Path, file: str) -> None:
-    """Check that weights fit: ``model_lean_64.pt`` the network of ``configs/lean_64.json``, ``model_128.pt`` that of
-    ``configs/people_128.json`` or else ``configs/size_128.json``, others the default one.
-    """
-    _load_shipped(root, file)
-
-
 def _load_shipped(root: Path, file: str) -> VDVAE:
+    """The network of weights, which must fit: ``model_lean_64.pt`` that of ``configs/lean_64.json``, ``model_128.pt``
+    that of ``configs/people_128.json`` or else ``configs/size_128.json``, others the default one.
+    """
     name = Path(file).stem.removeprefix("model").removeprefix("_")
     named = (f"configs/{start}{name}.json" for start in ("", "people_", "size_"))
     overlays = [path for path in named if (root / path).is_file()]

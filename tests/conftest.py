@@ -39,21 +39,11 @@ PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), 
 # Files that stay together on one of pytest-xdist's workers, since they share processes that take seconds to start: that
 # of groups.py from which others are forked, and joblib's (test_parallel comes last: it kills some).
 TOGETHER = {
-    "forked": ("distributed", "benchmarks", "inference", "evaluate", "lesions"),
+    "forked": ("killed_runs", "distributed", "benchmarks", "inference", "evaluate", "lesions", "impute_interpolate"),
     "joblib": ("check", "cache", "phantoms", "parallel"),
 }
 # other files of more than ten seconds, the longest first: both workers then end at about the same time
-SLOW = (
-    "prepare",
-    "export",
-    "training",
-    "checkpoints",
-    "slices_and_channels",
-    "impute_interpolate",
-    "clients",
-    "explore",
-    "tour",
-)
+SLOW = ("prepare", "export", "training", "checkpoints", "slices_and_channels", "clients", "explore", "tour")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,8 +8,8 @@ from ignite.engine import Events
 from test_trainer import loader, tiny, weights
 from torch.testing import assert_close
 
-from scripts.training.acceleration import WITHIN_UPDATES, GraphedUpdate, check_graph
 from scripts.training.losses import ELBOLoss
+from scripts.training.precision import WITHIN_UPDATES, GraphedUpdate, check_graph
 from scripts.training.trainer import VDVAETrainer
 from scripts.training.update import StepLimits
 from scripts.utils.devices import tune

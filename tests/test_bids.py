@@ -12,8 +12,7 @@ import torch
 from conftest import ROOT
 
 from scripts.data.find import find_scans
-from scripts.inference.bids import DatasetDescription, derivative_path
-from scripts.inference.layouts import SampleLayout, ScanLayout
+from scripts.inference.layouts import DatasetDescription, SampleLayout, ScanLayout, derivative_path
 
 NAMES = [
     ("sub-01/ses-1/anat/sub-01_ses-1_FLAIR.nii.gz", "recon", "sub-01/ses-1/anat/sub-01_ses-1_desc-recon_FLAIR.nii.gz"),

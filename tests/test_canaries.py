@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 
-from benchmarks import adaptation, canaries
+from benchmarks import canaries
 
 
 def test_marks_are_where_they_are_put_and_apart():
@@ -36,11 +36,11 @@ def test_exposure_is_the_rank_among_marks_that_were_never_seen():
 
 
 def test_the_trial_runs(tmp_path, monkeypatch, capsys):
-    def in_this_process(words, job):
-        done = run_command("monai.bundle", "run", job, *words, "--num_workers", 0)
+    def in_this_process(words):
+        done = run_command("monai.bundle", "run", "training", *words, "--num_workers", 0)
         assert done.returncode == 0, done.stderr
 
-    monkeypatch.setattr(adaptation, "run_process", in_this_process)
+    monkeypatch.setattr(canaries, "run_process", in_this_process)
     monkeypatch.setattr(canaries, "TIMES", {1: 2, 3: 1})
     canaries.main(
         str(tmp_path / "out"),

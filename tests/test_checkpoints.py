@@ -29,7 +29,7 @@ from scripts.training.handlers import MovingAverage
 from scripts.training.losses import ELBOLoss
 from scripts.training.start import starts_untrained
 from scripts.training.trainer import VDVAETrainer
-from scripts.utils.signals import SignalWatch
+from scripts.utils.distributed import SignalWatch
 
 
 def run(cohort, output, *words, **settings):

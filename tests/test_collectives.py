@@ -12,7 +12,7 @@ from ignite import distributed as idist
 from ignite.distributed import utils
 from ignite.distributed.comp_models.base import ComputationModel, _SerialModel
 
-from scripts.training.metrics import Means
+from scripts.training.losses import Means
 
 SAFE = {"all_reduce", "all_gather"}  # which Ignite brings back
 

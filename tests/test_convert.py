@@ -2,13 +2,13 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 import pytest
 import torch
+from conftest import run_command_process
 
 from scripts.convert import (
     DECODER,
@@ -23,7 +23,6 @@ from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, St
 from scripts.networks import VDVAE
 from scripts.training.losses import negative_log_likelihood
 
-ROOT = Path(__file__).parents[1]
 SEED = Path(__file__).with_name("seed_checkpoint_8.pt")
 PUBLISHED = [
     SEED,
@@ -76,8 +75,7 @@ def test_a_bare_checkpoint_and_one_without_options_do_too(seed, tmp_path):
 
 
 def test_the_command_line_writes_weights_and_an_overlay(seed, tmp_path):
-    command = [sys.executable, "-m", "scripts.convert", str(SEED), "--output_dir", str(tmp_path / "new/folder")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    done = run_command_process("scripts.convert", SEED, "--output_dir", tmp_path / "new/folder")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "new/folder"
     assert sorted(p.name for p in folder.iterdir()) == ["model.pt", "network.json"]

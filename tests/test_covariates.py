@@ -35,8 +35,8 @@ from scripts.inference.inferers import Sampling
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.tables import ScanColumns
 from scripts.phantoms import make_brains
-from scripts.population import adaptation
-from scripts.population.adaptation import Adaptation
+from scripts.population import effects
+from scripts.population.effects import Adaptation
 from scripts.population.prior import PopulationPrior
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
@@ -462,7 +462,7 @@ def test_a_site_of_which_nothing_is_learnt_is_said(network, coding, tmp_path, ca
     prior = prior_with_effects(network, coding, 0.3)
     items = [{"image": str(tmp_path / f"{index}.nii.gz")} for index in range(2)]
     dataset = Dataset(items, lambda item: {"image": torch.zeros(1, 8, 8, 8)})
-    monkeypatch.setattr(adaptation, "shrunk_mean", lambda total, squares, scans: (0 * total, 0.0))
+    monkeypatch.setattr(effects, "shrunk_mean", lambda total, squares, scans: (0 * total, 0.0))
     with caplog.at_level("INFO"):
         Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, tmp_path / "adapted.pt").run()
     assert "Nothing was learnt of site 'D'" in caplog.text and "is taken for its effect" not in caplog.text

@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ignite.distributed as idist
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, bundle_command, inference_config, run_bundle
-from groups import free_port, run_group
+from conftest import PROCESS, ROOT, TINY, bundle_command, inference_config, run_bundle
+from groups import free_port, run_bundle_group, run_group
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose, RandScaleIntensityd
 
@@ -210,13 +209,6 @@ def test_batch_norm_needs_gpus(tmp_path):
     assert both(batch_norm_on_cpus, tmp_path) == [True, True]
 
 
-def torchrun(options, *words, **settings):
-    command, environment = bundle_command(*words, configs=TRAIN)
-    launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen([*launcher, *command[1:]], cwd=ROOT, env=environment, **streams, **settings)
-
-
 def check_run(output, epochs=2):
     with (output / "history.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["bits_per_dim"]]
@@ -227,10 +219,9 @@ def check_run(output, epochs=2):
 
 def test_two_processes_train_and_go_on(cohort, tmp_path):
     words = ["--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2, "--figure_interval", 2]
-    options = ["--standalone", "--nnodes=1", "--nproc_per_node=2"]
-    with torchrun(options, *words) as run:
-        log = run.communicate(timeout=200)[0]
-    assert run.returncode == 0, log
+    runs = run_bundle_group(*words, configs=TRAIN)
+    log = "".join(run.stderr for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], log
     check_run(tmp_path)
     assert log.count("Epoch 1 training: bits per dim") == 1
     checkpoint = torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)
@@ -243,20 +234,20 @@ def test_two_processes_train_and_go_on(cohort, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 3
 
 
-@pytest.mark.parametrize("meeting", ["master address", "rendezvous endpoint"])
-def test_two_nodes_train(cohort, tmp_path, meeting):
-    port = free_port()
+def test_two_nodes_train(cohort, tmp_path):
+    """That meet at a master's address. Those of a SLURM job, below, meet at a rendezvous."""
     words = ["--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2]
-    if meeting == "master address":
-        options = [
-            ["--nnodes=2", f"--node_rank={n}", "--master_addr=127.0.0.1", f"--master_port={port}"] for n in (0, 1)
-        ]
-    else:
-        options = [["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=run"]] * 2
-    nodes = [torchrun([*own, "--nproc_per_node=1"], *words) for own in options]
-    with ThreadPoolExecutor() as readers:  # at once: a node whose output nobody reads stands still
-        logs = list(readers.map(lambda node: node.communicate(timeout=400)[0], nodes))
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(logs)
+    command, environment = bundle_command(*words, configs=TRAIN)
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting]
+    logs = [tmp_path / f"log-{node}" for node in (0, 1)]
+    nodes = []
+    for node, path in enumerate(logs):
+        with path.open("wb") as log:
+            whole = [*launcher, f"--node_rank={node}", *command[1:]]
+            nodes.append(subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    said = "\n".join(path.read_text(encoding="utf-8") for path in logs)
+    assert [node.wait(timeout=400) for node in nodes] == [0, 0], said
     check_run(tmp_path)
 
 
@@ -281,21 +272,26 @@ def test_under_slurm_each_process_keeps_its_own_device():
 
 
 SLURM = {
-    "srun": f'echo $$ > "$SLURM_FOLDER/srun"; shift; exec {sys.executable} -m torch.distributed.run "$@"',
-    "scancel": 'echo "$@" >> "$SLURM_FOLDER/said"; kill -TERM "$(cat "$SLURM_FOLDER/srun")"',
+    "srun": f"""shift
+for node in $(seq "$SLURM_JOB_NUM_NODES"); do
+    {sys.executable} -m torch.distributed.run "$@" &
+    echo $! >> "$SLURM_FOLDER/nodes"
+done
+wait""",
+    "scancel": 'echo "$@" >> "$SLURM_FOLDER/said"; kill -TERM $(cat "$SLURM_FOLDER/nodes")',
     "scontrol": 'echo "$@" >> "$SLURM_FOLDER/said"; echo localhost',
 }
 
 
-@pytest.mark.parametrize(("script", "processes"), [("one_node.sh", "2"), ("nodes.sh", "1")])
-def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(script, processes, cohort, tmp_path):
-    """With commands of the same names as SLURM's, of which the first runs what it is given."""
+@pytest.mark.parametrize(("script", "nodes"), [("one_node.sh", "1"), ("nodes.sh", "2")])
+def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(script, nodes, cohort, tmp_path):
+    """With commands of the same names as SLURM's, of which the first runs what it is given, once for each node."""
     for name, does in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "PROCESSES": processes}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": nodes, "PROCESSES": "1"}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | job | {"SLURM_FOLDER": str(tmp_path), "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | PROCESS | job | {"SLURM_FOLDER": str(tmp_path), "PATH": path}
     output = tmp_path / "out"
     words = ["--config_file", str(TRAIN), "--batch_size", "2", "--epochs", "1000"]
     with (tmp_path / "log").open("wb") as log:

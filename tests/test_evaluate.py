@@ -196,13 +196,11 @@ def test_a_bad_scan_ends_both_processes_with_one_sentence(cohort, run, tmp_path)
     bad.write_bytes(b"not an image")
     ckpt = run / "checkpoints" / "model.pt"
     arguments = ("--ckpt", ckpt, "--dataset_dir", bad.parent, "--output_dir", tmp_path / "out", *HALF)
-    words = bundle_words(*arguments, run_id=None, configs=EVALUATE_BY_TWO)
-    torchrun = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "monai.bundle"]
-    result = run_command_process(*torchrun, *words, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 1
-    # the prefix is torch's
-    errors = [line for line in result.stderr.splitlines() if "[rank0]: Error: '" in line]
-    assert len(errors) == 1
+    results = run_bundle_group(*arguments, run_id=None, configs=EVALUATE_BY_TWO)
+    assert [result.returncode for result in results] == [1, 1]
+    log = "".join(result.stderr for result in results)
+    errors = [line for line in log.splitlines() if "Error: '" in line]
+    assert len(errors) == 1, log
     assert bad.name in errors[0]
     assert not list((tmp_path / "out" / "evaluation").iterdir())
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command_process
+from conftest import ROOT, run_command, run_command_process
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 
 from scripts.networks import VDVAEReconstruction
@@ -65,11 +65,11 @@ def assert_same(found, expected):
 # ------------------------------------------------------------------------------------------------- what is documented
 
 
-def command(word, *arguments, folder):
+def command(word, *arguments, folder, start=run_command):
     """``python -m monai.bundle WORD ...``, for the tiny network."""
     words = ["network_def", "--meta_file", METADATA, "--config_file", CONFIGS, *arguments]
     words += [word for key, value in GRID.items() for word in ("--" + key, value)]
-    result = run_command_process("monai.bundle", word, *words, TMPDIR=str(folder))
+    result = start("monai.bundle", word, *words, TMPDIR=str(folder))
     assert result.returncode == 0, result.stderr
 
 
@@ -85,7 +85,8 @@ def elsewhere(tmp_path_factory):
     scans = make_scans(network)
     np.save(folder / "scans.npy", scans.numpy())
 
-    command("ckpt_export", "--filepath", folder / "model.ts", "--ckpt_file", weights, folder=folder)
+    arguments = ["--filepath", folder / "model.ts", "--ckpt_file", weights]
+    command("ckpt_export", *arguments, folder=folder, start=run_command_process)
     arguments = ["--filepath", folder / "model.onnx", "--ckpt_file", weights, "--converter_kwargs", NAMES]
     command("onnx_export", *arguments, folder=folder)
     (code,) = (code for code in DOCUMENTED if "torch.export.save" in code)

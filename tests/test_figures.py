@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from scripts.utils import figures, plots, slices
+from scripts.utils import figures, plots, sheets
 
 RNG = np.random.default_rng(0)
 
@@ -116,7 +116,7 @@ SIDES = [
 def test_planes_are_upright(axis, voxel, sides):
     volume = np.zeros((8, 8, 8))
     volume[voxel] = 1
-    row, column = np.argwhere(slices.plane(volume, axis, voxel[axis]))[0]
+    row, column = np.argwhere(sheets.plane(volume, axis, voxel[axis]))[0]
     for place, expected in zip((row, column), sides, strict=True):
         assert expected is None or (place < 4) == expected
 
@@ -124,7 +124,7 @@ def test_planes_are_upright(axis, voxel, sides):
 def test_a_2d_scan_is_upright():
     image = np.zeros((6, 8))
     image[0, 7] = 1  # left, front
-    assert slices.plane(image, None)[0, 0] == 1
+    assert sheets.plane(image, None)[0, 0] == 1
 
 
 def test_upright_in_the_picture_itself(tmp_path):
@@ -142,8 +142,8 @@ def test_upright_in_the_picture_itself(tmp_path):
 def test_cuts_go_through_the_middle_of_the_foreground():
     volume = np.full((20, 20, 20), -1.0)
     volume[2:6, 10:18, 5:6] = 1
-    assert slices.middle(volume) == (4, 14, 5)
-    assert slices.middle(np.zeros((4, 6, 8))) == (2, 3, 4)
+    assert sheets.middle(volume) == (4, 14, 5)
+    assert sheets.middle(np.zeros((4, 6, 8))) == (2, 3, 4)
 
 
 HISTORY = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,8 @@ from in_process import run_module
 from benchmarks import gpu
 
 TRAINING = {"config_file": ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"], "prior_factors": 0}
-INFERENCE = {"config_file": ["configs/inference.json", "tests/tiny.json"], "iterations": 1, "draws": 2, "samples": 2}
+INFERENCE = {"config_file": ["configs/inference.json", "tests/tiny.json"], "figures": False}
+INFERENCE |= {"iterations": 1, "draws": 2, "samples": 2}
 
 
 def in_process(self, words, **settings):
@@ -75,8 +74,7 @@ def test_commands_run_side_by_side_and_find_what_python_found(tmp_path, monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dataset_dir", "x", "--output_dir", "y"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = run_module("benchmarks.gpu", "--dataset_dir", "x", "--output_dir", "y", cwd=ROOT)
     assert (run.returncode, run.stderr) == (
         1,
         "Error: PyTorch sees no GPU here: --device cpu tries all of it without one.\n",

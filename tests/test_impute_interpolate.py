@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +10,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, brain, bundle_command, fitted_scans, inference_config, run_bundle_process, save
+from conftest import brain, fitted_scans, inference_config, run_bundle, save
+from groups import run_bundle_group
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
 from scripts.data.transforms import FitShaped, RobustScaled, ScanError
-from scripts.inference.cohort import Cohort, list_scans
+from scripts.inference.common import Cohort, list_scans
 from scripts.inference.imputation import MISSING_FRACTION, FillInd, FitMaskd, HideMissingd, filling_errors
 from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
@@ -159,7 +159,7 @@ def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitt
     first, second = (str(cohort / f"sub-000{n}_FLAIR.nii.gz") for n in (1, 2))
     words = ["--ckpt", weights, "--output_dir", tmp_path / "out", "--steps", 3]
     words += ["--scans_between", str([first, second]), "--levels_between", "[2, 4]"]
-    result = run_bundle_process(*words, run_id="interpolate", configs=CONFIGS)
+    result = run_bundle(*words, run_id="interpolate", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
     name = "sub-0001_FLAIR_to_sub-0002_FLAIR"
     expected = [f"{name}_step00.nii.gz", f"{name}_step01.nii.gz", f"{name}_step02.nii.gz", f"{name}_steps.png"]
@@ -390,7 +390,7 @@ def test_impute_writes_the_same_from_the_command_line(damaged, imputed, weights,
     folders = ["--dataset_dir", damaged / "scans", "--mask_dir", damaged / "masks", "--output_dir", tmp_path]
     pairing = [word for key, value in PAIRING.items() for word in (f"--{key}", value)]
     words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2, "--figures", False]
-    result = run_bundle_process(*words, "--known_truth", True, run_id="impute", configs=CONFIGS)
+    result = run_bundle(*words, "--known_truth", True, run_id="impute", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
     assert "3 scan(s) filled, mean +- deviation: mse" in result.stderr
     with (tmp_path / "imputed.csv").open() as file:
@@ -456,23 +456,12 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
     pairing = [word for key, value in PAIRING.items() for word in (f"--{key}", value)]
     folders = ["--dataset_dir", tmp_path / "scans", "--mask_dir", tmp_path / "masks", "--output_dir", tmp_path / "out"]
     words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2, "--figures", "False"]
-    command, environment = bundle_command(
-        *words, run_id="impute", configs=[*CONFIGS, "configs/multi_gpu_inference.json"]
-    )
-    torchrun = [command[0], "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m"]
-    result = subprocess.run(
-        [*torchrun, *command[2:]],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert result.returncode == 1, result.stderr
+    runs = run_bundle_group(*words, run_id="impute", configs=[*CONFIGS, "configs/multi_gpu_inference.json"])
+    log = "".join(run.stderr for run in runs)
+    assert [run.returncode for run in runs] == [1, 1], log
     with (tmp_path / "out" / "failed.csv").open() as file:
         failed = {row["image"].removesuffix("_FLAIR.nii.gz"): row["reason"] for row in csv.DictReader(file)}
-    assert "1 of 7 scan(s) have no mask, such as" in result.stderr
+    assert "1 of 7 scan(s) have no mask, such as" in log
     parts = {"full": "is full", "other": "another grid"}
     assert failed.keys() == parts.keys()
     assert all(parts[name] in reason for name, reason in failed.items())

@@ -27,7 +27,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
 from scripts.inference import inferers, jobs
-from scripts.inference.cohort import list_scans
+from scripts.inference.common import list_scans
 from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
 from scripts.inference.layouts import ScanLayout
@@ -112,7 +112,7 @@ def reconstructed(scans, weights, tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoded(scans, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("encoded")
-    return output, run("encode", scans, output, weights, start=run_bundle_process)
+    return output, run("encode", scans, output, weights)
 
 
 # Reconstructing
@@ -195,7 +195,7 @@ def test_a_perfect_network_gives_the_scan_back(scans, tmp_path, codes):
 
 
 def test_encode_then_decode_is_reconstruct(encoded, reconstructed, weights, tmp_path):
-    run("decode", encoded[0], tmp_path / "decoded", weights, start=run_bundle_process)
+    run("decode", encoded[0], tmp_path / "decoded", weights)
     for codes in ORIENTATIONS:
         for name in ("recon", "scale"):
             decoded, direct = (
@@ -365,7 +365,7 @@ def rows_of(path):
 
 
 def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, network, tmp_path):
-    log = run("score", scans, tmp_path / "1", weights, "--batch_size", 1, start=run_bundle_process)
+    log = run("score", scans, tmp_path / "1", weights, "--batch_size", 1)
     assert re.search(r"5 scan\(s\): -?\d\.\d+ bits per dim in the mean, .* Highest anomaly_score: \w+/", log)
     run("score", scans, tmp_path / "3", weights, "--batch_size", 3, "--figures", False)
     one, three = (rows_of(tmp_path / str(size) / "scores.csv") for size in (1, 3))

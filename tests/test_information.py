@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from scripts.data.covariates import CovariateCoding
-from scripts.inference.information import information
+from scripts.inference.measures import information
 from scripts.population.prior import PopulationPrior
 
 GRID = (2, 3, 2, 2)

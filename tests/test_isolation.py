@@ -13,7 +13,7 @@ import torch
 from conftest import inference_config, informative_network, run_bundle
 from monai.transforms import Compose
 
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.inference import jobs
 from scripts.inference.engine import ScanEvaluator, read_item
 from scripts.inference.inferers import Reconstruction

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, inference_config
 from monai.data import MetaTensor
+from torch.distributions import MultivariateNormal
 
-from benchmarks.people import age_by_regression, darken, main, own_grid_psnr
+from benchmarks.people import PCA, age_by_regression, darken, fit_pca, main, own_grid_psnr
 from scripts.data.transforms import reading
 from scripts.phantoms import make_brains
 
@@ -81,3 +82,39 @@ def test_a_shape_is_darkened_where_it_lies_in_the_world():
     assert marked[8:12, 8:12, 8:12].mean() > 0.5 and marked.sum() < 100
     assert (np.asarray(lesion.dataobj)[marked > 0] <= image[marked > 0]).all()
     assert np.array_equal(np.asarray(lesion.dataobj)[:4], image[:4])
+
+
+def correlated_scans(count: int, size: int = 4, rank: int = 3) -> torch.Tensor:
+    """Scans that vary along a few axes, and by noise."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.randn(rank, 1, size, size, size, generator=generator)
+    scores = 0.2 * torch.randn(count, rank, generator=generator)
+    noise = 0.05 * torch.randn(count, 1, size, size, size, generator=generator)
+    return torch.einsum("nr,rcxyz->ncxyz", scores, axes) + noise
+
+
+def covariance_of(pca: PCA) -> torch.Tensor:
+    return pca.factor @ pca.factor.T + torch.diag(pca.std.flatten() ** 2)
+
+
+def test_pca_likelihood_is_that_of_its_covariance():
+    scans = correlated_scans(40)
+    pca = PCA(scans, components=3)
+    expected = -MultivariateNormal(pca.mean, covariance_of(pca)).log_prob(scans.flatten(1))
+    assert torch.allclose(pca.nats(scans), expected, rtol=1e-4)
+
+
+def test_pca_finds_the_axes_along_which_scans_vary():
+    scans = correlated_scans(200)
+    pca = PCA(scans, components=3)
+    assert (pca.reconstruct(scans) - scans).std().item() == pytest.approx(0.05, rel=0.1)
+    assert pca.std.mean().item() == pytest.approx(0.05, rel=0.1)
+    wanted, found = torch.cov(scans.flatten(1).T), covariance_of(pca)
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_pca_takes_the_components_that_help():
+    scans = correlated_scans(120, rank=8)
+    pca = fit_pca(scans[:100], scans[100:])
+    assert pca.axes.shape[1] == 16  # of 4, 16 and 64: 4 are too few for 8 axes
+    assert pca.nats(scans[100:]).mean() < PCA(scans[:100], 4).nats(scans[100:]).mean()

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from scripts.phantoms import brain_phantom, ellipsoid_phantom, make_brains, make_ellipsoids
 from scripts.phantoms.anatomy import brain_anatomy, random_streams
-from scripts.phantoms.lesions import KINDS
+from scripts.phantoms.images import KINDS
 from scripts.phantoms.people import Cohort
 
 SPACING = 8.0

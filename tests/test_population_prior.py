@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import fitted_scans, inference_config, informative_network, run_bundle, run_bundle_process
+from conftest import fitted_scans, inference_config, informative_network, run_bundle
 from groups import free_port, run_group
 from monai.data import Dataset
 from torch.distributions import LowRankMultivariateNormal, Normal
@@ -507,7 +507,7 @@ def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
     before = torch.load(run_dir / "checkpoints" / "population_prior.pt", weights_only=True)
     path = tmp_path / "new" / "folder" / "population_prior.pt"
     words = ("--run_dir", run_dir, "--output_dir", path.parent, "--prior_factors", 2)
-    done = run_bundle_process(*words, run_id="fit_prior", configs=["configs/inference.json"])
+    done = run_bundle(*words, run_id="fit_prior", configs=["configs/inference.json"])
     assert done.returncode == 0, done.stderr
     after = torch.load(path, weights_only=True)
     assert after["weights"] == before["weights"] and PopulationPrior.load(after).factors <= 2

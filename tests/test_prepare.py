@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,20 +15,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import run_command_process
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from scripts import prepare as module
-from scripts.data import head_layers, registration
-from scripts.data.head_layers import ON_SCALP, align_head, brain_mask, scalp_inside
+from scripts.data import registration
 from scripts.data.preparation import flag_alignments
-from scripts.data.registration import Alignment, foreground, to_sitk
+from scripts.data.registration import ON_SCALP, Alignment, align_head, brain_mask, foreground, scalp_inside, to_sitk
 from scripts.phantoms import brain_phantom
 from scripts.phantoms.anatomy import brain_anatomy
 from scripts.phantoms.fields import EXTENT, ORIGIN
 from scripts.prepare import prepare
 
-ROOT = Path(__file__).parents[1]
 SPACING = 3.0
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -318,7 +314,7 @@ def test_a_head_whose_scalp_was_taken_for_the_brain_is_aligned_again_without_it(
         asked.append(sitk.GetArrayFromImage(head).sum())
         return Alignment(placed(truth, 1.3 if len(asked) == 1 else 1.0), 0.3)
 
-    monkeypatch.setattr(head_layers, "align", found)
+    monkeypatch.setattr(registration, "align", found)
     alignment, share = align_head(scan, foreground(scan))
     assert share < ON_SCALP / 2
     assert np.linalg.det(np.reshape(alignment.transform.GetMatrix(), (3, 3))) < 1.2 * np.linalg.det(truth.moved[:3, :3])
@@ -457,11 +453,8 @@ def test_outliers_of_a_cohort_are_flagged():
 def test_command_line(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/broken.nii.gz").write_bytes(b"no scan")
-    words = [sys.executable, "-m", "scripts.prepare", str(tmp_path / "raw"), "--output_dir", str(tmp_path / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, "--workers", "2"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+    words = (tmp_path / "raw", "--output_dir", tmp_path / "out", "--workers", 2)
+    done = run_command_process("scripts.prepare", *words)
     assert done.returncode == 1
     assert "broken.nii.gz" in done.stderr
     assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, brain
 from monai.bundle import ConfigParser
 
-from scripts.training.preview import save_augmentations
+from scripts.training.handlers import save_augmentations
 from scripts.utils import figures
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, inference_config, run_command_process
+from conftest import ROOT, inference_config, run_command, run_command_process
 from monai.bundle import ConfigParser, download_large_files
 from packaging.requirements import Requirement
 
@@ -151,7 +151,7 @@ def test_a_hub_gets_a_card_with_front_matter_and_weights_without_pickle(bundle, 
     (bundle / "README.md").write_text("[card](docs/README.md#card) [data](docs/data.md), [code](scripts/networks.py)\n")
     (bundle / "docs/data.md").write_text("[usage](../README.md) and [card](README.md)\n")
     subprocess.run(["git", "add", "--all"], cwd=bundle, check=True)
-    done = run_command_process("scripts.release", "hf", tmp_path / "hub" / "vdvae", cwd=bundle)
+    done = run_command("scripts.release", "hf", tmp_path / "hub" / "vdvae", cwd=bundle)
     assert done.returncode == 0, done.stderr
     hub = tmp_path / "hub" / "vdvae"
     assert [path.name for path in hub.parent.iterdir()] == ["vdvae"]

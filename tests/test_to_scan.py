@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import brain, inference_config, save
 
-from scripts.data.to_scan import Fit, ToScand, to_scan
+from scripts.data.scan_grid import Fit, ToScand, to_scan
 
 
 @pytest.fixture(params=["RAS", "oblique", "PIR"])

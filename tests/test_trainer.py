@@ -12,10 +12,8 @@ from torch.testing import assert_close
 
 from scripts.networks import VDVAE
 from scripts.training.handlers import MovingAverage
-from scripts.training.losses import ELBOLoss, negative_log_likelihood
-from scripts.training.metrics import additional_metrics, elbo_metrics, key_metric
+from scripts.training.losses import ELBOLoss, additional_metrics, elbo_metrics, key_metric, negative_log_likelihood
 from scripts.training.precision import _warn_of_slow_bfloat16, autocast
-from scripts.training.protocol import Trainer, TrainerState
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
 from scripts.training.update import StepLimits, TrainingStalledError
 
@@ -43,13 +41,6 @@ def trainer(network: VDVAE, data: DataLoader | None = None, epochs: int = 1, lr:
 
 def weights(network: VDVAE) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in network.parameters()])
-
-
-def test_the_trainer_offers_what_handlers_may_ask_of_it():
-    engine = trainer(tiny())
-    for offered, protocol in ((engine, Trainer), (engine.state, TrainerState)):
-        names = {*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_"))}
-        assert len(names) > 9 and all(hasattr(offered, name) for name in names)
 
 
 def test_a_step_is_the_clipped_gradient_of_the_objective():

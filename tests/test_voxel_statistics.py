@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from monai.data import Dataset, MetaTensor
@@ -11,8 +13,7 @@ from torch.testing import assert_close
 
 from scripts.data.cache import ScanCache
 from scripts.data.geometry import describe
-from scripts.training.losses import ELBOLoss
-from scripts.training.metrics import elbo_metrics, key_metric
+from scripts.training.losses import ELBOLoss, elbo_metrics, key_metric
 from scripts.training.seeding import SeededDataset
 from scripts.training.start import start_network
 from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
@@ -124,6 +125,9 @@ def test_the_template_is_the_same_by_any_number_of_workers(tmp_path):
 
 
 def test_another_run_reads_the_template_from_the_cache(tmp_path, monkeypatch, caplog):
+    few = partial(voxel_statistics, draws=20)
+    monkeypatch.setattr("scripts.training.voxel_statistics.voxel_statistics", few)
+
     def start(factors=0.5):
         return start_from_scans(tiny(template=True), augmented_cohort(tmp_path, factors), augmented=True)
 

@@ -12,7 +12,7 @@ import torch
 from conftest import inference_config, run_bundle
 from monai.data import MetaTensor
 
-from scripts.inference.writers import WAITING, ResultWriters
+from scripts.inference.outputs import WAITING, ResultWriters
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 

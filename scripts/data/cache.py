@@ -34,8 +34,6 @@ from scripts.utils.formats import file_states
 from scripts.utils.names import CHANNEL_FILES, image_path, item_files, item_path
 from scripts.utils.parallel import choose_workers, run_parallel
 
-__all__ = ["ScanCache", "describe_transforms", "read_cohort"]
-
 logger = logging.getLogger(__name__)
 
 POLICIES = ("warn", "skip", "fail")

@@ -21,8 +21,6 @@ from scripts.utils.formats import DETACHED_HEADERS, IMAGE_SUFFIXES, unzipped_con
 from scripts.utils.names import printable
 from scripts.utils.parallel import run_parallel
 
-__all__ = ["Report", "contact_sheet", "find_unmatched", "summary", "table", "write_rows"]
-
 SHEET, SHEET_RANDOM = 96, 24  # scans on the contact sheet, and how many of them are a random sample at least
 TABLE = 40  # rows on the terminal
 

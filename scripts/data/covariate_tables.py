@@ -21,8 +21,6 @@ from scripts.utils.files import expand
 from scripts.utils.names import item_path
 from torch import Tensor
 
-__all__ = ["CohortCovariates", "Covariates", "read_cohort"]
-
 logger = logging.getLogger(__name__)
 
 PARTICIPANTS = "participants.tsv"

@@ -13,8 +13,6 @@ import torch
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = ["Categorical", "Continuous", "CovariateCoding", "Value", "missing", "parse_number", "shortened"]
-
 Value = float | str | None  # of a covariate; None: not known
 
 KINDS = ("continuous", "categorical")

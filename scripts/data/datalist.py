@@ -18,22 +18,6 @@ from scripts.utils.errors import InputError
 from scripts.utils.files import expand, write_text
 from scripts.utils.names import item_files, item_path
 
-__all__ = [
-    "as_text",
-    "check_batch_size",
-    "check_channels",
-    "cohort_summary",
-    "common_root",
-    "list_sides",
-    "log_sides",
-    "make_datalist",
-    "session_name",
-    "split_by_subject",
-    "subject_names",
-    "subject_rule",
-    "write_datalist",
-]
-
 logger = logging.getLogger(__name__)
 
 # BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four

@@ -12,8 +12,6 @@ from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.files import expand
 from scripts.utils.formats import NIFTI_SUFFIXES
 
-__all__ = ["compile_pattern", "fill_pattern", "find_by_wildcards", "find_scans"]
-
 logger = logging.getLogger(__name__)
 
 # of a BIDS data set: files in its folder, and folders that hold other things than its scans

@@ -14,20 +14,6 @@ from monai.utils import ensure_tuple
 from nibabel.orientations import aff2axcodes, io_orientation
 from scripts.utils.errors import InputError
 
-__all__ = [
-    "box_margins",
-    "describe",
-    "differences",
-    "fill_outside",
-    "foreground_extent",
-    "foreground_place",
-    "grid_box",
-    "mixed_voxel_sizes",
-    "per_axis",
-    "usual_voxel_size",
-    "world_axes",
-]
-
 TOLERANCE = 0.02  # relative: scanners write 0.9375 as 0.94
 FOREGROUND_VOXELS = 250_000  # of a scan, about, in which its foreground is looked for: every third of 190 a side
 
@@ -220,12 +206,12 @@ def usual_voxel_size(geometries: Sequence[dict[str, Any]]) -> list[float]:
     return list(max(sizes, key=lambda size: (sizes[size], size)))
 
 
-def mixed_voxel_sizes(geometries: Sequence[dict[str, Any]], tolerance: float = TOLERANCE) -> list[int]:
+def mixed_voxel_sizes(geometries: Sequence[dict[str, Any]]) -> list[int]:
     """Indices of the scans whose voxels differ from those that most of the cohort has."""
     if not geometries:
         return []
     usual = usual_voxel_size(geometries)
-    return [i for i, geometry in enumerate(geometries) if differences(geometry, spacing=usual, tolerance=tolerance)]
+    return [i for i, geometry in enumerate(geometries) if differences(geometry, spacing=usual)]
 
 
 def _millimetres(sizes: Sequence[float]) -> str:

@@ -16,11 +16,13 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scipy.stats import median_abs_deviation
-from scripts.data.head_layers import ON_SCALP, align_head, brain_mask
 from scripts.data.registration import (
     FLIP,
+    ON_SCALP,
+    align_head,
     array_and_affine,
     brain_centre,
+    brain_mask,
     foreground,
     log_bias_field,
     smooth_for,
@@ -31,9 +33,7 @@ from scripts.data.registration import (
 from scripts.data.transforms import CheckScand, LoadScand, ScanError
 from scripts.utils.files import write_bytes, write_text, write_whole
 from scripts.utils.formats import file_states, nifti_bytes
-from scripts.utils.slices import plane
-
-__all__ = ["METHOD", "Job", "flag_alignments", "prepare_scan", "read_record"]
+from scripts.utils.sheets import plane
 
 METHOD = 2  # raised whenever the same scan and settings give another result, so that old results are replaced
 STRIPPED = 0.8  # Dice of a scan's foreground with the template's brain; that of a head with its scalp is about 0.6

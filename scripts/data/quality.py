@@ -30,18 +30,6 @@ from scripts.data.scan_grid import usual_field_of_view
 from scripts.data.transforms import CheckScand, FitShape, LoadScand, ScanError
 from scripts.utils.formats import NIFTI_SUFFIXES
 
-__all__ = [
-    "MIN_COHORT",
-    "THUMBNAIL",
-    "VERDICTS",
-    "Inspection",
-    "Scan",
-    "compare_geometry",
-    "compare_looks",
-    "inspect_scan",
-    "scan_picture",
-]
-
 # A share of voxels at the very maximum. Scaling to 8 bits clips 0.1 % to 1 %; a clipped head or a mask has more.
 CLIPPED = 0.03
 THUMBNAIL = 24  # voxels along each axis of what is compared; 27 kB per scan, on disk

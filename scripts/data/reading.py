@@ -26,18 +26,6 @@ from scripts.utils.errors import InputError
 from scripts.utils.formats import NIFTI_SUFFIXES, content_suffix
 from scripts.utils.names import CHANNEL_FILES, expanded
 
-__all__ = [
-    "ADVICE",
-    "HeaderError",
-    "LoadScand",
-    "ScanError",
-    "as_reason",
-    "dicom_problem",
-    "header_problems",
-    "reaching_border",
-    "why_unreadable",
-]
-
 logger = logging.getLogger(__name__)
 
 ADVICE = "replace it or leave it out with --scan_pattern"

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from scripts.data.covariates import missing
 from scripts.utils.errors import InputError
 
-__all__ = ["ScanName", "ScanTable", "Table", "read_table"]
-
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("image", "participant_id", "subject", "subject_id")  # what says which scan a row is about

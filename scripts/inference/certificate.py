@@ -25,8 +25,7 @@ from monai.data import Dataset
 from monai.transforms import Transform
 from scipy import ndimage
 from scripts.data.covariates import Categorical, CovariateCoding, Value
-from scripts.inference.cohort import Cohort
-from scripts.inference.common import Common
+from scripts.inference.common import Cohort, Common
 from scripts.inference.covariates import Deviation, stack_features
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.layouts import ScanLayout
@@ -37,8 +36,6 @@ from scripts.utils.errors import InputError
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_path, item_path
-
-__all__ = ["CERTIFIED", "Certificate", "CertifiedEvaluator", "FindClusters", "certify", "discovery_level"]
 
 logger = logging.getLogger(__name__)
 

@@ -36,18 +36,6 @@ from scripts.utils.names import image_path, item_path
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = [
-    "DrawStrip",
-    "RegionCurves",
-    "SavePosteriors",
-    "SaveRegions",
-    "covariate_table",
-    "draw_deviation",
-    "fit_atlas",
-    "region_names",
-    "region_table",
-]
-
 logger = logging.getLogger(__name__)
 
 LEAST_FOR_SLOPE = 10  # scans
@@ -58,15 +46,14 @@ class DrawStrip(Transform):
 
     Args:
         targets: the covariates, by the ends of the results' names.
-        key: what the changes are called.
     """
 
-    def __init__(self, targets: Mapping[str, Mapping[str, Value]], key: str = "change") -> None:
-        self.targets, self.key = targets, key
+    def __init__(self, targets: Mapping[str, Mapping[str, Value]]) -> None:
+        self.targets = targets
 
     def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
         image = data["image"].as_tensor()
-        scans = [image, *(image + data[f"{self.key}{end}"] for end in self.targets)]
+        scans = [image, *(image + data[f"change{end}"] for end in self.targets)]
         own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
         labels = [f"scan ({own})" if own else "scan"]
         labels += [", ".join(f"{name} {_text(v)}" for name, v in values.items()) for values in self.targets.values()]

@@ -26,18 +26,6 @@ from scripts.population.prior import PopulationPrior, given_innovations, innovat
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = [
-    "AddChanged",
-    "Counterfactual",
-    "CovariatePosterior",
-    "Deviation",
-    "KeepScand",
-    "need_covariates",
-    "stack_features",
-    "summary",
-    "targets",
-]
-
 OTHER_STEPS = 9  # values of another continuous covariate that is not known
 INTERVAL = 0.9
 
@@ -288,15 +276,8 @@ def summary(coding: CovariateCoding, name: str, likely: Tensor) -> dict[str, Any
     # between the points of the grid, each of which stands for what is half a step around it
     steps = torch.cat([torch.zeros(1, dtype=torch.float64), below])
     edges = torch.cat([points[:1], (points[1:] + points[:-1]) / 2, points[-1:]])
-    ends = [_interpolated(share, steps, edges) for share in ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)]
+    ends = np.interp([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], steps, edges)
     return {f"{name}_mean": f"{mean:.5g}", f"{name}_low": f"{ends[0]:.5g}", f"{name}_high": f"{ends[1]:.5g}"}
-
-
-def _interpolated(share: float, cumulative: Tensor, edges: Tensor) -> float:
-    place = int(torch.searchsorted(cumulative, torch.tensor(share, dtype=torch.float64)).clamp(1, len(edges) - 1))
-    low, high = cumulative[place - 1], cumulative[place]
-    within = (share - low) / (high - low).clamp_min(1e-12)
-    return float(edges[place - 1] + within * (edges[place] - edges[place - 1]))
 
 
 class KeepScand(MapTransform):

@@ -27,8 +27,7 @@ from scripts.data.transforms import ScanError
 from scripts.inference.common import Common, Failure
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.outputs import SaveFigured
-from scripts.inference.writers import ResultWriters
+from scripts.inference.outputs import ResultWriters, SaveFigured
 from scripts.layers.gaussian import Draws
 from scripts.population.familiarity import FALSE_ALARMS, Familiarity, look
 from scripts.training.precision import autocast
@@ -38,8 +37,6 @@ from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import read_json, write_text
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
-
-__all__ = ["ScanEvaluator", "list_samples", "read_item", "scan_generator"]
 
 logger = logging.getLogger(__name__)
 

@@ -17,27 +17,30 @@ import torch
 from ignite.engine import Events
 from scripts.data.datalist import make_datalist
 from scripts.inference import jobs
-from scripts.inference.cohort import list_scans
-from scripts.inference.common import Common
+from scripts.inference.common import Common, list_scans
 from scripts.inference.covariate_results import fit_atlas
 from scripts.inference.covariates import summary
 from scripts.inference.engine import read_item
-from scripts.inference.information import information
-from scripts.inference.measures import NormativeErrors, category_numbers, file_bits, mean_interval, value_numbers
+from scripts.inference.measures import (
+    NormativeErrors,
+    category_numbers,
+    file_bits,
+    information,
+    mean_interval,
+    value_numbers,
+)
 from scripts.inference.privacy import Measured, draw_samples, measure, membership_numbers, one_per_subject
 from scripts.inference.sample_comparison import compare_features, compare_images, compare_regions, read_feature_network
 from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
 from scripts.layers.output import foreground
 from scripts.training.checkpoints import DEFAULT_WEIGHTS
-from scripts.training.metrics import PER_SCAN
+from scripts.training.losses import PER_SCAN
 from scripts.training.trainer import VDVAEEvaluator
 from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 from scripts.utils.report import write_report
-
-__all__ = ["ELBOTable", "evaluate", "held_out", "make_folder", "scans_to_evaluate"]
 
 logger = logging.getLogger(__name__)
 

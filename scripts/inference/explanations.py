@@ -24,8 +24,6 @@ from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.familiarity import Familiarity, parts, reference, roughness, tissue_quantiles
 from torch import Tensor
 
-__all__ = ["Hypotheses", "Hypothesis", "brain_mask"]
-
 STAGES = ((16, 60), (32, 25))  # voxels along an axis where a transform is sought, and steps of gradient descent
 LEARNING_RATE = 0.02  # radians, tenths of a metre, logarithms of a scale
 TAIL = 8.0  # squared deviation beyond which a voxel hardly counts where a transform is sought: skull, lesions
@@ -85,9 +83,10 @@ class Hypotheses:
         # smoothed as FitShape does, once for all transforms
         zoom = affine_to_spacing(self.affine, self.rank) / affine_to_spacing(self.scan_affine, self.rank)
         pixels = _from_zero(scan)
-        tissue = ndimage.binary_fill_holes(_tissue(pixels))[None]
+        bright = _tissue(pixels)
+        tissue = ndimage.binary_fill_holes(bright)[None]
         self.plateau = max((channel >= 0.999 * channel.max())[tissue[0]].mean() for channel in pixels)
-        brain = brain_mask(scan)[None]
+        brain = connected_brain(scan, bright)[None]
         self.beyond = 1 - brain.sum() / max(1, tissue.sum())
         source = np.concatenate([pixels, tissue, pixels * brain, brain], dtype=np.float32)
         smooth = ndimage.gaussian_filter(source, (0, *np.maximum((zoom - 1) / 2, 0)), truncate=3)
@@ -303,13 +302,14 @@ def _tissue(pixels: np.ndarray) -> np.ndarray:
     return (pixels > FOREGROUND * np.percentile(pixels, 99.9)).any(0)
 
 
-def brain_mask(scan: MetaTensor) -> np.ndarray:
+def connected_brain(scan: MetaTensor, tissue: np.ndarray | None = None) -> np.ndarray:
     """The largest piece of tissue that hangs together by more than thin bridges, and what it surrounds, ``[*spatial]``.
 
     Args:
         scan: ``[channels, *spatial]``.
+        tissue: of it, bool ``[*spatial]``, where that is known.
     """
-    tissue = _tissue(_from_zero(scan))
+    tissue = _tissue(_from_zero(scan)) if tissue is None else tissue
     steps = max(1, round(BRIDGE / 2 / float(np.mean(affine_to_spacing(scan.affine.numpy(), tissue.ndim)))))
     pieces, _ = ndimage.label(ndimage.binary_erosion(tissue, iterations=steps))
     sizes = np.bincount(pieces.ravel())[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +15,15 @@ from monai.networks.utils import eval_mode
 from monai.transforms import Compose, Orientation
 from monai.utils import ensure_tuple
 from scripts.data.transforms import reading
-from scripts.inference.explanations import Hypotheses, Hypothesis, brain_mask
+from scripts.inference.explanations import Hypotheses, Hypothesis, connected_brain
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look, reference
 from scripts.population.prior import FIT_IT, PopulationPrior
-from scripts.utils.errors import InputError
+from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import expand
+from scripts.utils.formats import save_nifti
 from torch import Tensor
-
-__all__ = ["Examiner", "Finding", "Step"]
+from tqdm import tqdm
 
 INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
 MEND = "`python -m scripts.prepare --like WEIGHTS` mends it"
@@ -187,7 +187,7 @@ class Examiner:
             return None
         mended = image.clone()
         if any(step.reason == "skull" for step in found.steps):
-            mended *= torch.from_numpy(brain_mask(image))
+            mended *= torch.from_numpy(connected_brain(image))
         mended.affine = torch.from_numpy(np.linalg.inv(found.steps[-1].transform)) @ image.affine.to(torch.float64)
         return Orientation("RAS", labels=None)(mended)
 
@@ -224,3 +224,41 @@ class Examiner:
         (seen,), _ = self.look(hypotheses.scan(blurred)[None])
         gain = abs(bits - self.familiarity.bits_per_dim) - abs(float(seen) - self.familiarity.bits_per_dim)
         return [Step(blurred.reason, blurred.words, gain, blurred.transform)]
+
+
+def mend_scans(
+    scans: Mapping[Path, Path], ckpt: str | os.PathLike, config_file: str | Sequence[str] = ()
+) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
+    """Ask of each scan what happened to it, undo where it lies and what is no brain, and ask again.
+
+    Args:
+        scans: of each scan's file, where the mended one is written, ``.nii.gz``.
+        ckpt: weights, with their population prior beside them.
+        config_file: overlays of configs/inference.json, where the weights need them.
+
+    Returns:
+        of each scan's file ``verdict`` (``ok`` if the network knows it now, else ``check``), ``reasons`` against it,
+        ``mended`` (the reason found before, if any), ``gain`` (bits per dim), and ``distance`` from what is usual over
+        its limit, before and ``after``; and why others failed.
+    """
+    examiner = Examiner.of(ckpt, config_file)
+    rows: dict[Path, dict[str, Any]] = {}
+    failures: dict[Path, str] = {}
+    for path, result in tqdm(scans.items(), "mending", unit="scan"):
+        try:
+            image = examiner.load(str(path))
+            found = after = examiner.examine(image)
+            mended = examiner.mended(image, found)
+            if mended is not None:
+                image, after = mended, examiner.examine(mended)
+            result.parent.mkdir(parents=True, exist_ok=True)
+            save_nifti(result, image.as_tensor(), image.affine)
+        except Exception as error:  # one scan must not end the work on the others
+            failures[path] = str(root_cause(error))
+            continue
+        row: dict[str, Any] = {"verdict": "ok", "reasons": ""}
+        if not after.familiar:
+            row = {"verdict": "check", "reasons": after.sentence()}
+        row |= {"mended": found.reason if mended is not None else "", "gain": "" if found.gain is None else found.gain}
+        rows[path] = row | {"distance": found.distance / found.limit, "after": after.distance / after.limit}
+    return rows, failures

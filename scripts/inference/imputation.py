@@ -19,7 +19,7 @@ from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
 from scipy import stats
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.data.transforms import ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import FitLike, read_mask
@@ -30,8 +30,6 @@ from scripts.utils import figures
 from scripts.utils.names import image_path
 from torch import Tensor, nn
 
-__all__ = ["FillInd", "FitMaskd", "HideMissingd", "MeasureFilled", "filling_errors", "filling_table", "stack_missing"]
-
 logger = logging.getLogger(__name__)
 
 # A voxel of the network's grid is missing when more than this share of what it averages is.
@@ -41,12 +39,12 @@ MISSING_FRACTION = 0.01
 class HideMissingd(MapTransform):
     """Give what a scan's mask marks the scan's background, and keep a copy of the scan as it was.
 
-    It belongs right after loading. Adds ``missing``, bool ``[1, *spatial]``, true where the mask is above 0, and
-    ``observed``, the scan as loaded. The background is the lowest value outside the mask, of each channel.
+    It belongs right after loading; ``mask`` is the mask's path. Adds ``missing``, bool ``[1, *spatial]``, true where
+    the mask is above 0, and ``observed``, the scan as loaded. The background is the lowest value outside the mask, of
+    each channel.
 
     Args:
         keys: of the loaded scan, ``[channels, *spatial]``.
-        mask: key of the mask's path.
 
     A mask that marks nothing, as those of healthy scans do, leaves the scan as it is.
 
@@ -54,15 +52,11 @@ class HideMissingd(MapTransform):
         ScanError: when the mask cannot be read, lies on another grid than its scan, or marks everything.
     """
 
-    def __init__(self, keys: KeysCollection, mask: str = "mask", allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.mask = mask
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             scan = d[key]
-            missing = self._read(d[self.mask], scan)
+            missing = self._read(d["mask"], scan)
             observed_values = scan.as_tensor().masked_fill(missing, torch.inf)
             background = observed_values.flatten(1).amin(1).reshape(-1, *[1] * (scan.ndim - 1))
             d |= {"missing": missing, "observed": scan.clone()}

@@ -22,8 +22,6 @@ from scripts.population.prior import PopulationPrior, innovation
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = ["CoordinateDecoding", "Decoding", "Encoding", "Imputation", "Interpolation", "Reconstruction", "Sampling"]
-
 Temperature = float | Mapping[int | str, float]
 
 

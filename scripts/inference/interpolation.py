@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
-from scripts.inference.cohort import Cohort
+from scripts.inference.common import Cohort
 from scripts.inference.inferers import moving_levels
 from scripts.inference.layouts import VOLUME, ScanLayout, scan_stem
 from scripts.inference.outputs import file_names, from_zero_to_one, split_channels
@@ -22,8 +22,6 @@ from scripts.utils import figures
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.names import image_files, image_path, item_files
 from torch import Tensor
-
-__all__ = ["BothScans", "PairLayout", "SaveStepsd", "list_pair", "report_levels", "stack_pairs"]
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.transforms import Compose
 from scripts.data.datalist import common_root
-from scripts.data.to_scan import ToScand
+from scripts.data.scan_grid import ToScand
 from scripts.data.transforms import reading, unclipped
 from scripts.inference import covariate_results, lesions, outputs
 from scripts.inference.certificate import CERTIFIED, CertifiedEvaluator, certify
@@ -58,8 +58,7 @@ from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_late
 from scripts.inference.layouts import SampleLayout
 from scripts.inference.prior_jobs import adapt, fit_prior
 from scripts.inference.privacy import Privacy, privacy_sides
-from scripts.inference.score_summary import ScoreSummary
-from scripts.inference.scoring import Scoring
+from scripts.inference.scoring import ScoreSummary, Scoring
 from scripts.inference.tables import latent_tables, list_coordinates, stack_coordinates
 from scripts.utils import distributed
 

@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.data.transforms import ScanError
-from scripts.inference.cohort import list_scans
+from scripts.inference.common import list_scans
 from scripts.inference.layouts import ScanLayout, scan_stem
 from scripts.utils.files import write_whole
 from scripts.utils.names import CHANNEL_FILES, image_files
-
-__all__ = ["LoadLatentsd", "SaveLatentsd", "list_latents", "stack_latents"]
 
 PATTERN = "*_*latents*.npz"  # x_latents.npz, and by BIDS sub-01_desc-latents_T1w.npz
 CHANNEL_NAMES = "channel_names"
@@ -31,7 +29,7 @@ UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def list_latents(dataset_dir: str | os.PathLike, per_channel: bool = False) -> list[dict[str, Any]]:
-    """The latents' files of a folder or a datalist, see :func:`scripts.inference.engine.list_scans`.
+    """The latents' files of a folder or a datalist, see :func:`scripts.inference.common.list_scans`.
 
     Args:
         dataset_dir: the folder or the datalist.
@@ -72,14 +70,13 @@ class SaveLatentsd(Transform):
 
     Args:
         layout: says where.
-        key: of the preprocessed scan, whose trace tells of its grid and units.
     """
 
-    def __init__(self, layout: ScanLayout, key: str = "image") -> None:
-        self.layout, self.key = layout, key
+    def __init__(self, layout: ScanLayout) -> None:
+        self.layout = layout
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        image = data[self.key]
+        image = data["image"]
         names = ("z", "mean", "std", "coordinates")
         latents = {k: np.asarray(v) for k, v in data.items() if str(k).rstrip("0123456789") in names}
         content = {**Fit.of(image).arrays(), CHANNEL_NAMES: np.asarray(self._names(image_files(image)))}
@@ -96,7 +93,7 @@ class SaveLatentsd(Transform):
 class LoadLatentsd(MapTransform):
     """Read what :class:`SaveLatentsd` wrote; latents may be missing from some place on.
 
-    Adds ``latents``, a list of tensors, and ``fit``, see :class:`scripts.data.to_scan.Fit`.
+    Adds ``latents``, a list of tensors, and ``fit``, see :class:`scripts.data.scan_grid.Fit`.
 
     Args:
         keys: of the paths.

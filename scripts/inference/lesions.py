@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import Compose, MapTransform, SpatialResample, Transform
 from monai.utils import ensure_tuple
 from scipy import ndimage
 from scripts.data.find import compile_pattern, fill_pattern, find_by_wildcards
-from scripts.data.to_scan import Fit
+from scripts.data.scan_grid import Fit
 from scripts.data.transforms import FitShape, LoadScand, ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
@@ -32,25 +31,6 @@ from scripts.utils.files import write_whole
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
-
-__all__ = [
-    "DETECTORS",
-    "GRIDS",
-    "CountVoxels",
-    "FitLesionsd",
-    "FitLike",
-    "LesionCounts",
-    "ReadLesionsd",
-    "SaveCounts",
-    "count_voxels",
-    "edges",
-    "ordered",
-    "ordered_bins",
-    "pair_masks",
-    "read_kinds",
-    "read_mask",
-    "with_masks",
-]
 
 GRIDS = ("network", "scan")
 DETECTORS = (
@@ -171,24 +151,19 @@ def with_masks(preprocessing: Compose) -> Compose:
 class ReadLesionsd(MapTransform):
     """Read a scan's mask of lesions, and keep a copy of the scan as it was loaded.
 
-    Adds ``lesion``, bool ``[1, *spatial]``, all false without a mask, and ``measured``, the scan.
+    Adds ``lesion``, bool ``[1, *spatial]``, all false where the path in ``mask`` is None, and ``measured``, the scan.
 
     Args:
         keys: of the loaded scan, ``[channels, *spatial]``.
-        mask: key of the mask's path, which may be None.
 
     Raises:
         ScanError: when the mask cannot be read or lies on another grid than its scan.
     """
 
-    def __init__(self, keys: KeysCollection, mask: str = "mask", allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.mask = mask
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            scan, path = d[key], d[self.mask]
+            scan, path = d[key], d["mask"]
             lesion = torch.zeros(1, *scan.shape[1:], dtype=torch.bool) if path is None else read_mask(path, scan)
             d |= {"lesion": lesion, "measured": scan.clone()}
         return d

@@ -1,4 +1,4 @@
-"""Figures with a definition that others share: copies, spread, centiles, ages, and the size of a file.
+"""Figures with a definition that others share: copies, spread, centiles, ages, information, and the size of a file.
 
 All take arrays of what was measured, and give a flat dictionary of numbers. None: it can't be known of so few.
 """
@@ -9,32 +9,27 @@ import gzip
 import io
 import lzma
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy import stats
+from scripts.data.covariates import Value
+from scripts.population.fit import SHARPNESSES
+from scripts.population.prior import PopulationPrior
 from torch import Tensor
 
-__all__ = [
-    "NormativeErrors",
-    "category_numbers",
-    "file_bits",
-    "frechet_distance",
-    "mean_interval",
-    "membership",
-    "nearest_training",
-    "precision_recall",
-    "region_distance",
-    "spectrum",
-    "value_numbers",
-]
-
 Numbers = dict[str, float | None]
-
 BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
 CENTILES = np.arange(1, 100) / 100
+NEIGHBOURS = 3  # of an image: how far its kind reaches around it
+# what the log likelihood is multiplied by, beside the prior's own sharpness; 0, so that nothing is said, is the last
+# resort of a model that is wrong
+TEMPERED = (0.0, *SHARPNESSES)
+SHUFFLES = 200
+Row = Mapping[str, Value]
 
 
 def mean_interval(name: str, values: Sequence[float]) -> Numbers:
@@ -109,14 +104,13 @@ def spectrum(
     }
 
 
-def precision_recall(samples: Tensor, scans: Tensor, neighbours: int = 3) -> Numbers:
+def precision_recall(samples: Tensor, scans: Tensor) -> Numbers:
     """Which samples lie among the scans, and which scans among the samples (Kynkäänniemi et al. 2019).
 
-    An image lies among others if it is not farther from one of them than that one's ``neighbours``-th nearest.
+    An image lies among others if it is not farther from one of them than that one's third nearest.
 
     Args:
-        samples, scans: more than ``neighbours`` each; of fewer the farthest counts.
-        neighbours: see there.
+        samples, scans: more than three each; of fewer the farthest counts.
 
     Returns:
         ``precision`` and ``recall``, 0 to 1. Of as many scans more, instead of samples, they are what is to be had.
@@ -124,7 +118,7 @@ def precision_recall(samples: Tensor, scans: Tensor, neighbours: int = 3) -> Num
     a, b = samples.flatten(1).double(), scans.flatten(1).double()
     between = torch.cdist(a, b)
     # the nearest of an image is itself
-    reach_a, reach_b = (torch.cdist(x, x).kthvalue(min(neighbours + 1, len(x)), dim=1).values for x in (a, b))
+    reach_a, reach_b = (torch.cdist(x, x).kthvalue(min(NEIGHBOURS + 1, len(x)), dim=1).values for x in (a, b))
     precision = (between <= reach_b[None, :]).any(1).double().mean()
     recall = (between <= reach_a[:, None]).any(0).double().mean()
     return {"precision": precision.item(), "recall": recall.item()}
@@ -134,14 +128,16 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """The squared Frechet distance of two normal distributions that have the mean and covariance of each (FID).
 
     That of MONAI's ``FIDMetric``, but exact also where there are more features than images: the trace of the root of
-    the product of covariances ``A^T A`` and ``B^T B`` is the sum of the singular values of ``A B^T``.
+    the product of covariances ``A^T A`` and ``B^T B`` is the sum of the singular values of ``A B^T``, or of that of the
+    triangular factors of ``A`` and ``B``, which are no larger than the fewer of images and features.
 
     Args:
         first, second: features of two images or more each, ``[images, features]``.
     """
     a, b = first.double(), second.double()
     centred = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
-    shared = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    first_factor, second_factor = (torch.linalg.qr(x, mode="r").R for x in centred)
+    shared = torch.linalg.svdvals(first_factor @ second_factor.T).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + sum(x.square().sum() for x in centred) - 2 * shared).item()
 
 
@@ -268,3 +264,78 @@ def file_bits(volume: np.ndarray) -> dict[str, float]:
         picture.save(file, name, **options)
         sizes[name] = file.tell()
     return {name: 8 * size / volume.size for name, size in sizes.items()}
+
+
+def information(prior: PopulationPrior, scores: Tensor, rows: Sequence[Row], seed: int = 0) -> Numbers:
+    """What scans say of each covariate while the others are not known, and of all covariates together.
+
+    For each, ``NAME_information``, bits per scan with the interval of :func:`mean_interval`; ``_most``, the entropy of
+    the covariate among these people, which no model exceeds; and ``_shuffled_95``, the 95th percentile of what is found
+    when the values are dealt out among the scans at random. All together are ``covariates_information``.
+
+    The likelihood is tempered as best for these scans, by one number for each covariate. It can be 0, so that the mean
+    lies between 0 and the entropy whatever the model. But for that choice, which favours by less than a bit over the
+    number of scans, the mean falls short of the mutual information of scan and covariate and does not exceed it (van
+    den Oord et al. 2018, Poole et al. 2019).
+
+    Args:
+        prior: with covariates.
+        scores: of the scans, ``[scans, features]``, see :meth:`PopulationPrior.effect_scores`.
+        rows: their covariates; a scan counts for those that are known.
+        seed: of the shuffles.
+    """
+    names, found = list(prior.coding.variables), {}
+    for about in [[name] for name in names] + ([names] if len(names) > 1 else []):
+        known = [place for place, row in enumerate(rows) if all(row[name] is not None for name in about)]
+        if len(known) > 1:
+            likelihoods, own = _likelihoods(prior, scores[known], [rows[place] for place in known], about)
+            found |= _gains(about[0] if len(about) == 1 else "covariates", likelihoods, own, seed)
+    return found
+
+
+def _likelihoods(
+    prior: PopulationPrior, scores: Tensor, rows: Sequence[Row], about: Sequence[str]
+) -> tuple[Tensor, list[int]]:
+    """The log likelihood of each scan under each value that occurs, tempered by each of ``TEMPERED``.
+
+    Covariates that it is not about are averaged over, as these people have them.
+
+    Returns:
+        ``[sharpnesses, scans, values]``, each but for a number of the scan's own; and the place of each scan's value.
+    """
+    coding = prior.coding
+    others = [name for name in coding.variables if name not in about]
+    values, rest = (_occurring(rows, names) for names in (about, others))
+    features = torch.stack(
+        [coding.numbers(dict(zip((*about, *others), (*v, *r), strict=True))) for v in values for r in rest]
+    )
+    logs = prior.covariate_likelihoods(scores.to(prior.information), features).double().cpu()
+    logs = logs.reshape(len(scores), len(values), len(rest))
+    shares = torch.tensor(list(rest.values()), dtype=torch.float64).log() - np.log(len(rows))
+    tempered = torch.stack([(sharpness * logs + shares).logsumexp(2) for sharpness in TEMPERED])
+    places = {value: place for place, value in enumerate(values)}
+    return tempered, [places[tuple(row[name] for name in about)] for row in rows]
+
+
+def _occurring(rows: Sequence[Row], names: Sequence[str]) -> Counter[tuple[Value, ...]]:
+    """The combinations of values that occur, and how often."""
+    return Counter(tuple(row[name] for name in names) for row in rows)
+
+
+def _gains(name: str, likelihoods: Tensor, own: Sequence[int], seed: int) -> Numbers:
+    """How much likelier scans are under their own values than on average, by the best of the sharpnesses."""
+    places = torch.tensor(own)
+    shares = torch.bincount(places).double() / len(own)
+    gains = (likelihoods - (likelihoods + shares.log()).logsumexp(2, keepdim=True)) / np.log(2)
+    generator = torch.Generator().manual_seed(seed)
+
+    def of(order: Tensor) -> Tensor:
+        """``[sharpnesses, scans]``, with the value of another scan for each."""
+        return gains.gather(2, places[order].expand(len(gains), -1)[..., None])[..., 0]
+
+    real = of(torch.arange(len(own)))
+    shuffled = [of(torch.randperm(len(own), generator=generator)).mean(1).max().item() for _ in range(SHUFFLES)]
+    return mean_interval(f"{name}_information", real[real.mean(1).argmax()].numpy()) | {
+        f"{name}_information_most": float(-(shares * shares.log2()).sum()),
+        f"{name}_information_shuffled_95": float(np.quantile(shuffled, 0.95)),
+    }

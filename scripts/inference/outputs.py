@@ -1,12 +1,17 @@
-"""What jobs write: volumes on their scan's own grid and in its units, figures, tables; whole or not at all."""
+"""What jobs write, and the processes that do: volumes on a scan's own grid, figures, tables; whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import multiprocessing
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +27,16 @@ from scripts.inference.layouts import ScanLayout
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
+from scripts.utils.distributed import ignore_signals
+from scripts.utils.errors import ResourceError
 from scripts.utils.files import write_text
 from scripts.utils.formats import SPACE_CODE, save_nifti
 from scripts.utils.names import image_files, image_path, printable
-
-__all__ = ["SaveFigured", "SaveRowd", "SaveScansd", "read_row"]
+from scripts.utils.parallel import die_with_parent
 
 logger = logging.getLogger(__name__)
+WAITING = 2  # results per process that may wait to be written
+_write: Callable[[Any], Any]  # of a process of a pool
 
 
 class SaveScansd(MapTransform):
@@ -208,4 +216,87 @@ def report_latents(network: VDVAE, written: int) -> None:
     logger.info(
         "%d of %d latents of each scan are written, with their means and standard deviations: %.1f MB a scan.",
         *(written, network.num_latents, 3 * 4 * values / 1e6),
+    )
+
+
+class ResultWriters:
+    """A context in which results are written by other processes, at its end all of them.
+
+    Inverting the preprocessing and compressing a scan's results takes seconds on one core, of which much is Python:
+    threads would share one core, and drawing and MONAI's inverse transforms are not made for them. The processes are
+    forked, as those of a data loader are, so that nothing is sent but the results. On other systems than Linux, which
+    cannot fork safely, results are written in this process.
+
+    When an error ends the context, what is being written is finished, and what waits is not begun.
+
+    Args:
+        write: what is called on each result; it must not use a GPU.
+        workers: processes; 0 writes in this one.
+        done: is called in this process, in the order of the results, with what ``write`` returned.
+    """
+
+    def __init__(self, write: Callable[[Any], Any], workers: int, done: Callable[[Any], object]) -> None:
+        self.write, self.done = write, done
+        self.workers = workers if sys.platform == "linux" else 0
+        self._pool: ProcessPoolExecutor | None = None
+        self._begun: deque[Future] = deque()
+
+    def add(self, result: Any) -> None:
+        """Let a result be written, once fewer than ``WAITING`` per process wait.
+
+        Raises:
+            OSError: a process was killed.
+            Exception: what ``write`` raised of this result or an earlier one.
+        """
+        if self._pool is None:
+            self.done(self.write(result))
+            return
+        while len(self._begun) >= WAITING * self.workers:
+            self._finish_first()
+        try:
+            self._begun.append(self._pool.submit(_call, result))
+        except BrokenProcessPool as error:
+            raise _killed() from error
+
+    def _finish_first(self) -> None:
+        try:
+            self.done(self._begun.popleft().result())
+        except BrokenProcessPool as error:
+            raise _killed() from error
+
+    def __enter__(self) -> ResultWriters:
+        if self.workers:
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(self.workers, context, _start, (self.write, os.getpid()))
+            self._pool.submit(int)  # all are forked now, before a data loader has threads
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            while self._begun and kind is None:
+                self._finish_first()
+        finally:
+            self._begun.clear()
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
+
+
+def _start(write: Callable[[Any], Any], parent: int) -> None:
+    """Make a forked process ready: on one thread, since those of OpenMP do not survive a fork."""
+    global _write
+    _write = write
+    torch.set_num_threads(1)
+    ignore_signals()
+    die_with_parent(parent)
+
+
+def _call(result: Any) -> Any:
+    return _write(result)
+
+
+def _killed() -> OSError:
+    return ResourceError(
+        "A process that writes results was killed, most likely for want of memory: lower --num_workers. With 0, "
+        "results are written by the process that runs the network."
     )

@@ -10,12 +10,10 @@ from scripts.data.covariate_tables import read_cohort
 from scripts.inference.common import Common
 from scripts.inference.covariates import need_covariates
 from scripts.inference.tables import scans_to_fit
-from scripts.population.adaptation import Adaptation
+from scripts.population.effects import Adaptation
 from scripts.population.fit import PopulationFit
 from scripts.population.statistics import StatisticsFit
 from scripts.utils import distributed
-
-__all__ = ["adapt", "fit_prior"]
 
 
 def fit_prior(

@@ -21,8 +21,6 @@ from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
 from torch import Tensor
 
-__all__ = ["Measured", "Privacy", "draw_samples", "measure", "membership_numbers", "one_per_subject", "privacy_sides"]
-
 logger = logging.getLogger(__name__)
 
 

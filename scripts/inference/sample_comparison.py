@@ -20,8 +20,6 @@ from scripts.utils.errors import InputError, NotFoundError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-__all__ = ["compare_features", "compare_images", "compare_regions", "read_feature_network"]
-
 logger = logging.getLogger(__name__)
 
 HALVES = 200  # random divisions, for the sampling errors

@@ -1,28 +1,43 @@
-"""How likely scans are and where they are not, as a MONAI inferer; and how good reconstructions are."""
+"""How likely scans are and where they are not, as a MONAI inferer; how good reconstructions are; both in short."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.inferers import Inferer
 from monai.metrics import PSNRMetric, SSIMMetric
 from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.networks.layers.factories import Pool
+from monai.transforms import LoadImage, Orientation
+from scripts.inference import detection
+from scripts.inference.common import Common
+from scripts.inference.layouts import ScanLayout
+from scripts.inference.lesions import PERCENTILE, LesionCounts, read_kinds
+from scripts.inference.outputs import read_row
+from scripts.inference.tables import row_table
 from scripts.layers.gaussian import SLICE, Draws, Posterior
 from scripts.layers.output import foreground
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.familiarity import Familiarity, statistics
 from scripts.population.prior import PopulationPrior, innovation
 from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_likelihood
+from scripts.utils import figures
 from scripts.utils.errors import InputError
+from scripts.utils.files import write_csv, write_text
+from scripts.utils.names import item_files, item_path, printable
 from torch import Tensor
 
-__all__ = ["Scoring", "anomaly_map", "foreground_percentile", "image_quality", "restored"]
-
 LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is known better
+logger = logging.getLogger(__name__)
+MOST_UNUSUAL = 12  # scans in the picture
+NAMED = 3  # in the log
 
 
 class Scoring(Inferer):
@@ -216,10 +231,10 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
 
 
-def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = 99.9) -> Tensor:
-    """Of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
+def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE) -> Tensor:
+    """The 99.9th of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
     inside = foreground(scans, network).flatten(1)
-    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
+    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), PERCENTILE / 100)
 
 
 def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
@@ -265,3 +280,99 @@ def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Ten
         "psnr_brain": 10 * torch.log10((high - low) ** 2 / errors.clamp_min(1e-12)).to(recon.dtype),
         "ssim": ssim(recon, scans).flatten(),
     }
+
+
+class ScoreSummary:
+    """Writes ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv``,
+    ``lesions_thresholds.csv`` and ``lesions.md``.
+
+    Args:
+        common: what all jobs share.
+        layout: makes the layout of a result's files, see :py:class:`scripts.inference.layouts.ScanLayout`.
+        scans: items of the data set, with ``mask`` where there are masks.
+        read: transforms that read a scan and turn it to RAS, for the picture.
+        mask_dir: the folder of the masks, see :func:`scripts.inference.lesions.read_kinds`.
+        unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
+    """
+
+    def __init__(
+        self,
+        common: Common,
+        layout: Callable[..., ScanLayout],
+        scans: Sequence[Mapping[str, Any]],
+        read: Callable,
+        mask_dir: str | os.PathLike | None = None,
+        unmasked_healthy: bool = False,
+    ) -> None:
+        self.output_dir, self.figures, self.columns = common.output_dir, common.figures, common.cohort.columns
+        self.items = {item_path(item): item for item in scans}
+        self.layout, self.read = layout, read
+        self.mask_dir, self.unmasked_healthy = mask_dir, unmasked_healthy
+
+    def __call__(self, scans: Sequence[str]) -> None:
+        """Write all, given the paths of the scans, in the order of the tables."""
+        layout = self.layout("score", ".json")
+        row_table(self.output_dir / "scores.csv", layout, self.columns, scans)
+        rows = {scan: read_row(layout.path(scan)) for scan in scans}
+        scores = {scan: row["anomaly_score"] for scan, row in rows.items()}
+        highest = sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]
+        if rows:
+            bits = np.array([row["bits_per_dim"] for row in rows.values()])
+            logger.info(
+                "%d scan(s): %.3f bits per dim in the mean, %.3f to %.3f. Highest anomaly_score: %s. 'scores.csv' has "
+                "all.",
+                *(len(bits), bits.mean(), bits.min(), bits.max()),
+                ", ".join(f"{printable(layout.relative(scan))} ({scores[scan]:.1f})" for scan in highest[:NAMED]),
+            )
+        if self.figures:
+            self._draw({scan: scores[scan] for scan in highest})
+        if any("mask" in item for item in self.items.values()):
+            self._find_lesions(scans)
+
+    def _draw(self, scores: Mapping[str, float]) -> None:
+        if scores:
+            titles = [
+                [f"{printable(Path(file).name)}, score {score:.1f}" for file in item_files(self.items[scan])]
+                for scan, score in scores.items()
+            ]
+            figures.anomalies(self.output_dir / "most_unusual.png", self._pictures(scores), titles)
+
+    def _pictures(self, scans: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scans and their maps, one at a time."""
+        load, turn = LoadImage(ensure_channel_first=True), Orientation("RAS", labels=None)
+        for scan in scans:
+            image = self.read({"image": self.items[scan]["image"]})["image"]
+            yield image.as_tensor(), turn(load(self.layout("anomaly").paths(self.items[scan]))).as_tensor()
+
+    def _find_lesions(self, scans: Sequence[str]) -> None:
+        layout = self.layout("lesions", ".npz")
+        kinds = read_kinds(self.mask_dir, scans)
+        counts = [
+            LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan])
+            for scan in scans
+            if layout.path(scan).exists()
+        ]
+        unmasked = [scan for scan in counts if scan.mask == "none"]
+        if unmasked:
+            logger.warning(
+                "%d scan(s) have no mask, such as '%s': they %s",
+                len(unmasked),
+                unmasked[0].name,
+                "count as healthy."
+                if self.unmasked_healthy
+                else "are left out of what is said of lesions. Give healthy ones an empty mask, or set "
+                "--unmasked_healthy True if all of them are healthy.",
+            )
+        if not self.unmasked_healthy:
+            counts = [scan for scan in counts if scan.mask != "none"]
+        if not counts:
+            return
+        write_csv(self.output_dir / "lesions.csv", *detection.scan_rows(counts))
+        groups = detection.by_kind(counts)
+        detected = detection.detect(counts, groups)
+        points = detection.operating_points(counts, groups, detection.best(detected))
+        write_csv(self.output_dir / "lesions_thresholds.csv", *detection.threshold_rows(points))
+        parts = [detection.table(detected), *detection.sentences(detected), detection.threshold_table(points)]
+        write_text(self.output_dir / "lesions.md", "\n\n".join(parts))
+        for sentence in detection.sentences([d for d in detected if d.group == detected[-1].group]):
+            logger.info("Lesions: %s", sentence)

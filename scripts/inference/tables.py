@@ -24,8 +24,6 @@ from scripts.utils.files import expand, write_csv
 from scripts.utils.names import UNUSABLE, item_path
 from torch import Tensor
 
-__all__ = ["ScanColumns", "latent_tables", "list_coordinates", "row_table", "scans_to_fit", "stack_coordinates"]
-
 logger = logging.getLogger(__name__)
 
 

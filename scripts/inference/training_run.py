@@ -14,8 +14,6 @@ from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand, read_json
 from scripts.utils.names import item_path
 
-__all__ = ["TrainedScans", "TrainingRun"]
-
 INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
 TRAINING = INFERENCE.with_name("train.json")
 DEFAULTS = {"scan_pattern": "*.nii*", "keep_aspect": True, "percentiles": [0.05, 99.95]}  # without a run

@@ -16,8 +16,6 @@ from scripts.phantoms.fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid
 from scripts.phantoms.people import Person
 from scripts.utils.command_line import check_integer, check_number
 
-__all__ = ["Anatomy", "brain_anatomy", "check_brain", "near_ventricles", "one_thread", "random_streams"]
-
 # Length scale (Gaussian sigma, mm) and standard deviation (mm along each axis) of the parts of the random warp: the
 # shape of the head, of the lobes, of the gyri.
 WARP_SCALES = ((36.0, 3.5), (15.0, 2.4), (7.0, 1.6))

@@ -34,16 +34,14 @@ from scripts.phantoms.images import (
     check_brain_phantom,
     check_ellipsoid_phantom,
     ellipsoid_phantom,
+    lesion_kind,
 )
-from scripts.phantoms.lesions import lesion_kind
 from scripts.phantoms.people import Cohort
 from scripts.utils.command_line import check_integer
 from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import as_folder, expand, write_bytes, write_csv, write_text
 from scripts.utils.formats import nifti_bytes
 from scripts.utils.parallel import choose_workers, run_parallel
-
-__all__ = ["ensure_cohort", "make_brains", "make_ellipsoids"]
 
 logger = logging.getLogger(__name__)
 

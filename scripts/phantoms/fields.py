@@ -8,8 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["CONTROL_SHAPE", "CONTROL_SPACING", "EXTENT", "ORIGIN", "grid_points", "sample_maps", "smooth_fields"]
-
 # The field of view: first voxel centre in world mm (RAS), and mm from the first to the last one.
 ORIGIN = np.array([-98.0, -134.0, -72.0])
 EXTENT = np.array([196.0, 232.0, 188.0])

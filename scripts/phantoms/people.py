@@ -14,8 +14,6 @@ from scripts.phantoms.fields import sample_maps, smooth_fields
 from scripts.utils.command_line import check_number
 from scripts.utils.errors import InputError
 
-__all__ = ["AGES", "SEXES", "SITES", "Cohort", "Person", "Scanner", "hyperintensities"]
-
 AGES = (45.0, 85.0)  # years
 SEXES = ("F", "M")
 

@@ -1,14 +1,31 @@
-"""The effects of covariates on many quantities at once, from sums over scans, without what is noise in them."""
+"""The effects of covariates on many quantities at once, without what is noise in them; those of a new site."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
+from monai.networks.utils import eval_mode
+from scripts.data.covariate_tables import Covariates
+from scripts.data.covariates import Categorical, CovariateCoding
+from scripts.networks import VDVAE
+from scripts.population.prior import PopulationPrior, fingerprint, innovation
+from scripts.utils.errors import InputError
+from scripts.utils.files import write_whole
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
-__all__ = ["Effects", "shrunk_mean"]
+logger = logging.getLogger(__name__)
+DRAWS = 8  # of what is expected of each scan
+LEAST_KEPT = 0.005  # of a mean difference: below, nothing was learnt
 
 
 class Effects:
@@ -80,3 +97,156 @@ def shrunk_mean(total: Tensor, squares: Tensor, scans: int) -> tuple[Tensor, flo
     noise = (squares / scans - size).clamp_min(0) / (scans - 1)
     kept = (1 - noise / size.clamp_min(1e-12)).clamp_min(0).item()
     return kept * mean, kept
+
+
+def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
+    """The coding with one more category of a covariate, which none of the cohort's scans had.
+
+    Raises:
+        ValueError: the covariate is not categorical, or has this category.
+    """
+    variable = coding.variables.get(name)
+    if not isinstance(variable, Categorical):
+        names = [other.name for other in coding.variables.values() if isinstance(other, Categorical)]
+        raise InputError(f"covariates: '{name}' is no categorical covariate of the prior, which has {names}.")
+    if category in variable.categories:
+        raise InputError(f"covariates: {name} '{category}' is known already; give the new one another name.")
+    longer = replace(variable, categories=(*variable.categories, category), shares=(*variable.shares, 0.0))
+    return CovariateCoding([longer if other is variable else other for other in coding.variables.values()])
+
+
+class Adaptation:
+    """Learns the effect of a new category from scans that have it, and nothing else; writes the prior that knows it.
+
+    The effect is the mean of what the scans' other covariates leave of the posteriors' shifts. By what the scans then
+    still differ, in the mean, from what the prior expects of them they get an offset for each voxel, as in a fit. Both
+    are shrunk by the share that is noise, see :func:`scripts.population.effects.shrunk_mean`.
+
+    Args:
+        network: trained.
+        prior: with covariates.
+        dataset: of plain scans, as the network gets them, all of the new category.
+        covariates: the covariate and its new category, such as ``{"site": "D"}``.
+        dataset_dir, covariates_file: where the other covariates are read.
+        path: of the file that is written.
+        batch_size, num_workers: of the data loader.
+        device: of the network.
+    """
+
+    def __init__(
+        self,
+        network: VDVAE,
+        prior: PopulationPrior,
+        dataset: Dataset,
+        covariates: Any,
+        dataset_dir: str | os.PathLike,
+        path: str | os.PathLike,
+        covariates_file: str | os.PathLike | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not isinstance(covariates, Mapping) or len(covariates) != 1:
+            raise InputError("covariates: give the one covariate and its new category, such as \"{'site': 'D'}\".")
+        if len(dataset) < 2:
+            raise InputError(
+                "dataset_dir: of one scan nothing tells what is the category's: give 2 or more, better 50."
+            )
+        ((name, category),) = covariates.items()
+        self.name, self.category = name, str(category)
+        self.coding = extended(prior.coding, self.name, self.category)
+        self.network, self.prior, self.dataset, self.path = network, prior, dataset, Path(path)
+        self.dataset_dir, self.covariates_file = dataset_dir, covariates_file
+        self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
+
+    @torch.no_grad()
+    def run(self) -> PopulationPrior:
+        """Learn, and write; with several processes all take part."""
+        # the features of the new category are those of no other, and a 1 at the end of the covariate's slice
+        place = self.coding.slices()[self.name].stop - 1
+        features = self._features()
+        before = {i: getattr(self.prior, f"effects_{i}") for i in self.prior.latents}
+        sizes = [effects[0].numel() for effects in before.values()]
+        without = torch.cat([features[:, :place], features[:, place + 1 :]], dim=1)
+        row, kept = self._mean(self._shifts, without, sum(sizes))
+        parts = (
+            {i: getattr(self.prior, f"{part}_{i}") for i in self.prior.latents}
+            for part in ("mean", "variance", "directions")
+        )
+        offset = self.prior.offset
+        adapted = PopulationPrior(
+            *parts,
+            self.prior.distances,
+            self.prior.bits_per_dim,
+            effects={i: _inserted(before[i], place, new) for i, new in zip(before, row.split(sizes), strict=True)},
+            offset=None if offset is None else _inserted(offset, place, torch.zeros_like(offset[0])),
+            coding=self.coding,
+            sharpness=self.prior.sharpness,
+            dispersion=self.prior.dispersion,
+            region_dispersion=self.prior.region_dispersion,
+        )
+        adapted.familiarity, adapted.spread = self.prior.familiarity, self.prior.spread
+        if offset is not None:
+            left, _ = self._mean(partial(self._unexpected, adapted), features, offset[0].numel())
+            adapted.offset[place] = left.reshape(offset[0].shape)
+        if idist.get_rank() == 0:
+            self._save(adapted, kept)
+        return adapted
+
+    def _features(self) -> Tensor:
+        """What the scans' covariates become, ``[scans, features]``: as they were read, but for the new category."""
+        tables = Covariates(self.dataset.data, self.dataset_dir, self.covariates_file)
+        values = (tables.values_of(place, self.prior.coding, without=[self.name]) for place in range(len(self.dataset)))
+        return torch.stack([self.coding.numbers({**known, self.name: self.category}) for known in values])
+
+    def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:
+        """The shrunk mean over all scans of what a function leaves of scans, ``[size]``, and the share that is kept."""
+        share = range(idist.get_rank(), len(self.dataset), idist.get_world_size())
+        loader = DataLoader(Subset(self.dataset, share), self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        indices = iter(share)
+        total, squares = torch.zeros(size, device=self.device), torch.zeros((), device=self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with eval_mode(self.network), torch.random.fork_rng(devices):
+            torch.manual_seed(idist.get_rank())
+            for items in tqdm(loader, f"{self.name} {self.category}", unit="batch", disable=idist.get_rank() > 0):
+                scans = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
+                rows = features[[next(indices) for _ in items]].to(self.device)
+                left = rest(scans.to(self.device), rows).flatten(1)
+                total, squares = total + left.sum(0), squares + left.square().sum()
+        return shrunk_mean(idist.all_reduce(total), idist.all_reduce(squares), len(self.dataset))
+
+    def _shifts(self, scans: Tensor, features: Tensor) -> Tensor:
+        """What mean and known effects leave of the shifts, all latents of the prior one after the other."""
+        posteriors = self.network.infer(scans, 0.0)[1]
+        return torch.cat(
+            [(innovation(posteriors[i]) - u).flatten(1) for i, u in self.prior.expected(features).items()], 1
+        )
+
+    def _unexpected(self, prior: PopulationPrior, scans: Tensor, features: Tensor) -> Tensor:
+        """Scans less the mean of what the prior draws for their covariates."""
+        return scans - sum(prior.usual(self.network, features)[0] for _ in range(DRAWS)) / DRAWS
+
+    def _save(self, prior: PopulationPrior, kept: float) -> None:
+        def write(path: str) -> None:
+            with Path(path).open("wb") as file:
+                prior.save(file, {"weights": fingerprint(self.network), "adapted_to": f"{self.name} {self.category}"})
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, write)
+        if kept < LEAST_KEPT:
+            logger.warning(
+                "Nothing was learnt of %s '%s': its %d scan(s) differ from others, in the mean, no more than by "
+                "chance. Give more, better 50. '%s' says the same of them as a prior that does not know this %s.",
+                *(self.name, self.category, len(self.dataset), self.path, self.name),
+            )
+            return
+        logger.info(
+            "The population prior knows %s '%s' now, from %d scan(s), %.0f %% of whose mean difference from others is "
+            "taken for its effect, the rest for chance: use it by --prior '%s'.",
+            *(self.name, self.category, len(self.dataset), 100 * kept, self.path),
+        )
+
+
+def _inserted(rows: Tensor, place: int, row: Tensor) -> Tensor:
+    """Rows with one more at a place."""
+    return torch.cat([rows[:place], row.to(rows).reshape(rows[:1].shape), rows[place:]])

@@ -31,18 +31,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-__all__ = [
-    "FALSE_ALARMS",
-    "Familiarity",
-    "Look",
-    "fit_familiarity",
-    "look",
-    "parts",
-    "reference",
-    "statistics",
-    "tissue_quantiles",
-]
-
 FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
 QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
@@ -29,7 +29,6 @@ from scripts.population.prior import PopulationPrior, fingerprint, given_innovat
 from scripts.population.sketch import FactorSketch, prior_from_sketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
-from scripts.training.protocol import Trainer
 from scripts.training.trainer import TrainingEvents
 from scripts.utils.devices import free_memory, on_device
 from scripts.utils.distributed import from_rank_zero
@@ -38,6 +37,9 @@ from scripts.utils.files import write_whole
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from scripts.training.trainer import VDVAETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +181,7 @@ class PopulationFit:
         self.latents: list[int] = []
         self.gains: dict[int, float] = {}  # nats per held-out scan, of each number of factors that was tried
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Fit after the last epoch, or when a run that had ended before its fit is resumed; not after a signal.
 
         What the fit leaves out for want of memory is said now, before the first update.
@@ -206,7 +208,7 @@ class PopulationFit:
                 *(finest, len(left_out), needed / 2**30, memory / 2**30),
             )
 
-    def _after_end(self, engine: Trainer) -> None:
+    def _after_end(self, engine: VDVAETrainer) -> None:
         """Fit where a run that had come to its end was stopped before the fit was done."""
         if not from_rank_zero(self._is_done):
             self.run()
@@ -217,7 +219,7 @@ class PopulationFit:
             return isinstance(content, dict) and content.get("weights") == fingerprint(self.network)
         return False
 
-    def _after_epoch(self, engine: Trainer) -> None:
+    def _after_epoch(self, engine: VDVAETrainer) -> None:
         if engine.state.epoch == engine.state.max_epochs:
             self.run()
 

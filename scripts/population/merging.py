@@ -18,8 +18,6 @@ from scripts.utils.errors import InputError
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["LeftOut", "expectation", "merge", "total"]
-
 SITE = "site"
 CHUNK = 1 << 16  # dimensions that are multiplied in double precision at a time
 

@@ -35,8 +35,6 @@ from scripts.utils.files import expand, write_whole
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["LEAST_PEOPLE", "CohortStatistics", "StatisticsFit", "coefficients", "raw_numbers"]
-
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file

@@ -26,7 +26,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from monai.engines import Evaluator
-    from scripts.training.protocol import Trainer
+    from scripts.training.trainer import VDVAETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class CheckpointHandler:
         self.extras = extras or {}
         self._saved_at = (0, time.monotonic())  # update, seconds
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach after validation, so that the metrics of the epoch are known. One process saves for all."""
         if idist.get_rank() > 0:
             return
@@ -254,15 +254,15 @@ class CheckpointHandler:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
 
-    def _start(self, engine: Trainer) -> None:
+    def _start(self, engine: VDVAETrainer) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
         self._saved_at = (engine.state.updates, time.monotonic())
 
-    def _after_batch(self, engine: Trainer) -> None:
+    def _after_batch(self, engine: VDVAETrainer) -> None:
         if engine.between_updates and not engine.epoch_ends and self._due(engine) and _is_stable(engine):
             self.save(engine)
 
-    def _after_epoch(self, engine: Trainer) -> None:
+    def _after_epoch(self, engine: VDVAETrainer) -> None:
         state = engine.state
         if self.validator is not None and self.validator.state.best_metric_epoch == state.epoch:
             self._write(self.average.ema_model.state_dict(), "best_model.pt")
@@ -270,14 +270,14 @@ class CheckpointHandler:
         if state.epoch == state.max_epochs or (due and _is_stable(engine)):
             self.save(engine)
 
-    def _due(self, engine: Trainer) -> bool:
+    def _due(self, engine: VDVAETrainer) -> bool:
         update, seconds = self._saved_at
         updates, minutes = engine.state.updates - update, (time.monotonic() - seconds) / 60
         return (self.save_updates is not None and updates >= self.save_updates) or (
             self.save_minutes is not None and minutes >= self.save_minutes
         )
 
-    def save(self, engine: Trainer) -> None:
+    def save(self, engine: VDVAETrainer) -> None:
         """Save now, between two updates. Only rank 0 does anything."""
         state = engine.state
         if idist.get_rank() > 0 or self._saved_at[0] == state.updates > 0:
@@ -325,7 +325,7 @@ class CheckpointHandler:
             if (self.ckpt_dir / newer).exists():
                 (self.ckpt_dir / newer).replace(self.ckpt_dir / older)
 
-    def resume(self, engine: Trainer, path: str | os.PathLike | None, restore_optimizer: bool = True) -> None:
+    def resume(self, engine: VDVAETrainer, path: str | os.PathLike | None, restore_optimizer: bool = True) -> None:
         """Go on from a checkpoint, with the same scans, batch size and number of processes bit for bit.
 
         With others the epoch is resumed at the batch that holds the first scan that has not been seen in it.
@@ -388,7 +388,7 @@ class CheckpointHandler:
                 "new run from its weights by --restore_optimizer False."
             )
 
-    def _load_rest(self, engine: Trainer, checkpoint: dict[str, Any]) -> None:
+    def _load_rest(self, engine: VDVAETrainer, checkpoint: dict[str, Any]) -> None:
         """Where the run was, and what has a state of its own."""
         state = engine.state
         if checkpoint.get("scaler"):  # empty of a run that did not scale its loss
@@ -403,7 +403,7 @@ class CheckpointHandler:
             if name in checkpoint:
                 item.load_state_dict(checkpoint[name])
 
-    def _set_learning_rates(self, engine: Trainer, rates: list[float]) -> None:
+    def _set_learning_rates(self, engine: VDVAETrainer, rates: list[float]) -> None:
         """Those of this run in the place of a checkpoint's, at the same point of their schedule."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             before = base_rate(group)
@@ -426,11 +426,11 @@ class CheckpointHandler:
             )
 
 
-def _is_stable(engine: Trainer) -> bool:
+def _is_stable(engine: VDVAETrainer) -> bool:
     return engine.numbers.skips()[1] < STREAK
 
 
-def _scans_per_batch(engine: Trainer) -> int:
+def _scans_per_batch(engine: VDVAETrainer) -> int:
     """On all processes together."""
     return engine.data_loader.batch_size * idist.get_world_size()
 
@@ -469,22 +469,22 @@ class Preemption:
     def __init__(self, checkpoint: CheckpointHandler) -> None:
         self.checkpoint = checkpoint
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach last, so that everything else of an update or an epoch is done."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_told)
 
-    def _after_batch(self, engine: Trainer) -> None:
+    def _after_batch(self, engine: VDVAETrainer) -> None:
         # the end of an epoch comes with its validation, which belongs to it
         if engine.between_updates and not engine.epoch_ends and self._may_ask(engine):
             self._stop_if_told(engine)
 
-    def _may_ask(self, engine: Trainer) -> bool:
+    def _may_ask(self, engine: VDVAETrainer) -> bool:
         """Processes on GPUs ask each other every ``log_interval`` updates: they would wait for the GPUs each time."""
         alone = idist.get_world_size() == 1 or not is_async(idist.device())
         return alone or engine.state.updates % engine.numbers.log_interval == 0
 
-    def _stop_if_told(self, engine: Trainer) -> None:
+    def _stop_if_told(self, engine: VDVAETrainer) -> None:
         number = idist.all_reduce(engine.signals.received, op="MAX")
         all_done = engine.epoch_ends and engine.state.epoch == engine.state.max_epochs
         if not number or all_done:

@@ -1,14 +1,15 @@
-"""What happens around the training step: the average of the weights, records, progress, figures."""
+"""What happens around the training step: the average of the weights, records, progress, figures, a preview."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -18,10 +19,10 @@ from ignite.handlers import EMAHandler
 from ignite.handlers.tqdm_logger import ProgressBar
 from matplotlib.image import imread
 from monai.handlers import TensorBoardStatsHandler
+from monai.transforms import Compose, RandomizableTransform
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.training.checkpoints import unwrap
-from scripts.training.protocol import Trainer
 from scripts.training.update import NumberEvents
 from scripts.utils import figures, plots
 from scripts.utils.files import write_csv
@@ -31,7 +32,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
+if TYPE_CHECKING:
+    from scripts.training.trainer import VDVAETrainer
+
 logger = logging.getLogger(__name__)
+SHOWN = 8  # scans
+DRAWS = 8  # of each augmentation, of which the strongest is shown
 
 
 def update_scalars(output: dict[str, Any]) -> dict[str, float]:
@@ -49,12 +55,12 @@ class TrainingTensorBoard(TensorBoardStatsHandler):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir, iteration_log=False)
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
         super().attach(engine)
         engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._write_numbers)
 
-    def _write_numbers(self, engine: Trainer) -> None:
+    def _write_numbers(self, engine: VDVAETrainer) -> None:
         numbers = engine.state.numbers
         for name, value in update_scalars({"numbers": numbers}).items():
             self._write_scalar(engine, self._writer, name, value, numbers["iteration"])
@@ -63,12 +69,12 @@ class TrainingTensorBoard(TensorBoardStatsHandler):
 class MovingAverage(EMAHandler):
     """Ignite's moving average of the weights, which moves with each update, however many batches make one."""
 
-    def attach(self, engine: Trainer, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
+    def attach(self, engine: VDVAETrainer, name: str = "ema_momentum", warn_if_exists: bool = True) -> None:
         """Attach to a :class:`scripts.training.trainer.VDVAETrainer`."""
         update = Events.ITERATION_COMPLETED(event_filter=lambda engine, _: engine.between_updates)
         super().attach(engine, name, warn_if_exists, update)
 
-    def _update_ema_model(self, engine: Trainer, name: str) -> None:
+    def _update_ema_model(self, engine: VDVAETrainer, name: str) -> None:
         # as Ignite's, for all tensors at once
         momentum = getattr(engine.state, name)
         average, network = ([p.data for p in model.parameters()] for model in (self.ema_model, self.model))
@@ -106,17 +112,17 @@ def close(*handlers: Any) -> None:
 class ListOutput:
     """Leave a step's output as a list of one dictionary, as MONAI's experiment tracking reads it. Attach last."""
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def __call__(self, engine: Trainer) -> None:
+    def __call__(self, engine: VDVAETrainer) -> None:
         engine.state.output = [engine.state.output]
 
 
 class Progress:
     """A progress bar for each epoch, with loss, bits per dim and scans per second, on standard error."""
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach first, so that the bar's line ends before others write theirs. One process shows it for all."""
         if idist.get_rank() > 0:
             return
@@ -142,11 +148,11 @@ class History:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.rows: list[tuple[str, str, int, int, float]] = []
-        self._trainer: Trainer | None = None
+        self._trainer: VDVAETrainer | None = None
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach to the trainer, and through :meth:`watch` to the evaluator."""
         self._trainer = engine
         engine.add_event_handler(NumberEvents.NUMBERS_KNOWN, self._note_batch)
@@ -160,13 +166,13 @@ class History:
         """The trainer's epoch, for handlers of an evaluator, which counts from 1 in each run."""
         return evaluator_epoch if self._trainer is None else self._trainer.state.epoch
 
-    def _note_batch(self, engine: Trainer) -> None:
+    def _note_batch(self, engine: VDVAETrainer) -> None:
         numbers = engine.state.numbers
         self._losses.append(numbers["loss"])
         if "grad_norm" in numbers:
             self._grad_norms.append(numbers["grad_norm"])
 
-    def _note_training(self, engine: Trainer) -> None:
+    def _note_training(self, engine: VDVAETrainer) -> None:
         state = engine.state
         norms = [norm for norm in self._grad_norms if np.isfinite(norm)]
         scalars = dict(state.metrics)
@@ -276,12 +282,12 @@ class Figures:
         self.device = torch.device(device)
         self.seed = seed
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach after validation, so that the curves are complete. One process draws for all."""
         if self.figure_interval > 0 and idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Trainer) -> None:
+    def __call__(self, engine: VDVAETrainer) -> None:
         state = engine.state
         if state.epoch % self.figure_interval and state.epoch != state.max_epochs:
             return
@@ -378,3 +384,69 @@ def report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     ):
         if path.exists():
             logger.info("%s: %s", what, path)
+
+
+def save_previews(
+    output_dir: str | os.PathLike,
+    dataset: Dataset,
+    value_range: Sequence[float],
+    cache: Dataset,
+    augmentation: Mapping[str, RandomizableTransform],
+) -> None:
+    """Save training scans as NIfTI and as ``preview.png``, and what augmentation does, see :func:`save_augmentations`.
+
+    Args:
+        output_dir: made if needed.
+        dataset: with augmentation; its items hold ``image``, ``[channels, *spatial]``, in ``value_range``.
+        value_range: of its scans.
+        cache: the same scans without augmentation, in [0, 1].
+        augmentation: the random transforms by name.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [dataset[i]["image"] for i in range(min(SHOWN, len(dataset)))]
+    for index, item in enumerate(items):
+        save_nifti(folder / f"preview_{index}.nii.gz", item, item.affine)
+    scans = torch.stack([torch.as_tensor(item).as_subclass(Tensor) for item in items])
+    names = [image_captions(item)[0] for item in items]
+    figures.batch(folder / "preview.png", scans, names, value_range=tuple(value_range))
+    logger.info("Saved a batch of scans as the network will see them: '%s'.", folder / "preview.png")
+    save_augmentations(folder, cache, augmentation)
+
+
+def save_augmentations(
+    output_dir: str | os.PathLike, dataset: Dataset, augmentation: Mapping[str, RandomizableTransform]
+) -> None:
+    """Save one scan under each augmentation alone at its strongest, then under all at once: ``augmentations.png``.
+
+    The strongest is the one of eight draws that changes the scan most (by its mean absolute difference). The transforms
+    themselves are left as they are.
+
+    Args:
+        output_dir: made if needed.
+        dataset: without augmentation, of scans in [0, 1]; its first scan is shown.
+        augmentation: the random transforms by name.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    certain = {}
+    for name, transform in augmentation.items():
+        certain[name] = copy.deepcopy(transform)
+        certain[name].prob = 1.0
+    scan = dataset[0]["image"]
+    shown = {"the scan itself": scan}
+    # PyTorch's own state is what TorchIO draws from; it is put back as it was
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, transform in certain.items():
+            shown[name] = _strongest(Compose([transform]).set_random_state(0), scan)
+        chain = Compose(list(certain.values()), lazy=True).set_random_state(0)
+        shown["all at once"] = chain({"image": scan.clone()})["image"]
+    images = [image.as_tensor().clamp(0, 1) for image in shown.values()]
+    figures.batch(folder / "augmentations.png", images, list(shown), value_range=(0, 1))
+    logger.info("Saved each augmentation alone at its strongest: '%s'.", folder / "augmentations.png")
+
+
+def _strongest(transform: Compose, scan: Tensor) -> Tensor:
+    draws = [transform({"image": scan.clone()})["image"] for _ in range(DRAWS)]
+    return max(draws, key=lambda draw: float((draw - scan).abs().mean()))

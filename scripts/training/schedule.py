@@ -6,14 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
-from scripts.training.protocol import Trainer
 from scripts.utils.errors import InputError
 
-__all__ = ["TimeEstimate", "base_rate", "learning_rate_factor", "log_plan", "updates_per_epoch"]
+if TYPE_CHECKING:
+    from scripts.training.trainer import VDVAETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def base_rate(group: dict[str, Any]) -> float:
     return group.get("initial_lr", group["lr"])
 
 
-def log_plan(trainer: Trainer, learning_rate_warmup: int, learning_rate_decay: float) -> None:
+def log_plan(trainer: VDVAETrainer, learning_rate_warmup: int, learning_rate_decay: float) -> None:
     """Log, on rank 0, over how many updates a run goes, and its schedule.
 
     Args:
@@ -107,19 +107,19 @@ class TimeEstimate:
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None  # seconds, batches
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         """Attach after all that takes time at the end of an epoch: validation, figures, checkpoints."""
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_STARTED, self._start)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
 
-    def _start(self, engine: Trainer) -> None:
+    def _start(self, engine: VDVAETrainer) -> None:
         if self._begun is None:
             self._begun = self._first = (time.monotonic(), engine.state.iteration)
             self._epoch = engine.state.epoch
 
-    def _after_batch(self, engine: Trainer) -> None:
+    def _after_batch(self, engine: VDVAETrainer) -> None:
         state, batches = engine.state, engine.state.iteration - self._begun[1]
         if batches == 1:
             self._first = (time.monotonic(), state.iteration)  # what starts once is over
@@ -130,7 +130,7 @@ class TimeEstimate:
                 *(FIRST_BATCHES, duration(seconds), duration(left)),
             )
 
-    def _after_epoch(self, engine: Trainer) -> None:
+    def _after_epoch(self, engine: VDVAETrainer) -> None:
         if engine.state.epoch == self._epoch < engine.state.max_epochs:
             seconds, left = self._left(engine, *self._begun)
             logger.info(
@@ -139,7 +139,7 @@ class TimeEstimate:
             )
 
     @staticmethod
-    def _left(engine: Trainer, since: float, batches: int) -> tuple[float, float]:
+    def _left(engine: VDVAETrainer, since: float, batches: int) -> tuple[float, float]:
         """Seconds that have passed since so many batches were done, and those to the end of the run."""
         state, seconds = engine.state, time.monotonic() - since
         left = state.max_epochs * state.epoch_length - state.iteration

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -18,11 +18,11 @@ from ignite.engine import Events
 from monai.data import Dataset
 from monai.transforms import Compose, RandomizableTransform
 from monai.transforms.traits import LazyTrait
-from scripts.training.protocol import Trainer
 from scripts.utils.errors import InputError
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["EpochSampler", "EpochSeeds", "SeededDataset", "derive_seed"]
+if TYPE_CHECKING:
+    from scripts.training.trainer import VDVAETrainer
 
 AUGMENTATION, NOISE = 0, 1  # streams of their own
 
@@ -104,7 +104,7 @@ class EpochSeeds:
         self.dataset = dataset
         self.sampler = sampler
 
-    def attach(self, engine: Trainer) -> None:
+    def attach(self, engine: VDVAETrainer) -> None:
         if engine.data_loader.persistent_workers:
             raise InputError(
                 "train#dataloader: persistent_workers would never learn of a new epoch, and repeat the first one's "
@@ -113,10 +113,10 @@ class EpochSeeds:
         engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         engine.add_event_handler(Events.ITERATION_STARTED, self._start_batch)
 
-    def _start_epoch(self, engine: Trainer) -> None:
+    def _start_epoch(self, engine: VDVAETrainer) -> None:
         state = engine.state
         self.dataset.epoch = state.epoch
         self.sampler.skip = state.iteration % state.epoch_length * engine.data_loader.batch_size
 
-    def _start_batch(self, engine: Trainer) -> None:
+    def _start_batch(self, engine: VDVAETrainer) -> None:
         torch.manual_seed(derive_seed(self.seed, NOISE, engine.state.iteration, idist.get_rank()))

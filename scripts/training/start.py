@@ -25,8 +25,6 @@ from scripts.training.voxel_statistics import start_from_scans
 from scripts.utils.errors import InputError
 from torch import Tensor
 
-__all__ = ["check_inputs", "grow_network", "start_network", "starts_untrained", "stored_grid"]
-
 logger = logging.getLogger(__name__)
 
 LEVEL = re.compile(r"^encoder\.(levels|downsamples)\.(\d+)")

@@ -15,13 +15,12 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.utils.enums import CommonKeys as Keys
 from scripts.networks import VDVAEOutput
-from scripts.training.acceleration import WITHIN_UPDATES, GraphedUpdate, check_graph
 from scripts.training.checkpoints import unwrap
 from scripts.training.losses import ELBOLoss, WeightPenalty, bits_per_dim, negative_log_likelihood
-from scripts.training.precision import LowPrecision, autocast
+from scripts.training.precision import WITHIN_UPDATES, GraphedUpdate, LowPrecision, autocast, check_graph
 from scripts.training.update import BatchNote, BatchNumbers, GuardedStep, NumberEvents, StepLimits, make_capturable
 from scripts.utils.devices import on_device
-from scripts.utils.signals import SignalWatch
+from scripts.utils.distributed import SignalWatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -72,8 +71,6 @@ class TrainingEvents(EventEnum):
 class VDVAETrainer(SupervisedTrainer):
     """MONAI's ``SupervisedTrainer`` whose step minimises the negative ELBO and guards every update.
 
-    What handlers may ask of it is :class:`scripts.training.protocol.Trainer`.
-
     Updates whose gradients are not finite are skipped always, and with several processes on all of them: they share
     their gradients. Under float16 the loss scaler lowers its scale on each. On a GPU the host learns of a skipped
     update some updates late (``log_interval``), and so late come the sentence about it, and the end of a run that skips
@@ -91,6 +88,22 @@ class VDVAETrainer(SupervisedTrainer):
             It would have to wait for them otherwise.
         cuda_graph: let a GPU repeat whole updates as one CUDA graph; None: where nothing speaks against it.
         kwargs: further arguments of MONAI's ``SupervisedTrainer``: inferer, metrics, handlers.
+
+    Handlers may ask of it all that Ignite and MONAI say, and what follows. Of MONAI's events within a step
+    ``MODEL_COMPLETED`` fires for each; ``FORWARD_COMPLETED``, ``LOSS_COMPLETED`` and ``BACKWARD_COMPLETED`` cannot
+    where a GPU repeats the update as a CUDA graph: with a handler for one of them updates are launched operation by
+    operation, and ``cuda_graph`` True is refused.
+
+    Attributes:
+        state: also has ``updates``, tried so far, skipped ones included; ``skipped`` and ``skipped_in_a_row``, as far
+            as the host knows; ``numbers``, what is reported of the last batch that the host knows of, by name
+            (``loss``, ``bits_per_dim``, ``nll``, ``kl``, ``mse``, ``learning_rate``, ``skipped``,
+            ``scans_per_second``, ``iteration``, and ``grad_norm`` where the batch ended an update); and as ``output``
+            that of :meth:`batch`, which a handler may keep.
+        lr_scheduler: None where the rate stays.
+        scaler: of the loss, under float16.
+        numbers: what the host learns of each batch; it fires ``NumberEvents.NUMBERS_KNOWN``.
+        signals: which signal to stop has come.
 
     Raises:
         TrainingStalledError: ``limits.max_skips`` updates in a row were skipped.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from scripts.training.protocol import Trainer
+    from scripts.training.trainer import VDVAETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class BatchNumbers:
         limits: which updates are skipped, and how many skipped ones in a row end the run.
     """
 
-    def __init__(self, engine: Trainer, log_interval: int, limits: StepLimits) -> None:
+    def __init__(self, engine: VDVAETrainer, log_interval: int, limits: StepLimits) -> None:
         self.engine, self.log_interval, self.limits = engine, log_interval, limits
         self._delayed = DelayedScalars(log_interval)
         self._scans: list[tuple[str, float]] = []  # of the next update: name, and whether its likelihood is finite

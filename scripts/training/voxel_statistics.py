@@ -19,14 +19,11 @@ from scipy.ndimage import gaussian_filter
 from scripts.data.cache import DAMAGE, ScanCache, describe_transforms
 from scripts.networks import VDVAE
 from scripts.training.seeding import SeededDataset
-from scripts.utils.distributed import from_rank_zero, wait_for_all
+from scripts.utils.distributed import from_rank_zero, ignore_signals, wait_for_all
 from scripts.utils.files import check_archive, write_whole
-from scripts.utils.signals import ignore_signals
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-__all__ = ["Reading", "choose_readings", "start_from_scans", "voxel_statistics"]
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from scripts.utils.errors import InputError, show_root_cause
 
-__all__ = ["check_integer", "check_number", "run"]
-
 
 def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
     """Call a function with the arguments that the command line gives, and return what it returns.

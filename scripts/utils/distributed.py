@@ -1,4 +1,7 @@
-"""Several processes on one job, as torchrun starts them. Every function also works in a single process."""
+"""Several processes on one job, as torchrun starts them, and the signals by which launchers ask a run to end.
+
+Every function also works in a single process.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import ignite.distributed as idist
@@ -23,18 +29,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-__all__ = [
-    "batch_share",
-    "from_rank_zero",
-    "local_device",
-    "own_store",
-    "parallel_network",
-    "shared_out",
-    "start",
-    "stop",
-    "wait_for_all",
-]
-
 T = TypeVar("T")
 
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -43,6 +37,8 @@ RANK_ZERO_TIMEOUT = timedelta(days=1)
 # of a collective operation, such as the sum of gradients; rank 0 draws figures and saves checkpoints in between
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 EXIT_DELAY = 30  # seconds that the others leave rank 0 to show its error
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+ONCE = 1.0  # seconds in which signals are one: at Ctrl-C torchrun and the terminal send one each
 
 _calls = itertools.count()  # of from_rank_zero and of wait_for_all, in the same order on all processes
 
@@ -252,3 +248,51 @@ def shared_out(count: int, batch_size: int, make: Callable[[Sequence[int]], Sequ
     for batch in tqdm(batches, desc=what, file=sys.stderr, disable=idist.get_rank() > 0):
         made += zip(batch, make(batch), strict=True)
     return [one for _, one in sorted(itertools.chain(*idist.all_gather(made)), key=lambda pair: pair[0])]
+
+
+class SignalWatch:
+    """A context in which the first SIGTERM, SIGUSR1 or Ctrl-C is noted instead of ending the process.
+
+    Ctrl-C once more, a second later, raises ``KeyboardInterrupt``. Outside of the main thread, which alone gets signals
+    in Python, nothing is noted.
+
+    Attributes:
+        received: the number of the first signal, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._since = 0.0
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> SignalWatch:
+        self.received = 0
+        if threading.current_thread() is threading.main_thread():
+            # a shell lets what it starts in the background ignore Ctrl-C
+            watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._note) for number in watched}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+            if number == signal.SIGINT and idist.get_world_size() == 1:
+                # not by a stream: the signal may have come while one was being written to
+                os.write(2, b"\nEnding after this update; press Ctrl-C again to end without a checkpoint.\n")
+        elif number == signal.SIGINT and time.monotonic() - self._since > ONCE:
+            raise KeyboardInterrupt
+
+
+def ignore_signals(worker_id: int = 0) -> None:
+    """Let a data loader's worker survive the signals that :class:`SignalWatch` notes, so that the update can be ended.
+
+    Terminals, launchers and schedulers send them to all processes of a job. The training process tells its workers when
+    to end, and they end without it too.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

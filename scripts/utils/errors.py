@@ -8,20 +8,6 @@ import re
 import sys
 from types import TracebackType
 
-__all__ = [
-    "BundleError",
-    "ExistsError",
-    "InputError",
-    "LaunchError",
-    "NotAFolderError",
-    "NotFoundError",
-    "ResourceError",
-    "is_refusal",
-    "root_cause",
-    "sentence",
-    "show_root_cause",
-]
-
 # how the messages of MONAI's errors begin that wrap the one behind them
 MONAI_WRAPPINGS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 # where MONAI calls what a config names: an error right there is about the config, and its traceback says no more

@@ -26,16 +26,19 @@ from scripts.utils.sheets import (
     MARGIN,
     MAX_PANEL,
     MAX_WIDTH,
+    PLANES,
     Group,
     Sheet,
+    as_array,
     columns,
     contact_sheet,
+    foreground_box,
+    longest_axis,
     marks_of,
+    middle,
+    plane,
     save,
 )
-from scripts.utils.slices import PLANES, as_array, foreground_box, longest_axis, middle, plane
-
-__all__ = ["anomalies", "anomaly", "batch", "imputation", "progressive", "reconstructions", "samples", "strip"]
 
 # Black where a scan is as expected, bright at 3 standard deviations and saturated from 6 on, the same in all pictures.
 ANOMALY_STYLE = {

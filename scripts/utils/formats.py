@@ -16,20 +16,6 @@ from scripts.utils.files import write_whole
 if TYPE_CHECKING:  # commands look at their arguments before they import PyTorch
     from torch import Tensor
 
-__all__ = [
-    "DETACHED_HEADERS",
-    "IMAGE_SUFFIXES",
-    "NIFTI_SUFFIXES",
-    "SPACE_CODE",
-    "content_suffix",
-    "file_states",
-    "image_suffix",
-    "nifti_bytes",
-    "save_nifti",
-    "unzipped_content_suffix",
-    "without_image_suffix",
-]
-
 SPACE_CODE = "sform_code"  # in a loaded NIfTI file's metadata
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")

@@ -12,8 +12,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from scripts.utils.errors import ExistsError, NotAFolderError, ResourceError
 
-__all__ = ["claim_output_dir", "release_output_dir"]
-
 logger = logging.getLogger(__name__)
 
 # seconds in which the remains of a killed run end, such as workers that still hold its lock

@@ -6,18 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "CHANNEL_FILES",
-    "UNUSABLE",
-    "expanded",
-    "image_captions",
-    "image_files",
-    "image_path",
-    "item_files",
-    "item_path",
-    "printable",
-]
-
 # in a loaded image's metadata: all its files, of which MONAI keeps the first; in a datalist's item: the files that its
 # results are named by, where they are not its image's
 CHANNEL_FILES = "channel_files"

@@ -14,8 +14,6 @@ from joblib import Parallel, cpu_count, parallel_config
 from scripts.utils.errors import ResourceError
 from tqdm import tqdm
 
-__all__ = ["choose_workers", "die_with_parent", "run_parallel"]
-
 JOBS_PER_PROCESS = 24  # fewer are not worth the several seconds that a process takes to start
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 

@@ -14,10 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scripts.utils.errors import InputError
-from scripts.utils.sheets import DPI, save
-from scripts.utils.slices import as_array, middle, plane
-
-__all__ = ["centiles", "curves", "kl_per_latent", "posteriors", "unfamiliar"]
+from scripts.utils.sheets import DPI, as_array, middle, plane, save
 
 # label of a curve's y axis
 UNITS = {

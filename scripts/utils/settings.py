@@ -15,8 +15,6 @@ from scripts.utils.command_line import bundle_words, check_integer
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 
-__all__ = ["command_line_config", "save_config"]
-
 # of ``python -m monai.bundle run`` itself
 MONAI_ARGUMENTS = {
     "run_id",

@@ -1,22 +1,19 @@
-"""Pages on which slices of scans are laid out, and how a page becomes a file."""
+"""Slices of volumes, pages on which they are laid out, and how a page becomes a file."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from scripts.utils.files import write_whole
-from scripts.utils.slices import PLANES, longest_axis, middle, plane
-
-__all__ = ["DPI", "Group", "Sheet", "columns", "contact_sheet", "marks_of", "save", "shorten"]
 
 DPI = 100
 MAX_WIDTH = 19.5  # inches, so that no picture is wider than 1,950 pixels
@@ -27,6 +24,9 @@ LINE = 0.3  # inches that a line of text takes
 RING = 13  # points across
 BAR = 0.65  # inches that a horizontal colour bar takes, with its numbers and its name
 ORIENTATION = "Front up in axial slices, top up in the others; left is left."
+# name of a plane, and the axis that it cuts
+PLANES = {3: (("axial", 2), ("coronal", 1), ("sagittal", 0)), 2: (("slice", None),)}
+CROP = 0.06  # of the longest axis: what stays of the background around the foreground
 
 
 class Sheet:
@@ -39,16 +39,13 @@ class Sheet:
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.figure = Figure((width, height), dpi=DPI, facecolor="black")
+        self.page = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, width), ylim=(height, 0))
+        self.page.set_axis_off()
 
     def text(self, x: float, y: float, text: str, size: float = 9.5, colour: str = "0.9", **kwargs: Any) -> None:
         """Write text, centred at a place unless ``kwargs`` (of matplotlib's ``text``) say otherwise."""
         kwargs = {"ha": "center", "va": "center", "parse_math": False, **kwargs}  # a name may hold a $
         self.figure.text(x / self.width, 1 - y / self.height, text, color=colour, fontsize=size, **kwargs)
-
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes whose top left corner is at a place."""
-        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(place)
 
     def picture(
         self,
@@ -63,17 +60,20 @@ class Sheet:
         """Centre a slice in a box of this width and height; a voxel is ``inch`` wide, a ring is at column, row."""
         rows, columns = picture.shape
         width, height = columns * inch, rows * inch
-        axes = self.axes(x + (box[0] - width) / 2, y + (box[1] - height) / 2, width, height)
-        axes.imshow(picture, aspect="auto", **style)
+        left, top = x + (box[0] - width) / 2, y + (box[1] - height) / 2
+        # axes of their own for each picture would take nearly all of the time
+        self.page.imshow(picture, aspect="auto", extent=(left, left + width, top + height, top), **style)
         if mark is not None:
-            axes.plot(*mark, "o", markersize=RING, markerfacecolor="none", markeredgecolor="lime", markeredgewidth=1)
-        axes.set_axis_off()
+            place = left + (mark[0] + 0.5) * inch, top + (mark[1] + 0.5) * inch
+            ring = {"markerfacecolor": "none", "markeredgecolor": "lime", "markeredgewidth": 1}
+            self.page.plot(*place, "o", markersize=RING, **ring)
 
     def colour_bar(
         self, x: float, y: float, width: float, label: str, cmap: str | Colormap, vmin: float, vmax: float
     ) -> None:
         """Draw a horizontal colour bar with its numbers and its label below."""
-        axes = self.axes(x, y + 0.1, width, 0.1)
+        place = (x / self.width, 1 - (y + 0.2) / self.height, width / self.width, 0.1 / self.height)
+        axes = self.figure.add_axes(place)
         bar = self.figure.colorbar(ScalarMappable(Normalize(vmin, vmax), cmap), cax=axes, orientation="horizontal")
         bar.ax.tick_params(colors="0.9", labelsize=8)
         bar.ax.locator_params(nbins=4)
@@ -145,7 +145,7 @@ def columns(
 
 
 def marks_of(place: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Column and row of a voxel in each of the slices through it, as :func:`scripts.utils.slices.plane` turns them."""
+    """Column and row of a voxel in each of the slices through it, as :func:`scripts.utils.sheets.plane` turns them."""
     kept = [[a for a in range(len(shape)) if a != axis] for _, axis in PLANES[len(shape)]]
     return [(int(place[across]), int(shape[up] - 1 - place[up])) for across, up in kept]
 
@@ -203,3 +203,64 @@ def shorten(text: str, width: float) -> str:
 def save(path: str | os.PathLike, figure: Figure) -> Path:
     """Write a figure in the format of the path's suffix, whole or not at all."""
     return write_whole(path, lambda temporary: figure.savefig(temporary, dpi=DPI))
+
+
+def middle(volume: np.ndarray) -> tuple[int, ...]:
+    """Indices of the middle of a scan's foreground, one per axis.
+
+    The foreground is what exceeds the darkest value by more than 5 % of the range; a scan without any gives its centre.
+
+    Args:
+        volume: ``[*spatial]``.
+    """
+    return tuple((start + stop) // 2 for start, stop in _foreground_ends(np.asarray(volume)))
+
+
+def plane(volume: np.ndarray, axis: int | None, index: int = 0) -> np.ndarray:
+    """One upright slice of a scan: the front (axial) or the top (coronal, sagittal) of the head is in its first row.
+
+    Args:
+        volume: ``[*spatial]``, RAS.
+        axis: which axis to cut: 2 gives an axial slice, 1 a coronal, 0 a sagittal one; None for a 2D scan.
+        index: where to cut it.
+    """
+    return np.rot90(volume if axis is None else volume.take(index, axis))
+
+
+def _foreground_ends(volume: np.ndarray) -> list[tuple[int, int]]:
+    """First index of the foreground on each axis, and one past its last."""
+    volume = np.where(np.isfinite(volume), volume, np.nan)
+    low, high = (np.nanmin(volume), np.nanmax(volume)) if np.isfinite(volume).any() else (0.0, 0.0)
+    inside = volume > low + 0.05 * (high - low)
+    if not inside.any():
+        return [(0, n) for n in volume.shape]
+    axes = range(volume.ndim)
+    found = [np.flatnonzero(inside.any(tuple(set(axes) - {axis}))) for axis in axes]
+    return [(int(i[0]), int(i[-1]) + 1) for i in found]
+
+
+def foreground_box(volumes: Sequence[np.ndarray]) -> tuple[slice, ...]:
+    """A box around the foreground of all scans with a rim of background; everything, where their shapes differ.
+
+    Args:
+        volumes: at least one, ``[*spatial]``.
+    """
+    shape = volumes[0].shape
+    if any(v.shape != shape for v in volumes):
+        return (slice(None),) * len(shape)
+    rim = math.ceil(CROP * max(shape))
+    ends = np.array([_foreground_ends(v) for v in volumes])
+    starts, stops = ends[..., 0].min(0) - rim, ends[..., 1].max(0) + rim
+    return tuple(slice(max(0, int(a)), int(b)) for a, b in zip(starts, stops, strict=True))
+
+
+def as_array(values: Any) -> np.ndarray:
+    """An array or a tensor (on any device, of any precision) as a float32 array."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, np.float32)
+
+
+def longest_axis(volumes: Iterable[np.ndarray]) -> int:
+    """The most voxels that any volume has along any axis."""
+    return max(n for volume in volumes for n in volume.shape)

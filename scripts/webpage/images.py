@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imsave
 from scripts.utils.errors import InputError
 from scripts.utils.formats import nifti_bytes
-from scripts.utils.slices import PLANES, as_array, middle, plane
+from scripts.utils.sheets import PLANES, as_array, middle, plane
 from torch import Tensor
 
 __all__ = ["painted", "picture", "volume"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.common import TrainingStep, network_def
-from benchmarks.gpu_training import Batches
+from benchmarks.gpu_process import Batches
 from benchmarks.memory import estimate_step
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
