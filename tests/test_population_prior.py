@@ -24,6 +24,7 @@ from scripts.inference.scoring import Scoring
 from scripts.inference.tables import list_coordinates, scans_to_fit
 from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
+from scripts.population.content import coarse_offset, offset_on
 from scripts.population.fit import PopulationFit, fit_bytes, latents_within
 from scripts.population.prior import PopulationPrior, find_population_prior, fingerprint, innovation
 from scripts.population.sketch import FactorSketch, prior_from_sketch
@@ -325,6 +326,17 @@ def edited(content: dict, edit: str) -> None:
     """Change one thing of a prior's file, in words of Python."""
     latent = content["latents"][min(content["latents"])]
     exec(edit, {"content": content, "latent": latent, "torch": torch, "nan": math.nan, "inf": math.inf})
+
+
+def test_mean_differences_of_fine_grids_are_kept_on_a_coarse_one():
+    values = torch.linspace(-1, 1, 256)
+    for shape, stored in (([64, 32, 16], [64, 32, 16]), ([128, 64, 32], [64, 32, 16]), ([256, 128], [64, 32])):
+        offset = values[: shape[0]].view(-1, *[1] * (len(shape) - 1)).expand(2, 1, *shape)
+        kept = coarse_offset(offset)
+        assert list(kept.shape) == [2, 1, *stored]
+        torch.testing.assert_close(offset_on(shape, kept, "the file"), offset, atol=0.02, rtol=0)
+    with pytest.raises(CheckpointError, match="of another grid"):
+        offset_on([96, 64, 32], kept, "the file")
 
 
 @pytest.mark.parametrize(

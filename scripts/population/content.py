@@ -7,13 +7,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.networks.layers.factories import Pool
 from scripts.data.covariates import Continuous, CovariateCoding
 from scripts.training.checkpoints import CheckpointError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 FORMAT = 1  # of the file
 FIT_IT = "fit one by the run fit_prior of configs/inference.json"
+OFFSET_GRID = 64
 FACTORS = ("sharpness", "dispersion", "region_dispersion")
+
+
+def coarse_offset(offset: Tensor) -> Tensor:
+    """What features add to the mean of each voxel as a file has it: at 128³ and above on a coarser grid.
+
+    There it would be most of the file, and what differs between groups of people from voxel to voxel is chance.
+
+    Args:
+        offset: ``[features, channels, *spatial]``.
+    """
+    size = max(1, max(offset.shape[2:]) // OFFSET_GRID)
+    return offset if size == 1 else Pool["AVG", offset.ndim - 2](size)(offset.float())
+
+
+def offset_on(shape: Sequence[int], offset: Tensor, name: str) -> Tensor:
+    """What a file has of it, on the grid of the network.
+
+    Args:
+        shape: of that grid.
+        offset: of the file.
+        name: of the file, for the message.
+
+    Raises:
+        CheckpointError: it is of another grid.
+    """
+    if offset.shape[2:] == torch.Size(shape):
+        return offset
+    if coarse_offset(torch.empty(1, 1, *shape)).shape[2:] != offset.shape[2:]:
+        raise CheckpointError(f"{name} is of another grid than the network, by its 'offset': {FIT_IT}.")
+    return interpolate(offset.float(), tuple(shape), mode="trilinear" if len(shape) == 3 else "bilinear")
 
 
 class _WrongError(Exception):

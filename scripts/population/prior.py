@@ -26,7 +26,7 @@ import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
 from scripts.networks import VDVAE
-from scripts.population.content import FIT_IT, FORMAT, check_prior
+from scripts.population.content import FIT_IT, FORMAT, check_prior, coarse_offset, offset_on
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand
@@ -334,7 +334,7 @@ class PopulationPrior(nn.Module):
         if self.coding is not None:
             content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
             content["region_dispersion"] = self.region_dispersion
-            content |= {} if self.offset is None else {"offset": self.offset.half()}
+            content |= {} if self.offset is None else {"offset": coarse_offset(self.offset).half()}
         torch.save(content, file)
 
     @classmethod
@@ -358,8 +358,8 @@ class PopulationPrior(nn.Module):
                 parts["effects"][index] = from_bytes(latent["effects"], latent["effects_scale"])
         coding = CovariateCoding.from_plain(content["covariates"]) if "covariates" in content else None
         offset = content.get("offset")
-        if network is not None and offset is not None and offset.shape[2:] != tuple(network.spatial_shape):
-            raise CheckpointError(f"{name} is of another grid than the network, by its 'offset': {FIT_IT}.")
+        if network is not None and offset is not None:
+            offset = offset_on(network.spatial_shape, offset, name)
         try:
             found = cls(
                 **parts,
