@@ -38,7 +38,7 @@ from scripts.utils.files import write_csv, write_text
 from scripts.utils.formats import save_nifti
 from scripts.utils.names import image_path, item_path
 
-__all__ = ["CERTIFIED", "Certificate", "CertifiedEvaluator", "FindClusters", "certify", "discovery_level"]
+__all__ = ["Certificate", "CertifiedEvaluator", "FindClusters", "certify", "discovery_level"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ MOST_CLUSTERS = 20  # of a scan in the table, the largest ones; all count
 CORRECTIONS = ("family", "discovery")
 SITE = "site"
 FAMILIES = ("cluster", "region")
-CERTIFIED = ("certificate.csv", "findings.csv")
 
 
 def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:

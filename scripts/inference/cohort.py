@@ -138,6 +138,12 @@ class Cohort:
         """The values of all scans, why some are refused, and which lie outside of the range of the prior's cohort."""
         refused: dict[int, str] = {}
         values = self.covariates.values(coding, self.unseen, refused)
+        if values and not refused and all(value is None for known in values for value in known.values()):
+            logger.warning(
+                "Nothing says %s of any scan, so that each is compared with the whole cohort: put a participants.tsv "
+                "into dataset_dir, or name a table by --covariates_file.",
+                " or ".join(coding.variables),
+            )
         outside, sentence = self.covariates.outside_range(coding, values)
         for warning in (*self.covariates.without_rows(), sentence):
             if warning:

@@ -84,7 +84,9 @@ class Failures:
         if idist.get_rank() == 0:
             if failed:
                 write_csv(self.path, Failure._fields, failed)
-                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, *failed[0])
+                image, reason = failed[0]
+                reason = reason.removeprefix(f"'{image}': ").rstrip(".")
+                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, image, reason)
             else:
                 self.path.unlink(missing_ok=True)
         distributed.stop()

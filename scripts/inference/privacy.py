@@ -19,6 +19,7 @@ from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
+from scripts.utils.report import write_report
 from torch import Tensor
 
 __all__ = ["Measured", "Privacy", "draw_samples", "measure", "membership_numbers", "one_per_subject", "privacy_sides"]
@@ -178,6 +179,9 @@ class Privacy:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_csv(self.output_dir / "privacy.csv", ("kind", "image", "nearest_training", "distance"), rows)
         write_text(self.output_dir / "privacy.json", json.dumps(numbers, indent=2) + "\n")
+        lead = f"{len(samples)} sample(s) beside {len(training.items)} scans that were trained on."
+        table = self.output_dir / "privacy.csv"
+        write_report(self.output_dir, "Results of privacy", lead, [table], settings=numbers, name="report_privacy.html")
         logger.info(
             "A scan that was trained on is likelier than a held-out one in %.1f %% of pairs (95 %% interval %.1f to "
             "%.1f; 50: the model keeps nothing of single people), by %.4f bits per dim in the mean. Samples lie at "
