@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import PROCESS, ROOT, run_command
+from conftest import ROOT, run_command
 from test_docs import TEXT, command_lines
 
 from scripts.inference import familiar
@@ -36,7 +36,7 @@ NOT_RUN = {
     r"ch2\.nii\.gz|inference\.md: .*prepare HEADS": "a head of a Debian package",
     r"README\.md: .*prepare DIR|preparing\.md: .*raw|familiar\.md: .*prepare": "seconds for each scan",
 }
-WORDS = ("reconstruct", "encode", "sample", "interpolate", "score", "fit_prior", "privacy")  # that need no option
+WORDS = ("reconstruct", "encode", "sample", "interpolate", "score", "fit_prior")  # that need no option
 KINDS = "{'age': 'continuous', 'sex': 'categorical', 'site': 'categorical'}"
 
 
@@ -109,7 +109,7 @@ def test_the_commands_of_a_page_run_in_its_order(page, tiny_bundle, tmp_path, mo
         if is_run(page, words):
             if "-m" in words:
                 place = words.index("-m")
-                ended = run_command(*words[place + 1 :], cwd=folder, **PROCESS)
+                ended = run_command(*words[place + 1 :], cwd=folder)
             else:
                 ended = subprocess.run(words, cwd=folder, capture_output=True, text=True, encoding="utf-8")
             assert ended.returncode == 0, f"{' '.join(words)}\n{ended.stdout}\n{ended.stderr}"
