@@ -132,8 +132,8 @@ def privacy_sides(
     if not training or not held_out:
         raise InputError(
             f"dataset_dir '{dataset_dir}' does not say which scans were trained on and which were not: set --run_dir "
-            "to a training run and no --dataset_dir, or --dataset_dir to a datalist with 'training' and 'validation' (or "
-            "'testing')."
+            "to a training run, without --dataset_dir, or --dataset_dir to a datalist with 'training' and 'validation' "
+            "(or 'testing')."
         )
     return tuple([side[at] for at in one_per_subject(side, most, seed)] for side in (training, held_out))
 
