@@ -5,6 +5,7 @@ Names that stand for a reader's own files (``DIR``, ``HEADS``, ``OUT``) are fold
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -69,6 +70,7 @@ def tiny_bundle(tmp_path_factory) -> Path:
         config = json.loads(path.read_text(encoding="utf-8"))
         if "network_def" in config:
             config |= {key: value for key, value in tiny.items() if key.split("#")[0] in config}
+            config |= {"network#augmented": False} if "epochs" in config else {}  # as in quick_start.json
         elif "network_def#channels" in config:  # an overlay
             config = {key: tiny.get(key, value) for key, value in config.items()}
         if "phantom_dir" in config:
@@ -76,8 +78,15 @@ def tiny_bundle(tmp_path_factory) -> Path:
         path.write_text(json.dumps(config))
     how = {"contrast": "T1w", "covariates": True, "lesions": 0.5, "mask_dir": bundle / "MASKS"}
     make_brains(bundle / "DIR", 6, spacing=16.0, workers=1, **how)
-    for name in ("HEALTHY", "aligned", "prepared"):
+    for name in ("aligned", "prepared"):
         shutil.copytree(bundle / "DIR", bundle / name)
+    (bundle / "HEALTHY").mkdir()
+    table = (bundle / "DIR" / "participants.tsv").read_text(encoding="utf-8").splitlines()
+    for number, row in enumerate(itertools.islice(itertools.cycle(table[1:]), 20)):  # others, of other names
+        scan, known = row.split("\t", 1)
+        shutil.copy(bundle / "DIR" / f"{scan}_T1w.nii.gz", bundle / "HEALTHY" / f"sub-1{number:03d}_T1w.nii.gz")
+        table.append(f"sub-1{number:03d}\t{known}")
+    (bundle / "HEALTHY" / "participants.tsv").write_text("\n".join([table[0], *table[7:]]) + "\n")
     make_brains(bundle / "HEADS", 2, spacing=8.0, contrast="T1w", covariates=True, workers=1)
     people = (bundle / "HEADS" / "participants.tsv").read_text(encoding="utf-8")
     (bundle / "HEADS" / "participants.tsv").write_text(re.sub(r"\t[ABC]\n", "\tOURS\n", people))

@@ -627,7 +627,7 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         page.get_by_role("tab", name="Sample").click()
         page.wait_for_selector("#sample .sheet img")
         assert page.locator("#sample .sheet img").count() == 8
-        page.get_by_text("Keep on the left").click()
+        page.get_by_role("button", name="Keep on the left").click()
         page.locator("#sample .sheet button").nth(2).click()
         drawn("#sample", 2, place=1)
         captions = page.locator("#sample .caption").all_text_contents()
