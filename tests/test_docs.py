@@ -24,9 +24,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]  # the noteboo
 TEXT = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 TRAIN, INFERENCE = ["configs/train.json"], ["configs/inference.json"]
 EVALUATE = [*TRAIN, "configs/evaluate.json"]
-COMMAND = re.compile(
-    r"\s*(?:[A-Z]+=\S+ )*(?:\S*python3?|torchrun|make|cp|mkdir|sbatch|pip|hd-bet|mri_synthstrip|flirt|antsReg\S+) "
-)
+TOOLS = "torchrun|make|cp|mkdir|sbatch|hd-bet|bet|mri_synthstrip|flirt|antsRegistrationSyN.sh"
+COMMAND = re.compile(rf"\s*(?:[A-Z]+=\S+ )*(?:\S*python3?|{TOOLS}) ")
 TORCHRUN = {option.lstrip("-") for option in get_args_parser()._option_string_actions}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules")  # a command that is imported already

@@ -23,7 +23,7 @@ from scripts.inference import familiar
 # what the tests cannot run, by a pattern of "page: command"
 NOT_RUN = {
     r": make ": "installs from the internet",
-    r"sbatch |: (?:hd-bet|mri_synthstrip|flirt|antsReg)": "a cluster's, and other tools'",
+    r"sbatch |: (?:hd-bet|bet|mri_synthstrip|flirt|antsReg)": "a cluster's, and other tools'",
     r"torchrun .*nproc_per_node": "several processes: tests/test_distributed.py",
     r"scripts\.explore": "a server: tests/test_explore.py",
     r"benchmarks\.|performance\.md|data/sites|data/people|data/others|output/people": "measures for minutes to days",
