@@ -3,6 +3,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # some minutes on two cores: enough to see every output
 EPOCHS ?= 6
+# MONAI warns of every config, that it is code: this one is the bundle's own
+export PYTHONWARNINGS ?= ignore:parsing config_file
 
 .PHONY: install train explore test lint clean
 

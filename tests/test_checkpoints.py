@@ -325,6 +325,19 @@ def test_a_pickle_that_would_run_code_is_refused(archive, tmp_path):
     assert not made.exists()
 
 
+def test_weights_of_another_size_name_the_overlay_that_they_need(tmp_path):
+    files = [str(ROOT / "configs" / name) for name in ("train.json", "medium_32.json")]
+    other, network = (
+        ConfigParser(ConfigParser.load_config_files(files[:count])).get_parsed_content("network_def")
+        for count in (1, 2)
+    )
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"its network is that of configs/medium_32\.json: name that too"):
+        load_weights(other, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"another architecture .*use the config that it was trained with"):
+        load_weights(VDVAE(2, 1, [4, 6], [1, 1], [2, 3], [3, 2]), tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_good_order(number, undisturbed, cohort, tmp_path):
     """Sent to every process of the run, as schedulers and terminals do; the loaders' workers have to outlive it."""

@@ -313,6 +313,7 @@ def test_counterfactual_keeps_the_scans_own_grid(fitted, tmp_path):
 def test_harmonise_changes_the_site_alone(fitted, tmp_path):
     job("harmonise", fitted, tmp_path, "--covariates", {"site": "A"})
     assert (tmp_path / "sub-0001_FLAIR_harmonised.nii.gz").is_file()
+    assert (tmp_path / "report_harmonise.html").is_file()
     refused = job("harmonise", fitted, tmp_path / "age", "--covariates", {"age": 50})
     assert "categorical alone" in refused.stderr
 
@@ -327,6 +328,11 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "deviation.csv").open()))
     assert len(rows) == 48 and {row["region"] for row in rows} == {"left", "right"}
     assert {"image", "subject", "age", "value", "expected", "std", "z", "centile", "q"} <= set(rows[0])
+    scores = list(csv.DictReader((tmp_path / "out" / "deviation_scores.csv").open()))
+    assert len(scores) == 24
+    worst = max(scores, key=lambda row: float(row["deviation_score"]))["image"]
+    page = (tmp_path / "out" / "report_deviation.html").read_text(encoding="utf-8")
+    assert page.split("<tr><td>")[1].startswith(worst) and "about 2.6" in page
     wide = list(csv.DictReader((tmp_path / "out" / "deviation_z.csv").open()))
     assert "shows regions over age" in done.stderr and imread(tmp_path / "out" / "regions.png").shape[2] == 4
     assert len(wide) == 24 and wide[0]["left"] == rows[0]["z"]
@@ -351,6 +357,9 @@ def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
     assert corrected.mean() == pytest.approx(0, abs=0.01)
     assert np.corrcoef(ages, corrected)[0, 1] == pytest.approx(0, abs=0.01)
     assert (tmp_path / "sub-0001_FLAIR_covariates.png").is_file()
+    page = (tmp_path / "report_predict_covariates.html").read_text(encoding="utf-8")
+    worst = rows[int(np.abs(gaps).argmax())]["image"]
+    assert page.split("<tr><td>")[1].startswith(worst) and "_covariates.png" in page
 
 
 def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):

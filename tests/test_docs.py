@@ -24,6 +24,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]  # the noteboo
 TEXT = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 TRAIN, INFERENCE = ["configs/train.json"], ["configs/inference.json"]
 EVALUATE = [*TRAIN, "configs/evaluate.json"]
+TOOLS = "torchrun|make|cp|mkdir|sbatch|hd-bet|bet|mri_synthstrip|flirt|antsRegistrationSyN.sh"
+COMMAND = re.compile(rf"\s*(?:[A-Z]+=\S+ )*(?:\S*python3?|{TOOLS}) ")
 TORCHRUN = {option.lstrip("-") for option in get_args_parser()._option_string_actions}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules")  # a command that is imported already
@@ -34,14 +36,21 @@ def in_the_bundle(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def command_lines(text: str) -> list[list[str]]:
+    """The words of each command that stands in an indented or a fenced block, in their order."""
+    blocks = re.findall(r"(?:^    .*\n)+|^```(?:sh|bash)\n(?:.*\n)*?```$", text, re.MULTILINE)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    lines = [part for line in lines for part in re.sub(r"\s# .*", "", line).split(" && ")]
+    return [shlex.split(line) for line in lines if COMMAND.match(line)]
+
+
 def commands() -> list[tuple[str, str, list[str]]]:
     """Document, module and words of every ``python -m`` command, in blocks, tables and sentences."""
     found = []
     for name, text in TEXT.items():
-        blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
-        lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-        for line in [*(line for line in lines if " -m " in line), *re.findall(r"`([^`\n]* -m [^`\n]*)`", text)]:
-            words = shlex.split(re.sub(r"\s# .*", "", line))
+        sentences = re.findall(r"`([^`\n]* -m [^`\n]*)`", text)
+        lines = [shlex.split(re.sub(r"\s# .*", "", line)) for line in sentences]
+        for words in [*command_lines(text), *lines]:
             for place, word in enumerate(words[:-1]):
                 if word == "-m" and words[place + 1].split(".")[0] in ("monai", "scripts", "benchmarks"):
                     found.append((name, words[place + 1], words[place + 2 :]))

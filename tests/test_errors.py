@@ -1,6 +1,7 @@
 """What people read when a command fails, and how soon."""
 
 import errno
+import logging
 import re
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_a_refusal_is_one_sentence_and_the_last_line(tmp_path):
     assert "Traceback" not in result.stderr
     assert len(sentences(result)) == 1
     assert result.stderr.splitlines()[-1].startswith(f"Error: dataset_dir '{tmp_path / 'no'}' does not exist")
+
+
+def test_debug_lets_monai_log_what_it_was_given(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    logger = logging.getLogger("monai.bundle.scripts")
+    monkeypatch.setattr(logger, "level", logger.level)
+    for debug in (False, True):
+        logger.setLevel(logging.WARNING)  # as configs/logging.conf has it
+        show_root_cause(debug)
+        assert logger.isEnabledFor(logging.INFO) == debug
+    logger.setLevel(logging.INFO)
 
 
 def test_debug_shows_the_traceback_between_two_copies_of_the_sentence(tmp_path):

@@ -33,6 +33,7 @@ from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstru
 from scripts.inference.outputs import from_zero_to_one
 from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import Draws
+from scripts.utils.figures import peak_of
 from scripts.webpage.app import create_app
 from scripts.webpage.cohort import Cohort
 from scripts.webpage.jobs import Jobs
@@ -256,6 +257,9 @@ def test_a_scan_is_shown_as_the_jobs_see_it(client, cohort, network):
         np.testing.assert_allclose(image.get_fdata(), from_zero_to_one(found[name][0, 0], (-1, 1)), atol=1e-5)
         np.testing.assert_allclose(image.affine, affine, atol=1e-4)
     np.testing.assert_allclose(volume(client, job, "zscore").get_fdata(), found["zscore"][0, 0], rtol=1e-3, atol=1e-3)
+    voxel = np.linalg.solve(affine, [*job["result"]["peak"], 1])[:3].round().astype(int)
+    inside, anomaly = (volume(client, job, name).get_fdata() for name in ("scan", "anomaly"))
+    assert abs(anomaly[tuple(voxel)]) == pytest.approx(np.abs(anomaly[inside > 0.05]).max())
     assert {"scan", "restored", "anomaly", "scale"} <= {name.removesuffix(".nii.gz") for name in job["files"]}
     # the numbers are those of `score`
     draws = Draws([scan_generator(0, job["result"]["row"]["image"])])
@@ -542,6 +546,8 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         assert page.locator("#scans .bar").count() == 2
         assert page.locator("#scans .bar").last.text_content().endswith("orange brighter")
         nv = viewer("#scans")
+        place = page.evaluate(f"Array.from({nv}.frac2vox({nv}.scene.crosshairPos))")
+        assert tuple(place) == peak_of(*(window.volume("#scans", number)[None] for number in (0, 1)))[1:]
         page.get_by_label("Threshold").first.fill("4")
         assert page.evaluate(f"{nv}.volumes[1].cal_min") == pytest.approx(4)
         page.get_by_label("Opacity").first.fill("0.4")
@@ -621,7 +627,7 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         page.get_by_role("tab", name="Sample").click()
         page.wait_for_selector("#sample .sheet img")
         assert page.locator("#sample .sheet img").count() == 8
-        page.get_by_text("Keep on the left").click()
+        page.get_by_role("button", name="Keep on the left").click()
         page.locator("#sample .sheet button").nth(2).click()
         drawn("#sample", 2, place=1)
         captions = page.locator("#sample .caption").all_text_contents()
@@ -653,9 +659,23 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         # change: the scan that was opened, over age; errors are sentences
         page.get_by_role("tab", name="Change").click()
         page.get_by_role("button", name="Mix", exact=True).click()
-        assert page.text_content("#change .message") == "Choose two scans first."
-        page.get_by_text("Film over age").click()
+        assert page.text_content("#change .message") == "Second scan: choose one first."
+        # a part of a name that one scan alone has will do, others are not guessed at
+        second = page.get_by_label("Second scan")
+        second.fill("sub-00")
+        page.wait_for_timeout(500)
+        page.get_by_role("button", name="Mix", exact=True).click()
+        assert "12 scans have “sub-00” in their rows" in page.text_content("#change .message")
+        assert page.locator("#change .hint").is_visible()
+        second.fill("0002")
+        page.wait_for_timeout(500)
+        page.get_by_role("button", name="Mix", exact=True).click()
         page.wait_for_selector("#change .sheet img")
+        assert "to sub-0002_FLAIR.nii.gz" in page.text_content("#change .caption")
+        assert not page.locator("#change .hint").is_visible()
+        seen = window.times("#change")
+        page.get_by_text("Film over age").click()
+        drawn("#change", seen + 1)
         assert page.locator("#change .sheet img").count() == 10
         assert "(age 40, sex F, site A)" in page.text_content("#change .caption")
 

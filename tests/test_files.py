@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PROCESS, ROOT
 from monai.transforms import Compose
 
@@ -103,6 +104,14 @@ def test_an_error_names_what_its_reader_knows(tmp_path, error, named, as_bytes):
     assert raised.value.errno == error
     assert raised.value.filename == str(tmp_path if named == "folder" else path)
     assert sentence(raised.value).startswith(f"'{tmp_path if named == 'folder' else path}' ")
+
+
+def test_libraries_of_other_errors_name_it_too(tmp_path):
+    with pytest.raises(
+        FileNotFoundError
+    ) as raised:  # of PyTorch's own it would be a RuntimeError, of the temporary file
+        write_whole(tmp_path / "none" / "model.pt", lambda temporary: torch.save({}, temporary))
+    assert raised.value.filename == str(tmp_path / "none")
 
 
 def test_a_folder_in_the_place_of_a_file_and_one_that_is_not_there(tmp_path):

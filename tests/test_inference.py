@@ -617,7 +617,7 @@ def test_the_code_of_the_docs_runs(scans, encoded, weights, tmp_path, monkeypatc
     places = {
         "RESULTS/sub-01_latents.npz": encoded[0] / "RAS" / "RAS_latents.npz",
         "EDITED/sub-01_latents.npz": tmp_path / "edited" / "RAS_latents.npz",
-        "output/checkpoints/model.pt": weights,
+        "models/model.pt": weights,
         '"scan.nii.gz"': f'"{scans / "RAS" / "RAS.nii.gz"}"',
         '"DIR"': f'"{scans}"',
         '"RESULTS"': f'"{tmp_path / "results"}"',

@@ -127,11 +127,15 @@ def table(scans: Iterable[Scan]) -> str:
 
 
 def _alignment(scans: list[Scan]) -> str:
-    """How training would fit scans to the network's grid, and why."""
+    """How training would fit scans to the network's grid, and why; and what aligns those that are not."""
     centres = [scan.foreground for scan in scans if scan.foreground is not None]
     aligned, reason = find_alignment(centres, [s.oblique for s in scans], [s.sform_code for s in scans])
-    where = "one box of the world" if aligned else "the box of its own file"
-    return f"{reason}: training fits {'all of them' if aligned else 'each'} to {where}."
+    if aligned:
+        return f"{reason}: training fits all of them to one box of the world."
+    return (
+        f"{reason}: training fits each to the box of its own file.\nWhether heads have a skull is not checked: "
+        "`python -m scripts.prepare DIR --output_dir READY` removes it, and aligns them."
+    )
 
 
 def summary(report: Report) -> str:
@@ -155,10 +159,6 @@ def summary(report: Report) -> str:
             "Training stops at scans that are unusable; with --scan_policy skip it leaves them out, and those with odd "
             "headers."
         )
-    lines.append(
-        "Whether heads have a skull is not checked: `python -m scripts.prepare DIR --output_dir READY` removes it, and "
-        "aligns them."
-    )
     lines.append(f"Report: '{report.folder / 'report.csv'}'. Look at '{report.folder / 'contact_sheet.png'}'.")
     return "\n".join(lines)
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+OTHER_TABLE = "; name a table by --covariates_file"
+
 PARTICIPANTS = "participants.tsv"
 NO_COVARIATES = ("image", "label", "mask", "subject", "session", "channel_files")  # of a datalist's item
 MOST_NAMED = 8  # categories of a covariate, in a message
@@ -269,7 +271,7 @@ def read_cohort(
             raise InputError(
                 f"covariates: '{name}' is in no table of dataset_dir '{dataset_dir}'"
                 + (f" or '{covariates_file}'" if covariates_file else "")
-                + (f"; found are {', '.join(names)}." if names else ": there is no participants.tsv.")
+                + (f"; found are {', '.join(names)}." if names else f": there is no participants.tsv{OTHER_TABLE}.")
             )
     for name, side in zip(("training", "validation"), sides, strict=True):
         for sentence in side.without_rows():

@@ -250,7 +250,9 @@ class CovariateCoding:
             ValueError: they are no such mapping, the model has no such covariate, or a value makes no sense.
         """
         if not isinstance(values, Mapping) or not values:
-            raise InputError(f'covariates is {values!r}: give values by names, such as "{{\'{self.example()}}}".')
+            raise InputError(
+                f'covariates is {values!r}: give values by names, as in --covariates "{{\'{self.example()}}}".'
+            )
         for name in values:
             if name not in self.variables:
                 raise InputError(f"covariates: the model knows no '{name}'; it knows {', '.join(self.variables)}.")
@@ -259,7 +261,8 @@ class CovariateCoding:
     def example(self) -> str:
         """How a user writes a value of the first covariate."""
         name, variable = next(iter(self.variables.items()))
-        return f"{name}': {variable.grid()[len(variable.grid()) // 2]!r}"
+        value = variable.grid()[len(variable.grid()) // 2]
+        return f"{name}': {f'{value:.3g}' if isinstance(value, float) else repr(value)}"
 
     def plain(self) -> list[dict[str, Any]]:
         """As plain values, for a file."""

@@ -44,7 +44,6 @@ MOST_CLUSTERS = 20  # of a scan in the table, the largest ones; all count
 CORRECTIONS = ("family", "discovery")
 SITE = "site"
 FAMILIES = ("cluster", "region")
-CERTIFIED = ("certificate.csv", "findings.csv")
 
 
 def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:

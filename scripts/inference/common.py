@@ -85,7 +85,9 @@ class Failures:
         if idist.get_rank() == 0:
             if failed:
                 write_csv(self.path, Failure._fields, failed)
-                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, *failed[0])
+                image, reason = failed[0]
+                reason = reason.removeprefix(f"'{image}': ").rstrip(".")
+                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, image, reason)
             else:
                 self.path.unlink(missing_ok=True)
         distributed.stop()
@@ -294,6 +296,12 @@ class Cohort:
         """The values of all scans, why some are refused, and which lie outside of the range of the prior's cohort."""
         refused: dict[int, str] = {}
         values = self.covariates.values(coding, self.unseen, refused)
+        if values and not refused and all(value is None for known in values for value in known.values()):
+            logger.warning(
+                "Nothing says %s of any scan, so that each is compared with the whole cohort: put a participants.tsv "
+                "into dataset_dir, or name a table by --covariates_file.",
+                " or ".join(coding.variables),
+            )
         outside, sentence = self.covariates.outside_range(coding, values)
         for warning in (*self.covariates.without_rows(), sentence):
             if warning:

@@ -26,6 +26,7 @@ from scripts.inference.engine import scan_generator
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.measures import value_numbers
 from scripts.inference.outputs import file_names
+from scripts.inference.scoring import foreground_percentile
 from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
@@ -67,6 +68,24 @@ def draw_deviation(path: str, data: Mapping[Hashable, Any], value_range: tuple[f
     figures.anomaly(
         path, data["image"], data["expected"], data["deviation"], titles, value_range, ("expected", "deviation")
     )
+
+
+class ScoreDeviation(Transform):
+    """Add ``deviation_score``, the 99th percentile of the absolute ``deviation`` in a scan's foreground.
+
+    It belongs before what brings the map to the scan's own grid.
+
+    Args:
+        network: whose scans it is about.
+    """
+
+    def __init__(self, network: VDVAE) -> None:
+        self.network = network
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image, deviation = (torch.as_tensor(data[key]).as_subclass(Tensor)[None] for key in ("image", "deviation"))
+        (score,) = foreground_percentile(deviation.abs(), image, self.network, 99)
+        return {**data, "deviation_score": score}
 
 
 class SavePosteriors(Transform):

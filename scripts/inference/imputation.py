@@ -60,6 +60,10 @@ class HideMissingd(MapTransform):
             observed_values = scan.as_tensor().masked_fill(missing, torch.inf)
             background = observed_values.flatten(1).amin(1).reshape(-1, *[1] * (scan.ndim - 1))
             d |= {"missing": missing, "observed": scan.clone()}
+            if not missing.any():
+                logger.info(
+                    "'%s': its mask '%s' marks nothing, so that nothing is filled in.", image_path(scan), d[self.mask]
+                )
             d[key] = MetaTensor(torch.where(missing, background, scan.as_tensor())).copy_meta_from(scan)
         return d
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.data.covariates import CovariateCoding
 from scripts.inference.layouts import VOLUME, ScanLayout
 from scripts.population.prior import PopulationPrior
 from scripts.utils.report import ShownTable, ShownVolume, read_shown, write_report
 from torch import Tensor
 
-__all__ = ["DEVIATIONS", "PREDICTIONS", "SCORES", "Report", "usual_scores", "write_job_report"]
+__all__ = ["DEVIATION_REPORT", "Report", "prediction_report", "score_report", "write_job_report"]
 
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
 IMAGES = ("recon", "imputed_mean", "sample", "decoded")
@@ -29,13 +30,18 @@ SCORES = (
     "scans of the cohort that the network was trained on. The most anomalous scans come first."
 )
 DEVIATIONS = (
-    "z: standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are "
-    "in standard deviations, and brightest at 6. Of a certificate: people: of the calibration, in each group; "
-    "expected: scans that would have a significant cluster if all were healthy; observed: those that have a finding "
-    "that is; p: the share of healthy people whose largest finding is as large. _significant: -log10 p of each "
-    "significant cluster, below 0 where it is darker."
+    "deviation_score: the 99th percentile of the absolute deviation in the brain; of people who vary as the prior says "
+    "it is about 2.6. z: standard deviations from what is expected at this scan's covariates; centile: the same in per "
+    "cent. Maps are in standard deviations, and brightest at 6. Of a certificate: people: of the calibration, in each "
+    "group; expected: scans that would have a significant cluster if all were healthy; observed: those that have a "
+    "finding that is; p: the share of healthy people whose largest finding is as large. _significant: -log10 p of each "
+    "significant cluster, below 0 where it is darker. The scans that deviate most come first."
 )
-PREDICTIONS = "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it."
+PREDICTIONS = (
+    "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it; _gap: the "
+    "mean less that, and _gap_corrected without what people of this value have in the mean. The largest gaps come "
+    "first."
+)
 
 
 class Report(NamedTuple):
@@ -46,6 +52,7 @@ class Report(NamedTuple):
         legend: what the columns mean.
         first, worst: of the first table, see :class:`scripts.utils.report.ShownTable`; its order is that of the scans.
         usual: likewise.
+        pictures: of each scan, beside those that a ``SaveFigured`` draws.
     """
 
     tables: Sequence[str] = ()
@@ -54,9 +61,45 @@ class Report(NamedTuple):
     first: Sequence[str] = ()
     worst: str = ""
     usual: Mapping[str, str] = {}
+    pictures: Sequence[ScanLayout] = ()
 
 
-def usual_scores(prior: PopulationPrior | None) -> dict[str, str]:
+# the 99th percentile of the absolute value of a number that varies as the prior says
+DEVIATION_REPORT = Report(
+    ("deviation_scores.csv", "certificate.csv", "findings.csv", "deviation_z.csv", "deviation.csv"),
+    ("regions.png",),
+    DEVIATIONS,
+    ("deviation_score", "unfamiliarity"),
+    "deviation_score",
+    {"deviation_score": "about 2.6", "unfamiliarity": "below 1"},
+)
+
+
+def score_report(prior: PopulationPrior | None) -> Report:
+    """The page of ``score``."""
+    return Report(
+        ("scores.csv", "lesions.csv", "lesions_thresholds.csv"),
+        ("most_unusual.png",),
+        SCORES,
+        ("familiar", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail", "bits_per_dim"),
+        "anomaly_score",
+        _usual_scores(prior),
+    )
+
+
+def prediction_report(coding: CovariateCoding, picture: ScanLayout | None) -> Report:
+    """The page of ``predict_covariates``: scans whose first number is told least rightly come first."""
+    first, worst, usual = [], "", {}
+    for name, variable in coding.variables.items():
+        if variable.kind == "continuous":
+            worst = worst or f"{name}_gap"
+            first += [f"{name}_{end}" for end in ("gap", "gap_corrected", "own", "mean", "low", "high")]
+            usual[f"{name}_own"] = "from _low to _high in 90 %"
+    pictures = [] if picture is None else [picture]
+    return Report(("covariates.csv",), (), PREDICTIONS, first, worst, usual, pictures)
+
+
+def _usual_scores(prior: PopulationPrior | None) -> dict[str, str]:
     """Between what 90 % of the held-out scans lie that a population prior remembers, by the columns of ``score``."""
     if prior is None:
         return {}
@@ -106,7 +149,7 @@ def write_job_report(
         [_shown(layout, scan) for scan in scans for layout in layouts if _kind(layout)],
         report.legend,
         f"report_{job}.html",
-        [layout.path(scan) for scan in scans for layout in figures],
+        [layout.path(scan) for scan in scans for layout in (*figures, *report.pictures)],
     )
 
 

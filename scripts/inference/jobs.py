@@ -19,7 +19,7 @@ from scripts.data.datalist import common_root
 from scripts.data.scan_grid import ToScand
 from scripts.data.transforms import reading, unclipped
 from scripts.inference import covariate_results, lesions, outputs
-from scripts.inference.certificate import CERTIFIED, CertifiedEvaluator, certify
+from scripts.inference.certificate import CertifiedEvaluator, certify
 from scripts.inference.common import Common
 from scripts.inference.covariate_results import RegionCurves
 from scripts.inference.covariates import (
@@ -53,33 +53,15 @@ from scripts.inference.inferers import (
     Temperature,
 )
 from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
-from scripts.inference.job_report import DEVIATIONS, PREDICTIONS, SCORES, Report, usual_scores
+from scripts.inference.job_report import DEVIATION_REPORT, Report, prediction_report, score_report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
 from scripts.inference.prior_jobs import adapt, fit_prior
 from scripts.inference.privacy import Privacy, privacy_sides
 from scripts.inference.scoring import ScoreSummary, Scoring
-from scripts.inference.tables import latent_tables, list_coordinates, stack_coordinates
+from scripts.inference.tables import latent_tables, list_coordinates, row_table, stack_coordinates
 from scripts.utils import distributed
-
-__all__ = [
-    "adapt",
-    "counterfactual",
-    "decode",
-    "decode_coordinates",
-    "deviation",
-    "encode",
-    "fit_prior",
-    "harmonise",
-    "impute",
-    "interpolate",
-    "predict_covariates",
-    "privacy",
-    "reconstruct",
-    "reconstruction_outputs",
-    "sample",
-    "score",
-]
+from scripts.utils.names import item_path
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +240,7 @@ def interpolate(
     layout = partial(PairLayout, pair, common.output_dir, **common.naming, description=common.describe)
     inferer = Interpolation(steps, levels_between)
     ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
+    strip = layout("steps", ".png").path(item_path(pair[0]))
     return ScanEvaluator(
         common,
         "interpolate",
@@ -267,6 +250,7 @@ def interpolate(
         [layout(name) for name in inferer.images()],
         {"steps": steps, "levels_between": levels_between, **ends},
         inputs=stack_pairs,
+        report=Report(sheets=[strip]),
     )
 
 
@@ -365,19 +349,12 @@ def score(
         arguments=partial(stack_features, common.prior),
         asks=True,
         summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
-        report=Report(
-            ("scores.csv", "lesions.csv", "lesions_thresholds.csv"),
-            ("most_unusual.png",),
-            SCORES,
-            ("familiar", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail", "bits_per_dim"),
-            "anomaly_score",
-            usual_scores(common.prior),
-        ),
+        report=score_report(common.prior),
     )
 
 
 def counterfactual(
-    common: Common, covariates: Any, word: str = "counterfactual", only: str | None = None
+    common: Common, covariates: Any, word: str = "counterfactual", only: str | None = None, job: str = "counterfactual"
 ) -> ScanEvaluator:
     """Each scan as it would look under other covariates: ``_counterfactual``, ``_difference``, a film strip.
 
@@ -386,6 +363,7 @@ def counterfactual(
         covariates: to change to, see :func:`scripts.inference.covariates.targets`.
         word: what the results are called.
         only: the kind of the covariates that may be changed; None: any.
+        job: its name.
     """
     prior = need_covariates(common.prior)
     changed_to = targets(prior.coding, covariates, only)
@@ -393,7 +371,7 @@ def counterfactual(
     changes, add = inferer.images(), AddChanged(inferer.images(), word)
     return ScanEvaluator(
         common,
-        word,
+        job,
         Dataset(common.cohort.with_covariates(prior), with_steps(common.preprocessing, KeepScand("image"))),
         inferer,
         [
@@ -411,7 +389,7 @@ def counterfactual(
 
 def harmonise(common: Common, covariates: Any) -> ScanEvaluator:
     """Each scan as it would look had it come from another site, ``_harmonised``: categories alone are changed."""
-    return counterfactual(common, covariates, "harmonised", "categorical")
+    return counterfactual(common, covariates, "harmonised", "categorical", "harmonise")
 
 
 def deviation(
@@ -428,31 +406,42 @@ def deviation(
     """
     prior, network, layout = need_covariates(common.prior), common.network, common.layout(common.cohort.root)
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
-    regions, scans = layout("regions", ".json"), common.cohort.with_covariates(prior)
+    regions, row, scans = layout("regions", ".json"), layout("deviation", ".json"), common.cohort.with_covariates(prior)
     inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
     names, settings = covariate_results.region_names(atlas, labels), {"draws": inferer.draws, "atlas": atlas}
     certificate = certify(common, inferer, names, settings, **certified)
     shown = {} if certificate is None else {"significant": "label"}
     curves = RegionCurves(inferer, network, scans, common.seed, common.loading["batch_size"])
-    tables = partial(covariate_results.region_table, common.output_dir, regions, common.cohort.columns, curves)
+
+    def tables(done: Sequence[str]) -> None:
+        row_table(common.output_dir / "deviation_scores.csv", row, common.cohort.columns, done)
+        covariate_results.region_table(common.output_dir, regions, common.cohort.columns, curves, done)
+
     evaluator = ScanEvaluator(
         common,
         "deviation",
         Dataset(scans, common.preprocessing),
         inferer,
         [
+            covariate_results.ScoreDeviation(network),
+            outputs.SaveRowd(row),
             common.figure(layout("deviation", ".png"), covariate_results.draw_deviation),
             *([] if certificate is None else certificate.steps),
             ToScand([*images, *shown], ["intensity", "deviation", "number", *shown.values()]),
             outputs.SaveScansd([*images, *shown], layout),
             covariate_results.SaveRegions(regions, names),
         ],
-        [layout("deviation"), *([regions] if atlas else []), *([] if certificate is None else certificate.layouts)],
+        [
+            layout("deviation"),
+            row,
+            *([regions] if atlas else []),
+            *([] if certificate is None else certificate.layouts),
+        ],
         {"population_prior": common.prior_file, **settings},
         arguments=partial(stack_features, prior),
         asks=True,
         summary=tables if certificate is None else partial(certificate.summary, tables),
-        report=Report((*CERTIFIED, "deviation_z.csv", "deviation.csv"), ("regions.png",), DEVIATIONS),
+        report=DEVIATION_REPORT,
     )
     return evaluator if certificate is None else certificate.of(evaluator)
 
@@ -473,7 +462,7 @@ def predict_covariates(common: Common) -> ScanEvaluator:
         arguments=partial(stack_features, prior),
         asks=True,
         summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns, prior.coding),
-        report=Report(("covariates.csv",), legend=PREDICTIONS),
+        report=prediction_report(prior.coding, picture),
     )
 
 

@@ -19,6 +19,7 @@ from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_path
+from scripts.utils.report import write_report
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def privacy_sides(
     if not training or not held_out:
         raise InputError(
             f"dataset_dir '{dataset_dir}' does not say which scans were trained on and which were not: set --run_dir "
-            "to a training run, or --dataset_dir to a datalist with 'training' and 'validation' (or 'testing')."
+            "to a training run, without --dataset_dir, or --dataset_dir to a datalist with 'training' and 'validation' "
+            "(or 'testing')."
         )
     return tuple([side[at] for at in one_per_subject(side, most, seed)] for side in (training, held_out))
 
@@ -176,6 +178,9 @@ class Privacy:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_csv(self.output_dir / "privacy.csv", ("kind", "image", "nearest_training", "distance"), rows)
         write_text(self.output_dir / "privacy.json", json.dumps(numbers, indent=2) + "\n")
+        lead = f"{len(samples)} sample(s) beside {len(training.items)} scans that were trained on."
+        table = self.output_dir / "privacy.csv"
+        write_report(self.output_dir, "Results of privacy", lead, [table], settings=numbers, name="report_privacy.html")
         logger.info(
             "A scan that was trained on is likelier than a held-out one in %.1f %% of pairs (95 %% interval %.1f to "
             "%.1f; 50: the model keeps nothing of single people), by %.4f bits per dim in the mean. Samples lie at "

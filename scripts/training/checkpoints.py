@@ -16,7 +16,13 @@ import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
 from scripts.networks import VDVAE
-from scripts.training.checkpoint_content import REQUIRED, checkpoint_problem, optimizer_problem, state_problem
+from scripts.training.checkpoint_content import (
+    REQUIRED,
+    architecture_problem,
+    checkpoint_problem,
+    optimizer_problem,
+    state_problem,
+)
 from scripts.training.schedule import base_rate
 from scripts.training.update import make_capturable
 from scripts.utils.devices import is_async
@@ -142,11 +148,8 @@ def _load_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path) 
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"'{path}' is of another architecture than network_def ({_first_difference(state, network.state_dict())}): "
-            "use the config that it was trained with (inference takes it from the run by --run_dir), or another file. "
-            f"{DEFAULT_WEIGHTS}"
-        ) from error
+        problem = architecture_problem(unwrap(network), state)
+        raise CheckpointError(f"'{path}' {problem}, or another file. {DEFAULT_WEIGHTS}") from error
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -442,18 +445,6 @@ def place_in_epoch(scans: int, scans_per_batch: int, batches: int, accumulation_
     """
     done = min(scans // scans_per_batch, batches - 1)
     return done - done % accumulation_steps
-
-
-def _first_difference(saved: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
-    """In words, the first tensor of saved weights that does not match the network's."""
-    saved = {"scan_grid": state["scan_grid"], **saved}  # weights of earlier versions may lack it
-    for name, tensor in state.items():
-        if name not in saved:
-            return f"it lacks '{name}'"
-        if saved[name].shape != tensor.shape:
-            return f"'{name}' is {list(saved[name].shape)} there and {list(tensor.shape)} here"
-    extra = next(name for name in saved if name not in state)
-    return f"it has '{extra}' besides"
 
 
 class Preemption:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import logging
 import re
 import sys
 from types import TracebackType
@@ -58,8 +59,10 @@ def show_root_cause(debug: bool = False) -> None:
     An error that is nobody's mistake but the program's comes with its traceback, the sentence before and after it.
 
     Args:
-        debug: show the traceback of every error.
+        debug: show the traceback of every error, and let MONAI log what it was given.
     """
+    if debug:
+        logging.getLogger("monai.bundle.scripts").setLevel(logging.INFO)  # configs/logging.conf quietens it
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):

@@ -152,7 +152,7 @@ def anomaly(
     """
     # a scan that is not clipped may have a few voxels beside which all others are background
     image, restored, score = np.clip(as_array(image), *value_range), as_array(restored), as_array(score)
-    peak = np.ravel_multi_index(_peak(image, score)[1:], image[0].shape)
+    peak = np.ravel_multi_index(peak_of(image, score)[1:], image[0].shape)
     groups = _groups(title, [image, restored, score], _mark(peak, image[0].shape), foreground_box(list(image)))
     groups = [(name, [*row, row[0], row[2]], guide) for name, row, guide in groups]
     gray = _gray(value_range, [volume for _, row, _ in groups for volume in row[:2]])
@@ -161,7 +161,7 @@ def anomaly(
     return save(path, columns(groups, names, styles, {2: ANOMALY_LABEL}, marked=(0, 2), in_middle=(3, 4)))
 
 
-def _peak(image: np.ndarray, score: np.ndarray) -> tuple[int, ...]:
+def peak_of(image: np.ndarray, score: np.ndarray) -> tuple[int, ...]:
     """The channel and the voxel of a scan's foreground where its anomaly is largest."""
     inside = image > image.min() + 0.05 * np.ptp(image)
     return tuple(map(int, np.unravel_index(np.argmax(np.where(inside, np.abs(score), 0)), image.shape)))
@@ -286,7 +286,7 @@ def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles:
     cells, marks, channels = [], [], []
     for image, score in scans:
         image, score = as_array(image), as_array(score)
-        channel, *centre = _peak(image, score)
+        channel, *centre = peak_of(image, score)
         box = foreground_box(list(image))
         low, high = image[channel].min(), np.percentile(image[channel], 99.95)
         shown = (image[channel] - low) / max(high - low, 1e-6)

@@ -64,6 +64,7 @@ def write_whole(
     # and the name may be as long as a file system allows
     temporary = path.with_name(f".{os.getpid()}-{_here()}-{secrets.token_hex(4)}.{path.name[-MOST_KEPT:]}")
     try:
+        temporary.touch()  # where that is not allowed Python says so, and some libraries an error of their own
         write(str(temporary))
         _flush(temporary)
         if before is not None:

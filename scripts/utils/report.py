@@ -59,7 +59,7 @@ class ShownTable(NamedTuple):
     Attributes:
         path: of the file, whose first column says which scan a row is of.
         first: columns that come right after that, as far as there are any.
-        worst: the column by which rows are sorted, the largest number first; empty: they stay as they are.
+        worst: the column by which rows are sorted, the number farthest from 0 first; empty: they stay as they are.
         usual: what is usual, in words, by column.
     """
 
@@ -159,7 +159,7 @@ def read_shown(table: ShownTable) -> Table:
         cells = list(reader)
     if table.worst in columns:
         place = columns.index(table.worst)
-        cells.sort(key=lambda row: -_number(row[place], -math.inf))
+        cells.sort(key=lambda row: -abs(_number(row[place], 0)))
     first = {name: number for number, name in enumerate(table.first, 1)}
     order = sorted(
         (place for place, name in enumerate(columns) if not OF_EACH_LATENT.fullmatch(name)),

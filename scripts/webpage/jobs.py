@@ -27,6 +27,7 @@ from scripts.layers.levels import find_level, grid_key, grid_name
 from scripts.population.prior import PopulationPrior
 from scripts.utils.devices import on_device
 from scripts.utils.errors import BundleError, InputError, root_cause
+from scripts.utils.figures import peak_of
 from scripts.utils.names import image_files
 from scripts.webpage.cohort import SCORES, Cohort
 from scripts.webpage.images import painted, picture, volume
@@ -209,7 +210,12 @@ class Jobs:
                 files[name] = self._unit(image)
         files |= {"zscore": found["zscore"][0], "anomaly": scored["anomaly"][0]}
         files["scale"] = found["scale"][0] / (high - low)
-        content = {"row": self.cohort.row(index), "largest_scale": float(files["scale"][channel].quantile(0.999))}
+        _, *place = peak_of(*(files[name][channel, None].cpu().numpy() for name in ("scan", "anomaly")))
+        content = {
+            "row": self.cohort.row(index),
+            "largest_scale": float(files["scale"][channel].quantile(0.999)),
+            "peak": (affine.numpy() @ [*place, 1])[:3].tolist(),  # mm: where the anomaly of the foreground is largest
+        }
         return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in files.items()})
 
     def deviation(self, index: int, channel: int = 0) -> Steps:

@@ -22,7 +22,7 @@ export function makeChange(section, about) {
     h("div", { className: "row", style: "margin-top:.5rem" }, h("button", { className: "main", textContent: "Mix", onclick: mix })));
   const side = h("div", { className: "side" }, h("div", { className: "box" }, first.element), changing(), mixing);
   section.append(side, stage);
-  const viewer = new Viewer(stage);
+  const viewer = new Viewer(stage, "Choose a scan, then change its age, sex or site, mix it with a second one, or paint on it: what becomes of it is shown here, step by step.");
   const filling = makeFill({ picker: first, viewer, say, clear: (redo) => { strip.replaceChildren(); again = redo; } });
   side.append(filling.element);
 
@@ -43,16 +43,17 @@ export function makeChange(section, about) {
   }
 
   function change(covariates) {
-    if (first.index === undefined) return say("Choose a scan first.");
+    if (first.index === undefined) return say(first.missing);
     if (!Object.keys(covariates).length) return say("Fill in what is to change.");
-    return ask("change", { index: first.index, covariates }, first.input.value);
+    return ask("change", { index: first.index, covariates }, first.name);
   }
 
   function mix() {
-    if (first.index === undefined || second.index === undefined) return say("Choose two scans first.");
+    const lacking = [first, second].find((picker) => picker.index === undefined);
+    if (lacking) return say(lacking.missing);
     const levels = boxes.filter(([box]) => box.checked).map(([box]) => box.value);
     if (!levels.length) return say("Tick a grid at least.");
-    return ask("mix", { first: first.index, second: second.index, levels }, `${first.input.value} to ${second.input.value}`);
+    return ask("mix", { first: first.index, second: second.index, levels }, `${first.name} to ${second.name}`);
   }
 
   function say(text) {

@@ -24,12 +24,12 @@ export function makeFill({ picker, viewer, say, clear }) {
   async function begin() {
     say("");
     const index = picker.index;
-    if (index === undefined) return say("Choose a scan first.");
+    if (index === undefined) return say(picker.missing);
     try {
       const job = await run("scan", { index });
       if (!job) return;
       const anew = scan?.index !== index;
-      scan = { index, name: picker.input.value };
+      scan = { index, name: picker.name };
       clear(begin);
       await viewer.show({ caption: `${scan.name}: paint what is to be filled in`, file: scan.name, bases: [{ name: "scan", label: "scan", file: job.files["scan.nii.gz"] }] });
       painter.start(anew);

@@ -70,7 +70,7 @@ export function makeLatents(section, about) {
   async function begin(index) {
     message.textContent = "";
     const mine = ++begins;
-    const name = index === undefined ? "" : picker.input.value;
+    const name = index === undefined ? "" : picker.name;
     try {
       const job = index === undefined ? null : await run("coordinates", { index });
       if (mine !== begins) return; // another one was chosen meanwhile

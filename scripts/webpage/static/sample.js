@@ -31,9 +31,9 @@ export function makeSample(section, about) {
       h("label", {}, "Latents from", prior),
       ...(about.covariates.length ? [h("fieldset", {}, h("legend", { textContent: "Covariates" }), ...covariates.elements)] : []),
       h("div", { className: "row" }, draw, cancel, progress), message, sheet),
-    h("div", { className: "stage" }, h("div", { className: "row" }, keep, h("span", { className: "quiet", textContent: "Shows the sample that is chosen beside the next ones." })), pair));
-  const left = new Viewer(pair);
-  const right = new Viewer(pair);
+    h("div", { className: "stage" }, h("div", { className: "row" }, keep), pair));
+  const left = new Viewer(pair, "“Keep on the left” keeps a sample here, to compare the next ones with it.");
+  const right = new Viewer(pair, "The sample that is chosen on the sheet is shown here.");
   let stop = null, current = null, kept = null, linked = false;
   say();
 

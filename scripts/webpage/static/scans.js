@@ -36,7 +36,7 @@ export function makeScans(section, about, select) {
   const levels = h("label", { hidden: true }, "Levels of the reconstruction, from the coarsest grid to all", level, levelName);
   const stage = h("div", { className: "stage" }, message, facts);
   section.append(side, stage);
-  const viewer = new Viewer(stage);
+  const viewer = new Viewer(stage, "The scan that is chosen is shown here, with what is unusual in it; the crosshair stands where that is most.");
   stage.append(levels);
 
   let waiting = null, stop = null;
@@ -180,7 +180,7 @@ export function makeScans(section, about, select) {
         ...deviation(row.index, sd),
         { name: "scale", label: "predicted deviation", file: file("scale"), signed: false, most, text: most.toFixed(3), from: most / 10, unit: "standard deviation, in intensity" },
       ],
-      overlay: viewer.overlays.length ? undefined : "anomaly",
+      overlay: viewer.overlays.length ? undefined : "anomaly", place: result.peak,
     });
     levels.hidden = false;
     levelOf();

@@ -22,7 +22,8 @@ const bar = (gradient, low, high, label) =>
 export class Viewer {
   // bases and overlays: [{name, label, file, most, unit, signed}]; those of one volume alone show no choices. An overlay
   // without file has load(signal, onProgress), which gives {file, unit}, or null if it was given up.
-  constructor(parent) {
+  // hint: says what will be shown, until something is.
+  constructor(parent, hint = "") {
     this.caption = h("p", { className: "caption" });
     this.base = h("select", { ariaLabel: "Image", onchange: () => this.redraw() });
     this.overlay = h("select", { ariaLabel: "Overlay", onchange: () => this.#choose() });
@@ -45,7 +46,7 @@ export class Viewer {
     this.overlays = [];
     this.bases = [];
     this.element.hidden = true;
-    parent.append(this.element);
+    parent.append(this.element, h("p", { className: "hint", textContent: hint }));
   }
 
   async #start() {
@@ -75,8 +76,8 @@ export class Viewer {
     other.nv.broadcastTo([this.nv], { "2d": true, "3d": true });
   }
 
-  // file: what the names of downloaded files begin with, such as the scan's name.
-  async show({ caption = "", file = "", bases, overlays = [], base, overlay }) {
+  // file: what the names of downloaded files begin with, such as the scan's name. place: where the crosshair goes, in mm.
+  async show({ caption = "", file = "", bases, overlays = [], base, overlay, place }) {
     this.element.hidden = false;
     await this.#start();
     this.stop?.abort();
@@ -93,6 +94,7 @@ export class Viewer {
     this.baseControl.hidden = bases.length < 2;
     this.overlayControls.hidden = !overlays.length;
     this.#limits();
+    this.place = place;
     await this.redraw();
   }
 
@@ -161,7 +163,9 @@ export class Viewer {
     }
     const place = this.nv.volumes.length ? [...this.nv.scene.crosshairPos] : null;
     await this.nv.loadVolumes(volumes);
-    if (place) this.nv.scene.crosshairPos = place;
+    if (this.place) this.nv.scene.crosshairPos = this.nv.mm2frac(this.place);
+    else if (place) this.nv.scene.crosshairPos = place;
+    this.place = null;
     this.#offer(this.download, base);
     this.downloadOverlay.hidden = !over?.file;
     if (over?.file) this.#offer(this.downloadOverlay, over);
