@@ -56,7 +56,6 @@ from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, l
 from scripts.inference.job_report import DEVIATION_REPORT, Report, prediction_report, score_report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
-from scripts.inference.prior_jobs import adapt, fit_prior
 from scripts.inference.privacy import Privacy, privacy_sides
 from scripts.inference.scoring import ScoreSummary, Scoring
 from scripts.inference.tables import latent_tables, list_coordinates, row_table, stack_coordinates
