@@ -122,10 +122,10 @@ def plant(folder: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """120 good brains, the planted faults, and what stands beside scans in any data set."""
+    """200 good brains, the planted faults, and what stands beside scans in any data set."""
     folder = tmp_path_factory.mktemp("data") / "scans"
     folder.mkdir()
-    for index in range(60):
+    for index in range(100):
         image, affine, _ = brain_phantom(index, spacing=SPACING)
         save(folder / f"sub-{2 * index:04d}_FLAIR.nii.gz", image, affine)
         # The mirror image of a brain, on another contrast, is another good brain at no cost.
