@@ -19,6 +19,7 @@ from scipy.stats import median_abs_deviation
 from scripts.data.registration import (
     FLIP,
     ON_SCALP,
+    align_brain,
     align_head,
     array_and_affine,
     brain_centre,
@@ -35,7 +36,7 @@ from scripts.utils.files import write_bytes, write_text, write_whole
 from scripts.utils.formats import file_states, nifti_bytes
 from scripts.utils.sheets import plane
 
-METHOD = 2  # raised whenever the same scan and settings give another result, so that old results are replaced
+METHOD = 3  # raised whenever the same scan and settings give another result, so that old results are replaced
 STRIPPED = 0.8  # Dice of a scan's foreground with the template's brain; that of a head with its scalp is about 0.6
 
 # What no brain that is aligned well goes beyond; see docs/preparing.md for how these were chosen.
@@ -101,6 +102,9 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
 
         dice, overlap = _overlap(head, transform)
         stripped = bool(dice >= STRIPPED and scalp <= ON_SCALP)
+        whole = job.mask or stripped
+        if not whole and scalp <= ON_SCALP:
+            transform = align_brain(image, transform)
         row = {
             "scan": job.name,
             "similarity": similarity,
@@ -115,7 +119,6 @@ def prepare_scan(job: Job) -> tuple[str, str | None]:
         result = _resample(image, transform, job.settings["spacing"], values)
         mask = None
         if not job.settings["keep_skull"]:
-            whole = job.mask or stripped
             brain, place = (head, transform) if whole else (brain_mask(image, transform), SimpleITK.Transform())
             brain = SimpleITK.Cast(brain, SimpleITK.sitkFloat32)
             mask = SimpleITK.Resample(brain, result, place, SimpleITK.sitkLinear) >= 0.5

@@ -355,6 +355,19 @@ def align_head(image: SimpleITK.Image, head: SimpleITK.Image) -> tuple[Alignment
     return (again, share_again) if share_again < share else (found, share)
 
 
+def align_brain(image: SimpleITK.Image, transform: SimpleITK.AffineTransform) -> SimpleITK.AffineTransform:
+    """Align the brain of a head alone, from where the head was aligned: its skull draws the template's rim outwards.
+
+    Args:
+        image: a scan with its skull, float32.
+        transform: maps points of the template to points of the scan (LPS, mm).
+    """
+    brain = SimpleITK.Cast(brain_mask(image, transform), SimpleITK.sitkFloat32)
+    inside = SimpleITK.Resample(brain, image, transform.GetInverse(), SimpleITK.sitkLinear) >= 0.5
+    darkest = float(SimpleITK.GetArrayViewFromImage(image).min())
+    return refine(SimpleITK.Mask(image, inside, darkest), inside, transform).transform
+
+
 def scalp_inside(image: SimpleITK.Image, transform: SimpleITK.Transform) -> float:
     """On which share of its upper surface the template's brain reaches the scalp instead of ending at the skull.
 

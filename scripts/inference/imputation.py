@@ -62,7 +62,7 @@ class HideMissingd(MapTransform):
             d |= {"missing": missing, "observed": scan.clone()}
             if not missing.any():
                 logger.info(
-                    "'%s': its mask '%s' marks nothing, so that nothing is filled in.", image_path(scan), d[self.mask]
+                    "'%s': its mask '%s' marks nothing, so that nothing is filled in.", image_path(scan), d["mask"]
                 )
             d[key] = MetaTensor(torch.where(missing, background, scan.as_tensor())).copy_meta_from(scan)
         return d

@@ -231,10 +231,10 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
 
 
-def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE) -> Tensor:
-    """The 99.9th of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
+def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = PERCENTILE) -> Tensor:
+    """That of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
     inside = foreground(scans, network).flatten(1)
-    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), PERCENTILE / 100)
+    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
 
 
 def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:

@@ -203,8 +203,9 @@ def fit_familiarity(
 ) -> dict[str, Any]:
     """The :class:`Familiarity` of a cohort as plain values; with several processes each takes its share.
 
-    Of those who are held out comes what is usual, of the many who are not how it varies; that is widened where the
-    former vary more.
+    Of those who are held out comes what is usual, of all how far people are from that; it is widened where the former
+    vary more. Whom the network was trained on it knows a little better, and their coordinates are larger: they are
+    usual too.
 
     Args:
         network: trained.
@@ -219,13 +220,13 @@ def fit_familiarity(
     )
     numbers = len(statistic_names(network, prior))
     mean, count = rows[:, :numbers].mean(0), len(rows)
-    apart = torch.cat([part[:, :numbers] - part[:, :numbers].mean(0) for part in (rows, others)])
-    covariance = apart.T @ apart / max(1, len(apart) - 2) + LEAST_SPREAD**2 * torch.eye(numbers, dtype=apart.dtype)
+    apart = torch.cat([rows, others])[:, :numbers] - mean
+    covariance = apart.T @ apart / max(1, len(apart) - 1) + LEAST_SPREAD**2 * torch.eye(numbers, dtype=apart.dtype)
     if count > 1:
         squares = (apart[:count] @ torch.linalg.inv(covariance) * apart[:count]).sum(1).mean()
         covariance *= (squares / numbers * count / (count - 1)).clamp_min(1.0)
     quantiles = rows[:, numbers + 1 :].mean(0).reshape(network.in_channels, QUANTILES)
-    names, people, bits = statistic_names(network, prior), (count, len(apart) - 1), rows[:, numbers].mean().item()
+    names, people, bits = statistic_names(network, prior), (count, len(apart)), rows[:, numbers].mean().item()
     return Familiarity(names, mean, covariance, people, bits, quantiles)._asdict()
 
 
