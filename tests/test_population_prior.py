@@ -526,6 +526,10 @@ def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
     done = infer(run_dir, "sample", tmp_path / "samples", "--samples", 1, "--prior", path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "samples" / "0001_sample.nii.gz").is_file()
+    torch.save({**after, "weights": "of others"}, path)
+    done = run_bundle(*words, run_id="fit_prior", configs=["configs/inference.json"])
+    assert done.returncode == 1 and "was fitted to other weights: give another --output_dir" in done.stderr
+    assert torch.load(path, weights_only=True)["weights"] == "of others"
 
 
 def test_all_scans_of_a_folder_are_fitted_to_and_a_datalist_says_which(cohort, run_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from monai.data import Dataset
@@ -10,10 +11,14 @@ from scripts.data.covariate_tables import read_cohort
 from scripts.inference.common import Common
 from scripts.inference.covariates import need_covariates
 from scripts.inference.tables import scans_to_fit
+from scripts.networks import VDVAE
 from scripts.population.effects import Adaptation
 from scripts.population.fit import PopulationFit
+from scripts.population.prior import fingerprint
 from scripts.population.statistics import StatisticsFit
+from scripts.training.checkpoints import read_archive
 from scripts.utils import distributed
+from scripts.utils.errors import InputError
 
 
 def fit_prior(
@@ -31,7 +36,12 @@ def fit_prior(
         covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
         memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
         statistics_only: write the cohort's sums instead, ``statistics.pt``, for :mod:`scripts.merge_priors`.
+
+    Raises:
+        ValueError: the file exists, and was fitted to other weights.
     """
+    path = common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt")
+    distributed.from_rank_zero(_keep_others, path, common.network)
     cohort = common.cohort
     fit = partial(StatisticsFit, kinds=covariates) if statistics_only else PopulationFit
     training, validation = distributed.from_rank_zero(scans_to_fit, cohort.folder, cohort.pattern)
@@ -39,7 +49,7 @@ def fit_prior(
         common.network,
         Dataset(training, common.preprocessing),
         Dataset(validation, common.preprocessing),
-        common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt"),
+        path,
         factors,
         **common.loading,
         device=common.device,
@@ -47,6 +57,15 @@ def fit_prior(
         covariates=read_cohort(training, validation, cohort.folder, covariates, cohort.covariates_file),
         memory=memory,
     )
+
+
+def _keep_others(path: Path, network: VDVAE) -> None:
+    """Refuse to write over what was fitted to other weights."""
+    if path.is_file() and read_archive(path).get("weights") not in (None, fingerprint(network)):
+        raise InputError(
+            f"'{path}' was fitted to other weights: give another --output_dir, and the file the name that belongs to "
+            "these weights (population_prior_128.pt beside model_128.pt)."
+        )
 
 
 def adapt(common: Common, covariates: Any) -> Adaptation:
