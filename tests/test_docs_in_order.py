@@ -28,7 +28,7 @@ NOT_RUN = {
     r"scripts\.explore": "a server: tests/test_explore.py",
     r"benchmarks\.|performance\.md|data/sites|data/people|data/others|output/people": "measures for minutes to days",
     r"phantoms\.md": "256 phantoms: tests/test_phantoms.py",
-    r"size_(?:64|128)|lean_128|people_128|published\.md": "a network of hours, and checkpoints that nobody has here",
+    r"size_(?:64|128)|[a-z]+_128|published\.md": "a network of hours, and checkpoints that nobody has here",
     r"LIST\.json": "how weights that are there were made, of scans that are not",
     r"ckpt_export|onnx_export|trt_export|verify_net": "tests/test_export.py, and TensorRT",
     r"scripts\.release|download_large_files": "tests/test_release.py",

@@ -1,7 +1,7 @@
 """Raw heads with a known truth: phantoms' brains within a simulated head, moved, in all kinds of files.
 
-``python -m tests.test_prepare phantoms`` measures how well ten of them are aligned, and ``python -m tests.test_prepare
-people HEADS MASKS`` how well the masks of real heads are found.
+``PYTHONPATH=tests python -m test_prepare phantoms`` measures how well ten of them are aligned, and the same with
+``people HEADS MASKS`` how well the masks of real heads are found.
 """
 
 from __future__ import annotations
