@@ -24,6 +24,7 @@ from torch import Tensor
 Numbers = dict[str, float | None]
 BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
 CENTILES = np.arange(1, 100) / 100
+PIT_BINS = 20
 NEIGHBOURS = 3  # of an image: how far its kind reaches around it
 # what the log likelihood is multiplied by, beside the prior's own sharpness; 0, so that nothing is said, is the last
 # resort of a model that is wrong
@@ -185,33 +186,41 @@ def category_numbers(name: str, own: Sequence[str], said: Sequence[str], commone
 
 
 class NormativeErrors:
-    """How well it is known what is usual for scans' covariates, voxel by voxel, within a mask.
+    """How well it is known what is usual for scans' covariates, of many values of each scan: voxels, or regions.
 
     ``mace``: the mean over the centiles 1 to 99 of how far the share of values below it is from the centile, of all
-    voxels and scans together. ``mace_voxels``: likewise of each voxel by itself, in the mean; of so few scans it is
-    ``mace_voxels_calibrated`` were all centiles right. ``msll``: the mean standardised log loss in nats per voxel
-    (Rasmussen and Williams 2006), less than 0 where the covariates' normal distribution is better than that of the
-    training scans' mean and variance. ``smse``: the mean squared error over that of the training scans' mean.
+    values and scans together. ``mace_UNIT``: likewise of each by itself, in the mean; of so few scans it is
+    ``mace_UNIT_calibrated`` were all centiles right. ``expv``: the explained variance, 1 - var(value - expected) /
+    var(value) over scans, in the mean over values. ``msll``: the mean standardised log loss in nats (Rasmussen and
+    Williams 2006), less than 0 where the covariates' normal distribution is better than that of the training scans'
+    mean and variance. ``smse``: the mean squared error over that of the training scans' mean.
 
     Args:
-        mask: which voxels count, ``[*image]``, bool.
-        training: scans, ``[scans, *image]``, for what is trivial; None: it isn't known.
+        size: how many values a scan has.
+        training: those of training scans, ``[scans, values]``, for what is trivial; None: it isn't known.
     """
 
-    def __init__(self, mask: Tensor, training: Tensor | None) -> None:
-        self.mask, self.scans = mask, 0
-        self.below = np.zeros((len(CENTILES), int(mask.sum())), dtype=np.int32)
+    def __init__(self, size: int, training: Tensor | None) -> None:
+        self.scans, self.below = 0, np.zeros((len(CENTILES), size), dtype=np.int32)
+        self.pit: list[np.ndarray] = []
         self.trivial = None
         if training is not None and len(training) > 1:
-            inside = training[:, mask].double().numpy()
-            self.trivial = inside.mean(0), np.maximum(inside.std(0, ddof=1), 1e-3)
+            values = training.double().numpy()
+            self.trivial = values.mean(0), np.maximum(values.std(0, ddof=1), 1e-3)
         self.losses, self.errors = np.zeros(2), np.zeros(2)
+        self.sums = np.zeros((2, 2, size))  # of values and of their errors: themselves, and squared
 
-    def add(self, scan: Tensor, expected: Tensor, spread: Tensor) -> None:
-        """A scan, what is expected of each of its voxels and the standard deviation, ``[*image]`` each."""
-        x, mean, std = (values[self.mask].double().numpy() for values in (scan, expected, spread))
+    def add(self, values: Tensor, expected: Tensor, spread: Tensor, z: Tensor | None = None) -> None:
+        """The values of a scan, what is expected of each, the standard deviation, and the z score, ``[values]`` each.
+
+        Without z it is that of the normal distribution of this mean and standard deviation.
+        """
+        x, mean, std = (each.double().numpy() for each in (values, expected, spread))
+        centiles = stats.norm.cdf((x - mean) / std if z is None else z.double().numpy())
         self.scans += 1
-        self.below += stats.norm.cdf((x - mean) / std) < CENTILES[:, None]
+        self.below += centiles < CENTILES[:, None]
+        self.pit.append(np.histogram(centiles, PIT_BINS, (0, 1))[0] / len(x))
+        self.sums += [[each, each**2] for each in (x, x - mean)]
         if self.trivial is not None:
             for place, (m, s) in enumerate(((mean, std), self.trivial)):
                 self.losses[place] -= stats.norm.logpdf(x, m, s).mean()
@@ -222,22 +231,40 @@ class NormativeErrors:
         """Of the scans of several processes."""
         first, *others = parts
         for other in others:
-            for name in ("scans", "below", "losses", "errors"):
+            for name in ("scans", "below", "pit", "losses", "errors", "sums"):
                 setattr(first, name, getattr(first, name) + getattr(other, name))
         return first
 
-    def numbers(self) -> Numbers:
-        """Those of all scans that were added, one or more."""
+    def numbers(self, unit: str = "voxels") -> Numbers:
+        """Those of all scans that were added, one or more; ``unit``: what the values are of."""
         shares = self.below / self.scans
         counts = np.arange(self.scans + 1)[:, None]
         chance = stats.binom.pmf(counts, self.scans, CENTILES) * np.abs(counts / self.scans - CENTILES)
+        mean, square = np.swapaxes(self.sums, 0, 1) / self.scans
+        total, left = square - mean**2
+        varied = total > 1e-12
         return {
             "mace": float(np.abs(shares.mean(1) - CENTILES).mean()),
-            "mace_voxels": float(np.abs(shares - CENTILES[:, None]).mean()),
-            "mace_voxels_calibrated": float(chance.sum(0).mean()),
+            f"mace_{unit}": float(np.abs(shares - CENTILES[:, None]).mean()),
+            f"mace_{unit}_calibrated": float(chance.sum(0).mean()),
+            "expv": float(1 - (left[varied] / total[varied]).mean()) if varied.any() else None,
             "msll": None if self.trivial is None else float(self.losses[0] - self.losses[1]) / self.scans,
             "smse": None if self.trivial is None else float(self.errors[0] / self.errors[1]),
         }
+
+    def pit_histogram(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The probability integral transform: the share of values in each twentieth of the centiles, mean over scans.
+
+        Beside it, how far from a twentieth the mean over so many scans is within 95 % of the time if it is one in
+        truth (Student's t). Scans count as independent of each other, the values of one scan do not, but the error is
+        no less than that of independent values. None for one scan.
+        """
+        shares = np.stack(self.pit)
+        if len(shares) < 2:
+            return shares[0], None
+        least = math.sqrt((PIT_BINS - 1) / self.below.shape[1]) / PIT_BINS
+        error = np.maximum(shares.std(0, ddof=1), least) / math.sqrt(len(shares))
+        return shares.mean(0), stats.t.ppf(0.975, len(shares) - 1) * error
 
 
 def file_bits(volume: np.ndarray) -> dict[str, float]:
