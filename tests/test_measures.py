@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 
 import numpy as np
 import pytest
 import torch
 from monai.metrics import FIDMetric
 from scipy import stats
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics import explained_variance_score, roc_auc_score
 
 from scripts.inference.measures import (
     NormativeErrors,
     category_numbers,
     file_bits,
+    fit_predictor,
     frechet_distance,
     mean_interval,
     membership,
@@ -182,7 +185,33 @@ def test_files_are_as_large_as_what_they_hold():
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8), (16, 32, 32)).copy()
     assert all(bits < 0.5 for bits in file_bits(ramp).values())
     assert file_bits(noise)["gzip"] == pytest.approx(8 * len(gzip.compress(noise.tobytes(), 9)) / noise.size)
-    assert set(file_bits(noise[0])) == {"gzip", "xz", "png", "webp"}
+    installed = {"jxl"} if importlib.util.find_spec("pillow_jxl") else set()
+    assert set(file_bits(noise[0])) == {"gzip", "xz", "png", "webp"} | installed
+
+
+BEFORE = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]  # 1: the voxel's own coordinate
+
+
+def walk(seed: int) -> np.ndarray:
+    """A volume of which each voxel is the one left of it and the one above, less the one before both, and +-1."""
+    steps = np.random.default_rng(seed).choice([-1, 1], (8, 24, 24))
+    return (128 + steps.cumsum(2).cumsum(1)).astype(np.uint8)
+
+
+def test_the_fitted_predictor_is_the_regression_on_voxels_before():
+    volumes = [walk(seed) for seed in range(3)]
+    padded = [np.pad(volume, ((1, 0),) * 3).astype(float) for volume in volumes]
+    columns = [np.concatenate([x[a : a + 8, b : b + 24, c : c + 24].ravel() for x in padded]) for a, b, c in BEFORE]
+    truth = np.concatenate([volume.ravel() for volume in volumes])
+    fitted = LinearRegression(fit_intercept=False).fit(np.stack(columns, 1), truth)
+    assert fit_predictor(volumes) == pytest.approx(fitted.coef_, abs=1e-6)
+    assert fit_predictor([np.arange(60, dtype=np.uint8).reshape(6, 10)]).shape == (7,)  # of one slice
+
+
+def test_what_a_predictor_leaves_is_what_is_written():
+    weights = np.array([0, 0, 0, -1, 0, 1, 1.0])
+    # a coin's toss per voxel, and what xz adds, its 60 bytes among them
+    assert 1 <= file_bits(walk(0), weights)["linear"] < 1.6 < 2.5 < file_bits(walk(0))["xz"]
 
 
 def test_the_frechet_distance_is_monais_and_that_of_normal_distributions():

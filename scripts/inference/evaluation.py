@@ -25,6 +25,7 @@ from scripts.inference.measures import (
     NormativeErrors,
     category_numbers,
     file_bits,
+    fit_predictor,
     information,
     mean_interval,
     value_numbers,
@@ -193,7 +194,7 @@ def evaluate(
     trained = _trained_on(common, training, training_scans)
     numbers: dict[str, Any] = {"held_out_scans": len(held_out.items)}
     numbers["training_scans"] = 0 if trained is None else len(trained.items)
-    rows = _rows(common, table, held_out)
+    rows = _rows(common, table, held_out, trained)
     for name in rows[0]:
         numbers |= mean_interval(name, [row[name] for row in rows])
     numbers |= membership_numbers(trained, held_out, common.seed)
@@ -226,14 +227,20 @@ def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int
     return measure(jobs.score(common.replace(cohort=common.cohort.of(chosen)), restore=None), "scoring training scans")
 
 
-def _rows(common: Common, table: ELBOTable, held_out: Measured) -> list[dict[str, float]]:
+def _rows(common: Common, table: ELBOTable, held_out: Measured, trained: Measured | None) -> list[dict[str, float]]:
     """What is known of each held-out scan."""
     scored = [{name: v for name, v in row.items() if name.startswith(SCORED)} for row in held_out.numbers]
     low, high = common.value_range
 
+    def rounded(scan: torch.Tensor) -> np.ndarray:
+        return ((scan - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    weights = (
+        None if trained is None else fit_predictor(channel for scan in trained.images for channel in rounded(scan))
+    )
+
     def sizes(places: Sequence[int]) -> list[dict[str, float]]:
-        rounded = ((held_out.images[places] - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        channels = [[file_bits(channel) for channel in scan] for scan in rounded]
+        channels = [[file_bits(channel, weights) for channel in rounded(held_out.images[place])] for place in places]
         return [{f"file_{name}": float(np.mean([c[name] for c in scan])) for name in scan[0]} for scan in channels]
 
     files = shared_out(len(held_out.items), 1, sizes, "sizes of lossless files")
