@@ -365,11 +365,18 @@ def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
 def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
     make_brains(tmp_path / "others", count=6, spacing=16.0, seed=1, covariates=True, workers=1)
     words = ("--run_dir", fitted / "run", "--dataset_dir", tmp_path / "others", "--output_dir", tmp_path)
-    words = (*words, "--samples", 0, "--draws", 2)
+    scan = nib.load(next((tmp_path / "others").rglob("*.nii.gz")))
+    halves = np.ones(scan.shape, np.int16)
+    halves[: len(halves) // 2] = 2
+    nib.save(nib.Nifti1Image(halves, scan.affine), tmp_path / "atlas.nii.gz")
+    words = (*words, "--samples", 0, "--draws", 2, "--atlas", tmp_path / "atlas.nii.gz")
     result = run_bundle(*words, run_id=None, configs=["configs/train.json", "configs/evaluate.json"])
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert {"age_mae", "sex_accuracy", "mace", "msll"} <= found.keys()
+    assert {"age_mae", "sex_accuracy", "mace", "msll", "mace_voxels", "region_mace_regions"} <= found.keys()
+    assert found["expv"] < 1 and found["region_expv"] < 1 and found["region_smse"] > 0
+    assert imread(tmp_path / "evaluation" / "pit.png").shape[1] > 1000
+    assert "pit.png" in (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
     for name in (*KINDS, "covariates"):
         assert 0 <= found[f"{name}_information"] <= found[f"{name}_information_most"] + 1e-9
     assert found["covariates_information_most"] == pytest.approx(np.log2(found["held_out_scans"]))

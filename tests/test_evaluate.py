@@ -110,7 +110,7 @@ def test_each_held_out_scan_has_a_row(run, evaluated):
     assert [row["image"] for row in rows] == [Path(item["image"]).name for item in split["validation"]]
     assert [row["subject"] for row in rows] == [item["subject"] for item in split["validation"]]
     assert summary["held_out_scans"] == len(rows) == 6
-    for name in ("bits_per_dim", "kl_z00", "bits_per_voxel_8bit", "psnr_brain", "file_gzip"):
+    for name in ("bits_per_dim", "kl_z00", "bits_per_voxel_8bit", "psnr_brain", "file_gzip", "file_linear"):
         values = [float(row[name]) for row in rows]
         assert summary[name] == pytest.approx(np.mean(values), rel=1e-6)
         assert summary[f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)

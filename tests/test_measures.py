@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 
 import numpy as np
 import pytest
 import torch
 from monai.metrics import FIDMetric
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import explained_variance_score, roc_auc_score
 
 from scripts.inference.measures import (
     NormativeErrors,
     category_numbers,
     file_bits,
+    fit_predictor,
     frechet_distance,
     mean_interval,
     membership,
@@ -107,14 +110,12 @@ def test_errors_of_ages_stand_beside_those_of_the_mean():
 
 
 def normative(expected: float, spread: float, people: int = 300) -> dict:
-    """Errors of a model that expects N(expected, spread) of voxels that are N(2, 0.5)."""
+    """Errors of a model that expects N(expected, spread) of values that are N(2, 0.5)."""
     generator = torch.Generator().manual_seed(0)
-    scans = 2 + 0.5 * torch.randn(people + 500, 1, 6, 6, generator=generator)
-    mask = torch.ones(1, 6, 6, dtype=torch.bool)
-    mask[0, 0] = False
-    parts = [NormativeErrors(mask, scans[people:]) for _ in range(2)]
-    for place, scan in enumerate(scans[:people]):
-        parts[place % 2].add(scan, torch.full_like(scan, expected), torch.full_like(scan, spread))
+    values = 2 + 0.5 * torch.randn(people + 500, 30, generator=generator)
+    parts = [NormativeErrors(30, values[people:]) for _ in range(2)]
+    for place, own in enumerate(values[:people]):
+        parts[place % 2].add(own, torch.full_like(own, expected), torch.full_like(own, spread))
     return NormativeErrors.joined(parts).numbers()
 
 
@@ -131,13 +132,86 @@ def test_centile_errors_and_losses_of_a_normal_distribution_are_known():
     assert shifted["smse"] == pytest.approx(2, abs=0.05)
 
 
+def test_explained_variance_is_scikit_learns():
+    generator = np.random.default_rng(0)
+    expected = generator.normal(size=(40, 5))
+    truth = expected * [1, 1, 1, 1, 0] + generator.normal(size=(40, 5)) * [0, 0.5, 1, 2, 1] + [0, 3, 0, 0, 0]
+    errors = NormativeErrors(5, None)
+    for own, mean in zip(torch.tensor(truth), torch.tensor(expected), strict=True):
+        errors.add(own, mean, torch.ones(5))
+    found = errors.numbers("regions")
+    assert found["expv"] == pytest.approx(explained_variance_score(truth, expected))
+    assert found["msll"] is None and "mace_regions" in found
+    alone = NormativeErrors(5, None)
+    alone.add(torch.ones(5), torch.zeros(5), torch.ones(5))
+    assert alone.numbers()["expv"] is None and alone.pit_histogram()[1] is None
+
+
+def pit_of(spread: float, generator: np.random.Generator, scans: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Of values that are N(0, 1) and alike within a scan."""
+    errors = NormativeErrors(200, None)
+    for _ in range(scans):
+        own = 0.6 * generator.normal() + 0.8 * generator.normal(size=200)
+        errors.add(torch.tensor(own), torch.zeros(200), torch.full((200,), spread))
+    return errors.pit_histogram()
+
+
+def test_a_calibrated_pit_is_within_its_band_and_one_too_narrow_is_not():
+    generator = np.random.default_rng(0)
+    inside = []
+    for _ in range(60):
+        shares, reach = pit_of(1.0, generator)
+        assert shares.sum() == pytest.approx(1)
+        inside.append(np.abs(shares - 0.05) <= reach)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.03)
+    shares, reach = pit_of(0.5, generator, 400)
+    edges = stats.norm.cdf(0.5 * stats.norm.ppf(np.linspace(0, 1, 21)))
+    assert shares == pytest.approx(np.diff(edges), abs=0.015)
+    assert shares[0] > 0.05 + reach[0] and shares[10] < 0.05 - reach[10]
+
+
+def test_the_z_score_that_is_given_is_what_centiles_are_of():
+    errors = NormativeErrors(2, None)
+    errors.add(torch.zeros(2), torch.zeros(2), torch.ones(2), torch.tensor([-9.0, 9.0]))
+    assert errors.pit_histogram()[0][[0, -1]].tolist() == [0.5, 0.5]
+    errors.add(torch.zeros(2), torch.zeros(2), torch.ones(2), torch.tensor([-9.0, 9.0]))
+    # bins that no scan reaches have the error of independent values, four in all
+    assert errors.pit_histogram()[1][10] == pytest.approx(stats.t.ppf(0.975, 1) * (0.05 * 0.95 / 4) ** 0.5)
+
+
 def test_files_are_as_large_as_what_they_hold():
     noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32), dtype=np.uint8)
     assert all(8 <= bits < 9.5 for bits in file_bits(noise).values())
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8), (16, 32, 32)).copy()
     assert all(bits < 0.5 for bits in file_bits(ramp).values())
     assert file_bits(noise)["gzip"] == pytest.approx(8 * len(gzip.compress(noise.tobytes(), 9)) / noise.size)
-    assert set(file_bits(noise[0])) == {"gzip", "xz", "png", "webp"}
+    installed = {"jxl"} if importlib.util.find_spec("pillow_jxl") else set()
+    assert set(file_bits(noise[0])) == {"gzip", "xz", "png", "webp"} | installed
+
+
+BEFORE = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]  # 1: the voxel's own coordinate
+
+
+def walk(seed: int) -> np.ndarray:
+    """A volume of which each voxel is the one left of it and the one above, less the one before both, and +-1."""
+    steps = np.random.default_rng(seed).choice([-1, 1], (8, 24, 24))
+    return (128 + steps.cumsum(2).cumsum(1)).astype(np.uint8)
+
+
+def test_the_fitted_predictor_is_the_regression_on_voxels_before():
+    volumes = [walk(seed) for seed in range(3)]
+    padded = [np.pad(volume, ((1, 0),) * 3).astype(float) for volume in volumes]
+    columns = [np.concatenate([x[a : a + 8, b : b + 24, c : c + 24].ravel() for x in padded]) for a, b, c in BEFORE]
+    truth = np.concatenate([volume.ravel() for volume in volumes])
+    fitted = LinearRegression(fit_intercept=False).fit(np.stack(columns, 1), truth)
+    assert fit_predictor(volumes) == pytest.approx(fitted.coef_, abs=1e-6)
+    assert fit_predictor([np.arange(60, dtype=np.uint8).reshape(6, 10)]).shape == (7,)  # of one slice
+
+
+def test_what_a_predictor_leaves_is_what_is_written():
+    weights = np.array([0, 0, 0, -1, 0, 1, 1.0])
+    # a coin's toss per voxel, and what xz adds, its 60 bytes among them
+    assert 1 <= file_bits(walk(0), weights)["linear"] < 1.6 < 2.5 < file_bits(walk(0))["xz"]
 
 
 def test_the_frechet_distance_is_monais_and_that_of_normal_distributions():

@@ -25,6 +25,7 @@ from scripts.inference.measures import (
     NormativeErrors,
     category_numbers,
     file_bits,
+    fit_predictor,
     information,
     mean_interval,
     value_numbers,
@@ -36,6 +37,7 @@ from scripts.layers.output import foreground
 from scripts.training.checkpoints import DEFAULT_WEIGHTS
 from scripts.training.losses import PER_SCAN
 from scripts.training.trainer import VDVAEEvaluator
+from scripts.utils import plots
 from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
@@ -45,6 +47,7 @@ from scripts.utils.report import write_report
 logger = logging.getLogger(__name__)
 
 Numbers = dict[str, float | None]
+Histograms = dict[str, tuple[np.ndarray, np.ndarray | None]]
 
 SCORED = ("bits_per_voxel_", "bits_per_dim_population", "typicality", "psnr", "ssim")  # how columns of scores begin
 INFORMATION_PEOPLE = 512  # at most: each is compared with all others' covariates
@@ -162,7 +165,7 @@ def evaluate(
     fid_network: str | None = None,
     atlas: str | None = None,
 ) -> None:
-    """Evaluate, and write ``evaluation.csv`` (one row per scan) and ``evaluation.json`` (flat), by rank 0.
+    """Evaluate, and write ``evaluation.csv`` (one row per scan), ``evaluation.json`` (flat) and ``pit.png``, by rank 0.
 
     Args:
         evaluator: runs the network on this process's share of the held-out scans.
@@ -174,7 +177,8 @@ def evaluate(
         training_scans: of how many people who were trained on a scan is read; 0: of none.
         draws: of what is usual for each held-out scan's covariates, where the prior has such; 0: of none.
         fid_network: a TorchScript file that gives features of images, for the FID; None: there is no FID.
-        atlas: a NIfTI file of region numbers, in which samples are compared with scans; None: they are not.
+        atlas: a NIfTI file of region numbers, in which samples are compared with scans, and scans with what is usual;
+            None: they are not.
     """
     features = None if fid_network is None else read_feature_network(fid_network, common.device)
     labels = fit_atlas(atlas, common.grid, common.network.spatial_shape, common.network.scan_affine)
@@ -190,7 +194,7 @@ def evaluate(
     trained = _trained_on(common, training, training_scans)
     numbers: dict[str, Any] = {"held_out_scans": len(held_out.items)}
     numbers["training_scans"] = 0 if trained is None else len(trained.items)
-    rows = _rows(common, table, held_out)
+    rows = _rows(common, table, held_out, trained)
     for name in rows[0]:
         numbers |= mean_interval(name, [row[name] for row in rows])
     numbers |= membership_numbers(trained, held_out, common.seed)
@@ -204,9 +208,14 @@ def evaluate(
             numbers |= compare_features(drawn, held_out.images[people], features, *how)
         if labels is not None:
             numbers |= compare_regions(drawn, held_out.images[people], labels, common.seed)
-    numbers |= _covariate_numbers(common, held_out, trained, draws)
+    covariates, pit = _covariate_numbers(common, held_out, trained, draws, atlas)
+    numbers |= covariates
     if idist.get_rank() == 0:
         known = {**settings, "draws": draws, "fid_network": fid_network, "atlas": atlas}
+        picture = common.output_dir / "pit.png"
+        picture.unlink(missing_ok=True)  # of an evaluation before
+        if pit:
+            plots.pit(picture, pit)
         _write(common, numbers, known, rows, held_out)
 
 
@@ -218,27 +227,35 @@ def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int
     return measure(jobs.score(common.replace(cohort=common.cohort.of(chosen)), restore=None), "scoring training scans")
 
 
-def _rows(common: Common, table: ELBOTable, held_out: Measured) -> list[dict[str, float]]:
+def _rows(common: Common, table: ELBOTable, held_out: Measured, trained: Measured | None) -> list[dict[str, float]]:
     """What is known of each held-out scan."""
     scored = [{name: v for name, v in row.items() if name.startswith(SCORED)} for row in held_out.numbers]
     low, high = common.value_range
 
+    def rounded(scan: torch.Tensor) -> np.ndarray:
+        return ((scan - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    weights = (
+        None if trained is None else fit_predictor(channel for scan in trained.images for channel in rounded(scan))
+    )
+
     def sizes(places: Sequence[int]) -> list[dict[str, float]]:
-        rounded = ((held_out.images[places] - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        channels = [[file_bits(channel) for channel in scan] for scan in rounded]
+        channels = [[file_bits(channel, weights) for channel in rounded(held_out.images[place])] for place in places]
         return [{f"file_{name}": float(np.mean([c[name] for c in scan])) for name in scan[0]} for scan in channels]
 
     files = shared_out(len(held_out.items), 1, sizes, "sizes of lossless files")
     return [own | more | size for own, more, size in zip(table.numbers, scored, files, strict=True)]
 
 
-def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | None, draws: int) -> Numbers:
+def _covariate_numbers(
+    common: Common, held_out: Measured, trained: Measured | None, draws: int, atlas: str | None
+) -> tuple[Numbers, Histograms]:
     """How well the covariates of held-out scans are told, and what is usual for them; nothing without a prior of such.
 
     Scans of which a covariate is not known count for the others alone.
     """
     if common.prior is None or common.prior.coding is None:
-        return {}
+        return {}, {}
     common = common.replace(cohort=common.cohort.of(held_out.items))
     count, batch_size, coding = len(held_out.items), common.loading["batch_size"], common.prior.coding
     telling = jobs.predict_covariates(common)
@@ -267,20 +284,40 @@ def _covariate_numbers(common: Common, held_out: Measured, trained: Measured | N
     people = one_per_subject(held_out.items, INFORMATION_PEOPLE, common.seed)
     scores = torch.stack([said[place]["effect_scores"] for place in people])
     numbers |= information(common.prior, scores, [held_out.items[place]["covariates"] for place in people], common.seed)
-    if not draws:
-        return numbers
-    usual, scans = jobs.deviation(common, draws), held_out if trained is None else trained
+    normative, pit = _normative(common, held_out, trained, draws, atlas) if draws else ({}, {})
+    return numbers | normative, pit
+
+
+def _normative(
+    common: Common, held_out: Measured, trained: Measured | None, draws: int, atlas: str | None
+) -> tuple[Numbers, Histograms]:
+    """How well it is known what is usual for held-out scans' covariates, of voxels and of regions."""
+    usual, scans = jobs.deviation(common, draws, atlas), held_out if trained is None else trained
     mask = foreground(scans.images.mean(0), common.network)
-    errors = NormativeErrors(mask, None if trained is None else trained.images)
+    errors = {"voxels": NormativeErrors(int(mask.sum()), None if trained is None else trained.images[:, mask])}
+    if atlas is not None:
+        training = None if trained is None else usual.inferer.region_means(trained.images)
+        errors["regions"] = NormativeErrors(len(usual.inferer.masks), training)
 
     def add(places: Sequence[int]) -> list[None]:
-        found = usual.compute([read_item(usual.dataset, place) for place in places])
+        found = {
+            name: values.cpu() for name, values in usual.compute([read_item(usual.dataset, p) for p in places]).items()
+        }
         for at, place in enumerate(places):
-            errors.add(held_out.images[place], found["expected"][at].cpu(), found["spread"][at].cpu())
+            errors["voxels"].add(
+                *(x[mask] for x in (held_out.images[place], found["expected"][at], found["spread"][at]))
+            )
+            if atlas is not None:
+                errors["regions"].add(*found["regions"][at].T)
         return [None] * len(places)
 
-    shared_out(count, batch_size, add, "what is usual for held-out scans")
-    return numbers | NormativeErrors.joined([*itertools.chain(*idist.all_gather([errors]))]).numbers()
+    shared_out(len(held_out.items), common.loading["batch_size"], add, "what is usual for held-out scans")
+    parts = idist.all_gather([errors])
+    joined = {unit: NormativeErrors.joined([part[unit] for part in itertools.chain(*parts)]) for unit in errors}
+    numbers = joined["voxels"].numbers()
+    if atlas is not None:
+        numbers |= {f"region_{name}": value for name, value in joined["regions"].numbers("regions").items()}
+    return numbers, {unit: each.pit_histogram() for unit, each in joined.items()}
 
 
 def _write(

@@ -6,11 +6,13 @@ All take arrays of what was measured, and give a flat dictionary of numbers. Non
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
+import itertools
 import lzma
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 Numbers = dict[str, float | None]
 BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
 CENTILES = np.arange(1, 100) / 100
+PIT_BINS = 20
 NEIGHBOURS = 3  # of an image: how far its kind reaches around it
 # what the log likelihood is multiplied by, beside the prior's own sharpness; 0, so that nothing is said, is the last
 # resort of a model that is wrong
@@ -185,33 +188,41 @@ def category_numbers(name: str, own: Sequence[str], said: Sequence[str], commone
 
 
 class NormativeErrors:
-    """How well it is known what is usual for scans' covariates, voxel by voxel, within a mask.
+    """How well it is known what is usual for scans' covariates, of many values of each scan: voxels, or regions.
 
     ``mace``: the mean over the centiles 1 to 99 of how far the share of values below it is from the centile, of all
-    voxels and scans together. ``mace_voxels``: likewise of each voxel by itself, in the mean; of so few scans it is
-    ``mace_voxels_calibrated`` were all centiles right. ``msll``: the mean standardised log loss in nats per voxel
-    (Rasmussen and Williams 2006), less than 0 where the covariates' normal distribution is better than that of the
-    training scans' mean and variance. ``smse``: the mean squared error over that of the training scans' mean.
+    values and scans together. ``mace_UNIT``: likewise of each by itself, in the mean; of so few scans it is
+    ``mace_UNIT_calibrated`` were all centiles right. ``expv``: the explained variance, 1 - var(value - expected) /
+    var(value) over scans, in the mean over values. ``msll``: the mean standardised log loss in nats (Rasmussen and
+    Williams 2006), less than 0 where the covariates' normal distribution is better than that of the training scans'
+    mean and variance. ``smse``: the mean squared error over that of the training scans' mean.
 
     Args:
-        mask: which voxels count, ``[*image]``, bool.
-        training: scans, ``[scans, *image]``, for what is trivial; None: it isn't known.
+        size: how many values a scan has.
+        training: those of training scans, ``[scans, values]``, for what is trivial; None: it isn't known.
     """
 
-    def __init__(self, mask: Tensor, training: Tensor | None) -> None:
-        self.mask, self.scans = mask, 0
-        self.below = np.zeros((len(CENTILES), int(mask.sum())), dtype=np.int32)
+    def __init__(self, size: int, training: Tensor | None) -> None:
+        self.scans, self.below = 0, np.zeros((len(CENTILES), size), dtype=np.int32)
+        self.pit: list[np.ndarray] = []
         self.trivial = None
         if training is not None and len(training) > 1:
-            inside = training[:, mask].double().numpy()
-            self.trivial = inside.mean(0), np.maximum(inside.std(0, ddof=1), 1e-3)
+            values = training.double().numpy()
+            self.trivial = values.mean(0), np.maximum(values.std(0, ddof=1), 1e-3)
         self.losses, self.errors = np.zeros(2), np.zeros(2)
+        self.sums = np.zeros((2, 2, size))  # of values and of their errors: themselves, and squared
 
-    def add(self, scan: Tensor, expected: Tensor, spread: Tensor) -> None:
-        """A scan, what is expected of each of its voxels and the standard deviation, ``[*image]`` each."""
-        x, mean, std = (values[self.mask].double().numpy() for values in (scan, expected, spread))
+    def add(self, values: Tensor, expected: Tensor, spread: Tensor, z: Tensor | None = None) -> None:
+        """The values of a scan, what is expected of each, the standard deviation, and the z score, ``[values]`` each.
+
+        Without z it is that of the normal distribution of this mean and standard deviation.
+        """
+        x, mean, std = (each.double().numpy() for each in (values, expected, spread))
+        centiles = stats.norm.cdf((x - mean) / std if z is None else z.double().numpy())
         self.scans += 1
-        self.below += stats.norm.cdf((x - mean) / std) < CENTILES[:, None]
+        self.below += centiles < CENTILES[:, None]
+        self.pit.append(np.histogram(centiles, PIT_BINS, (0, 1))[0] / len(x))
+        self.sums += [[each, each**2] for each in (x, x - mean)]
         if self.trivial is not None:
             for place, (m, s) in enumerate(((mean, std), self.trivial)):
                 self.losses[place] -= stats.norm.logpdf(x, m, s).mean()
@@ -222,33 +233,82 @@ class NormativeErrors:
         """Of the scans of several processes."""
         first, *others = parts
         for other in others:
-            for name in ("scans", "below", "losses", "errors"):
+            for name in ("scans", "below", "pit", "losses", "errors", "sums"):
                 setattr(first, name, getattr(first, name) + getattr(other, name))
         return first
 
-    def numbers(self) -> Numbers:
-        """Those of all scans that were added, one or more."""
+    def numbers(self, unit: str = "voxels") -> Numbers:
+        """Those of all scans that were added, one or more; ``unit``: what the values are of."""
         shares = self.below / self.scans
         counts = np.arange(self.scans + 1)[:, None]
         chance = stats.binom.pmf(counts, self.scans, CENTILES) * np.abs(counts / self.scans - CENTILES)
+        mean, square = np.swapaxes(self.sums, 0, 1) / self.scans
+        total, left = square - mean**2
+        varied = total > 1e-12
         return {
             "mace": float(np.abs(shares.mean(1) - CENTILES).mean()),
-            "mace_voxels": float(np.abs(shares - CENTILES[:, None]).mean()),
-            "mace_voxels_calibrated": float(chance.sum(0).mean()),
+            f"mace_{unit}": float(np.abs(shares - CENTILES[:, None]).mean()),
+            f"mace_{unit}_calibrated": float(chance.sum(0).mean()),
+            "expv": float(1 - (left[varied] / total[varied]).mean()) if varied.any() else None,
             "msll": None if self.trivial is None else float(self.losses[0] - self.losses[1]) / self.scans,
             "smse": None if self.trivial is None else float(self.errors[0] / self.errors[1]),
         }
 
+    def pit_histogram(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The probability integral transform: the share of values in each twentieth of the centiles, mean over scans.
 
-def file_bits(volume: np.ndarray) -> dict[str, float]:
+        Beside it, how far from a twentieth the mean over so many scans is within 95 % of the time if it is one in
+        truth (Student's t). Scans count as independent of each other, the values of one scan do not, but the error is
+        no less than that of independent values. None for one scan.
+        """
+        shares = np.stack(self.pit)
+        if len(shares) < 2:
+            return shares[0], None
+        least = math.sqrt((PIT_BINS - 1) / self.below.shape[1]) / PIT_BINS
+        error = np.maximum(shares.std(0, ddof=1), least) / math.sqrt(len(shares))
+        return shares.mean(0), stats.t.ppf(0.975, len(shares) - 1) * error
+
+
+def _neighbours(volume: np.ndarray) -> np.ndarray:
+    """Of each voxel those of the cube of two before it, which a decoder knows; 0 outside.
+
+    Args:
+        volume: ``[depth, height, width]``, uint8.
+
+    Returns:
+        ``[7, depth, height, width]``, the three that share a face with the voxel last.
+    """
+    offsets = sorted(itertools.product((0, 1), repeat=3), key=sum)[:-1]
+    padded = np.pad(volume, [(1, 0)] * 3)
+    ends = [tuple(slice(o, o + size) for o, size in zip(offset, volume.shape, strict=True)) for offset in offsets]
+    return np.stack([padded[end] for end in ends])
+
+
+def fit_predictor(volumes: Iterable[np.ndarray]) -> np.ndarray:
+    """Weights by which the seven voxels before one predict it best, in the least squares over all volumes, ``[7]``.
+
+    Args:
+        volumes: ``[depth, height, width]`` or ``[height, width]``, uint8.
+    """
+    products, targets = np.zeros((7, 7)), np.zeros(7)
+    for volume in volumes:
+        before = _neighbours(volume.reshape(-1, *volume.shape[-2:])).reshape(7, -1).astype(np.float64)
+        products += before @ before.T
+        targets += before @ volume.ravel()
+    return np.linalg.lstsq(products, targets)[0]
+
+
+def file_bits(volume: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
     """Bits per voxel of a volume of 8 bits in lossless files.
 
     Args:
         volume: ``[depth, height, width]`` or ``[height, width]``, uint8.
+        weights: of :func:`fit_predictor`; None: ``linear`` is left out.
 
     Returns:
-        ``gzip``, as a ``.nii.gz`` is; ``png`` and ``webp``, of all slices in one picture; ``xz``, of the differences to
-        the mean of the three voxels before.
+        ``gzip``, as a ``.nii.gz`` is; ``png``, ``webp`` and, where pillow-jxl-plugin is installed, ``jxl``, of all
+        slices in one picture; ``xz``, of the differences to the mean of the three voxels before; ``linear``, ``xz`` of
+        those to what the weights predict.
     """
     slices = volume.reshape(-1, *volume.shape[-2:])
     across = math.ceil(math.sqrt(len(slices)))
@@ -256,10 +316,18 @@ def file_bits(volume: np.ndarray) -> dict[str, float]:
     padded[: len(slices)] = slices
     rows = padded.reshape(-1, across, *slices.shape[1:]).swapaxes(1, 2)
     picture = Image.fromarray(rows.reshape(-1, across * slices.shape[2]))
-    before = [np.insert(np.delete(slices.astype(np.int16), -1, axis), 0, 0, axis) for axis in range(3)]
-    differences = (slices - sum(before) // 3).astype(np.uint8)
-    sizes = {"gzip": len(gzip.compress(volume.tobytes(), 9)), "xz": len(lzma.compress(differences.tobytes(), preset=9))}
-    for name, options in (("png", {"optimize": True}), ("webp", {"lossless": True, "quality": 100})):
+    before = _neighbours(slices)
+    predicted = {"xz": before[-3:].sum(0, dtype=np.int16) // 3}
+    if weights is not None:
+        predicted["linear"] = np.rint(np.tensordot(weights, before, 1)).clip(0, 255).astype(np.int16)
+    sizes = {"gzip": len(gzip.compress(volume.tobytes(), 9))}
+    for name, values in predicted.items():
+        sizes[name] = len(lzma.compress((slices - values).astype(np.uint8).tobytes(), preset=9))
+    formats = {"png": {"optimize": True}, "webp": {"lossless": True, "quality": 100}}
+    if importlib.util.find_spec("pillow_jxl"):
+        importlib.import_module("pillow_jxl")  # it tells Pillow of the format
+        formats["jxl"] = {"lossless": True, "effort": 9}
+    for name, options in formats.items():
         file = io.BytesIO()
         picture.save(file, name, **options)
         sizes[name] = file.tell()

@@ -253,6 +253,31 @@ def centiles(
     return save(path, figure)
 
 
+def pit(path: str | os.PathLike, histograms: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> Path:
+    """Plot histograms of the probability integral transform, each in a panel, beside what is uniform.
+
+    Args:
+        path: of the PNG.
+        histograms: of each kind of value the share in each bin from 0 to 1, and how far from the uniform share it may
+            be, ``[bins]`` each; None: that is not known.
+    """
+    figure = Figure((5.2 * len(histograms), 3.4), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(histograms), squeeze=False)[0]
+    for axes, (name, (shares, reach)) in zip(panels, histograms.items(), strict=True):
+        edges, uniform = np.linspace(0, 1, len(shares) + 1), 1 / len(shares)
+        axes.stairs(shares, edges, fill=True, color="tab:blue", alpha=0.6)
+        if reach is not None:
+            band = {"baseline": np.maximum(uniform - reach, 0), "fill": True, "color": "0.4", "alpha": 0.35}
+            axes.stairs(uniform + reach, edges, label="95 % of means over so many scans", **band)
+        axes.axhline(uniform, color="0.25", linestyle="--", linewidth=1, label="calibrated")
+        axes.set_title(name, fontsize="small")
+        axes.set_xlabel("probability integral transform (centile / 100)")
+        axes.set_ylabel("share of values")
+        axes.set_xlim(0, 1)
+        axes.legend(fontsize="small")
+    return save(path, figure)
+
+
 def unfamiliar(
     path: str | os.PathLike, usual: Any, scans: Sequence[tuple[str, tuple[Any, Any], Mapping[str, float]]]
 ) -> Path:
