@@ -97,7 +97,6 @@ def main(
     """
     sides = list_sides(dataset_dir)[0].values()
     paths = [str(Path(item["image"]).resolve()) for side in sides for item in side][:scans]
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_masks(paths, folder / "masks")
@@ -108,10 +107,9 @@ def main(
             "impute": {"mask_dir": str(folder / "masks")},
             "counterfactual": {"covariates": {"age": 75}},
         }
-        for job in jobs:
-            given = {"dataset_dir": str(folder / "list.json"), **own.get(job, {}), **settings}
-            rows.append(measure(job, config_file, folder / job, len(paths), **given))
-    print_table(("job", "processor seconds per scan", "seconds", "peak GiB", "MB written per scan"), rows)
+        given = {job: {"dataset_dir": str(folder / "list.json"), **own.get(job, {}), **settings} for job in jobs}
+        rows = (measure(job, config_file, folder / job, len(paths), **given[job]) for job in jobs)
+        print_table(("job", "processor seconds per scan", "seconds", "peak GiB", "MB written per scan"), rows)
 
 
 if __name__ == "__main__":
