@@ -73,6 +73,7 @@ def tiny_bundle(tmp_path_factory) -> Path:
             config |= {"network#augmented": False} if "epochs" in config else {}  # as in quick_start.json
         elif "network_def#channels" in config:  # an overlay
             config = {key: tiny.get(key, value) for key, value in config.items()}
+            config |= {"batch_size": 1} if "weights" in config else {}  # the heads are two
         if "phantom_dir" in config:
             config |= {"cohort#dataset_dir#spacing": 16.0, "phantom_count": 3} if "cohort" in config else {}
         path.write_text(json.dumps(config))

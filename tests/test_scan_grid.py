@@ -457,10 +457,10 @@ def test_the_check_of_a_data_set_says_what_training_would_do(cohort, centred, tm
         (cohort, "training fits all of them to one box of the world."),
         (centred[0] / "scans", "training fits each to the box of its own file."),
     ):
-        report = check(scans, output_dir=tmp_path, workers=1)
-        line = summary(report).splitlines()[-3]
-        assert line.startswith("The centres of their foregrounds spread by ")
+        said = summary(check(scans, output_dir=tmp_path, workers=1))
+        (line,) = [line for line in said.splitlines() if line.startswith("The centres of their foregrounds spread by ")]
         assert line.endswith(answer)
+        assert ("scripts.prepare" in said) == ("each" in answer)
     with (tmp_path / "report.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert np.std([float(row["foreground"].split()[1]) for row in rows]) > 10
