@@ -24,7 +24,7 @@ from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
-from scripts.population.fit import fit_bytes, latents_within
+from scripts.population.sketch import fit_bytes, latents_within
 from scripts.training.memory import GPU_OVERHEAD, PeakMemory, fake_parameters
 from scripts.utils.command_line import run
 

@@ -19,6 +19,7 @@ from scipy.stats import norm
 
 from scripts.check import check
 from scripts.data.check_report import summary as summary_of_check
+from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_table
@@ -36,7 +37,9 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.tables import ScanColumns
 from scripts.phantoms import make_brains
 from scripts.population import effects
-from scripts.population.effects import Adaptation
+from scripts.population.effects import Adaptation, Effects
+from scripts.population.fit import PopulationFit
+from scripts.population.joint import correlation_of, draw_values
 from scripts.population.prior import PopulationPrior
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
@@ -395,6 +398,60 @@ def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():
     assert Continuous.learn("dose", [0.0, 1.0, 1.0, 2.0]).quantile(0.5) == pytest.approx(1, abs=0.5)
 
 
+def test_covariates_of_samples_go_together_as_the_cohorts_do():
+    people = torch.distributions.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, -0.6], [-0.6, 1.0]]))
+    torch.manual_seed(0)
+    pairs = enumerate(people.sample((4000,)).tolist())
+    sites = {False: "HH", True: "NSK"}
+    rows = [{"age": 50 + 10 * x, "site": sites[y > 0.5], "sex": "FM"[k % 2]} for k, (x, y) in pairs]
+    coding = CovariateCoding.learn(KINDS, rows)
+    features = torch.stack([coding.numbers(row) for row in rows])
+    correlation = correlation_of(coding, features.T @ features)
+    assert list(coding.variables) == ["age", "sex", "site"]
+    assert correlation[0, 2].item() == pytest.approx(-0.6, abs=0.05) and abs(correlation[0, 1]) < 0.05
+    drawn = draw_values(coding, correlation, {}, torch.randn(4000, 3))
+
+    def mean_age(people, site):
+        return np.mean([person["age"] for person in people if person["site"] == site])
+
+    for site in ("HH", "NSK"):
+        assert mean_age(drawn, site) == pytest.approx(mean_age(rows, site), abs=1.5)
+    # what is given says something of what is not
+    old = draw_values(coding, correlation, {"age": 65.0, "sex": None}, torch.randn(4000, 3))
+    assert {person["age"] for person in old} == {65.0} and {person["sex"] for person in old} == {None}
+    among = [row["site"] == "NSK" for row in rows if 63 < row["age"] < 67]
+    assert np.mean([person["site"] == "NSK" for person in old]) == pytest.approx(np.mean(among), abs=0.05)
+    there = draw_values(coding, correlation, {"site": "NSK"}, torch.randn(4000, 3))
+    assert mean_age(there, "NSK") == pytest.approx(mean_age(rows, "NSK"), abs=1.5)
+
+
+@torch.no_grad()
+def test_drawn_scans_differ_by_covariates_as_people_do(network, coding, tmp_path):
+    prior = prior_with_effects(network, coding)
+    ages = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
+    cohort = CohortCovariates.coded(coding, ages, [])
+    torch.manual_seed(0)
+    means = 0.05 * torch.randn(coding.size, 1, 8, 8, 8)
+    people = [{"image": (cohort.training[k] @ means.flatten(1)).view(1, 8, 8, 8)} for k in range(42)]
+    fit = PopulationFit(network, Dataset(people), Dataset([]), tmp_path / "p.pt", covariates=cohort)
+    fit._add_offsets(prior, means, fit.training)
+    draws = Effects(coding.size)
+    for seed in range(1000, 1020):
+        drawn = []
+        for features in (cohort.training, torch.zeros(42, coding.size)):
+            torch.manual_seed(seed)
+            drawn.append(prior.usual(network, features)[0])
+        draws.add(cohort.training, drawn[0] - drawn[1])
+    gained = draws.fit() - prior.drawn_offset
+    left, by_moving, without = ((gained + added - means).norm() for added in (prior.drawn_offset, prior.offset, 0.0))
+    assert left < by_moving and left < 0.4 * without
+    prior.correlation = torch.eye(3)
+    prior.save(tmp_path / "prior.pt")
+    again = PopulationPrior.load(torch.load(tmp_path / "prior.pt", weights_only=True))
+    for name in ("offset", "drawn_offset", "correlation"):
+        torch.testing.assert_close(getattr(again, name), getattr(prior, name), atol=1e-3, rtol=1e-2)
+
+
 def test_samples_and_scores_use_covariates(fitted, tmp_path):
     job("sample", fitted, tmp_path / "s", "--samples", 2, "--covariates", {"age": 80})
     assert (tmp_path / "s" / "0001_sample.nii.gz").is_file()
@@ -445,14 +502,14 @@ def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
 @torch.no_grad()
 def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path):
     prior = prior_with_effects(network, coding, 0.3)
-    prior.register_buffer("offset", torch.zeros(coding.size, 1, 8, 8, 8))
+    prior.offset, prior.drawn_offset = torch.zeros(2, coding.size, 1, 8, 8, 8)
     prior.region_dispersion = 1.7
 
     def drawn(prior: PopulationPrior, count: int, **covariates: str) -> torch.Tensor:
         torch.manual_seed(count)
         features = prior.coding.numbers(covariates)[None].expand(count, -1)
         draws = prior.draws(torch.randn(count, 2), 1.0, features)
-        return network.decode([], batch_size=count, draws=draws)[0] + prior.added(features)
+        return network.decode([], batch_size=count, draws=draws)[0] + prior.added(features, drawn=True)
 
     scans = drawn(prior, 20) + torch.linspace(-0.2, 0.2, 8)  # a bias field from left to right
     dataset = Dataset(
@@ -467,7 +524,8 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     )
     assert after < 0.3 * before
     again = PopulationPrior.load(torch.load(path, weights_only=True))
-    torch.testing.assert_close(again.offset, adapted.offset, atol=1e-3, rtol=1e-2)
+    for name in ("offset", "drawn_offset"):
+        torch.testing.assert_close(getattr(again, name), getattr(adapted, name), atol=1e-3, rtol=1e-2)
     assert again.region_dispersion == prior.region_dispersion == 1.7
     with pytest.raises(ValueError, match="of one scan nothing tells what is the category's"):
         Adaptation(network, prior, Dataset(dataset.data[:1]), {"site": "D"}, tmp_path, path)

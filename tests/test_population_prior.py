@@ -25,9 +25,9 @@ from scripts.inference.tables import list_coordinates, scans_to_fit
 from scripts.layers.gaussian import Draws
 from scripts.networks import VDVAE
 from scripts.population.content import coarse_offset, offset_on
-from scripts.population.fit import PopulationFit, fit_bytes, latents_within
+from scripts.population.fit import PopulationFit
 from scripts.population.prior import PopulationPrior, find_population_prior, fingerprint, innovation
-from scripts.population.sketch import FactorSketch, prior_from_sketch
+from scripts.population.sketch import FactorSketch, fit_bytes, latents_within, prior_from_sketch
 from scripts.training.checkpoints import CheckpointError
 from scripts.utils.names import UNUSABLE
 
@@ -383,6 +383,8 @@ def test_mean_differences_of_fine_grids_are_kept_on_a_coarse_one():
         ("content['covariates'].pop()", "its covariates become"),
         ("del content['covariates']", "and does not say of which"),
         ("content['offset'] = torch.zeros(99, 1, 8, 8, 8)", "'offset' is not that of"),
+        ("content['drawn_offset'] = torch.zeros(99, 1, 8, 8, 8)", "'drawn_offset' is not that of"),
+        ("content['correlation'] = torch.ones(2, 2)", "the correlation of its covariates is none"),
         ("content['offset'] = content['offset'][..., 1:]", "of another grid than the network"),
     ],
 )

@@ -93,9 +93,19 @@ class Continuous:
 
     def quantile(self, share: float) -> float:
         """The value below which this share of the training side lies, between its range and the knots."""
+        return float(np.interp(share, *self._distribution()))
+
+    def interval(self, value: Value) -> tuple[float, float]:
+        """The shares of the training side between which a value lies: twice that below it."""
+        shares, values = self._distribution()
+        share = float(np.interp(float(value), values, shares))
+        return share, share
+
+    def _distribution(self) -> tuple[list[float], list[float]]:
+        """Some shares of the training side, and the values below which they lie."""
         knots = self.knots or (self.mean,)
         shares = KNOTS if len(knots) == len(KNOTS) else np.linspace(0, 1, len(knots) + 2)[1:-1]
-        return float(np.interp(share, [0.0, *shares, 1.0], [self.low, *knots, self.high]))
+        return [0.0, *shares, 1.0], [self.low, *knots, self.high]
 
     def outside(self, value: Value) -> bool:
         """Whether a value lies outside of the range of the training side."""
@@ -140,6 +150,11 @@ class Categorical:
         """The category at this share of the training side, in the order of the categories."""
         place = int(np.searchsorted(np.cumsum(self.shares), share * sum(self.shares), side="right"))
         return self.categories[min(place, len(self.categories) - 1)]
+
+    def interval(self, value: Value) -> tuple[float, float]:
+        """The shares of the training side between which a category lies, in the order of the categories."""
+        place, total = self.categories.index(value), sum(self.shares)
+        return sum(self.shares[:place]) / total, sum(self.shares[: place + 1]) / total
 
     def numbers(self, value: Value) -> list[float]:
         """What the covariate becomes, one number per category but the first, with a mean of 0; zeros where unknown."""

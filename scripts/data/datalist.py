@@ -188,6 +188,11 @@ def split_by_subject(
     return [i for i in order if subjects[i] in training], [i for i in order if subjects[i] not in training]
 
 
+def spaced(count: int, most: int) -> list[int]:
+    """So many places at most among some, evenly: scans often come site by site."""
+    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
+
+
 def log_sides(datalist: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Log how many scans, subjects and sessions each side of a datalist has."""
     for side, items in datalist.items():

@@ -18,6 +18,7 @@ from scripts.data.covariates import Value
 from scripts.layers.gaussian import Draws, gaussian_noise
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.population.joint import draw_values
 from scripts.population.prior import PopulationPrior, innovation
 from scripts.utils.errors import InputError
 from torch import Tensor
@@ -189,7 +190,7 @@ class Sampling(Inferer):
         voxel_noise: also draw each voxel from its own distribution, as the likelihood says.
         prior: the population prior to draw from; None draws from the network's own.
         covariates: of the scans, such as ``{"age": 70}``, which the prior knows. Those that are not given are drawn for
-            each scan as the cohort had them, one independently of the other.
+            each scan as the cohort has them beside the given ones.
     """
 
     def __init__(
@@ -229,13 +230,9 @@ class Sampling(Inferer):
         coding = self.prior.coding
         if coding is None:
             return None
-        left = {name: variable for name, variable in coding.variables.items() if name not in self.given}
-        shares = torch.special.ndtr(gaussian_noise(self.prior.inverse.new_empty(count, len(left)), draws)).tolist()
-        people = [
-            {name: variable.quantile(share) for (name, variable), share in zip(left.items(), row, strict=True)}
-            for row in shares
-        ]
-        return torch.stack([coding.numbers({**self.given, **person}) for person in people]).to(self.prior.inverse)
+        normals = gaussian_noise(self.prior.inverse.new_empty(count, len(coding.variables)), draws)
+        people = draw_values(coding, self.prior.correlation, self.given, normals)
+        return torch.stack([coding.numbers(person) for person in people]).to(self.prior.inverse)
 
 
 def decode_coordinates(

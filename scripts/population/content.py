@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 FORMAT = 1  # of the file
 FIT_IT = "fit one by the run fit_prior of configs/inference.json"
 OFFSET_GRID = 64
+OFFSETS = ("offset", "drawn_offset")
 FACTORS = ("sharpness", "dispersion", "region_dispersion")
 
 
@@ -45,7 +46,7 @@ def offset_on(shape: Sequence[int], offset: Tensor, name: str) -> Tensor:
     if offset.shape[2:] == torch.Size(shape):
         return offset
     if coarse_offset(torch.empty(1, 1, *shape)).shape[2:] != offset.shape[2:]:
-        raise CheckpointError(f"{name} is of another grid than the network, by its 'offset': {FIT_IT}.")
+        raise CheckpointError(f"{name} is of another grid than the network, by what covariates add: {FIT_IT}.")
     return interpolate(offset.float(), tuple(shape), mode="trilinear" if len(shape) == 3 else "bilinear")
 
 
@@ -144,8 +145,14 @@ def _check_rest(content: Mapping, factors: int, features: int) -> None:
     size = _coding(content["covariates"]).size
     if size != features:
         raise _WrongError(f"its covariates become {size} numbers, but it has {features} effects")
-    if content.get("offset") is not None and _tensor(content, "offset", "the covariates").shape[:1] != (features,):
-        raise _WrongError(f"its 'offset' is not that of {features} effects")
+    for name in OFFSETS:
+        if content.get(name) is not None and _tensor(content, name, "the covariates").shape[:1] != (features,):
+            raise _WrongError(f"its '{name}' is not that of {features} effects")
+    if content.get("correlation") is not None:
+        count = len(content["covariates"])
+        correlation = _tensor(content, "correlation", "the covariates", [count, count])
+        if not torch.linalg.eigvalsh(correlation.double()).min() > 0:
+            raise _WrongError("the correlation of its covariates is none")
 
 
 def _check_familiarity(plain: Any) -> None:

@@ -16,6 +16,7 @@ from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import Categorical, CovariateCoding
 from scripts.networks import VDVAE
+from scripts.population.content import OFFSETS
 from scripts.population.prior import PopulationPrior, fingerprint, innovation
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
@@ -173,22 +174,25 @@ class Adaptation:
             {i: getattr(self.prior, f"{part}_{i}") for i in self.prior.latents}
             for part in ("mean", "variance", "directions")
         )
-        offset = self.prior.offset
+        offsets = {name: getattr(self.prior, name) for name in OFFSETS if getattr(self.prior, name) is not None}
         adapted = PopulationPrior(
             *parts,
             self.prior.distances,
             self.prior.bits_per_dim,
             effects={i: _inserted(before[i], place, new) for i, new in zip(before, row.split(sizes), strict=True)},
-            offset=None if offset is None else _inserted(offset, place, torch.zeros_like(offset[0])),
+            **{name: _inserted(offset, place, torch.zeros_like(offset[0])) for name, offset in offsets.items()},
             coding=self.coding,
             sharpness=self.prior.sharpness,
             dispersion=self.prior.dispersion,
             region_dispersion=self.prior.region_dispersion,
         )
         adapted.familiarity, adapted.spread = self.prior.familiarity, self.prior.spread
-        if offset is not None:
-            left, _ = self._mean(partial(self._unexpected, adapted), features, offset[0].numel())
-            adapted.offset[place] = left.reshape(offset[0].shape)
+        adapted.correlation = self.prior.correlation
+        if offsets:
+            size = self.prior.offset[0].numel()
+            left, _ = self._mean(partial(self._unexpected, adapted), features, size)
+            for name in offsets:
+                getattr(adapted, name)[place] = left.reshape(self.prior.offset[0].shape)
         if idist.get_rank() == 0:
             self._save(adapted, kept)
         return adapted

@@ -20,6 +20,7 @@ import torch
 from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scipy import stats
+from scripts.data.datalist import spaced
 from scripts.layers.gaussian import Draws, Posterior
 from scripts.layers.levels import grid_name
 from scripts.layers.output import foreground
@@ -215,7 +216,7 @@ def fit_familiarity(
         device: of the network.
     """
     rows, others = (
-        _looks(network, prior, Subset(dataset, range(min(len(dataset), MOST_PEOPLE))), batch_size, num_workers, device)
+        _looks(network, prior, Subset(dataset, spaced(len(dataset), MOST_PEOPLE)), batch_size, num_workers, device)
         for dataset in (held_out, training)
     )
     numbers = len(statistic_names(network, prior))

@@ -19,14 +19,15 @@ from monai.data import DataLoader
 from monai.networks.layers.factories import Pool
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
+from scripts.data.datalist import spaced
 from scripts.layers.gaussian import Draws, Posterior
 from scripts.layers.levels import grid_name
 from scripts.layers.output import foreground
-from scripts.networks import VDVAE
 from scripts.population.effects import Effects
 from scripts.population.familiarity import fit_familiarity
+from scripts.population.joint import correlation_of
 from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
-from scripts.population.sketch import FactorSketch, prior_from_sketch, split_latents
+from scripts.population.sketch import FactorSketch, fit_bytes, latents_within, prior_from_sketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.trainer import TrainingEvents
@@ -49,30 +50,10 @@ RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 DISPERSION_SCANS, DISPERSION_DRAWS = 32, 16  # held-out scans whose deviations are looked at, of each process
 OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
+DRAWN_SCANS = 64  # that are drawn for them, in all
+# what is measured of held-out scans, and what does not depend on which scans are taken
+KEPT = ("coding", "correlation", "sharpness", "dispersion", "region_dispersion", "distances", "bits_per_dim")
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
-
-
-def fit_bytes(factors: int, features: int, batch_size: int, held_out: int) -> int:
-    """Bytes of memory that a fit needs for each dimension of the latents that it takes, at its peak.
-
-    The sketch's 2 factors rows are kept, joined with those of a batch, and made anew; a prior of them has as many rows
-    as factors at most; effects have a row per feature, as have the sums that they come from; of held-out scans u and t
-    are kept.
-    """
-    rows = 2 * (4 * factors + batch_size + 2) + 2 * factors + 3 * features + 2 * held_out + 3 * batch_size
-    return 4 * rows
-
-
-def latents_within(network: VDVAE, memory: float, per_dimension: int) -> list[int]:
-    """The latents of the coarsest grids, as many as fit into so many bytes; the coarsest in any case."""
-    dimensions, chosen = 0, list[int]()
-    for level in sorted(set(network.latent_levels), reverse=True):
-        of_level = [index for index, other in enumerate(network.latent_levels) if other == level]
-        dimensions += sum(math.prod(network.latent_grids()[index]) for index in of_level)
-        if chosen and dimensions * per_dimension > memory:
-            break
-        chosen += of_level
-    return chosen
 
 
 def memory_to_use() -> float:
@@ -243,13 +224,15 @@ class PopulationFit:
         first = Subset(self.training, indices)
         effects, means = self._effects(first)
         sketch = self._sketch(first, effects)
-        chosen = Subset(held_out, range(min(len(held_out), MOST_HELD_OUT)))
+        chosen = Subset(held_out, spaced(len(held_out), MOST_HELD_OUT))
         drawn = self._held_out(chosen)
         rank, shrinkage, gain = self._choose(sketch, effects, drawn)
         prior = self._prior(sketch, rank, shrinkage, effects)
         prior.coding = self.coding
+        if self.coding is not None:
+            prior.correlation = correlation_of(self.coding, self.training.features.T @ self.training.features)
         prior.sharpness = self._sharpness(prior, drawn)
-        prior.offset = self._offset(prior, means, first)
+        self._add_offsets(prior, means, first)
         prior.dispersion, prior.region_dispersion = self._dispersions(prior, chosen)
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gather([drawn.bits_per_dim]))
@@ -265,9 +248,17 @@ class PopulationFit:
         """The same fitted to all training scans; what was measured of held-out ones stays as it was."""
         effects, means = self._effects(self.training)
         refitted = self._prior(self._sketch(self.training, effects), rank, shrinkage, effects)
-        for name in ("coding", "sharpness", "dispersion", "region_dispersion", "distances", "bits_per_dim"):
+        for name in (
+            "coding",
+            "correlation",
+            "sharpness",
+            "dispersion",
+            "region_dispersion",
+            "distances",
+            "bits_per_dim",
+        ):
             setattr(refitted, name, getattr(prior, name))
-        refitted.offset = self._offset(refitted, means, self.training)
+        self._add_offsets(refitted, means, self.training)
         return refitted
 
     def _prior(self, sketch: FactorSketch, rank: int, shrinkage: float, effects: Tensor | None) -> PopulationPrior:
@@ -329,18 +320,26 @@ class PopulationFit:
             images.add(vectors.features, vectors.scans)
         return latents.fit(), images.fit()
 
-    def _offset(self, prior: PopulationPrior, means: Tensor | None, dataset: Dataset) -> Tensor | None:
-        """What the effects on the latents lack of the scans' own mean differences, ``[features, channels, *spatial]``.
+    def _add_offsets(self, prior: PopulationPrior, means: Tensor | None, dataset: Dataset) -> None:
+        """Give the prior what its effects on the latents lack of the scans' own mean differences.
 
-        The network is not linear, so that effects on its latents are not quite what they are in scans. So that the mean
-        of counterfactuals is right, what some scans gain when they are decoded under half a unit more of a feature is
-        compared with the regression of the scans themselves.
+        The network is not linear, so that effects on its latents are not quite what they are in scans; nor are they the
+        same on latents that are drawn as on a scan's own.
         """
-        if means is None:
-            return None
+        if means is not None:
+            prior.offset, prior.drawn_offset = None, None  # what is decoded here has none
+            offset = means - self._gained_by_moving(prior, means, dataset)
+            prior.drawn_offset = means - self._gained_by_drawing(prior)
+            prior.offset = offset
+
+    def _gained_by_moving(self, prior: PopulationPrior, means: Tensor, dataset: Dataset) -> Tensor:
+        """What some scans gain when they are decoded under half a unit more of each feature, per unit.
+
+        ``[features, channels, *spatial]``, as the regression of the scans themselves, ``means``.
+        """
         gained = [torch.zeros_like(mean) for mean in means]
         scans = 0
-        some = Subset(dataset, range(min(len(dataset), OFFSET_SCANS)))
+        some = Subset(dataset, spaced(len(dataset), OFFSET_SCANS))
         all_latents = range(self.network.num_latents)  # they are decoded
         for vectors in self._vectors(some, "mean differences", temperature=0.0, latents=all_latents):
             innovations = [innovation(q) for q in vectors.posteriors.values()]
@@ -356,8 +355,24 @@ class PopulationFit:
             below, above = decoded[: self.coding.size], decoded[self.coding.size :]
             for feature, (less, more) in enumerate(zip(below, above, strict=True)):
                 gained[feature] += 2 * (more - less).sum(0)
-        total = idist.all_reduce(torch.stack(gained)) / idist.all_reduce(scans)
-        return means - total
+        return idist.all_reduce(torch.stack(gained)) / idist.all_reduce(scans)
+
+    def _gained_by_drawing(self, prior: PopulationPrior) -> Tensor:
+        """What drawn scans gain from a feature: a regression of draws under training people's covariates, each less
+        the same draw under none.
+        """
+        responses = Effects(self.coding.size)
+        places = spaced(len(self.training), DRAWN_SCANS)[idist.get_rank() :: idist.get_world_size()]
+        batches = [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with eval_mode(self.network), torch.random.fork_rng(devices):
+            for batch in tqdm(batches, "population prior, drawing", unit="batch", disable=idist.get_rank() > 0):
+                features, drawn = self.training.features[batch], []
+                for told in (features, torch.zeros_like(features)):
+                    torch.manual_seed(self.seed + batch[0])  # the same draw of both
+                    drawn.append(prior.usual(self.network, told)[0].cpu())
+                responses.add(features, drawn[0] - drawn[1])
+        return responses.fit()
 
     def _sketch(self, dataset: Dataset, effects: Tensor | None) -> FactorSketch:
         sketch = FactorSketch(2 * self.factors)
@@ -428,7 +443,7 @@ class PopulationFit:
         """Sums of squares and their numbers, of voxels and of blocks, ``[2]`` each."""
         pool = Pool["AVG", self.network.spatial_dims](max(1, min(self.network.spatial_shape) // 8))
         squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        some = Subset(dataset, range(min(len(dataset), DISPERSION_SCANS)))
+        some = Subset(dataset, spaced(len(dataset), DISPERSION_SCANS))
         for vectors in self._vectors(some, "how far scans deviate", temperature=0.0, latents=()):
             drawn = [prior.usual(self.network, vectors.features) for _ in range(DISPERSION_DRAWS)]
             means = torch.stack([loc.cpu() for loc, _ in drawn])

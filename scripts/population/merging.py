@@ -11,6 +11,7 @@ import torch
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.population.effects import Effects
 from scripts.population.fit import RANKS, SHARPNESSES, SHRINKAGES
+from scripts.population.joint import correlation_of
 from scripts.population.prior import PopulationPrior
 from scripts.population.sketch import FactorSketch, prior_from_sketch
 from scripts.population.statistics import BITS_STEP, DISTANCE_STEP, CohortStatistics, coefficients
@@ -314,4 +315,6 @@ def calibrate(prior: PopulationPrior, union: CohortStatistics) -> None:
         prior.sharpness = SHARPNESSES[int(torch.tensor(known["sharpness"]).argmax())]
         squares, counts = torch.tensor(known["sums"]).split(2)
         spread = (squares / counts.clamp_min(1)).sqrt()
+        design = _design(union, prior.coding)[:, 1:]
+        prior.correlation = correlation_of(prior.coding, design.T @ union.gram @ design)
         prior.dispersion, prior.region_dispersion = torch.where(counts > 0, spread, 1.0).clamp_min(1e-3).tolist()

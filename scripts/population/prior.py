@@ -26,7 +26,7 @@ import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
 from scripts.networks import VDVAE
-from scripts.population.content import FIT_IT, FORMAT, check_prior, coarse_offset, offset_on
+from scripts.population.content import FIT_IT, FORMAT, OFFSETS, check_prior, coarse_offset, offset_on
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand
@@ -58,7 +58,9 @@ class PopulationPrior(nn.Module):
         bits_per_dim: of the same scans, under the network's own prior.
         effects: the columns of E, ``[features, channels, *grid]``, by the latent's index; None: no covariates.
         offset: what each feature adds to the mean of each voxel beside its effect on the latents, ``[features,
-            channels, *spatial]``, in the range of the network's output; None: nothing.
+            channels, *spatial]``, in the range of the network's output, where a scan's own latents are moved; None:
+            nothing.
+        drawn_offset: likewise where latents are drawn; None: the same.
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
             far off as it says; 1 if the model were true.
@@ -75,6 +77,7 @@ class PopulationPrior(nn.Module):
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
         spread: the standard deviation of each factor over the cohort, ``[factors]``: 1 or more, where the directions
             are shrunk to what predicts others best. Samples vary as the cohort does.
+        correlation: of the covariates over the cohort, see :mod:`scripts.population.joint`; None: not known.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class PopulationPrior(nn.Module):
         bits_per_dim: Tensor | None = None,
         effects: Mapping[int, Tensor] | None = None,
         offset: Tensor | None = None,
+        drawn_offset: Tensor | None = None,
         coding: CovariateCoding | None = None,
         sharpness: float = 1.0,
         dispersion: float = 1.0,
@@ -96,6 +100,7 @@ class PopulationPrior(nn.Module):
         self.region_dispersion = dispersion if region_dispersion is None else region_dispersion
         self.path: Path | None = None
         self.familiarity: dict[str, Any] | None = None
+        self.correlation: Tensor | None = None
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
         effects = effects or {index: mean[index].new_zeros(0, *mean[index].shape) for index in self.latents}
@@ -106,6 +111,7 @@ class PopulationPrior(nn.Module):
             self.register_buffer(f"directions_{index}", directions[index].float())
             self.register_buffer(f"effects_{index}", effects[index].float())
         self.register_buffer("offset", None if offset is None else offset.float())
+        self.register_buffer("drawn_offset", None if drawn_offset is None else drawn_offset.float())
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
         self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
@@ -256,7 +262,7 @@ class PopulationPrior(nn.Module):
             of_latents = [temperature[level] for level in network.latent_levels]
         draws = self.draws(coordinates, of_latents, features, draws)
         loc, scale = network.decode([], temperature, batch_size=len(coordinates), draws=draws)
-        added = self.added(features)
+        added = self.added(features, drawn=True)
         return loc + (added.to(loc) if isinstance(added, Tensor) else added), scale
 
     def usual(self, network: VDVAE, features: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
@@ -264,13 +270,18 @@ class PopulationPrior(nn.Module):
         coordinates = gaussian_noise(self.inverse.new_empty(len(features), self.factors), draws)
         return self.decode(network, coordinates, 1.0, features, draws)
 
-    def added(self, features: Tensor | None) -> Tensor | float:
+    def added(self, features: Tensor | None, drawn: bool = False) -> Tensor | float:
         """What covariates add to the mean of each voxel beside their effect on the latents, ``[batch, channels,
         *spatial]``.
+
+        Args:
+            features: what they become, or by how much that changes, ``[batch, features]``.
+            drawn: whether the latents are drawn, and not a scan's own that are moved.
         """
-        if features is None or self.offset is None:
+        offset = self.drawn_offset if drawn and self.drawn_offset is not None else self.offset
+        if features is None or offset is None:
             return 0.0
-        return (features.to(self.offset) @ self.offset.flatten(1)).unflatten(1, self.offset.shape[1:])
+        return (features.to(offset) @ offset.flatten(1)).unflatten(1, offset.shape[1:])
 
     def expected(self, features: Tensor) -> dict[int, Tensor]:
         """The mean of u under covariates, ``[batch, channels, *grid]`` each, by the latents' indices."""
@@ -334,7 +345,10 @@ class PopulationPrior(nn.Module):
         if self.coding is not None:
             content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
             content["region_dispersion"] = self.region_dispersion
-            content |= {} if self.offset is None else {"offset": coarse_offset(self.offset).half()}
+            for name in OFFSETS:
+                offset = getattr(self, name)
+                content |= {} if offset is None else {name: coarse_offset(offset).half()}
+            content |= {} if self.correlation is None else {"correlation": self.correlation}
         torch.save(content, file)
 
     @classmethod
@@ -357,15 +371,15 @@ class PopulationPrior(nn.Module):
             if "effects" in latent:
                 parts["effects"][index] = from_bytes(latent["effects"], latent["effects_scale"])
         coding = CovariateCoding.from_plain(content["covariates"]) if "covariates" in content else None
-        offset = content.get("offset")
-        if network is not None and offset is not None:
-            offset = offset_on(network.spatial_shape, offset, name)
+        offsets = {part: content[part] for part in OFFSETS if content.get(part) is not None}
+        if network is not None:
+            offsets = {part: offset_on(network.spatial_shape, offset, name) for part, offset in offsets.items()}
         try:
             found = cls(
                 **parts,
                 distances=content["distances"],
                 bits_per_dim=content.get("bits_per_dim"),
-                offset=offset,
+                **offsets,
                 coding=coding,
                 sharpness=content.get("sharpness", 1.0),
                 dispersion=content.get("dispersion", 1.0),
@@ -378,7 +392,7 @@ class PopulationPrior(nn.Module):
                 f"{name} is damaged: its numbers are too large to compute with. {FIT_IT.capitalize()}."
             )
         found.familiarity = content.get("familiarity")
-        found.spread = content.get("spread", found.spread).float()
+        found.spread, found.correlation = content.get("spread", found.spread).float(), content.get("correlation")
         return found
 
 

@@ -7,12 +7,36 @@ from collections.abc import Mapping, Sequence
 
 import ignite.distributed as idist
 import torch
+from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError
 from torch import Tensor
 
 LEAST_SHARE = 0.01  # of the variance that is explained, for a latent not to be left out
 LEAST_SHRUNK = 0.05  # a direction that is shrunk to less is that of no factor
+
+
+def fit_bytes(factors: int, features: int, batch_size: int, held_out: int) -> int:
+    """Bytes of memory that a fit needs for each dimension of the latents that it takes, at its peak.
+
+    The sketch's 2 factors rows are kept, joined with those of a batch, and made anew; a prior of them has as many rows
+    as factors at most; effects have a row per feature, as have the sums that they come from; of held-out scans u and t
+    are kept.
+    """
+    rows = 2 * (4 * factors + batch_size + 2) + 2 * factors + 3 * features + 2 * held_out + 3 * batch_size
+    return 4 * rows
+
+
+def latents_within(network: VDVAE, memory: float, per_dimension: int) -> list[int]:
+    """The latents of the coarsest grids, as many as fit into so many bytes; the coarsest in any case."""
+    dimensions, chosen = 0, list[int]()
+    for level in sorted(set(network.latent_levels), reverse=True):
+        of_level = [index for index, other in enumerate(network.latent_levels) if other == level]
+        dimensions += sum(math.prod(network.latent_grids()[index]) for index in of_level)
+        if chosen and dimensions * per_dimension > memory:
+            break
+        chosen += of_level
+    return chosen
 
 
 class FactorSketch:
