@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from joblib import delayed
 from scripts.data.datalist import session_name, subject_names
-from scripts.data.find import find_scans
+from scripts.data.find import bids_others, find_scans
 from scripts.utils.command_line import check_integer, run
 from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import as_folder, expand, reserve
@@ -34,6 +34,7 @@ from scripts.utils.parallel import choose_workers, run_parallel
 if TYPE_CHECKING:
     from scripts.data.check_report import Report
     from scripts.data.quality import Inspection, Scan
+    from scripts.inference.familiar import Examiner
 
 SHOWN = 16  # of the scans that a network does not know
 
@@ -86,11 +87,16 @@ def check(
     root = Path(expand(dataset_dir))
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
+    examiner = None
+    if ckpt is not None or run_dir is not None:  # first of all: of a large cohort reading takes long
+        from scripts.inference.familiar import Examiner
+
+        examiner = Examiner.of(ckpt, config_file, run_dir)
 
     from scripts.data.check_report import Report, contact_sheet, find_unmatched, write_rows
     from scripts.data.quality import MIN_COHORT, THUMBNAIL, compare_geometry, compare_looks, inspect_scan
     from scripts.data.transforms import CheckScand
-    from scripts.utils.report import write_report
+    from scripts.utils.report import ShownTable, write_report
 
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
     suffixes, passed_over = find_unmatched(root, {name for scan in names for name in scan})
@@ -109,28 +115,30 @@ def check(
             compare_looks([scans[i] for i in usable], thumbnails, usable)
             compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
         del thumbnails
-    tables, pictures = [output / "report.csv"], [output / "contact_sheet.png"]
-    if ckpt is not None or run_dir is not None:
-        asked = [(scans[i], files[i]) for i in usable]
-        pictures += _ask_network(asked, output / "unfamiliar.png", ckpt, config_file, run_dir)
+    pictures = []
+    if examiner is not None:
+        pictures = _ask_network(examiner, [(scans[i], files[i]) for i in usable], output / "unfamiliar.png")
 
     rows = [*scans, *passed_over]
     write_rows(output / "report.csv", rows)
     contact_sheet(output / "contact_sheet.png", scans, files, spatial_dims, workers)
     lead = f"{len(scans)} scan(s), {len(usable)} of them usable."
-    write_report(output, "check", lead, tables, pictures, {"dataset_dir": str(dataset_dir)})
+    sheets = [output / "contact_sheet.png", *pictures]
+    table = ShownTable(output / "report.csv", ("verdict", "reasons", "familiar", "reason", "gain"))
+    write_report(output, "check", lead, [table], sheets, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
     covariates = _covariates([scan[0] for scan in files], [scan[0] for scan in names], subjects, root)
-    return Report(scans, passed_over, suffixes, output, not any(row.verdict in bad for row in rows), covariates)
+    passed = not any(row.verdict in bad for row in rows)
+    left_out = sorted(bids_others(*([p.name for p in root.iterdir() if p.is_dir() == kind] for kind in (True, False))))
+    return Report(scans, passed_over, suffixes, output, passed, covariates, left_out, pictures)
 
 
-def _ask_network(scans: Sequence[tuple[Scan, list[Path]]], picture: Path, *network: Any) -> list[Path]:
-    """Note of each scan whether a network (see ``Examiner.of``) knows such ones, and why not; draw the others."""
-    from scripts.inference.familiar import Examiner
+def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], picture: Path) -> list[Path]:
+    """Note of each scan whether a network knows such ones, and why not; draw the others."""
     from scripts.utils.plots import unfamiliar
     from tqdm import tqdm
 
-    examiner, strangers = Examiner.of(*network), []
+    strangers = []
     picture.unlink(missing_ok=True)
     for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
         try:

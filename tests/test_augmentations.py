@@ -13,7 +13,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose
 from monai.utils import set_determinism
 
-from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand, try_augmentations
+from scripts.data.augmentations import RandElasticd, RandHaircutd, RandTorchIOScand, chosen, try_augmentations
 from scripts.data.scan_grid import ScanGrid
 from scripts.training.seeding import SeededDataset
 
@@ -202,6 +202,21 @@ def test_augment_switches_the_random_part_alone():
     assert names_in(parse(augment_validation=True), "validate") == names_in(parse())
 
 
+def test_some_augmentations_are_chosen_by_name():
+    names = names_in(parse(augment=["mirror", "blur"]))
+    assert names == ["RandGaussianSmoothd", "RandLambdad", "ScaleIntensityRanged"]
+    for wrong in ("mirror", ["mirrors"]):
+        with pytest.raises(ValueError, match=r"augment has 'mirrors?': set it to True, False or a list of some of aff"):
+            chosen(CONFIG["augmentation"], wrong)
+
+
+def test_a_mirrored_scan_stays_where_it_was():
+    before = brain()
+    after = augmentation("mirror", 1.0)({"image": before.clone()})["image"]
+    torch.testing.assert_close(after.as_tensor(), before.as_tensor().flip(1))
+    torch.testing.assert_close(after.affine, before.affine)
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_each_augmentation_can_be_left_out_by_its_name(name):
     parser = parse()
@@ -295,4 +310,4 @@ def test_a_trial_leaves_augmentations_and_random_numbers_as_they_are(axes):
     state = torch.get_rng_state()
     try_augmentations(transforms, 2, axes)
     assert torch.equal(torch.get_rng_state(), state)
-    assert {transform.prob for transform in transforms.values()} == {0.1}
+    assert {name: transform.prob for name, transform in transforms.items() if transform.prob != 0.1} == {"mirror": 0.5}

@@ -21,6 +21,26 @@ TRIAL_SIZE = 16  # voxels along each axis of the image that each augmentation is
 PUBLISHED = 128  # voxels along each axis of the grid
 
 
+def chosen(augmentation: Mapping[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:
+    """The random transforms that a run applies.
+
+    Args:
+        augmentation: by name, in their order.
+        names: of those that are wanted; True: of all; False: of none.
+
+    Raises:
+        InputError: there is no such transform.
+    """
+    if isinstance(names, bool):
+        return dict(augmentation) if names else {}
+    unknown = [names] if isinstance(names, str) else [name for name in names if name not in augmentation]
+    if unknown:
+        raise InputError(
+            f"augment has {unknown[0]!r}: set it to True, False or a list of some of {', '.join(augmentation)}."
+        )
+    return {name: transform for name, transform in augmentation.items() if name in names}
+
+
 class RandAffineScand(RandAffined):
     """MONAI's ``RandAffined``, which does nothing at all where it does not act.
 

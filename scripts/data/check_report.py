@@ -6,7 +6,7 @@ import random
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ TABLE = 40  # rows on the terminal
 SINGLE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 # an .img has no row of its own: it holds the voxels of an .hdr, which has one
 LISTED = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".img")
+READ = ("participants.tsv", "sessions.tsv", "dataset_description.json")  # which are read
 REASON = "passed over, since scan_pattern does not match it"
 
 
@@ -40,7 +41,9 @@ class Report(NamedTuple):
         suffixes: how many files of each suffix it does not match, images and others.
         folder: where ``report.csv`` and ``contact_sheet.png`` are.
         passed: whether nothing is unusable and, if ``strict``, nothing suspicious.
-        covariates: a line about each column of ``participants.tsv``, and what is wrong with it.
+        covariates: a line about each column of ``participants.tsv`` and the like, and what is wrong with it.
+        left_out: folders of a BIDS data set that hold no scans of it.
+        pictures: beside the contact sheet.
     """
 
     scans: list[Scan]
@@ -49,6 +52,8 @@ class Report(NamedTuple):
     folder: Path
     passed: bool
     covariates: list[str]
+    left_out: Sequence[str] = ()
+    pictures: Sequence[Path] = ()
 
 
 def write_rows(path: Path, scans: Iterable[Scan]) -> None:
@@ -147,19 +152,22 @@ def summary(report: Report) -> str:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in report.suffixes.most_common())
         images = f" {len(report.passed_over)} of the report's rows are images among them." if report.passed_over else ""
         lines.append(f"Passed over by scan_pattern: {kinds}.{images}")
+    if report.left_out:
+        lines.append(f"Left out, since they hold no scans of a BIDS data set: {', '.join(report.left_out)}.")
     if len(report.scans) < MIN_COHORT:
         lines.append(f"Fewer than {MIN_COHORT} scans: they were not compared with each other.")
     if counts["unusable"] < len(report.scans):
         lines.append(_alignment([scan for scan in report.scans if scan.verdict != "unusable"]))
     if report.covariates:
-        lines.append("Covariates of the scans (participants.tsv):")
+        lines.append("Covariates of the scans, by the tables beside them:")
         lines += [f"  {line}" for line in report.covariates]
     if counts["unusable"]:
         lines.append(
             "Training stops at scans that are unusable; with --scan_policy skip it leaves them out, and those with odd "
             "headers."
         )
-    lines.append(f"Report: '{report.folder / 'report.csv'}'. Look at '{report.folder / 'contact_sheet.png'}'.")
+    pictures = "".join(f" and '{picture.name}'" for picture in report.pictures)
+    lines.append(f"Report: '{report.folder / 'report.html'}', with 'report.csv', 'contact_sheet.png'{pictures}.")
     return "\n".join(lines)
 
 
@@ -182,6 +190,8 @@ def find_unmatched(root: Path, scans: set[str]) -> tuple[Counter, list[Scan]]:
     for path in everything:
         name = path.relative_to(root).as_posix()
         folder = name.rpartition("/")[0]
+        if Path(name).name.endswith(READ):
+            continue
         if name in scans or folder in scans or str(Path(name).with_suffix("")) in companions:
             continue
         suffix = ".nii.gz" if name.lower().endswith(".nii.gz") else path.suffix.lower()

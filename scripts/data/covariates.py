@@ -18,6 +18,7 @@ Value = float | str | None  # of a covariate; None: not known
 KINDS = ("continuous", "categorical")
 KNOTS = (0.05, 0.35, 0.65, 0.95)  # quantiles of the training side, after Harrell
 MOST_CATEGORIES = 64
+BEYOND = 0.25  # of the width of a number's range: what is asked for may lie so far outside of it
 # what tables write where they know nothing, in small letters: BIDS, R, pandas, spreadsheets, SAS
 MISSING = ("", "n/a", "na", "nan", "none", "null", "<na>", "#n/a", "-", ".")
 LARGEST = 1e12  # of a number, and its distance from the mean in standard deviations: its cube still fits in float32
@@ -111,6 +112,15 @@ class Continuous:
         """Whether a value lies outside of the range of the training side."""
         return value is not None and not self.low <= value <= self.high
 
+    def refuse_far(self, value: Value) -> None:
+        """Refuse a value that is asked for where nothing was learnt, far outside of the range of the training side."""
+        beyond = BEYOND * (self.high - self.low)
+        if value is not None and not self.low - beyond <= value <= self.high + beyond:
+            raise InputError(
+                f"covariates: {self.name} is {value:g}: in the prior's cohort it goes from {self.low:.4g} to "
+                f"{self.high:.4g}; ask for one from {self.low - beyond:.4g} to {self.high + beyond:.4g}."
+            )
+
     def grid(self, steps: int = 81) -> list[float]:
         """Values to ask about: evenly spaced over the range of the training side."""
         return np.linspace(self.low, self.high, steps).tolist()
@@ -187,6 +197,9 @@ class Categorical:
         """False: what no training scan had is refused."""
         return False
 
+    def refuse_far(self, value: Value) -> None:
+        """Nothing: what no training scan had is refused."""
+
     def grid(self) -> list[str]:
         """Values to ask about: all categories."""
         return list(self.categories)
@@ -262,7 +275,8 @@ class CovariateCoding:
         """Values that a user asks for, such as ``{"age": 70}``, checked.
 
         Raises:
-            ValueError: they are no such mapping, the model has no such covariate, or a value makes no sense.
+            ValueError: they are no such mapping, the model has no such covariate, or a value makes no sense or lies far
+                outside of what the training side had.
         """
         if not isinstance(values, Mapping) or not values:
             raise InputError(
@@ -271,7 +285,10 @@ class CovariateCoding:
         for name in values:
             if name not in self.variables:
                 raise InputError(f"covariates: the model knows no '{name}'; it knows {', '.join(self.variables)}.")
-        return {name: self.variables[name].parse(value) for name, value in values.items()}
+        found = {name: self.variables[name].parse(value) for name, value in values.items()}
+        for name, value in found.items():
+            self.variables[name].refuse_far(value)
+        return found
 
     def example(self) -> str:
         """How a user writes a value of the first covariate."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
@@ -24,6 +24,12 @@ RESULT = re.compile(
     r"|_desc-(recon(to\d[0-9x]*)?|scale|zscore|anomaly|imputed(\d+|mean|std)|to[A-Za-z0-9]+step\d+)_[^_/]+\.nii(\.gz)?$"
     r"|(^|/)(sample_temperature=[^/]*|preview_\d+)\.nii\.gz$"
 )
+
+
+def bids_others(subfolders: Iterable[str], files: Iterable[str]) -> set[str]:
+    """Which subfolders of a folder hold no scans, since it is that of a BIDS data set."""
+    others = BIDS_OTHERS.intersection(subfolders)
+    return others if others and (BIDS_FILES.intersection(files) or _has_subjects(subfolders)) else set()
 
 
 def find_scans(
@@ -149,8 +155,8 @@ def _walk(root: Path, folders: bool, kept: Collection[str]) -> Iterator[str]:
 
     seen = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        if BIDS_OTHERS.intersection(subfolders) and (BIDS_FILES.intersection(files) or _has_subjects(subfolders)):
-            subfolders[:] = [name for name in subfolders if name not in BIDS_OTHERS or name in kept]
+        others = bids_others(subfolders, files)
+        subfolders[:] = [name for name in subfolders if name not in others or name in kept]
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was listed already
             subfolders.clear()

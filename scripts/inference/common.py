@@ -30,7 +30,7 @@ from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.prior import PopulationPrior
 from scripts.utils import distributed
 from scripts.utils.errors import BundleError, InputError, ResourceError, root_cause, sentence
-from scripts.utils.files import write_csv
+from scripts.utils.files import as_folder, write_csv
 from scripts.utils.names import UNUSABLE, item_files, item_path
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Common:
     unfamiliar: str = "warn"
 
     def __post_init__(self) -> None:
-        self.output_dir = Path(self.output_dir).expanduser()
+        self.output_dir = as_folder("output_dir", self.output_dir)
         if self.unfamiliar not in UNFAMILIAR:
             raise InputError(f"unfamiliar is {self.unfamiliar!r}: choose one of {', '.join(UNFAMILIAR)}.")
 
@@ -302,6 +302,13 @@ class Cohort:
                 "into dataset_dir, or name a table by --covariates_file.",
                 " or ".join(coding.variables),
             )
+        else:
+            lacking = {name: sum(known[name] is None for known in values) for name in coding.variables}
+            said = " and ".join(f"{name} of {count}" for name, count in lacking.items() if count)
+            if said:
+                logger.warning(
+                    "Not known is the %s of %d scan(s): these are compared with people of any.", said, len(values)
+                )
         outside, sentence = self.covariates.outside_range(coding, values)
         for warning in (*self.covariates.without_rows(), sentence):
             if warning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -15,8 +16,7 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
-from ignite.handlers.tqdm_logger import ProgressBar
+from ignite.engine import Engine
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import Evaluator
 from monai.inferers import Inferer
@@ -37,11 +37,14 @@ from scripts.utils.errors import ExistsError, InputError
 from scripts.utils.files import read_json, write_text
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 
 COVARIATES = "covariates"  # in an item: what is known of the scan
 SCANS = "covariates_of_scans"  # in a job's record
+STRANGERS = "unfamiliar"  # likewise: scans that the network does not know, with their unfamiliarity
 UNFAMILIARITY = "unfamiliarity"  # in a scan's results: its distance from what is usual, over the limit
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
@@ -167,11 +170,8 @@ class ScanEvaluator(Evaluator):
         self.familiarity = Familiarity.of(common.prior) if asks and common.unfamiliar != "allow" else None
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self._writers: ResultWriters | None = None
-        if idist.get_rank() == 0:
-            bar = ProgressBar(
-                persist=True, bar_format="{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-            )
-            bar.attach(self, event_name=Events.ITERATION_COMPLETED)
+        self._strangers: dict[str, float] = {}
+        self._bar = tqdm(disable=True)
 
     # what is left to do
 
@@ -232,14 +232,15 @@ class ScanEvaluator(Evaluator):
         if share:
             self._go_over(share)
         failed = self.common.failures.gather()  # a barrier, too
+        strangers = dict(itertools.chain(*idist.all_gather([*self._strangers.items()])))
         if idist.get_rank() == 0:
             items = [item for item in self.dataset.data if self._has_results(item)]
-            if any(COVARIATES in item for item in items):
-                self._write_record({item_path(item): item[COVARIATES] for item in items if COVARIATES in item})
             scans = [item_path(item) for item in items]
+            strangers = {name: far for name, far in strangers.items() if name in set(scans)}
+            self._write_record({item_path(i): i[COVARIATES] for i in items if COVARIATES in i}, strangers)
             self.summary(scans)
             drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
-            write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed)
+            write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed, strangers)
             logger.info("Results of %d of %d scan(s): '%s'.", total - len(failed), total, self.common.output_dir)
 
     def _go_over(self, indices: Sequence[int]) -> None:
@@ -250,9 +251,15 @@ class ScanEvaluator(Evaluator):
         )
         self.data_loader = on_device(_Batches(loader, self.batch), self.state.device)
         self.state.epoch_length = len(loader)
-        with ResultWriters(self._write, min(workers, len(indices)), self._note) as self._writers:
-            super().run()
-            self._write_computed()
+        try:
+            with ResultWriters(self._write, min(workers, len(indices)), self._note) as self._writers:
+                # after the writers' processes, which are forked and must not have its lock
+                self._bar = tqdm(total=len(indices), desc=self.job, unit="scan", disable=idist.get_rank() > 0)
+                with logging_redirect_tqdm():
+                    super().run()
+                    self._write_computed()
+        finally:
+            self._bar.close()
 
     def batch(self, items: Sequence[dict[str, Any] | Failure]) -> Batch:
         """What was read of some scans, and what the inferer gets of them, on the host."""
@@ -310,17 +317,19 @@ class ScanEvaluator(Evaluator):
                     f"output_dir '{folder}' holds results of '{self.job}' made with another {', '.join(changed)}: set "
                     "--output_dir to another folder, or --overwrite True to make them again."
                 )
-        record = before.get(SCANS, {})
+        record, strangers = before.get(SCANS, {}), before.get(STRANGERS, {})
         pending = [i for i, item in enumerate(self.dataset.data) if not self.finished(item, record)]
         names = {item_path(self.dataset.data[i]) for i in pending}
-        self._write_record({name: values for name, values in record.items() if name not in names})
+        self._strangers = {name: far for name, far in strangers.items() if name not in names}
+        self._write_record({name: values for name, values in record.items() if name not in names}, self._strangers)
         if self.common.describe is not None:
             self.common.describe(self.job)
         return pending
 
-    def _write_record(self, covariates: Mapping[str, Any]) -> None:
-        """Leave the settings beside the results, and the covariates of the scans that these are of."""
-        content = self._identities | ({SCANS: dict(covariates)} if covariates else {})
+    def _write_record(self, covariates: Mapping[str, Any], strangers: Mapping[str, float]) -> None:
+        """Leave the settings beside the results, and what else they depend on or what was said of their scans."""
+        said = {SCANS: dict(covariates), STRANGERS: dict(strangers)}
+        content = self._identities | {name: values for name, values in said.items() if values}
         write_text(self.common.output_dir / f"{self.job}.json", json.dumps(content, indent=2) + "\n")
 
     def _iteration(self, engine: Engine, batchdata: Batch) -> dict[str, Any]:
@@ -374,26 +383,32 @@ class ScanEvaluator(Evaluator):
             # a copy: what is sent to another process would else be the whole batch
             self._writers.add({**item, **{key: value[position].clone() for key, value in values.items()}})
 
-    def _write(self, item: Mapping[str, Any]) -> tuple[Failure | None, str | None]:
-        """Write the results of a scan, perhaps in another process: why that failed, and what is to be said of them."""
+    def _write(self, item: Mapping[str, Any]) -> tuple[Failure | None, tuple[str, float] | None]:
+        """Write the results of a scan, perhaps in another process: why that failed; or its name and unfamiliarity, if
+        the network does not know such scans.
+        """
         try:
-            warning = self._unfamiliar(item)
+            stranger = self._stranger(item)
             self.results_of(item)
         except Exception as error:
             files = image_files(item["image"]) if isinstance(item.get("image"), MetaTensor) else None
             failure = Failure.of({"image": files or item["name"]}, error)
             return failure._replace(image=item["name"]), None
-        return None, warning
+        return None, stranger
 
-    def _note(self, written: tuple[Failure | None, str | None]) -> None:
-        failure, warning = written
-        if warning is not None:
-            logger.warning("%s", warning)
+    def _note(self, written: tuple[Failure | None, tuple[str, float] | None]) -> None:
+        failure, stranger = written
+        if stranger is not None:
+            self._strangers[stranger[0]] = stranger[1]
+            logger.warning("'%s': %s; no result of it means much.", stranger[0], self._unknown(stranger[1]))
         if failure is not None:
             self._fail(failure)
+        else:
+            self._bar.update()
 
     def _fail(self, failure: Failure) -> None:
         self.common.failures.add(failure._replace(image=self.relative(failure.image)))
+        self._bar.update()
 
     def _warn_of_place(self, image: Any) -> None:
         """Name a scan that does not lie on the network's grid as the training scans did."""
@@ -404,22 +419,25 @@ class ScanEvaluator(Evaluator):
             for difference in [*place, *field_of_view_differences(grid, geometry)]:
                 logger.warning("'%s': %s.", image_path(image), difference)
 
-    def _unfamiliar(self, item: Mapping[str, Any]) -> str | None:
-        """A sentence that names a scan of a kind that the network does not know.
+    def _stranger(self, item: Mapping[str, Any]) -> tuple[str, float] | None:
+        """The name and the unfamiliarity of a scan of a kind that the network does not know.
 
         Raises:
             InputError: none such is wanted.
         """
         if self.familiarity is None or item[UNFAMILIARITY] <= 1:
             return None
-        said = (
-            f"the network does not know such scans: it is {float(item[UNFAMILIARITY]):.1f} times as far from what is "
-            f"usual as 1 in {1 / FALSE_ALARMS:.0f} of its cohort. `python -m scripts.check DIR --ckpt "
-            f"{self.common.ckpt}` says why"
-        )
+        far = float(item[UNFAMILIARITY])
         if self.common.unfamiliar == "refuse":
-            raise InputError(f"{said}; --unfamiliar warn makes results of it")
-        return f"'{item['name']}': {said}; no result of it means much."
+            raise InputError(f"{self._unknown(far)}; --unfamiliar warn makes results of it")
+        return item["name"], far
+
+    def _unknown(self, far: float) -> str:
+        return (
+            f"the network does not know such scans: it is {far:.1f} times as far from what is usual as 1 in "
+            f"{1 / FALSE_ALARMS:.0f} of its cohort. `python -m scripts.check DIR --ckpt {self.common.ckpt}` looks for "
+            "the reason"
+        )
 
 
 class _Batches:

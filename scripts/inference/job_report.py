@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from scripts.data.covariates import CovariateCoding
 from scripts.inference.layouts import VOLUME, ScanLayout
 from scripts.population.prior import PopulationPrior
+from scripts.utils.names import printable
 from scripts.utils.report import ShownTable, ShownVolume, read_shown, write_report
 from torch import Tensor
 
 __all__ = ["DEVIATION_REPORT", "Report", "prediction_report", "score_report", "write_job_report"]
 
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
+MOST_NAMED = 10
 IMAGES = ("recon", "imputed_mean", "sample", "decoded")
 MAPS = {"anomaly": 6.0, "deviation": 6.0, "difference": None, "significant": 2.0}
 
@@ -29,6 +31,7 @@ SCORES = (
     "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark. usual: 90 % of the held-out "
     "scans of the cohort that the network was trained on. The most anomalous scans come first."
 )
+SCORES_FIRST = ("familiar", "unfamiliarity", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail")
 DEVIATIONS = (
     "deviation_score: the 99th percentile of the absolute deviation in the brain; of people who vary as the prior says "
     "it is about 2.6. z: standard deviations from what is expected at this scan's covariates; centile: the same in per "
@@ -81,7 +84,15 @@ def score_report(prior: PopulationPrior | None) -> Report:
         ("scores.csv", "lesions.csv", "lesions_thresholds.csv"),
         ("most_unusual.png",),
         SCORES,
-        ("familiar", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail", "bits_per_dim"),
+        (
+            "familiar",
+            "unfamiliarity",
+            "anomaly_score",
+            "anomaly_score_dark",
+            "typicality",
+            "typicality_tail",
+            "bits_per_dim",
+        ),
         "anomaly_score",
         _usual_scores(prior),
     )
@@ -104,7 +115,8 @@ def _usual_scores(prior: PopulationPrior | None) -> dict[str, str]:
     if prior is None:
         return {}
     known = {"bits_per_dim": prior.bits_per_dim, "typicality": prior.distances}
-    return {name: _middle(values) for name, values in known.items() if len(values)}
+    said = {} if prior.familiarity is None else {"unfamiliarity": "below 1"}
+    return said | {name: _middle(values) for name, values in known.items() if len(values)}
 
 
 def _middle(values: Tensor) -> str:
@@ -120,6 +132,7 @@ def write_job_report(
     scans: Sequence[str],
     settings: Mapping[str, Any],
     failed: Sequence[tuple[str, str]],
+    strangers: Mapping[str, float],
 ) -> Path:
     """Write ``report_JOB.html`` beside the results: jobs may share a folder.
 
@@ -130,6 +143,7 @@ def write_job_report(
         scans: those of which there are results.
         settings: with what the results were made.
         failed: scans of which there are no results, and why.
+        strangers: scans that the network does not know, with how many times as far from what is usual as the limit.
     """
     folder = layouts[0].output_dir
     tables = [ShownTable(folder / name) for name in report.tables]
@@ -141,7 +155,8 @@ def write_job_report(
     return write_report(
         folder,
         f"Results of {job}",
-        f"{len(scans)} of {len(scans) + len(failed)} scan(s) have results in this folder.",
+        f"{len(scans)} of {len(scans) + len(failed)} scan(s) have results in this folder."
+        + _said_of(strangers, layouts[0]),
         tables,
         [folder / name for name in report.sheets],
         settings,
@@ -150,6 +165,18 @@ def write_job_report(
         report.legend,
         f"report_{job}.html",
         [layout.path(scan) for scan in scans for layout in (*figures, *report.pictures)],
+    )
+
+
+def _said_of(strangers: Mapping[str, float], layout: ScanLayout) -> str:
+    if not strangers:
+        return ""
+    farthest = sorted(strangers, key=strangers.get, reverse=True)[:MOST_NAMED]
+    named = ", ".join(f"{printable(layout.relative(name))} ({strangers[name]:.1f})" for name in farthest)
+    more = f", and {len(strangers) - MOST_NAMED} more" if len(strangers) > MOST_NAMED else ""
+    return (
+        f" {len(strangers)} of them are of a kind that the network does not know, so that their results mean little "
+        f"(in brackets how many times as far from what is usual as the limit): {named}{more}."
     )
 
 

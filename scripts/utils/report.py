@@ -165,9 +165,15 @@ def read_shown(table: ShownTable) -> Table:
         (place for place, name in enumerate(columns) if not OF_EACH_LATENT.fullmatch(name)),
         key=lambda place: 0 if place == 0 else first.get(columns[place], len(columns) + 1),
     )[:MOST_COLUMNS]
-    names, rows = [columns[place] for place in order], [[row[place] for place in order] for row in cells]
+    names, rows = [columns[place] for place in order], [[_short(row[place]) for place in order] for row in cells]
     left_out = len(columns) - len(order) + max(0, len(rows) - MOST_ROWS)
     return Table(table.path.name, names, rows[:MOST_ROWS], left_out, _beside(table, names, rows))
+
+
+def _short(cell: str) -> str:
+    """A number with the digits that one reads; any other cell as it is."""
+    number = _number(cell) if "." in cell else math.nan
+    return f"{number:.5g}" if math.isfinite(number) else cell
 
 
 def _beside(table: ShownTable, names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:

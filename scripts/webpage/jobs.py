@@ -41,7 +41,6 @@ MOST_STEPS = 11  # of a film strip
 MOST_DRAWS = 64
 DRAWS = 32  # of what is usual
 HOTTEST = 5  # temperature
-BEYOND = 0.25  # of the width of a covariate's range, which values may lie outside of it
 LARGEST = 100.0  # coordinate, in standard deviations of the cohort
 
 
@@ -294,8 +293,6 @@ class Jobs:
         for value in temperature.values() if isinstance(temperature, Mapping) else [temperature]:
             if isinstance(value, float | int) and not 0 <= value <= HOTTEST:
                 raise InputError(f"temperature is {value!r}: it must be from 0 to {HOTTEST}.")
-        if covariates:
-            self._check_near(covariates)
         common = self.common.replace(prior=chosen, seed=seed)
         job = jobs.sample(common, count, temperature, covariates=covariates or None)
         yield 0, count
@@ -308,27 +305,12 @@ class Jobs:
             yield number, count
         return Result({"count": count}, files)
 
-    def _check_near(self, covariates: Mapping[str, Any]) -> None:
-        """Raise ``InputError`` where a number lies far outside of what the prior's cohort had."""
-        for name, value in self.prior.coding.given(covariates).items():
-            variable = self.prior.coding.variables[name]
-            if variable.kind == "continuous" and value is not None:
-                beyond = BEYOND * (variable.high - variable.low)
-                if not variable.low - beyond <= value <= variable.high + beyond:
-                    raise InputError(
-                        f"{name} is {value:g}: in the prior's cohort it goes from {variable.low:.4g} to "
-                        f"{variable.high:.4g}; ask for one from {variable.low - beyond:.4g} to "
-                        f"{variable.high + beyond:.4g}."
-                    )
-
     def change(self, index: int, covariates: Mapping[str, Any], channel: int = 0) -> Steps:
         """A scan under other covariates, of which one may be a list: a film strip."""
         channel = self._channel(channel)
         wanted = targets(need_covariates(self.prior).coding, covariates)
         if len(wanted) > MOST_STEPS:
             raise InputError(f"{len(wanted)} values were asked for: {MOST_STEPS} are the most.")
-        for values in wanted.values():
-            self._check_near(values)
         yield 0, len(wanted) + 1
         item = self._read(index)
         inputs = self._inputs(item)
