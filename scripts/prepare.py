@@ -118,7 +118,7 @@ def prepare(
     failures |= _run([job for job in jobs if read_record(job) is None], workers, len(jobs))
     records = {job.name: read_record(job) for job in jobs if job.name not in failures}
     rows = flag_alignments([record["row"] for record in records.values()])
-    _report(folder, rows, failures, {job.name: job for job in jobs})
+    _report(folder, rows, failures, {job.name: job for job in jobs}, {"dataset_dir": str(dataset_dir), **settings})
     return Prepared(rows, failures)
 
 
@@ -152,7 +152,13 @@ def _run(jobs: Sequence[Job], workers: int | None, total: int) -> dict[str, str]
     return {name: reason for name, reason in done if reason is not None}
 
 
-def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], jobs: dict[str, Job]) -> None:
+def _report(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    failures: dict[str, str],
+    jobs: dict[str, Job],
+    settings: Mapping[str, Any],
+) -> None:
     """Write the tables and figures of the whole cohort, and log what people should look at."""
     results = {name: job.result(".nii.gz") for name, job in jobs.items()}
     _report_failures(folder, failures, set(results.values()))
@@ -163,7 +169,7 @@ def _report(folder: Path, rows: list[dict[str, Any]], failures: dict[str, str], 
     suspects = _report_rows(folder, "alignment.csv", rows, results)
     _contact_sheet(folder / "contact_sheet.png", rows[:SHOWN], jobs)
     lead = f"{len(rows)} scan(s) are prepared, {suspects} of them to check."
-    write_report(folder, "prepare", lead, [folder / "alignment.csv"], [folder / "contact_sheet.png"])
+    write_report(folder, "prepare", lead, [folder / "alignment.csv"], [folder / "contact_sheet.png"], settings)
 
 
 def _report_failures(folder: Path, failures: dict[str, str], expected: set[Path]) -> None:

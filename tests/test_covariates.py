@@ -335,7 +335,7 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     assert len(scores) == 24
     worst = max(scores, key=lambda row: float(row["deviation_score"]))["image"]
     page = (tmp_path / "out" / "report_deviation.html").read_text(encoding="utf-8")
-    assert page.split("<tr><td>")[1].startswith(worst) and "about 2.6" in page
+    assert page.split("<tr><td>")[1].startswith(worst) and '<tr class="beside"><td>usual</td>' in page
     wide = list(csv.DictReader((tmp_path / "out" / "deviation_z.csv").open()))
     assert "shows regions over age" in done.stderr and imread(tmp_path / "out" / "regions.png").shape[2] == 4
     assert len(wide) == 24 and wide[0]["left"] == rows[0]["z"]

@@ -32,9 +32,9 @@ from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
-from scripts.inference.scoring import Scoring, quantile
+from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import Draws
-from scripts.layers.output import foreground
+from scripts.layers.output import foreground, quantile
 from scripts.networks import OUTPUT_RANGES, VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, bits_per_dim, discretised_nll, negative_log_likelihood
 

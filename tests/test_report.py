@@ -57,7 +57,7 @@ def test_long_tables_are_cut_and_say_so(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join([header, *[row] * (MOST_ROWS + 3)]) + "\n")
     text = write_report(tmp_path, "score", "", [tmp_path / "t.csv"]).read_text()
     assert text.count("<tr><td>") == MOST_ROWS
-    assert "5 more rows and columns: see t.csv" in text
+    assert "5 more rows or columns: see t.csv" in text
 
 
 def test_the_worst_comes_first_beside_what_is_usual(tmp_path):
@@ -89,7 +89,7 @@ def test_columns_of_each_latent_stay_in_the_file(tmp_path):
     text = write_report(tmp_path, "score", "", [tmp_path / "scores.csv"], legend="kl: in nats.").read_text()
     assert re.findall(r'scope="col">(\w+)', text) == ["image", "kl", "psnr"]
     assert "<td>a.nii</td><td>1</td><td>30</td>" in text
-    assert "2 more rows and columns" in text and "kl: in nats." in text
+    assert "2 more rows or columns" in text and "kl: in nats." in text
 
 
 def test_volumes_are_in_the_page_and_can_be_moved_through(tmp_path):

@@ -34,7 +34,7 @@ def trained(cohort, tmp_path_factory):
 
 def test_a_run_says_how_it_goes_and_where_its_results_are(trained):
     output, log = trained
-    assert log.count("Epoch 0 (untrained), validation: bits per dim") == 1
+    assert log.count("Epoch 0 (before the first update), validation: bits per dim") == 1
     assert log.count("Epoch 1 validation: bits per dim") == 1
     assert "Epoch 2 training: bits per dim" in log
     assert "Epoch 2 validation: bits per dim" in log

@@ -26,10 +26,11 @@ from scripts.inference.engine import scan_generator
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.measures import value_numbers
 from scripts.inference.outputs import file_names
-from scripts.inference.scoring import foreground_percentile
 from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import Draws
+from scripts.layers.output import foreground_percentile
 from scripts.networks import VDVAE
+from scripts.population.calibration import DEVIATION_PERCENTILE
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
@@ -40,6 +41,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LEAST_FOR_SLOPE = 10  # scans
+STRAIGHT = 0.95  # a slope from which on nothing needs to be corrected
 
 
 class DrawStrip(Transform):
@@ -84,7 +86,7 @@ class ScoreDeviation(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, deviation = (torch.as_tensor(data[key]).as_subclass(Tensor)[None] for key in ("image", "deviation"))
-        (score,) = foreground_percentile(deviation.abs(), image, self.network, 99)
+        (score,) = foreground_percentile(deviation.abs(), image, self.network, DEVIATION_PERCENTILE)
         return {**data, "deviation_score": score}
 
 
@@ -163,14 +165,13 @@ def _gaps(name: str, mean: float, parts: Mapping[str, Mapping[str, Any]]) -> dic
         found[scan][f"{name}_gap"] = f"{gaps[scan]:.4g}"
         if slope is not None:
             found[scan][f"{name}_gap_corrected"] = f"{gaps[scan] - usual - (slope - 1) * (value - centre):.4g}"
+    drawn = f": what is said is drawn to the mean, so compare {name}_gap_corrected, or people of equal {name}"
+    drawn = drawn if slope is not None and slope < STRAIGHT else ""
     logger.info(
         "%s: mean absolute error %.3g over %d scan(s), where always saying the training people's mean, %.3g, errs by "
         "%.3g%s.",
         *(name, numbers[f"{name}_mae"], len(own), mean, numbers[f"{name}_mae_mean"]),
-        ""
-        if slope is None
-        else f"; slope {slope:.2f}: below 1 what is said is drawn to the mean, so compare {name}_gap_corrected, or "
-        f"people of equal {name}",
+        "" if slope is None else f"; slope {slope:.2f}{drawn}",
     )
     return found
 

@@ -229,6 +229,12 @@ class ScanEvaluator(Evaluator):
         total, share = len(self.dataset.data), pending[idist.get_rank() :: idist.get_world_size()]
         if idist.get_rank() == 0 and len(pending) < total:
             logger.info("Of %d scans, %d are finished already.", total, total - len(pending))
+        if idist.get_rank() == 0 and pending:
+            prior = getattr(self.common.prior, "path", None)
+            logger.info(
+                "%s: %d scan(s), by '%s'%s, on %s.",
+                *(self.job, len(pending), self.common.ckpt, f" and '{prior}'" if prior else "", self.state.device),
+            )
         if share:
             self._go_over(share)
         failed = self.common.failures.gather()  # a barrier, too

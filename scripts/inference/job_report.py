@@ -14,7 +14,7 @@ from scripts.utils.names import printable
 from scripts.utils.report import ShownTable, ShownVolume, read_shown, write_report
 from torch import Tensor
 
-__all__ = ["DEVIATION_REPORT", "Report", "prediction_report", "score_report", "write_job_report"]
+__all__ = ["Report", "deviation_report", "prediction_report", "score_report", "write_job_report"]
 
 # results that are shown by themselves; and maps that lie on their scans, with the value of the brightest colour
 MOST_NAMED = 10
@@ -33,12 +33,15 @@ SCORES = (
 )
 SCORES_FIRST = ("familiar", "unfamiliarity", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail")
 DEVIATIONS = (
-    "deviation_score: the 99th percentile of the absolute deviation in the brain; of people who vary as the prior says "
-    "it is about 2.6. z: standard deviations from what is expected at this scan's covariates; centile: the same in per "
-    "cent. Maps are in standard deviations, and brightest at 6. Of a certificate: people: of the calibration, in each "
-    "group; expected: scans that would have a significant cluster if all were healthy; observed: those that have a "
-    "finding that is; p: the share of healthy people whose largest finding is as large. _significant: -log10 p of each "
-    "significant cluster, below 0 where it is darker. The scans that deviate most come first."
+    "deviation_score: the 99th percentile of the absolute deviation in the brain; usual: 90 % of the held-out people "
+    "to whom no prior was fitted. unfamiliarity: how many times as far from what the network knows as the limit. z: "
+    "standard deviations from what is expected at this scan's covariates; centile: the same in per cent. Maps are in "
+    "standard deviations, and brightest at 6."
+)
+CERTIFICATES = (
+    " Of the certificate: people: of the calibration, in each group; expected: scans that would have a significant "
+    "cluster if all were healthy; observed: those that have a finding that is; p: the share of healthy people whose "
+    "largest finding is as large. _significant: -log10 p of each significant cluster, below 0 where it is darker."
 )
 PREDICTIONS = (
     "_mean, _low, _high: mean and 90 % interval of what the scan itself says; _own: what is known of it; _gap: the "
@@ -67,15 +70,18 @@ class Report(NamedTuple):
     pictures: Sequence[ScanLayout] = ()
 
 
-# the 99th percentile of the absolute value of a number that varies as the prior says
-DEVIATION_REPORT = Report(
-    ("deviation_scores.csv", "certificate.csv", "findings.csv", "deviation_z.csv", "deviation.csv"),
-    ("regions.png",),
-    DEVIATIONS,
-    ("deviation_score", "unfamiliarity"),
-    "deviation_score",
-    {"deviation_score": "about 2.6", "unfamiliarity": "below 1"},
-)
+def deviation_report(prior: PopulationPrior, certified: bool) -> Report:
+    """The page of ``deviation``, with a certificate or without."""
+    scores = prior.deviation_scores
+    usual = {"deviation_score": _middle(scores)} if len(scores) else {}
+    return Report(
+        ("deviation_scores.csv", "certificate.csv", "findings.csv", "deviation_z.csv", "deviation.csv"),
+        ("regions.png",),
+        DEVIATIONS + (CERTIFICATES if certified else "") + " The scans that deviate most come first.",
+        ("deviation_score", "unfamiliarity"),
+        "deviation_score",
+        usual | _usual_distance(prior),
+    )
 
 
 def score_report(prior: PopulationPrior | None) -> Report:
@@ -103,8 +109,8 @@ def prediction_report(coding: CovariateCoding, picture: ScanLayout | None) -> Re
     first, worst, usual = [], "", {}
     for name, variable in coding.variables.items():
         if variable.kind == "continuous":
-            worst = worst or f"{name}_gap"
-            first += [f"{name}_{end}" for end in ("gap", "gap_corrected", "own", "mean", "low", "high")]
+            worst = worst or f"{name}_gap_corrected"
+            first += [f"{name}_{end}" for end in ("gap_corrected", "gap", "own", "mean", "low", "high")]
             usual[f"{name}_own"] = "from _low to _high in 90 %"
     pictures = [] if picture is None else [picture]
     return Report(("covariates.csv",), (), PREDICTIONS, first, worst, usual, pictures)
@@ -115,8 +121,11 @@ def _usual_scores(prior: PopulationPrior | None) -> dict[str, str]:
     if prior is None:
         return {}
     known = {"bits_per_dim": prior.bits_per_dim, "typicality": prior.distances}
-    said = {} if prior.familiarity is None else {"unfamiliarity": "below 1"}
-    return said | {name: _middle(values) for name, values in known.items() if len(values)}
+    return _usual_distance(prior) | {name: _middle(values) for name, values in known.items() if len(values)}
+
+
+def _usual_distance(prior: PopulationPrior) -> dict[str, str]:
+    return {} if prior.familiarity is None else {"unfamiliarity": "below 1"}
 
 
 def _middle(values: Tensor) -> str:
@@ -159,7 +168,7 @@ def write_job_report(
         + _said_of(strangers, layouts[0]),
         tables,
         [folder / name for name in report.sheets],
-        settings,
+        {"scans": str(layouts[0].root), **settings},
         failed,
         [_shown(layout, scan) for scan in scans for layout in layouts if _kind(layout)],
         report.legend,

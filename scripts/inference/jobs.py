@@ -53,7 +53,7 @@ from scripts.inference.inferers import (
     Temperature,
 )
 from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
-from scripts.inference.job_report import DEVIATION_REPORT, Report, prediction_report, score_report
+from scripts.inference.job_report import Report, deviation_report, prediction_report, score_report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout
 from scripts.inference.privacy import Privacy, privacy_sides
@@ -63,6 +63,8 @@ from scripts.utils import distributed
 from scripts.utils.names import item_path
 
 logger = logging.getLogger(__name__)
+
+FEW_DRAWS = 16
 
 
 def with_steps(preprocessing: Compose, after_loading: Callable, *last: Callable) -> Compose:
@@ -407,6 +409,12 @@ def deviation(
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
     regions, row, scans = layout("regions", ".json"), layout("deviation", ".json"), common.cohort.with_covariates(prior)
     inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
+    if inferer.draws < FEW_DRAWS:
+        logger.warning(
+            "draws is %d: the spread of so few is poorly known, and deviations look larger than they are; set --draws "
+            "to %d or more.",
+            *(inferer.draws, FEW_DRAWS),
+        )
     names, settings = covariate_results.region_names(atlas, labels), {"draws": inferer.draws, "atlas": atlas}
     certificate = certify(common, inferer, names, settings, **certified)
     shown = {} if certificate is None else {"significant": "label"}
@@ -440,7 +448,7 @@ def deviation(
         arguments=partial(stack_features, prior),
         asks=True,
         summary=tables if certificate is None else partial(certificate.summary, tables),
-        report=DEVIATION_REPORT,
+        report=deviation_report(prior, certificate is not None),
     )
     return evaluator if certificate is None else certificate.of(evaluator)
 

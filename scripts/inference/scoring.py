@@ -23,7 +23,7 @@ from scripts.inference.lesions import PERCENTILE, LesionCounts, read_kinds
 from scripts.inference.outputs import read_row
 from scripts.inference.tables import row_table
 from scripts.layers.gaussian import SLICE, Draws, Posterior
-from scripts.layers.output import foreground
+from scripts.layers.output import foreground, foreground_percentile
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.familiarity import Familiarity, statistics
 from scripts.population.prior import PopulationPrior, innovation
@@ -139,8 +139,8 @@ class Scoring(Inferer):
             results |= {"familiar": apart <= 1, "unfamiliarity": apart}
         results |= image_quality(loc, scans, network)
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
-        results["anomaly_score"] = foreground_percentile(anomaly, scans, network)
-        results["anomaly_score_dark"] = foreground_percentile(-anomaly, scans, network)
+        results["anomaly_score"] = foreground_percentile(anomaly, scans, network, PERCENTILE)
+        results["anomaly_score_dark"] = foreground_percentile(-anomaly, scans, network, PERCENTILE)
         return results | {"recon": loc, "restored": expected[0], "anomaly": anomaly}
 
     def _bound(
@@ -229,26 +229,6 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     near = Pool["MAX", network.spatial_dims](kernel_size=3, stride=1, padding=1)(odd.to(inputs.dtype)) > 0
     scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
     return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
-
-
-def foreground_percentile(values: Tensor, scans: Tensor, network: VDVAE, percentile: float = PERCENTILE) -> Tensor:
-    """That of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
-    inside = foreground(scans, network).flatten(1)
-    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
-
-
-def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
-    """Of each row the quantile of the values inside, ``[rows]``.
-
-    As ``torch.quantile``, which refuses more than 16 million values. How many are inside stays on the device.
-
-    Args:
-        values, inside: ``[rows, values]``, the second bool.
-    """
-    ordered = torch.where(inside, values, torch.inf).sort(dim=1).values  # those outside last
-    place = q * (inside.sum(1, keepdim=True).double() - 1)
-    below, above = (ordered.gather(1, index.long()) for index in (place.floor(), place.ceil()))
-    return torch.lerp(below, above, (place - place.floor()).to(below.dtype)).squeeze(1)
 
 
 def log_ratio(q: Posterior) -> Tensor:

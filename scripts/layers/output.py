@@ -37,6 +37,26 @@ def foreground(scans: Tensor, network: Any) -> Tensor:
     return scans > low + FOREGROUND * (high - low)
 
 
+def foreground_percentile(values: Tensor, scans: Tensor, network: Any, percentile: float) -> Tensor:
+    """That of each scan's values in its foreground, ``[batch]``; of all values, if it has none."""
+    inside = foreground(scans, network).flatten(1)
+    return quantile(values.flatten(1), inside | ~inside.any(1, keepdim=True), percentile / 100)
+
+
+def quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
+    """Of each row the quantile of the values inside, ``[rows]``.
+
+    As ``torch.quantile``, which refuses more than 16 million values. How many are inside stays on the device.
+
+    Args:
+        values, inside: ``[rows, values]``, the second bool.
+    """
+    ordered = torch.where(inside, values, torch.inf).sort(dim=1).values  # those outside last
+    place = q * (inside.sum(1, keepdim=True).double() - 1)
+    below, above = (ordered.gather(1, index.long()) for index in (place.floor(), place.ceil()))
+    return torch.lerp(below, above, (place - place.floor()).to(below.dtype)).squeeze(1)
+
+
 def deviation(x: Tensor, voxel_gaussian: tuple[Tensor, Tensor], least_std: float = LEAST_INPUT_STD) -> Tensor:
     """What the encoder sees of scans: by how many standard deviations each voxel differs from its mean, at most 5.
 

@@ -125,7 +125,7 @@ def _tensor(values: Mapping, name: str, place: str, shape: Sequence[int] | None 
 
 
 def _check_rest(content: Mapping, factors: int, features: int) -> None:
-    for name, needed in (("distances", True), ("bits_per_dim", False)):
+    for name, needed in (("distances", True), ("bits_per_dim", False), ("deviation_scores", False)):
         if (needed or content.get(name) is not None) and _tensor(content, name, "the cohort").ndim != 1:
             raise _WrongError(f"its '{name}' are no list of numbers")
     if content.get("spread") is not None and (_tensor(content, "spread", "the cohort", [factors]) <= 0).any():

@@ -187,7 +187,7 @@ class Adaptation:
             region_dispersion=self.prior.region_dispersion,
         )
         adapted.familiarity, adapted.spread = self.prior.familiarity, self.prior.spread
-        adapted.correlation = self.prior.correlation
+        adapted.correlation, adapted.deviation_scores = self.prior.correlation, self.prior.deviation_scores
         if offsets:
             size = self.prior.offset[0].numel()
             left, _ = self._mean(partial(self._unexpected, adapted), features, size)

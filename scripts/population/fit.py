@@ -16,13 +16,12 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader
-from monai.networks.layers.factories import Pool
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.datalist import spaced
 from scripts.layers.gaussian import Draws, Posterior
 from scripts.layers.levels import grid_name
-from scripts.layers.output import foreground
+from scripts.population.calibration import Deviations, deviations
 from scripts.population.effects import Effects
 from scripts.population.familiarity import fit_familiarity
 from scripts.population.joint import correlation_of
@@ -48,11 +47,12 @@ LEAST_HELD_OUT = 16  # validation scans; with fewer some of the training scans c
 MOST_HELD_OUT = 128  # scans that choose: their latents are kept in memory
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-DISPERSION_SCANS, DISPERSION_DRAWS = 32, 16  # held-out scans whose deviations are looked at, of each process
+DISPERSION_SCANS = 32  # held-out scans whose deviations are looked at, of each process
 OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
 DRAWN_SCANS = 64  # that are drawn for them, in all
 # what is measured of held-out scans, and what does not depend on which scans are taken
-KEPT = ("coding", "correlation", "sharpness", "dispersion", "region_dispersion", "distances", "bits_per_dim")
+KEPT = ("coding", "correlation", "sharpness", "dispersion", "region_dispersion")
+SORTED = ("deviation_scores", "distances", "bits_per_dim")  # likewise, a number of each of them
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 
 
@@ -233,7 +233,7 @@ class PopulationFit:
             prior.correlation = correlation_of(self.coding, self.training.features.T @ self.training.features)
         prior.sharpness = self._sharpness(prior, drawn)
         self._add_offsets(prior, means, first)
-        prior.dispersion, prior.region_dispersion = self._dispersions(prior, chosen)
+        self._calibrate_deviations(prior, chosen)
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gather([drawn.bits_per_dim]))
         if late:
@@ -427,41 +427,28 @@ class PopulationFit:
                 total[place] += posterior.gather(1, nearest[:, None])[has_value].sum()
         return idist.all_reduce(total)
 
-    def _dispersions(self, prior: PopulationPrior, dataset: Dataset) -> tuple[float, float]:
-        """How much further from their expectation held-out scans are than the prior's draws for their covariates.
-
-        By the square root of the mean square, of voxels and of the means of blocks of an eighth of the grid, which
-        stand for regions; of those that are brain in most draws.
+    def _calibrate_deviations(self, prior: PopulationPrior, dataset: Dataset) -> None:
+        """Note how much further from their expectation held-out scans are than the prior's draws for their covariates,
+        by the square root of the mean square, and what is the largest in them.
         """
         if self.coding is None:
-            return 1.0, 1.0
-        squares, counts = self._squared_deviations(prior, dataset)
-        voxels, regions = (squares / counts.clamp_min(1)).clamp_min(1e-6).sqrt().tolist()
-        return voxels, regions
+            return
+        squares, counts, scores = self._deviations(prior, dataset)
+        prior.dispersion, prior.region_dispersion = (squares / counts.clamp_min(1)).clamp_min(1e-6).sqrt().tolist()
+        prior.deviation_scores = scores.sort().values / prior.dispersion
 
-    def _squared_deviations(self, prior: PopulationPrior, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Sums of squares and their numbers, of voxels and of blocks, ``[2]`` each."""
-        pool = Pool["AVG", self.network.spatial_dims](max(1, min(self.network.spatial_shape) // 8))
-        squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    def _deviations(self, prior: PopulationPrior, dataset: Dataset) -> Deviations:
+        """Those of some scans, of all processes."""
         some = Subset(dataset, spaced(len(dataset), DISPERSION_SCANS))
-        for vectors in self._vectors(some, "how far scans deviate", temperature=0.0, latents=()):
-            drawn = [prior.usual(self.network, vectors.features) for _ in range(DISPERSION_DRAWS)]
-            means = torch.stack([loc.cpu() for loc, _ in drawn])
-            noise = torch.stack([scale.cpu().square() for _, scale in drawn]).mean(0)
-            brain = foreground(means, self.network).float().mean(0)
-            blocks = pool(means.flatten(0, 1)).unflatten(0, means.shape[:2])
-            inside = brain > 0.5, pool(brain) > 0.5
-            for place, (scans, of_draws, rest) in enumerate(
-                ((vectors.scans, means, noise), (pool(vectors.scans), blocks, torch.zeros(())))
-            ):
-                # the mean of few draws is itself off by its variance over their number
-                between = of_draws.var(0)
-                z2 = ((scans - of_draws.mean(0)).square() - between / DISPERSION_DRAWS) / (between + rest)
-                # the inverse of a variance over few draws is too large in the mean
-                within = z2[inside[place]].double()
-                squares[place] += within.sum() * (DISPERSION_DRAWS - 3) / (DISPERSION_DRAWS - 1)
-                counts[place] += len(within)
-        return idist.all_reduce(squares), idist.all_reduce(counts)
+        found = [
+            deviations(self.network, prior, vectors.scans, vectors.features)
+            for vectors in self._vectors(some, "how far scans deviate", temperature=0.0, latents=())
+        ]
+        none = torch.zeros(2, dtype=torch.float64)
+        squares, counts = (
+            idist.all_reduce(sum((getattr(part, name) for part in found), none)) for name in ("squares", "counts")
+        )
+        return Deviations(squares, counts, torch.tensor(_gather([part.scores for part in found])))
 
     def _distances(self, prior: PopulationPrior, dataset: Dataset) -> Tensor:
         """Sorted Mahalanobis distances of scans, from the means of their posteriors as jobs take them."""

@@ -57,9 +57,8 @@ class PopulationPrior(nn.Module):
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
         bits_per_dim: of the same scans, under the network's own prior.
         effects: the columns of E, ``[features, channels, *grid]``, by the latent's index; None: no covariates.
-        offset: what each feature adds to the mean of each voxel beside its effect on the latents, ``[features,
-            channels, *spatial]``, in the range of the network's output, where a scan's own latents are moved; None:
-            nothing.
+        offset: what each feature adds to each voxel's mean beside its effect on the latents, ``[features, channels,
+            *spatial]``, in the range of the network's output, where a scan's own latents are moved; None: nothing.
         drawn_offset: likewise where latents are drawn; None: the same.
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
@@ -72,11 +71,11 @@ class PopulationPrior(nn.Module):
         factors: their number.
         features: how many features covariates become.
         path: of the file that it was read from.
-        familiarity: what its cohort's scans look like, the plain values of a
-            :class:`scripts.population.familiarity.Familiarity`; None: not known.
+        familiarity: what scans look like, values of a :class:`scripts.population.familiarity.Familiarity`, or None.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
         spread: the standard deviation of each factor over the cohort, ``[factors]``: 1 or more, where the directions
             are shrunk to what predicts others best. Samples vary as the cohort does.
+        deviation_scores: of held-out scans, sorted: the 99th percentile of their absolute deviation, ``[n]``.
         correlation: of the covariates over the cohort, see :mod:`scripts.population.joint`; None: not known.
     """
 
@@ -101,6 +100,7 @@ class PopulationPrior(nn.Module):
         self.path: Path | None = None
         self.familiarity: dict[str, Any] | None = None
         self.correlation: Tensor | None = None
+        self.deviation_scores = torch.zeros(0)
         self.latents = tuple(sorted(mean))
         self.factors = len(next(iter(directions.values())))
         effects = effects or {index: mean[index].new_zeros(0, *mean[index].shape) for index in self.latents}
@@ -344,7 +344,7 @@ class PopulationPrior(nn.Module):
             content["familiarity"] = self.familiarity
         if self.coding is not None:
             content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
-            content["region_dispersion"] = self.region_dispersion
+            content |= {name: getattr(self, name) for name in ("region_dispersion", "deviation_scores")}
             for name in OFFSETS:
                 offset = getattr(self, name)
                 content |= {} if offset is None else {name: coarse_offset(offset).half()}
@@ -393,6 +393,7 @@ class PopulationPrior(nn.Module):
             )
         found.familiarity = content.get("familiarity")
         found.spread, found.correlation = content.get("spread", found.spread).float(), content.get("correlation")
+        found.deviation_scores = content.get("deviation_scores", found.deviation_scores)
         return found
 
 

@@ -26,6 +26,7 @@ import torch
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Value
 from scripts.networks import VDVAE
+from scripts.population.calibration import Deviations
 from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
 from scripts.population.prior import PopulationPrior, as_bytes, fingerprint, from_bytes
 from scripts.population.sketch import FactorSketch, split_latents
@@ -245,8 +246,8 @@ class StatisticsFit(PopulationFit):
                 f"{LEAST_PEOPLE} or more."
             )
 
-    def _offset(self, *_: Any) -> None:
-        """None: it needs scans, and those of all cohorts are nowhere together."""
+    def _add_offsets(self, *_: Any) -> None:
+        """Add none: it needs scans, and those of all cohorts are nowhere together."""
 
     def _refitted(self, prior: PopulationPrior, rank: int, shrinkage: float) -> PopulationPrior:
         """As it is: the sums are of all training scans anyway."""
@@ -257,10 +258,10 @@ class StatisticsFit(PopulationFit):
         self.calibration["sharpness"] = found.tolist()
         return found
 
-    def _squared_deviations(self, prior: PopulationPrior, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        squares, counts = super()._squared_deviations(prior, dataset)
-        self.calibration["sums"] = [round(number, 3) for number in (*squares.tolist(), *counts.tolist())]
-        return squares, counts
+    def _deviations(self, prior: PopulationPrior, dataset: Dataset) -> Deviations:
+        found = super()._deviations(prior, dataset)
+        self.calibration["sums"] = [round(number, 3) for number in (*found.squares.tolist(), *found.counts.tolist())]
+        return found
 
     def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
         bins = Counter((prior.bits_per_dim / BITS_STEP).round().int().tolist())

@@ -234,7 +234,7 @@ def log_epoch(engine: Engine) -> None:
     if hasattr(engine, "optimizer"):
         logger.info("Epoch %d training: %s", engine.state.epoch, numbers)
     elif engine.state.global_epoch == 0:
-        logger.info("Epoch 0 (untrained), validation: %s", numbers)
+        logger.info("Epoch 0 (before the first update), validation: %s", numbers)
     else:
         logger.info("Epoch %d validation: %s", engine.state.global_epoch, numbers)
 

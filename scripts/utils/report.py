@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from scripts.utils.files import write_text
+from scripts.utils.files import read_json, write_text
 
 __all__ = ["ShownTable", "ShownVolume", "read_shown", "write_report"]
 
@@ -34,6 +34,7 @@ ICON = re.compile(r'<link[^>]*rel="[^"]*icon"[^>]*>')  # nilearn's, which is on 
 STYLE = "<style>body { background: #000; margin: 0; }</style>"
 MOST_VOLUMES, MOST_VOLUME_BYTES = 4, 8_000_000  # of all volumes, as the page holds them
 PACKAGES = ("torch", "monai", "nibabel", "numpy")
+METADATA = Path(__file__).parents[2] / "configs" / "metadata.json"
 
 
 class Table(NamedTuple):
@@ -129,7 +130,9 @@ def write_report(
         (name, value if isinstance(value, str) else json.dumps(value, default=str))
         for name, value in (settings or {}).items()
     ]
-    rows += [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]
+    bundle = read_json(METADATA, "the bundle's metadata")["version"]
+    rows += [("bundle", bundle), ("python", platform.python_version())]
+    rows += [(name, version(name)) for name in PACKAGES]
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html")
