@@ -34,6 +34,7 @@ from scripts.utils.parallel import choose_workers, run_parallel
 if TYPE_CHECKING:
     from scripts.data.check_report import Report
     from scripts.data.quality import Inspection, Scan
+    from scripts.data.transforms import CheckScand
     from scripts.inference.familiar import Examiner
 
 SHOWN = 16  # of the scans that a network does not know
@@ -94,7 +95,7 @@ def check(
         examiner = Examiner.of(ckpt, config_file, run_dir)
 
     from scripts.data.check_report import Report, contact_sheet, find_unmatched, write_rows
-    from scripts.data.quality import MIN_COHORT, THUMBNAIL, compare_geometry, compare_looks, inspect_scan
+    from scripts.data.quality import MIN_COHORT, compare_geometry
     from scripts.data.transforms import CheckScand
     from scripts.utils.report import ShownTable, write_report
 
@@ -103,18 +104,11 @@ def check(
     if workers is None:
         workers = choose_workers(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
-    shape = (len(files), channels, *(THUMBNAIL,) * spatial_dims)
     subjects = subject_names([scan[0] for scan in names])
-    with tempfile.TemporaryFile(dir=output) as file:
-        reserve(file, 2 * math.prod(shape), output)
-        thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
-        jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
-        scans = _note(run_parallel(jobs, workers, "reading scans"), names, subjects, thumbnails)
-        usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
-        if len(usable) >= MIN_COHORT:
-            compare_looks([scans[i] for i in usable], thumbnails, usable)
-            compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
-        del thumbnails
+    scans = _inspect(files, names, subjects, checks, workers, output)
+    usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
+    if len(usable) >= MIN_COHORT:
+        compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
     pictures = []
     if examiner is not None:
         pictures = _ask_network(examiner, [(scans[i], files[i]) for i in usable], output / "unfamiliar.png")
@@ -131,6 +125,30 @@ def check(
     passed = not any(row.verdict in bad for row in rows)
     left_out = sorted(bids_others(*([p.name for p in root.iterdir() if p.is_dir() == kind] for kind in (True, False))))
     return Report(scans, passed_over, suffixes, output, passed, covariates, left_out, pictures)
+
+
+def _inspect(
+    files: Sequence[list[Path]],
+    names: Sequence[list[str]],
+    subjects: Sequence[str],
+    checks: CheckScand,
+    workers: int,
+    output: Path,
+) -> list[Scan]:
+    """The rows of all scans, each read once, and how those that are usable look beside each other."""
+    from scripts.data.quality import MIN_COHORT, THUMBNAIL, compare_looks, inspect_scan
+
+    shape = (len(files), checks.channels, *(THUMBNAIL,) * checks.spatial_dims)
+    with tempfile.TemporaryFile(dir=output) as file:
+        reserve(file, 2 * math.prod(shape), output)
+        thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
+        jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
+        scans = _note(run_parallel(jobs, workers, "reading scans"), names, subjects, thumbnails)
+        usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
+        if len(usable) >= MIN_COHORT:
+            compare_looks([scans[i] for i in usable], thumbnails, usable)
+        del thumbnails
+    return scans
 
 
 def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], picture: Path) -> list[Path]:

@@ -41,7 +41,7 @@ def test_a_run_says_how_it_goes_and_where_its_results_are(trained):
     assert "scans_per_second=" in log
     assert "Training: 11 scans of 11 subjects." in log
     assert "2 update(s) per epoch of 4 scans each (3 scan(s) that fill no batch are left out, others in each" in log
-    assert "4 updates are few, and end before the KL warm-up (150)" in log
+    assert "4 update(s) are few, and end before the KL warm-up (150)" in log
     assert f"Weights (averaged): {output}/checkpoints/model.pt" in log
     assert "WARNING" not in log.replace("WARNING - Not all config files are in", "")
 

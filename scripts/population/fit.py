@@ -469,6 +469,11 @@ class PopulationFit:
                 prior.save(file, extras)
 
         write_whole(self.path, write)
+        if gain <= 0:
+            logger.warning(
+                "The population prior does not help: scans that were held out of its fit are no likelier by it. It "
+                "was fitted to too few scans, or to others than these; --prior network leaves it out."
+            )
         logger.info(
             "Population prior of %d factors, fitted to %d scans: the held-out ones that chose their number gain "
             "%.0f nats each. '%s', %.1f MB.",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FEW_SCANS = 300
 ENOUGH_UPDATES = 2000  # below, networks of 32³ still get better fast: docs/training.md
 
 FIRST_BATCHES = 100  # of a long epoch, after which it is known how long the run takes
@@ -67,12 +68,15 @@ def base_rate(group: dict[str, Any]) -> float:
     return group.get("initial_lr", group["lr"])
 
 
-def log_plan(trainer: VDVAETrainer, learning_rate_warmup: int, learning_rate_decay: float) -> None:
-    """Log, on rank 0, over how many updates a run goes, and its schedule.
+def log_plan(
+    trainer: VDVAETrainer, learning_rate_warmup: int, learning_rate_decay: float, from_nothing: bool = True
+) -> None:
+    """Log, on rank 0, over how many updates a run goes, its schedule, and what would be better.
 
     Args:
         trainer: before it runs.
         learning_rate_warmup, learning_rate_decay: see :func:`learning_rate_factor`.
+        from_nothing: whether the network is not trained yet.
     """
     if idist.get_rank() > 0:
         return
@@ -80,7 +84,8 @@ def log_plan(trainer: VDVAETrainer, learning_rate_warmup: int, learning_rate_dec
     batch_size = dataloader.batch_size * idist.get_world_size()
     per_epoch = updates_per_epoch(len(dataloader), trainer.accumulation_steps)
     updates = epochs * per_epoch
-    left_out = len(dataloader.dataset) - len(dataloader) * batch_size
+    scans = len(dataloader.dataset)
+    left_out = scans - len(dataloader) * batch_size
     logger.info(
         "%d update(s) per epoch of %d scans each%s, %d in %d epoch(s).",
         *(per_epoch, batch_size * trainer.accumulation_steps),
@@ -99,9 +104,15 @@ def log_plan(trainer: VDVAETrainer, learning_rate_warmup: int, learning_rate_dec
             "which it always counts in full, may rise while the network learns"
         )
     logger.info("%s.", "; ".join(sentences))
-    if updates < ENOUGH_UPDATES:
+    if scans < FEW_SCANS and from_nothing:
         logger.info(
-            "%d updates are few%s; the default network of 32³ takes some %d: --epochs %d makes as many.",
+            "%d scans are few to begin with nothing: weights that know other brains are worth more than all else then, "
+            "see docs/training.md#few-scans (configs/small_cohort.json, or --weights with --renew_template True).",
+            scans,
+        )
+    if updates < ENOUGH_UPDATES and from_nothing:
+        logger.info(
+            "%d update(s) are few%s; the default network of 32³ takes some %d: --epochs %d makes as many.",
             *(updates, f", and end before the KL warm-up ({kl_warmup})" if updates < kl_warmup else ""),
             *(ENOUGH_UPDATES, math.ceil(ENOUGH_UPDATES / per_epoch)),
         )
