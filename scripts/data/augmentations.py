@@ -18,6 +18,7 @@ from scripts.data.reading import reaching_border
 from scripts.utils.errors import InputError
 
 TRIAL_SIZE = 16  # voxels along each axis of the image that each augmentation is tried on: all together take 0.4 s
+NAMED_ALONE = ("mirror",)  # transforms that are not taken unless they are named
 PUBLISHED = 128  # voxels along each axis of the grid
 
 
@@ -26,13 +27,14 @@ def chosen(augmentation: Mapping[str, Any], names: bool | Sequence[str]) -> dict
 
     Args:
         augmentation: by name, in their order.
-        names: of those that are wanted; True: of all; False: of none.
+        names: of those that are wanted; True: of all but ``mirror``, which makes a cohort of few scans larger, and one
+            of many less certain; False: of none.
 
     Raises:
         InputError: there is no such transform.
     """
     if isinstance(names, bool):
-        return dict(augmentation) if names else {}
+        return {name: transform for name, transform in augmentation.items() if names and name not in NAMED_ALONE}
     unknown = [names] if isinstance(names, str) else [name for name in names if name not in augmentation]
     if unknown:
         raise InputError(

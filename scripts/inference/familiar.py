@@ -127,7 +127,12 @@ class Examiner:
             raise InputError(f"{of} {'would say' if prior is None else 'say'} which scans are usual: {FIT_IT}.")
         self.familiarity, self.limit = known, known.limit()
         self.read = reading(preprocessing)
-        self.fit, self.scale = preprocessing.transforms[len(self.read)], preprocessing.transforms[-1]
+        self.fit, *others, self.scale = preprocessing.transforms[len(self.read) :]
+        if others:
+            names = ", ".join(type(other).__name__ for other in others)
+            raise InputError(
+                f"preprocessing has {names} between fit and scale: what happened to scans is not sought then."
+            )
 
     @classmethod
     def of(

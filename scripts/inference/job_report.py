@@ -31,7 +31,6 @@ SCORES = (
     "standard deviations, of what is too bright; anomaly_score_dark: of what is too dark. usual: 90 % of the held-out "
     "scans of the cohort that the network was trained on. The most anomalous scans come first."
 )
-SCORES_FIRST = ("familiar", "unfamiliarity", "anomaly_score", "anomaly_score_dark", "typicality", "typicality_tail")
 DEVIATIONS = (
     "deviation_score: the 99th percentile of the absolute deviation in the brain; usual: 90 % of the held-out people "
     "to whom no prior was fitted. unfamiliarity: how many times as far from what the network knows as the limit. z: "

@@ -407,7 +407,11 @@ def deviation(
     """
     prior, network, layout = need_covariates(common.prior), common.network, common.layout(common.cohort.root)
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
-    regions, row, scans = layout("regions", ".json"), layout("deviation", ".json"), common.cohort.with_covariates(prior)
+    regions, row, scans = (
+        layout("regions", ".json"),
+        layout("deviationscore", ".json"),
+        common.cohort.with_covariates(prior),
+    )
     inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
     if inferer.draws < FEW_DRAWS:
         logger.warning(

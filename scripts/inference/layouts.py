@@ -28,7 +28,14 @@ LONGEST = 255  # bytes of a file's name, on most file systems
 BIDS_VERSION = "1.10.1"
 NAME = re.compile(r"sub-[A-Za-z0-9+]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 DATATYPES = ("anat", "dwi", "fmap", "func", "perf", "pet")
-ROWS = ("score", "regions", "covariates", "findings", "imputed")  # JSON by itself, not beside a volume
+ROWS = (
+    "score",
+    "regions",
+    "covariates",
+    "findings",
+    "imputed",
+    "deviationscore",
+)  # JSON by itself, not beside a volume
 # pictures, arrays, tables and settings, for which BIDS has no names
 IGNORED = ("*.png", "*.html", "*.npz", "*.csv", "*.md", "/*.json", "!/dataset_description.json")
 

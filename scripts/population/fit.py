@@ -52,7 +52,7 @@ OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
 DRAWN_SCANS = 64  # that are drawn for them, in all
 # what is measured of held-out scans, and what does not depend on which scans are taken
 KEPT = ("coding", "correlation", "sharpness", "dispersion", "region_dispersion")
-SORTED = ("deviation_scores", "distances", "bits_per_dim")  # likewise, a number of each of them
+MEASURED = ("deviation_scores", "distances", "bits_per_dim")
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 
 
@@ -248,15 +248,7 @@ class PopulationFit:
         """The same fitted to all training scans; what was measured of held-out ones stays as it was."""
         effects, means = self._effects(self.training)
         refitted = self._prior(self._sketch(self.training, effects), rank, shrinkage, effects)
-        for name in (
-            "coding",
-            "correlation",
-            "sharpness",
-            "dispersion",
-            "region_dispersion",
-            "distances",
-            "bits_per_dim",
-        ):
+        for name in KEPT + MEASURED:
             setattr(refitted, name, getattr(prior, name))
         self._add_offsets(refitted, means, self.training)
         return refitted
