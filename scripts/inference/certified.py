@@ -321,6 +321,11 @@ class CertifiedEvaluator:
         scans = [item["covariates"] for item in self.scans.dataset.data if UNUSABLE not in item]
         self.certificate.take(people, scans)
 
+    def judge(self, data: Mapping[Hashable, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """A scan that was computed, without files: what is said of its clusters, and the map, see :func:`judge`."""
+        content, shown = judge(self.certificate, self.regions, self.steps[0](data))
+        return {**content, "guarantee": self.certificate.sentence()}, torch.from_numpy(shown)
+
     def summary(self, tables: Callable[[Sequence[str]], object], scans: Sequence[str]) -> None:
         """Write ``findings.csv``, ``certificate.csv`` and ``certificate.json``; decide what is a discovery.
 
