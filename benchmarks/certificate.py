@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage, stats
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.common import print_table, read_config
@@ -41,65 +41,44 @@ from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 
 PLAIN = 3.0  # absolute z of clusters that nothing but their extent judges
-CAP = 6.0  # of z, in clusters that no single voxel can make large
-KINDS = {
-    "cluster": "clusters, by mass",
-    "capped": "by mass, z cut off at 6",
-    "peak": "by the largest z",
-    "extent": "clusters of |z| > 3, by extent",
-    "region": "regions",
-}
+# mass of clusters, also where no brain is expected; largest z; voxels of a cluster of |z| > 3; z of regions
+KINDS = ("cluster", "wide", "peak", "extent", "region")
 Row = Mapping[str, Any]
 
 
 def cubes(evaluator: ScanEvaluator) -> Tensor:
     """A number for each cube of an eighth of the grid in which half of the voxels or more are brain, 0 elsewhere."""
-    network = evaluator.network
-    loc, _ = network.decode([], temperature=0.0, batch_size=1)
-    inside = foreground(loc, network)[0, 0].cpu()
-    of_axes = [torch.arange(size) * 8 // size for size in inside.shape]
-    numbers = sum(place * 8**axis for axis, place in enumerate(torch.meshgrid(*of_axes, indexing="ij"))) + 1
-    share = torch.zeros(8**inside.ndim + 1)
-    share = share.scatter_reduce(0, numbers.flatten(), inside.flatten().float(), "mean", include_self=False)
-    return torch.where(share[numbers] >= 0.5, numbers, 0)
+    loc, _ = evaluator.network.decode([], temperature=0.0, batch_size=1)
+    inside = foreground(loc, evaluator.network).float().cpu()
+    share = nn.functional.adaptive_avg_pool3d(inside, 8)
+    numbers = torch.where(share >= 0.5, torch.arange(1.0, share.numel() + 1).view_as(share), 0)
+    return nn.functional.interpolate(numbers, inside.shape[2:])[0, 0].long()
 
 
-def largest(z: np.ndarray, inside: np.ndarray, regions: np.ndarray, labels: np.ndarray, at: np.ndarray) -> Row:
-    """What is largest among what touches a place, by kind.
-
-    Args:
-        z, inside: `[1, *spatial]`.
-        regions: z of each.
-        labels: of the regions, `[*spatial]`.
-        at: of the place, `[1, *spatial]`.
-    """
-    found = {}
-    for kind, values in (("cluster", z), ("capped", z.clip(-CAP, CAP))):
-        clusters, numbers = find_clusters(values, inside, np.eye(4))
+def largest(
+    z: np.ndarray, brain: np.ndarray, wide: np.ndarray, regions: np.ndarray, labels: np.ndarray, at: Any
+) -> Row:
+    """What is largest among what touches a place, by kind; `regions` are z of each, `at` is shaped like z."""
+    found: dict[str, float] = {}
+    for kind, inside in (("cluster", brain), ("wide", wide)):
+        clusters, numbers = find_clusters(z, inside, np.eye(4))
         touched = set(np.unique(numbers[at]))
         found[kind] = max((cluster["mass"] for cluster in clusters if cluster["label"] in touched), default=0.0)
     names = np.unique(labels[labels > 0])
+    for kind, values in (("peak", z[brain & at]), ("region", regions[np.isin(names, labels[at[0]])])):
+        found[kind] = float(np.abs(values).max(initial=0.0))
     extents = [0]
     for values in (z, -z):
-        plain, count = ndimage.label((values > PLAIN) & inside, np.ones((3,) * z.ndim))
-        sizes = np.bincount(plain.ravel(), minlength=count + 1)
-        extents += [int(sizes[place]) for place in np.unique(plain[at]) if place]
-    return {
-        **found,
-        "peak": float(np.abs(z[inside & at]).max(initial=0.0)),
-        "region": float(np.abs(regions[np.isin(names, labels[at[0]])]).max(initial=0.0)),
-        "extent": max(extents),
-    }
+        plain, _ = ndimage.label((values > PLAIN) & brain, np.ones((3,) * z.ndim))
+        extents += [int(np.bincount(plain.ravel())[place]) for place in np.unique(plain[at]) if place]
+    return {**found, "extent": max(extents)}
 
 
-def compute(
-    evaluator: ScanEvaluator, labels: Tensor, sick: Sequence[tuple[Path, Path]], path: Path, batch: int
-) -> list[Row]:
+def compute(evaluator: ScanEvaluator, labels: Tensor, sick: Sequence[tuple], path: Path, batch: int) -> list[Row]:
     """A row for each person: covariates, what is `largest`, and with a lesion what is largest at it, `hit`.
 
     Args:
-        evaluator: of the deviation.
-        labels: of the regions.
+        evaluator, labels: of the deviation, and of its regions.
         sick: scan and mask of the first people.
         path: of the rows; what is there is not computed again.
         batch: people at once.
@@ -109,11 +88,11 @@ def compute(
     everywhere, count = np.ones((1, *network.spatial_shape), bool), len(evaluator.dataset.data)
 
     def seen(scan: Tensor, usual: Row, at: np.ndarray) -> Row:
-        inside = foreground(scan, network) | foreground(usual["expected"], network)
+        brain = foreground(usual["expected"], network)
         _, expected, std, _ = usual["regions"].unbind(1)
         regions = normal_score((inferer.region_means(scan[None])[0] - expected) / std, inferer.draws - 1)
         z = (scan - usual["expected"]) / usual["spread"]
-        return largest(*(each.numpy() for each in (z, inside, regions, labels)), at)
+        return largest(*(each.numpy() for each in (z, brain, brain | foreground(scan, network), regions, labels)), at)
 
     for start in tqdm(range(len(rows), count, batch), "deviations", unit="batch"):
         items = [read_item(evaluator.dataset, place) for place in range(start, min(start + batch, count))]
@@ -136,9 +115,8 @@ def lesion(mask: nib.Nifti1Image, affine: np.ndarray, shape: Sequence[int]) -> t
     """The voxels of the network's grid in which there is any of it, `[1, *spatial]`, and its volume in ml."""
     marked = np.argwhere(np.asarray(mask.dataobj) > 0)
     places = nib.affines.apply_affine(np.linalg.inv(affine) @ mask.affine, marked).round().astype(int)
-    places = places[((places >= 0) & (places < shape)).all(1)]
     at = np.zeros((1, *shape), bool)
-    at[(0, *places.T)] = True
+    at[(0, *places[((places >= 0) & (places < shape)).all(1)].T)] = True
     return at, len(marked) * abs(np.linalg.det(mask.affine)) / 1000
 
 
@@ -147,19 +125,16 @@ class Splits:
 
     Args:
         rows: of all people, see `compute`; `lesion` may say of what kind it is.
-        coding: of their covariates.
-        error_rate: of the certificate.
-        calibrate: how many are drawn for a calibration, and judged, at most.
-        repeats: how many splits.
+        coding, error_rate: of the certificate.
+        calibrate, repeats: how many are drawn for a calibration, and judged, at most; how many splits.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], coding: CovariateCoding, error_rate: float, calibrate: int, repeats: int
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], coding: CovariateCoding, error_rate: float, calibrate: int, repeats: int):
         self.rows, self.coding, self.error_rate = rows, coding, error_rate
         self.calibrate, self.repeats = calibrate, repeats
         self.people = pd.DataFrame([{"lesion_ml": np.nan, "lesion": "", **row["covariates"], **row} for row in rows])
-        self.people["band"] = pd.qcut(self.people.age, 3, precision=0).astype(str)
+        self.people["band"] = pd.qcut(self.people.age, 3, precision=0).astype(str) + " years"
+        self.people.loc[self.people.age.isna(), "band"] = np.nan
 
     def judge(self, given: Any, judged: Any, **settings: Any) -> pd.DataFrame:
         """P of what is largest in each person who is judged, by kind, and of what is at the lesion, `hit_KIND`.
@@ -175,9 +150,8 @@ class Splits:
             count = min(self.calibrate, int((given > 0).sum() * part))
             people = generator.choice(everyone, count, replace=False, p=given / given.sum())
             rest = np.where(np.isin(everyone, people), 0, judged)
-            scans = generator.choice(
-                everyone, min(self.calibrate, (rest > 0).sum()), replace=False, p=rest / rest.sum()
-            )
+            count = min(self.calibrate, (rest > 0).sum())
+            scans = generator.choice(everyone, count, replace=False, p=rest / rest.sum())
             certificate = Certificate(self.coding, self.error_rate, **settings)
             certificate.take([self.rows[k] for k in people], [self.rows[k]["covariates"] for k in scans])
             for place in scans:
@@ -195,49 +169,37 @@ class Splits:
 
     def tables(self) -> Iterator[tuple[Sequence[str], list[list[str]]]]:
         """All that is measured: columns and rows of each table."""
-        people, alike = self.people, np.ones(len(self.rows))
-        ways = {"all": {"groups": []}, "groups": {}}
-        found = {way: self.judge(alike, alike, **settings) for way, settings in ways.items()}
-        bands = sorted(people.band.unique())
-        rows = [
-            [
-                *(way, words, self.share(judged, kind), f"{stats.kstest(judged[kind], 'uniform').statistic:.3f}"),
-                *(self.share(judged[judged.band == band], kind) for band in bands),
-            ]
-            for way, judged in found.items()
-            for kind, words in KINDS.items()
-        ]
-        yield (
-            ("beside", "judged by", "% significant", "KS distance of p", *(f"of {band} years" for band in bands)),
-            rows,
-        )
-        older = (people.age.rank(pct=True)).fillna(0.5)
-        shifts = {"more of the young: of the old": (1.01 - older, older)}
-        shifts[f"{bands[0]} years: {bands[2]}"] = people.band == bands[0], people.band == bands[2]
-        shifts |= {
-            f"{site}: others": (people.site == site, people.site != site) for site in sorted(people.site.unique())
-        }
+        people, alike, rows = self.people, np.ones(len(self.rows)), []
+        ways: dict[str, Any] = {"all": {"groups": []}, "groups": {}, "weighted": {"weighted": True}}
+        found = {way: self.judge(alike, alike, **ways[way]) for way in ("all", "groups")}
+        for way, judged in found.items():
+            for kind in KINDS:
+                distance = stats.kstest(judged[kind], "uniform").statistic
+                of_bands = [self.share(band, kind) for _, band in judged.groupby("band")]
+                rows.append([way, kind, self.share(judged, kind), f"{distance:.3f}", *of_bands])
+        bands = sorted(people.band.dropna().unique())
+        yield ("beside", "judged by", "significant, %", "KS distance of p", *bands), rows
+        older = people.age.rank(pct=True).fillna(0.5)
+        shifts = [("more of the young: of the old", 1.01 - older, older, ways)]
+        shifts.append((f"{bands[0]}: {bands[2]}", people.band == bands[0], people.band == bands[2], ways))
+        sites = sorted(people.site.dropna().unique())
+        shifts += [(f"{site}: others", people.site == site, people.site != site, ["all"]) for site in sites]
         rows = []
-        for shift, sides in shifts.items():
-            for way, settings in (ways | {"weighted": {"weighted": True}}).items():
-                try:
-                    judged = self.judge(*sides, **settings)
-                    rows.append([shift, way, *(self.share(judged, kind) for kind in KINDS)])
-                except InputError as error:
-                    rows.append([shift, way, f"refused: {error}"])
-        yield ("calibrated on: judged", "beside", *KINDS.values()), rows
+        for shift, given, judged, way in [(*sides, way) for *sides, tried in shifts for way in tried]:
+            try:
+                of_shift = self.judge(given, judged, **ways[way])
+                rows.append([shift, way, *(self.share(of_shift, kind) for kind in KINDS)])
+            except InputError as error:
+                rows.append([shift, way, f"refused: {error}"])
+        yield ("calibrated on: judged", "beside", *KINDS), rows
         sick = found["all"].dropna(subset="lesion_ml")
         if len(sick):
-            of = dict(tuple(sick.groupby(pd.qcut(sick.lesion_ml, 3, precision=1).astype(str) + " ml")))
+            of = dict(tuple(sick.groupby(pd.qcut(sick.lesion_ml, 3, precision=1, duplicates="drop").astype(str))))
             of |= dict(tuple(sick[sick.lesion != ""].groupby("lesion")))
-            yield (
-                ("found at the lesion, %", *of),
-                [[words, *(self.share(rows, f"hit_{kind}") for rows in of.values())] for kind, words in KINDS.items()],
-            )
-            any_of = [
-                np.mean([row[key]["extent"] > 0 for row in self.rows if key in row]) for key in ("largest", "hit")
-            ]
-            yield ("any |z| > 3, %: of healthy people", "at the lesion"), [[f"{100 * share:.1f}" for share in any_of]]
+            rows = [[kind, *(self.share(part, f"hit_{kind}") for part in of.values())] for kind in KINDS]
+            plain = (np.mean([r[of]["extent"] > 0 for r in self.rows if of in r]) for of in ("hit", "largest"))
+            rows.append(["any |z| > 3", "{:.1%} of all, and in {:.1%} of healthy people".format(*plain)])
+            yield ("found at the lesion, %, by", *(f"of {part}" for part in of)), rows
 
 
 @torch.no_grad()
@@ -259,18 +221,16 @@ def main(
     """Compute the findings that are missing, and print tables.
 
     Args:
-        dataset_dir, covariates_file, ckpt, config_file: of healthy people, and of the network.
-        output_dir: for results.
+        dataset_dir, covariates_file, ckpt, config_file, output_dir: of healthy people, the network, and results.
         sick, masks: the first people again, with lesions, and their masks; `kinds.csv` may say of what kind they are.
         shapes: of lesions in MNI space, instead.
-        draws: of what is usual for a person.
-        batch_size: people at once.
+        draws, batch_size: of what is usual for a person; of people.
         error_rate, calibrate, repeats: see `Splits`.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"dataset_dir": dataset_dir, "covariates_file": covariates_file, "ckpt": ckpt, "unfamiliar": "allow"}
-    config = read_config(config_file, **{name: value for name, value in settings.items() if value is not None})
+    settings = {"dataset_dir": dataset_dir, "covariates_file": covariates_file, "unfamiliar": "allow"}
+    config = read_config(config_file, **settings, **({} if ckpt is None else {"ckpt": ckpt}))
     common = config.get_parsed_content("common")
     items = sorted(common.cohort.items, key=item_path)
     evaluator = jobs.deviation(common.replace(cohort=common.cohort.of(items)), draws)
@@ -278,15 +238,15 @@ def main(
     evaluator.inferer = Deviation(common.prior, draws, labels)
     if shapes is not None:
         write_strokes(items, shapes, folder, seed=0, healthy=False)
-        sick, masks = str(folder / "scans"), str(folder / "masks")
+        sick, masks = folder / "scans", folder / "masks"
     pairs = [] if sick is None else list(zip(*(sorted(Path(f).glob("*.nii*")) for f in (sick, masks)), strict=True))
     rows = compute(evaluator, labels, pairs, folder / "findings.jsonl", batch_size)
     if masks is not None and (table := Path(masks) / "kinds.csv").is_file():
         for row, kind in zip(rows, read_table(table)[1], strict=False):
             row["lesion"] = kind["kind"]
-    print(f"{len(rows)} people, {labels.unique().numel() - 1} regions")
-    for columns, cells in Splits(rows, common.prior.coding, error_rate, calibrate, repeats).tables():
-        print_table(columns, cells)
+    print(f"{len(rows)} people, {labels.unique().numel() - 1} regions\n")
+    for table in Splits(rows, common.prior.coding, error_rate, calibrate, repeats).tables():
+        print_table(*table)
         print()
     return rows
 

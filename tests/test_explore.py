@@ -338,7 +338,7 @@ def certified_jobs(folder, cohort, network, prior, tmp_path_factory):
     return Jobs(inference_config(**config, calibration=str(output / "run" / "calibration.json")))
 
 
-def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, folder, network, prior):
+def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, folder, cohort, network, prior):
     with program(certified_jobs) as certified:
         assert certified.get("/api/about").json()["certified"]
         job = ask(certified, "deviation", index=3)
@@ -352,7 +352,7 @@ def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, fol
     assert not client.get("/api/about").json()["certified"]
     config = {"network": network, "population_prior": prior, "dataset_dir": str(folder)}
     with pytest.raises(ValueError, match=r"the page takes a calibration\.json"):
-        Jobs(inference_config(**config, error_rate=0.1, calibration=str(folder.parent)))
+        Jobs(inference_config(**config, error_rate=0.1, calibration=str(cohort)))
 
 
 @torch.no_grad()

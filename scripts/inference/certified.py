@@ -57,11 +57,11 @@ def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tupl
     found, numbers = [], np.zeros(z.shape, np.int32)
     for direction, values in (("brighter", z), ("darker", -z)):
         labels, count = ndimage.label((values > FORMING) & inside, structure)
+        numbers[labels > 0] = labels[labels > 0] + len(found)
         places = range(1, count + 1)
         masses, sizes = (ndimage.sum_labels(v, labels, places) for v in (values - FORMING, np.ones_like(z)))
         peaks = ndimage.maximum_position(values, labels, places)
-        for place, mass, size, peak in zip(places, masses, sizes, peaks, strict=True):
-            numbers[labels == place] = len(found) + 1
+        for mass, size, peak in zip(masses, sizes, peaks, strict=True):
             world = affine @ [*peak[1:], *[0] * (4 - z.ndim), 1]
             where = {f"{axis}_mm": round(float(mm), 1) for axis, mm in zip("xyz", world, strict=False)}
             cluster = {
@@ -85,8 +85,9 @@ class FindClusters(Transform):
         self.network = network
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        z, scan, expected = (torch.as_tensor(data[k]) for k in ("deviation", "image", "expected"))
-        inside = (foreground(scan, self.network) | foreground(expected, self.network)).numpy()
+        z, expected = (torch.as_tensor(data[key]) for key in ("deviation", "expected"))
+        # where no brain is expected, the spread is next to nothing, and edges would outweigh all else
+        inside = foreground(expected, self.network).numpy()
         clusters, numbers = find_clusters(z.numpy(), inside, np.asarray(data["image"].affine, float))
         return {**data, "clusters": clusters, "cluster_numbers": numbers}
 
