@@ -553,6 +553,19 @@ def slow(**arguments):
     return Result()
 
 
+def test_the_page_shows_what_is_significant(certified_jobs):
+    with served(certified_jobs) as address, chromium() as browser:
+        window = Window(browser, address)
+        window.page.locator("#scans tbody tr").nth(3).click()
+        window.page.get_by_label("Overlay").first.select_option("significant")
+        window.page.get_by_text(
+            re.compile("Largest clusters: .* ml, p 0.077.*Of healthy people like the 12")
+        ).wait_for()
+        window.holds(f"{viewer('#scans')}.volumes.length === 2")
+        assert window.overlaid("#scans") == np.count_nonzero(window.volume("#scans", 1))
+        assert not window.failures
+
+
 def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
     with served(jobs) as address, chromium() as browser:
         window = Window(browser, address)

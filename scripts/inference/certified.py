@@ -346,7 +346,7 @@ class CertifiedEvaluator:
         for rows in found.values():
             for row in rows:
                 row["significant"] = "yes" if row["p"] <= level[row["kind"]] else "no"
-        content = self.certificate.content(read)
+        content = self.certificate.content(read) | {"forming_threshold": FORMING}
         write_text(self.output_dir / "certificate.json", json.dumps(content, indent=2) + "\n")
         names = ("people", "scans", "smallest_p", "expected", "observed")
         rows = [[group, *(f"{row[name]:.4g}" for name in names)] for group, row in content["groups"].items()]
