@@ -144,14 +144,18 @@ def darken(scan: nib.Nifti1Image, mask: nib.Nifti1Image) -> tuple[nib.Nifti1Imag
     return nib.Nifti1Image(lesion, scan.affine, scan.header), nib.Nifti1Image(marked, scan.affine)
 
 
-def write_strokes(items: Sequence[Mapping[str, Any]], mask_dir: str, folder: Path, seed: int) -> None:
-    """Every second person with a lesion's shape drawn at random, the others as they are, in `scans` and `masks`."""
+def write_strokes(
+    items: Sequence[Mapping[str, Any]], mask_dir: str, folder: Path, seed: int, healthy: bool = True
+) -> None:
+    """People with a lesion's shape drawn at random, in `scans` and `masks`; every other one `healthy`, as it is."""
     masks, generator = sorted(Path(mask_dir).glob("*.nii*")), np.random.default_rng(seed)
     for place, item in enumerate(tqdm(items, "strokes", unit="scan")):
         scan = nib.load(item["image"])
         empty = nib.Nifti1Image(np.zeros(scan.shape[:3], np.uint8), scan.affine)
         name = f"sub-{place:03d}"
-        sick = darken(scan, nib.load(masks[generator.integers(len(masks))])) if place % 2 else (scan, empty)
+        sick = (
+            darken(scan, nib.load(masks[generator.integers(len(masks))])) if place % 2 or not healthy else (scan, empty)
+        )
         for kind, image in zip(("scans", "masks"), sick, strict=True):
             (folder / kind).mkdir(parents=True, exist_ok=True)
             nib.save(image, folder / kind / f"{name}_{'T1w' if kind == 'scans' else 'lesions'}.nii.gz")

@@ -33,6 +33,8 @@ def explore(
     scan_pattern: str | Sequence[str] | None = None,
     prior: str | None = None,
     covariates_file: str | os.PathLike | None = None,
+    error_rate: float | None = None,
+    calibration: str | os.PathLike | None = None,
     config_file: str | Sequence[str] = "configs/inference.json",
     bundle_root: str | None = None,
     host: str = "127.0.0.1",
@@ -42,8 +44,9 @@ def explore(
     """Serve the page until Ctrl-C.
 
     Args:
-        ckpt, run_dir, dataset_dir, scan_pattern, prior, covariates_file, bundle_root: keys of configs/inference.json;
-            those that are not given stay as they are there.
+        ckpt, run_dir, dataset_dir, scan_pattern, prior, covariates_file, error_rate, calibration, bundle_root: keys of
+            configs/inference.json; those that are not given stay as they are there. The calibration is a
+            ``calibration.json``.
         config_file: configs/inference.json, or that and overlays.
         host: the address to listen at. One that other machines reach is used with a warning.
         port: to listen at; 0 takes one that is free.
@@ -71,6 +74,8 @@ def explore(
         "scan_pattern": scan_pattern,
         "prior": prior,
         "covariates_file": covariates_file,
+        "error_rate": error_rate,
+        "calibration": calibration,
         "bundle_root": bundle_root,
     }
     config = ConfigParser(ConfigParser.load_config_files(config_file))

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import informative_network, run_bundle
+from scipy import stats
 from test_covariates import prior_with_effects
 
 from scripts.data.covariates import CovariateCoding
 from scripts.data.scan_grid import ScanGrid
-from scripts.inference.certificate import Certificate, discovery_level, find_clusters
+from scripts.inference.certificate import Certificate, discovery_level
+from scripts.inference.certified import find_clusters
 from scripts.phantoms import make_brains
 from scripts.population.prior import fingerprint
 
@@ -27,50 +29,105 @@ def coding() -> CovariateCoding:
     return CovariateCoding.learn({"age": "continuous", "site": "categorical"}, ROWS)
 
 
-def calibrated(coding, tmp_path, people, rate=0.05, **settings) -> Certificate:
+def calibrated(coding, people, rate=0.05, **settings) -> Certificate:
     """With people whose largest cluster is given, all of site A unless it is said."""
-    files = []
-    for place, (size, *site) in enumerate(people):
-        content = {"largest": {"cluster": size, "peak": size}, "covariates": {"age": 60.0, "site": (site or ["A"])[0]}}
-        files.append(tmp_path / f"{place}.json")
-        files[-1].write_text(json.dumps(content), encoding="utf-8")
     certificate = Certificate(coding, rate, **settings)
-    certificate.read(files)
+    certificate.take(
+        [
+            {"largest": {"cluster": size, "peak": size}, "covariates": {"age": 60.0, "site": (site or ["A"])[0]}}
+            for size, *site in people
+        ]
+    )
     return certificate
 
 
-def test_p_is_the_share_of_people_with_as_large_a_finding(coding, tmp_path):
-    certificate = calibrated(coding, tmp_path, [(float(size),) for size in range(99)])
+def test_p_is_the_share_of_people_with_as_large_a_finding(coding):
+    certificate = calibrated(coding, [(float(size),) for size in range(99)])
     group = certificate.group({"age": 60.0, "site": "A"})
     assert certificate.p(group, "cluster", 1000.0) == 0.01  # with 99 people nothing is below
     assert certificate.p(group, "cluster", 98.0) == 0.02
     assert certificate.p(group, "cluster", 0.0) == 1
-    assert certificate.people[group] == certificate.people["all"]
+    assert certificate.members[group] == certificate.members["all"]
 
 
-def test_of_healthy_people_no_more_are_flagged_than_promised(coding, tmp_path):
+def test_of_healthy_people_no_more_are_flagged_than_promised(coding):
     rng = np.random.default_rng(0)
     flagged = []
-    for repeat in range(40):
-        (folder := tmp_path / str(repeat)).mkdir()
-        certificate = calibrated(coding, folder, [(float(size),) for size in rng.lognormal(size=39)], rate=0.1)
+    for _ in range(40):
+        certificate = calibrated(coding, [(float(size),) for size in rng.lognormal(size=39)], rate=0.1)
         group = certificate.group({"age": 60.0, "site": "A"})
         flagged += [certificate.p(group, "cluster", size) <= 0.1 for size in rng.lognormal(size=50)]
     assert 0.07 < np.mean(flagged) <= 0.115  # of 40 calibrations, whose shares have a standard deviation of 0.045
 
 
-def test_people_are_compared_with_their_like_where_there_are_enough(coding, tmp_path):
+def test_people_are_compared_with_their_like_where_there_are_enough(coding):
     people = [(1.0, "A")] * 30 + [(9.0, "B")] * 25 + [(5.0, None)] * 3
-    certificate = calibrated(coding, tmp_path, people)
+    certificate = calibrated(coding, people)
     assert certificate.group({"age": 60.0, "site": "A"}) == "site A, age 54.35 to 66.65"
     assert certificate.group({"age": 50.0, "site": "B"}) == "site B"  # of that age there are none
     assert certificate.group({"age": 60.0, "site": None}) == "all"
     assert certificate.p("site B", "cluster", 5.0) == 1 and certificate.p("site A", "cluster", 5.0) == 1 / 31
-    found = certificate.content({}, {})
+    found = certificate.content({})
     assert found["people"] == 58 and found["smallest_p"] == 1 / 59
-    rows = {"one": [{"kind": "cluster", "significant": "yes"}], "two": []}
-    found = certificate.content(rows, {"one": "site B", "two": "site B"})
+    rows = {name: {"group": "site B", "smallest_p": 1 / 26, "findings": []} for name in ("one", "two")}
+    rows["one"]["findings"] = [{"kind": "cluster", "significant": "yes"}]
+    found = certificate.content(rows)
     assert found["groups"]["site B"]["expected"] == pytest.approx(2 / 26) and found["observed"]["cluster"] == 1
+
+
+def ages(rng, count, older):
+    """Years from 40 to 80, of whom the density rises or falls by the age in a straight line; and findings that do."""
+    share = np.sqrt(rng.uniform(size=count))
+    years = 40 + 40 * (share if older else 1 - share)
+    return years, rng.exponential(size=count) * np.exp((years - 60) / 20)
+
+
+def test_weights_make_up_for_other_ages(coding):
+    """Densities (a - 40) and (80 - a), so that the true weight of an age is (a - 40) / (80 - a)."""
+    rng, found = np.random.default_rng(0), {True: [], False: []}
+    for _ in range(10):
+        people = [
+            {"largest": {"cluster": size}, "covariates": {"age": age, "site": "A"}}
+            for age, size in zip(*ages(rng, 1500, older=False), strict=True)
+        ]
+        years, sizes = ages(rng, 200, older=True)
+        scans = [{"age": age, "site": "A"} for age in years]
+        for weighted, ps in found.items():
+            certificate = Certificate(coding, 0.05, groups=None if weighted else [], weighted=weighted)
+            certificate.take(people, scans)
+            ps += [
+                certificate.p("all", "cluster", size, certificate.weight(scan))
+                for size, scan in zip(sizes, scans, strict=True)
+            ]
+        weights = np.array([certificate.weight(scan) for scan in scans])
+    assert found[False] and stats.kstest(found[False], "uniform").statistic > 0.15
+    assert stats.kstest(found[True], "uniform").statistic < 0.05
+    assert np.mean(np.array(found[False]) <= 0.05) > 0.1 and np.mean(np.array(found[True]) <= 0.05) < 0.065
+    assert (weights == 1).all()  # the last is without
+    certificate = Certificate(coding, 0.05, weighted=True)
+    certificate.take(people, scans)
+    middle = (years > 45) & (years < 75)
+    weights = np.array([certificate.weight(scan) for scan in scans])[middle]
+    np.testing.assert_allclose(np.log(weights), np.log((years - 40) / (80 - years))[middle], atol=0.6)
+    assert 100 < certificate.effective < 1000  # of 1500
+    said = certificate.content({})
+    assert said["effective_people"] == certificate.effective and "is approximate" in said["guarantee"]
+
+
+def test_weights_that_a_calibration_cannot_carry_are_refused(coding):
+    rng = np.random.default_rng(0)
+
+    def people(low, high):
+        return [{"age": age, "site": "A"} for age in rng.uniform(low, high, 100)]
+
+    young = [{"largest": {"cluster": 1.0}, "covariates": person} for person in people(40, 55)]
+    certificate = Certificate(coding, 0.05, weighted=True)
+    with pytest.raises(ValueError, match=r"covariates of the scans are too rare among the 100 people .* Add people"):
+        certificate.take(young, people(65, 80))
+    with pytest.raises(ValueError, match="of 10 scans or more; there are 3"):
+        certificate.take(young, people(40, 55)[:3])
+    certificate.take(young, people(40, 55))
+    assert certificate.effective > 80 and certificate.p("all", "cluster", 1.0, 1.0) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +136,7 @@ def test_people_are_compared_with_their_like_where_there_are_enough(coding, tmp_
         ({"error_rate": 1}, "error_rate is 1, but must be a number from"),
         ({"error_rate": 0.05, "correction": "none"}, "set --correction to family or discovery"),
         ({"error_rate": 0.05, "groups": ["sex"]}, "give a list of some of the prior's"),
+        ({"error_rate": 0.05, "weighted": True, "correction": "discovery"}, "goes with --correction family alone"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(coding, settings, message):
@@ -153,7 +211,8 @@ def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
     clusters = {row["image"][:8] for row in rows if row["significant"] == "yes" and row["kind"] == "cluster"}
     assert {name for name, values in maps.items() if values.any()} == clusters
     assert np.abs(maps["sub-0002"]).max() == pytest.approx(1)  # -log10 of 0.1
-    assert "certificate.csv" in (tmp_path / "report_deviation.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report_deviation.html").read_text(encoding="utf-8")
+    assert "certificate.csv" in page and f"{found['guarantee']} deviation_score" in page
     again = certified(people, tmp_path, *words)
     assert "Of 3 scans, 3 are finished already" in again.stderr and "Of 9 scans, 9 are" in again.stderr
     assert len(clusters) < 3  # of three scans Benjamini and Hochberg ask for 0.067 or less unless all are discoveries
@@ -161,6 +220,31 @@ def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
     assert other.returncode == 0, other.stderr
     assert json.loads((tmp_path / "fdr" / "certificate.json").read_text(encoding="utf-8"))["observed"]["cluster"] == 0
     assert not nib.load(tmp_path / "fdr" / "sub-0002_FLAIR_significant.nii.gz").get_fdata().any()
+
+
+def test_a_group_calibrates_once(people, tmp_path):
+    words = ("--error_rate", 0.1, "--calibration", people / "healthy")
+    first = certified(people, tmp_path / "first", *words)
+    assert first.returncode == 0, first.stderr
+    file = tmp_path / "first" / "calibration.json"
+    text = file.read_text(encoding="utf-8")
+    assert len(json.loads(text)["people"]) == 9 and ".nii" not in text and "sub-" not in text
+    second = certified(people, tmp_path / "second", "--error_rate", 0.1, "--calibration", file)
+    assert second.returncode == 0, second.stderr
+    names = ("certificate.json", "findings.csv")
+    assert all((tmp_path / "first" / n).read_bytes() == (tmp_path / "second" / n).read_bytes() for n in names)
+    assert not (tmp_path / "second" / "calibration").exists()
+    for change, message in (
+        (("--draws", 5), "was made with another draws than these scans are judged with"),
+        (("--atlas", people / "atlas.nii.gz"), "was made with another atlas"),
+        (("--percentiles", "[1,99]"), "was made with another percentiles"),
+    ):
+        done = certified(people, tmp_path / "other", "--error_rate", 0.1, "--calibration", file, *change)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+    file.write_text(text.replace('"cluster"', '"clusters"'), encoding="utf-8")
+    done = certified(people, tmp_path / "other", "--error_rate", 0.1, "--calibration", file)
+    assert done.returncode == 1 and "is damaged, or of another version" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

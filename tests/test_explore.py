@@ -321,6 +321,40 @@ def test_the_deviation_is_that_of_the_scans_own_covariates(client, cohort, netwo
     assert np.abs(shown - maps[70.0]).max() > 0.1
 
 
+@pytest.fixture(scope="module")
+def certified_jobs(folder, cohort, network, prior, tmp_path_factory):
+    """The page with the calibration of a run of the job; half of the brain is gone in its fourth scan."""
+    output = tmp_path_factory.mktemp("certified")
+    shutil.copytree(cohort, output / "healthy")
+    shutil.copytree(folder, output / "scans")
+    path = sorted((output / "scans").glob("*.nii.gz"))[3]
+    image = nib.load(path)
+    values = image.get_fdata()
+    values[: len(values) // 2] = 0
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+    config = {"network": network, "population_prior": prior, "dataset_dir": str(output / "scans"), "error_rate": 0.1}
+    run = inference_config(**config, calibration=str(output / "healthy"), output_dir=str(output / "run"))
+    run.get_parsed_content("deviation")
+    return Jobs(inference_config(**config, calibration=str(output / "run" / "calibration.json")))
+
+
+def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, folder, cohort, network, prior):
+    with program(certified_jobs) as certified:
+        assert certified.get("/api/about").json()["certified"]
+        job = ask(certified, "deviation", index=3)
+        said = job["result"]["certificate"]
+        assert said["guarantee"].startswith("Of healthy people like the 12 of the calibration at most 10 % have")
+        sizes = [found["p"] for found in said["findings"]]
+        assert sizes == sorted(sizes) and min(sizes) >= said["smallest_p"] == pytest.approx(1 / 13)
+        shown = np.abs(volume(certified, job, "significant").get_fdata())
+        found = [-np.log10(p) for p in sizes if p <= 0.1]
+        assert found and set(np.unique(shown[shown > 0]).round(3)) == set(np.round(found, 3))
+    assert not client.get("/api/about").json()["certified"]
+    config = {"network": network, "population_prior": prior, "dataset_dir": str(folder)}
+    with pytest.raises(ValueError, match=r"the page takes a calibration\.json"):
+        Jobs(inference_config(**config, error_rate=0.1, calibration=str(cohort)))
+
+
 @torch.no_grad()
 def test_what_is_painted_is_filled_in(client, cohort, network):
     # a box of 2 x 3 x 2 voxels from (3, 2, 4) on, as the page sends it: runs along the first axis
@@ -517,6 +551,19 @@ def slow(**arguments):
         time.sleep(0.1)
         yield done, 300
     return Result()
+
+
+def test_the_page_shows_what_is_significant(certified_jobs):
+    with served(certified_jobs) as address, chromium() as browser:
+        window = Window(browser, address)
+        window.page.locator("#scans tbody tr").nth(3).click()
+        window.page.get_by_label("Overlay").first.select_option("significant")
+        window.page.get_by_text(
+            re.compile("Largest clusters: .* ml, p 0.077.*Of healthy people like the 12")
+        ).wait_for()
+        window.holds(f"{viewer('#scans')}.volumes.length === 2")
+        assert window.overlaid("#scans") == np.count_nonzero(window.volume("#scans", 1))
+        assert not window.failures
 
 
 def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):

@@ -73,7 +73,8 @@ def draw_deviation(path: str, data: Mapping[Hashable, Any], value_range: tuple[f
 
 
 class ScoreDeviation(Transform):
-    """Add ``deviation_score``, the 99th percentile of the absolute ``deviation`` in a scan's foreground.
+    """Add ``deviation_score``, the 99th percentile of the absolute ``deviation`` where brain is expected: elsewhere the
+    spread is next to nothing, and edges would outweigh all else.
 
     It belongs before what brings the map to the scan's own grid.
 
@@ -85,8 +86,8 @@ class ScoreDeviation(Transform):
         self.network = network
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        image, deviation = (torch.as_tensor(data[key]).as_subclass(Tensor)[None] for key in ("image", "deviation"))
-        (score,) = foreground_percentile(deviation.abs(), image, self.network, DEVIATION_PERCENTILE)
+        expected, deviation = (torch.as_tensor(data[key])[None] for key in ("expected", "deviation"))
+        (score,) = foreground_percentile(deviation.abs(), expected, self.network, DEVIATION_PERCENTILE)
         return {**data, "deviation_score": score}
 
 

@@ -71,7 +71,7 @@ def scan_generator(seed: int, name: str, device: torch.device | str = "cpu") -> 
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
-def _identity(value: Any) -> Any:
+def identity(value: Any) -> Any:
     """A setting as JSON can hold it; a file is its checksum."""
     if isinstance(value, str | os.PathLike) and Path(value).is_file():
         return f"crc32 {zlib.crc32(Path(value).read_bytes()):08x}"
@@ -304,7 +304,7 @@ class ScanEvaluator(Evaluator):
     @cached_property
     def _identities(self) -> dict[str, Any]:
         """The settings as the record has them, of files the content, which is read once."""
-        return {name: _identity(value) for name, value in self.settings.items()}
+        return {name: identity(value) for name, value in self.settings.items()}
 
     def _begin(self) -> list[int]:
         """Refuse to mix results of different settings; leave those of this run beside its results.

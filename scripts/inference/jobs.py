@@ -19,7 +19,7 @@ from scripts.data.datalist import common_root
 from scripts.data.scan_grid import ToScand
 from scripts.data.transforms import reading, unclipped
 from scripts.inference import covariate_results, lesions, outputs
-from scripts.inference.certificate import CertifiedEvaluator, certify
+from scripts.inference.certified import CertifiedEvaluator, certify
 from scripts.inference.common import Common
 from scripts.inference.covariate_results import RegionCurves
 from scripts.inference.covariates import (
@@ -402,16 +402,13 @@ def deviation(
         common: what all jobs share; its prior has covariates.
         draws: of what is usual; by default 32.
         atlas: a NIfTI file of region numbers.
-        certified: ``error_rate``, ``calibration``, ``correction`` and ``groups``, see
-            :func:`scripts.inference.certificate.certify`; the first two None: nothing is said to be significant.
+        certified: ``error_rate``, ``calibration``, ``correction``, ``groups`` and ``weighted``, see
+            :func:`scripts.inference.certified.certify`; the first two None: nothing is said to be significant.
     """
     prior, network, layout = need_covariates(common.prior), common.network, common.layout(common.cohort.root)
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
-    regions, row, scans = (
-        layout("regions", ".json"),
-        layout("deviationscore", ".json"),
-        common.cohort.with_covariates(prior),
-    )
+    regions, row = layout("regions", ".json"), layout("deviationscore", ".json")
+    scans = common.cohort.with_covariates(prior)
     inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
     if inferer.draws < FEW_DRAWS:
         logger.warning(
@@ -419,7 +416,8 @@ def deviation(
             "to %d or more.",
             *(inferer.draws, FEW_DRAWS),
         )
-    names, settings = covariate_results.region_names(atlas, labels), {"draws": inferer.draws, "atlas": atlas}
+    names = covariate_results.region_names(atlas, labels)
+    settings = {"population_prior": common.prior_file, "draws": inferer.draws, "atlas": atlas}
     certificate = certify(common, inferer, names, settings, **certified)
     shown = {} if certificate is None else {"significant": "label"}
     curves = RegionCurves(inferer, network, scans, common.seed, common.loading["batch_size"])
@@ -448,7 +446,7 @@ def deviation(
             *([regions] if atlas else []),
             *([] if certificate is None else certificate.layouts),
         ],
-        {"population_prior": common.prior_file, **settings},
+        settings,
         arguments=partial(stack_features, prior),
         asks=True,
         summary=tables if certificate is None else partial(certificate.summary, tables),

@@ -20,7 +20,8 @@ class Deviations(NamedTuple):
 
     Attributes:
         squares, counts: sums of squares and their numbers, of voxels and of blocks, ``[2]`` each.
-        scores: the 99th percentile of the absolute deviation in each scan's brain, ``[batch]``, without any dispersion.
+        scores: the 99th percentile of the absolute deviation where brain is expected, of each scan, ``[batch]``, without
+            any dispersion.
     """
 
     squares: Tensor
@@ -56,5 +57,6 @@ def deviations(network: VDVAE, prior: PopulationPrior, scans: Tensor, features: 
         within = z2[inside[place]].double()
         squares[place] += within.sum() * (DRAWS - 3) / (DRAWS - 1)
         counts[place] += len(within)
-    far = (scans - means.mean(0)).abs() / (means.var(0) + noise).sqrt()
-    return Deviations(squares, counts, foreground_percentile(far, scans, network, DEVIATION_PERCENTILE))
+    expected = means.mean(0)
+    far = (scans - expected).abs() / (means.var(0) + noise).sqrt()
+    return Deviations(squares, counts, foreground_percentile(far, expected, network, DEVIATION_PERCENTILE))

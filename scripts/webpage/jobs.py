@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 from monai.utils import ensure_tuple
 from scripts.data.covariates import Categorical, Continuous
 from scripts.inference import jobs
+from scripts.inference.certified import CertifiedEvaluator
 from scripts.inference.covariates import need_covariates, targets
 from scripts.inference.engine import ScanEvaluator, read_item
 from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction
@@ -67,6 +68,9 @@ class Jobs:
         patterns = ensure_tuple(self.common.cohort.pattern)
         count = self.network.in_channels
         self._channels = channel_labels(patterns if len(patterns) == count > 1 else [""] * count)
+        self._promised = config.get_parsed_content("certified")
+        if any(self._promised[name] is not None for name in ("error_rate", "calibration")):
+            _ = self._deviation  # what is wrong with it is said at the start
         self._iterations = config.get_parsed_content("iterations")
         self._decoded = lru_cache(maxsize=8)(self._decode)
         self.kinds: dict[str, Callable[..., Steps]] = {
@@ -103,6 +107,7 @@ class Jobs:
                 {"name": name, "kind": variable.kind, "values": _values(variable)}
                 for name, variable in coding.variables.items()
             ],
+            "certified": self._promised["calibration"] is not None,
             "scans": len(self.cohort),
         }
 
@@ -130,8 +135,18 @@ class Jobs:
         return jobs.encode(self.common)
 
     @cached_property
-    def _deviation(self) -> ScanEvaluator:
-        return jobs.deviation(self.common, DRAWS)
+    def _deviation(self) -> tuple[ScanEvaluator, CertifiedEvaluator | None]:
+        """The job of the deviation, and what says which of it is significant, if a calibration was named."""
+        found = jobs.deviation(self.common, DRAWS, **self._promised)
+        if isinstance(found, ScanEvaluator):
+            return found, None
+        if found.known is None:
+            raise InputError(
+                "calibration: the page takes a calibration.json, which the job deviation writes with --error_rate and "
+                "--calibration; make it first."
+            )
+        found.calibrate()
+        return found.scans, found
 
     # each scan is read again when it is asked for: a cohort need not fit into memory
     def _read(self, index: Any, job: ScanEvaluator | None = None) -> dict[str, Any]:
@@ -220,7 +235,7 @@ class Jobs:
     def deviation(self, index: int, channel: int = 0) -> Steps:
         """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
         channel = self._channel(channel)
-        job = self._deviation
+        job, certified = self._deviation
         yield 0, DRAWS
         item = self._read(index, job)
         (batch,) = on_device([job.batch([item])], self.device)
@@ -229,8 +244,12 @@ class Jobs:
         for done in range(2, DRAWS + 1):
             found = next(results)
             yield done, DRAWS
-        image = volume(found["deviation"][0][channel], item["image"].affine)
-        return Result({"known": _known(item)}, {"deviation.nii.gz": image})
+        maps, content = {"deviation": found["deviation"][0]}, {"known": _known(item)}
+        if certified is not None:
+            results = {name: values[0].cpu() for name, values in found.items()}
+            content["certificate"], maps["significant"] = certified.judge({**item, **results})
+        affine = item["image"].affine
+        return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in maps.items()})
 
     def coordinates(self, index: int) -> Steps:
         """A scan's coordinates in the population prior."""

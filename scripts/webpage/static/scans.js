@@ -189,13 +189,26 @@ export function makeScans(section, about, select) {
   // Made when it is chosen: it takes some draws.
   function deviation(index, style) {
     if (!about.covariates.length) return [];
-    const load = async (signal, onProgress) => {
+    let said = false;
+    const load = (name, unit) => async (signal, onProgress) => {
       const job = await run("deviation", { index }, { signal, onProgress });
       if (!job) return null;
+      const found = job.result.certificate;
+      if (found && !said && state.chosen === index) facts.textContent += `. ${certificate(found)}`;
+      said = true;
       const known = Object.entries(job.result.known).map(([name, value]) => `${name} ${value}`).join(", ");
-      return { file: job.files["deviation.nii.gz"], unit: `${style.unit}; beside ${known ? `people of ${known}` : "the whole cohort"}` };
+      return { file: job.files[`${name}.nii.gz`], unit: `${unit}; beside ${known ? `people of ${known}` : "the whole cohort"}` };
     };
-    return [{ name: "deviation", label: `deviation for ${about.covariates.map(({ name }) => name).join(", ")}`, load, ...style, from: 2 }];
+    const significant = { ...style, name: "significant", label: "significant clusters", most: 3, from: 0.1 };
+    return [
+      { ...style, name: "deviation", label: `deviation for ${about.covariates.map(({ name }) => name).join(", ")}`, load: load("deviation", style.unit), from: 2 },
+      ...(about.certified ? [{ ...significant, load: load("significant", "−log10 p, blue darker, orange brighter") }] : []),
+    ];
+  }
+
+  function certificate({ guarantee, findings }) {
+    const clusters = findings.slice(0, 3).map((found) => `${found.direction}, ${found.size_ml.toFixed(1)} ml, p ${found.p.toPrecision(2)}`);
+    return `Largest clusters: ${clusters.join("; ") || "none"}. ${guarantee}`;
   }
 
   async function scoreAll() {
