@@ -178,7 +178,7 @@ def test_two_processes_find_what_one_finds(run, evaluated, by_two):
     assert [row["image"] for row in one] == [row["image"] for row in two]
 
 
-def same(found, expected, rel=1e-6):
+def same(found, expected, rel=1e-5):
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, value in expected.items():

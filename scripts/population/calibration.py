@@ -20,8 +20,8 @@ class Deviations(NamedTuple):
 
     Attributes:
         squares, counts: sums of squares and their numbers, of voxels and of blocks, ``[2]`` each.
-        scores: the 99th percentile of the absolute deviation where brain is expected, of each scan, ``[batch]``, without
-            any dispersion.
+        scores: the 99th percentile of each scan's absolute deviation where brain is expected, ``[batch]``, without any
+            dispersion.
     """
 
     squares: Tensor

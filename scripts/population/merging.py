@@ -265,7 +265,8 @@ def merge(
     """The prior of a union of cohorts.
 
     The number of factors and how much they are shrunk are those with which the others' prior gains most on a cohort
-    that is left out, in the mean over people; of one cohort alone those that it chose itself.
+    that is left out, in the mean over people; of one or two cohorts those that the larger one chose itself, since what
+    one scanner has in common with one other says little of a third.
 
     Args:
         cohorts: by their names; their order does not matter.
@@ -280,7 +281,7 @@ def merge(
     parts = dict(sorted(with_sites(cohorts).items()))
     fitted = _Fitted.to(list(parts.values()))
     most = min(factors or fitted.union.factors, len(fitted.sketch.basis))
-    own = fitted.union.calibration
+    own = max(parts.values(), key=lambda part: part.count).calibration
     rank, shrinkage, left_out = min(own["factors"], most), own["shrinkage"], {}
     gain = max(own["gains"].values())
     if len(parts) > 1:
@@ -294,12 +295,14 @@ def merge(
         def mean_gain(found: Mapping[str, LeftOut]) -> float:
             return sum(cohort.gain * cohort.people for cohort in found.values()) / fitted.union.count
 
-        ranks = sorted({r for r in (*RANKS, most) if r <= most})
-        tried = {r: mean_gain(said(r, SHRINKAGES[2])) for r in tqdm(ranks, "how many factors", unit="number")}
-        rank = max(tried, key=tried.__getitem__)
-        found = {s: said(rank, s) for s in tqdm(SHRINKAGES, "how much they are shrunk", unit="share")}
-        shrinkage = max(found, key=lambda s: mean_gain(found[s]))
-        left_out, gain = found[shrinkage], mean_gain(found[shrinkage])
+        if len(parts) > 2:
+            ranks = sorted({r for r in (*RANKS, most) if r <= most})
+            tried = {r: mean_gain(said(r, SHRINKAGES[2])) for r in tqdm(ranks, "how many factors", unit="number")}
+            rank = max(tried, key=tried.__getitem__)
+            found = {s: mean_gain(said(rank, s)) for s in tqdm(SHRINKAGES, "how much they are shrunk", unit="share")}
+            shrinkage = max(found, key=found.__getitem__)
+        left_out = said(rank, shrinkage)
+        gain = mean_gain(left_out)
     prior = fitted.prior(rank, shrinkage)
     calibrate(prior, fitted.union)
     return prior, left_out, {"shrinkage": shrinkage, "gain": gain}
