@@ -44,6 +44,7 @@ REGIONS = {
     "cortex": list(range(100, 208)),
     "cerebellum": [38, 39],
 }
+CHANNELS = (16, 32, 64, 128)  # of the U-Net
 NEAR = 7.5  # years of an age that is asked for: people who are compared with samples of it
 HALVES = 200
 
@@ -58,7 +59,7 @@ def classes(path: Path, grid: ScanGrid, shape: Sequence[int], affine: Any, regio
 
 
 def train(network: nn.Module, scans: Tensor, labels: Tensor, updates: int, batch_size: int, seed: int) -> None:
-    """Updates by Dice and cross-entropy on scans, half of them mirrored."""
+    """Updates by Dice and cross-entropy on scans, half of them mirrored: regions are those of both sides."""
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
@@ -127,14 +128,16 @@ def main(
         known = {place: classes(path, *where, regions) for place, path in enumerate(paths) if path is not None}
         labels[side] = list(known), torch.stack(list(known.values()))
     torch.manual_seed(seed)
-    unet = UNet(common.network.spatial_dims, 1, len(regions) + 2, (16, 32, 64, 128), (2, 2, 2), num_res_units=1)
+    channels = CHANNELS[: 4 if min(common.network.spatial_shape) >= 16 else 3]
+    strides = [2] * (len(channels) - 1)
+    unet = UNet(common.network.spatial_dims, 1, len(regions) + 2, channels, strides, num_res_units=1)
     train(unet, scans["training"][labels["training"][0]], labels["training"][1], updates, batch_size, seed)
     ml = float(torch.linalg.det(torch.as_tensor(common.network.scan_affine)[:3, :3].double()).abs()) / 1000
 
     @torch.no_grad()
     def volumes(images: Tensor) -> np.ndarray:
         found = one_hot(segment(unet, images), len(regions) + 2).flatten(2).sum(2)[:, 2:]
-        return (ml * found).numpy()
+        return (ml * found).double().numpy()
 
     @torch.no_grad()
     def drawn(count: int, **covariates: float) -> np.ndarray:
@@ -169,7 +172,9 @@ def main(
         near, asked = others[np.abs(own - age) <= NEAR], drawn(max(2, samples // 4), age=age)
         means = {name: [float(each[:, place].mean()) for each in (near, asked)] for place, name in enumerate(regions)}
         numbers["ages"][f"{age:g}"] = {"people": len(near), **means}
-    write_text(Path(output_dir) / "regions.json", json.dumps(numbers, indent=2) + "\n")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "regions.json", json.dumps(numbers, indent=2) + "\n")
     show(numbers)
     return numbers
 
