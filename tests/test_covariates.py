@@ -361,7 +361,7 @@ def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
     assert np.corrcoef(ages, corrected)[0, 1] == pytest.approx(0, abs=0.01)
     assert (tmp_path / "sub-0001_FLAIR_covariates.png").is_file()
     page = (tmp_path / "report_predict_covariates.html").read_text(encoding="utf-8")
-    worst = rows[int(np.abs(gaps).argmax())]["image"]
+    worst = rows[int(np.abs(corrected).argmax())]["image"]
     assert page.split("<tr><td>")[1].startswith(worst) and "_covariates.png" in page
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, run_command
 from test_docs import TEXT, command_lines
@@ -79,6 +80,9 @@ def tiny_bundle(tmp_path_factory) -> Path:
         path.write_text(json.dumps(config))
     how = {"contrast": "T1w", "covariates": True, "lesions": 0.5, "mask_dir": bundle / "MASKS"}
     make_brains(bundle / "DIR", 6, spacing=16.0, workers=1, **how)
+    table = pd.read_csv(bundle / "DIR" / "participants.tsv", sep="\t")
+    table["age"] = [20.0, 35.0, 50.0, 65.0, 80.0, 85.0]  # the pages ask for all of these
+    table.to_csv(bundle / "DIR" / "participants.tsv", sep="\t", index=False)
     for name in ("aligned", "prepared"):
         shutil.copytree(bundle / "DIR", bundle / name)
     (bundle / "HEALTHY").mkdir()

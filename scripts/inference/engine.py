@@ -257,13 +257,13 @@ class ScanEvaluator(Evaluator):
         )
         self.data_loader = on_device(_Batches(loader, self.batch), self.state.device)
         self.state.epoch_length = len(loader)
+        writers = ResultWriters(self._write, min(workers, len(indices)), self._note)
         try:
-            with ResultWriters(self._write, min(workers, len(indices)), self._note) as self._writers:
+            with logging_redirect_tqdm(), writers as self._writers:
                 # after the writers' processes, which are forked and must not have its lock
                 self._bar = tqdm(total=len(indices), desc=self.job, unit="scan", disable=idist.get_rank() > 0)
-                with logging_redirect_tqdm():
-                    super().run()
-                    self._write_computed()
+                super().run()
+                self._write_computed()
         finally:
             self._bar.close()
 
@@ -440,7 +440,7 @@ class ScanEvaluator(Evaluator):
 
     def _unknown(self, far: float) -> str:
         return (
-            f"the network does not know such scans: it is {far:.1f} times as far from what is usual as 1 in "
+            f"the network does not know such scans: it is {far:.2f} times as far from what is usual as all but 1 in "
             f"{1 / FALSE_ALARMS:.0f} of its cohort. `python -m scripts.check DIR --ckpt {self.common.ckpt}` looks for "
             "the reason"
         )
