@@ -178,7 +178,7 @@ class CoordinateDecoding(Inferer):
     ) -> dict[str, Tensor]:
         """``inputs`` are ``[batch, factors]``."""
         temperature = level_temperatures(network, "temperature", self.temperature)
-        return {"sample": decode_coordinates(network, self.prior, inputs, temperature, draws=draws)[0]}
+        return {"sample": self.prior.decode(network, inputs, temperature, draws=draws)[0]}
 
 
 class Sampling(Inferer):
@@ -222,7 +222,7 @@ class Sampling(Inferer):
             if not isinstance(temperature, list):
                 coordinates = temperature * coordinates
             features = self._features(inputs, draws)
-            loc, scale = decode_coordinates(network, self.prior, coordinates, temperature, features, draws)
+            loc, scale = self.prior.decode(network, coordinates, temperature, features, draws)
         return {"sample": draw_voxels(loc, scale, network, draws) if self.voxel_noise else loc}
 
     def _features(self, count: int, draws: Draws | None) -> Tensor | None:
@@ -233,18 +233,6 @@ class Sampling(Inferer):
         normals = gaussian_noise(self.prior.inverse.new_empty(count, len(coding.variables)), draws)
         people = draw_values(coding, self.prior.correlation, self.given, normals)
         return torch.stack([coding.numbers(person) for person in people]).to(self.prior.inverse)
-
-
-def decode_coordinates(
-    network: VDVAE,
-    prior: PopulationPrior,
-    coordinates: Tensor,
-    temperature: float | list[float],
-    features: Tensor | None = None,
-    draws: Draws | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each voxel given a population prior's factors, and what covariates become."""
-    return prior.decode(network, coordinates, temperature, features, draws)
 
 
 def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, draws: Draws | None = None) -> Tensor:
