@@ -131,7 +131,7 @@ def test_loader_profile_names_every_transform(capsys):
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines[1:-1]]
     assert names[:5] == ["LoadScand", "CheckScand", "Orientationd", "FitShaped", "RobustScaled"]
-    assert len(names) == 5 + 13
+    assert len(names) == 5 + 14
     total = sum(numbers(line)[-1] for line in lines[6:-1])
     assert numbers(lines[-1])[0] == pytest.approx(total, abs=1)
 

@@ -198,6 +198,7 @@ def train(cohort, output, **keys) -> dict:
     ("key", "value"),
     [
         ("learning_rate", 0.1),
+        ("learning_rate_warmup", 0),
         ("kl_warmup", 0),
         ("weight_penalty", 1e4),
         ("max_grad_norm", 1e-9),

@@ -38,7 +38,6 @@ from scripts.utils.files import read_json, write_text
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +256,10 @@ class ScanEvaluator(Evaluator):
         )
         self.data_loader = on_device(_Batches(loader, self.batch), self.state.device)
         self.state.epoch_length = len(loader)
+        from tqdm.contrib.logging import (
+            logging_redirect_tqdm,
+        )  # only where something is computed: commands start without
+
         writers = ResultWriters(self._write, min(workers, len(indices)), self._note)
         try:
             with logging_redirect_tqdm(), writers as self._writers:

@@ -29,18 +29,13 @@ def updates_per_epoch(batches: int, accumulation_steps: int = 1) -> int:
     return math.ceil(batches / accumulation_steps)
 
 
-def rising_updates(warmup: int, updates: int) -> int:
-    """Over how many updates of a run the learning rate rises: a short run has its full rate for a while, too."""
-    return min(warmup, updates // 4)
-
-
 def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[int], float]:
     """The learning rate of each update, as a factor, for ``torch.optim.lr_scheduler.LambdaLR``.
 
     It rises linearly to 1 over the first updates, and falls linearly towards 0 over the last ones.
 
     Args:
-        warmup: number of first updates over which it rises; a quarter of all at most.
+        warmup: number of first updates over which it rises.
         decay: share of all updates, the last ones, over which it falls, 0 to 1.
         updates: of the whole run.
 
@@ -54,7 +49,7 @@ def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[i
             f"learning_rate_decay is {decay}: it is the share of all updates over which the learning rate falls, from "
             "0 (it stays) to 1."
         )
-    falling, warmup = round(decay * updates), rising_updates(warmup, updates)
+    falling = round(decay * updates)
 
     def factor(update: int) -> float:
         rising = min(1.0, (update + 1) / max(1, warmup))
@@ -93,11 +88,13 @@ def log_plan(
         *(updates, epochs),
     )
     sentences = [f"Learning rate {base_rate(trainer.optimizer.param_groups[0]):g}"]
-    rising = rising_updates(learning_rate_warmup, updates)
-    if rising > 1:
-        sentences[0] += f" from update {rising} on"
+    falling_from = updates - round(learning_rate_decay * updates)
+    if learning_rate_warmup > 1:
+        sentences[0] += f" from update {learning_rate_warmup} on"
+    if learning_rate_warmup > falling_from:
+        sentences[0] += ", which this run does not reach: a smaller --learning_rate_warmup lets it learn faster"
     if learning_rate_decay:
-        sentences[0] += f", falling to 0 from update {updates - round(learning_rate_decay * updates)} on"
+        sentences[0] += f", falling to 0 from update {falling_from} on"
     if kl_warmup:
         sentences.append(
             f"the KL divergence counts in full from update {kl_warmup} on: until then the training's bits per dim, in "
