@@ -256,9 +256,8 @@ class ScanEvaluator(Evaluator):
         )
         self.data_loader = on_device(_Batches(loader, self.batch), self.state.device)
         self.state.epoch_length = len(loader)
-        from tqdm.contrib.logging import (
-            logging_redirect_tqdm,
-        )  # only where something is computed: commands start without
+        # where something is computed: a command that is refused starts without it
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
         writers = ResultWriters(self._write, min(workers, len(indices)), self._note)
         try:
