@@ -354,7 +354,8 @@ class PopulationFit:
         the same draw under none.
         """
         responses = Effects(self.coding.size)
-        places = spaced(len(self.training), DRAWN_SCANS)[idist.get_rank() :: idist.get_world_size()]
+        world = idist.get_world_size()
+        places = spaced(len(self.training), max(DRAWN_SCANS, world))[idist.get_rank() :: world]
         batches = [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
         devices = [self.device] if self.device.type == "cuda" else []
         with eval_mode(self.network), torch.random.fork_rng(devices):
@@ -436,9 +437,9 @@ class PopulationFit:
             deviations(self.network, prior, vectors.scans, vectors.features)
             for vectors in self._vectors(some, "how far scans deviate", temperature=0.0, latents=())
         ]
-        none = torch.zeros(2, dtype=torch.float64)
         squares, counts = (
-            idist.all_reduce(sum((getattr(part, name) for part in found), none)) for name in ("squares", "counts")
+            idist.all_reduce(sum((getattr(part, name) for part in found), torch.zeros(2, dtype=torch.float64)))
+            for name in ("squares", "counts")
         )
         return Deviations(squares, counts, torch.tensor(_gather([part.scores for part in found])))
 
