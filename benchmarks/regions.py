@@ -45,6 +45,7 @@ REGIONS = {
     "cerebellum": [38, 39],
 }
 CHANNELS = (16, 32, 64, 128)  # of the U-Net
+RATE = 3e-3
 NEAR = 7.5  # years of an age that is asked for: people who are compared with samples of it
 HALVES = 200
 
@@ -60,7 +61,7 @@ def classes(path: Path, grid: ScanGrid, shape: Sequence[int], affine: Any, regio
 
 def train(network: nn.Module, scans: Tensor, labels: Tensor, updates: int, batch_size: int, seed: int) -> None:
     """Updates by Dice and cross-entropy on scans, half of them mirrored: regions are those of both sides."""
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(network.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +99,7 @@ def main(
     config_file: str | Sequence[str] = "configs/inference.json",
     samples: int = 64,
     ages: Sequence[float] = (25, 45, 65, 80),
-    updates: int = 400,
+    updates: int = 300,
     batch_size: int = 2,
     regions: Mapping[str, list[int]] | None = None,
     seed: int = 0,

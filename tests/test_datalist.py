@@ -162,8 +162,12 @@ def test_no_subject_is_on_both_sides_and_the_log_says_how_they_are_told(tmp_path
     assert caplog.messages[1:] == [
         "Training: 4 scans of 2 subjects.",
         "Validation: 2 scans of 1 subject.",
-        "One subject alone is held out, of whom numbers say little: --train_fraction 0.8 holds out 1.",
     ]
+    for number in range(20):
+        make_files(tmp_path, [f"2{number:02d}/scan.nii.gz"])
+    with caplog.at_level("INFO"):
+        make_datalist(tmp_path, train_fraction=0.96)
+    assert caplog.messages[-1].endswith("of whom numbers say little: --train_fraction 0.8 holds out 5.")
     content = {"training": [{"image": VISITS[0]}, {"image": VISITS[2]}], "validation": [{"image": VISITS[1]}]}
     (tmp_path / "both.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has 1 subject\\(s\\) both in 'training' and in 'validation', such as '101'"):

@@ -86,10 +86,10 @@ def make_datalist(
     datalist = {**sides, "training": training, "validation": validation}
     log_sides(datalist)
     subjects = {item["subject"] for item in [*training, *validation]}
-    if "validation" not in sides and len({item["subject"] for item in validation}) == 1 < len(subjects) - 1:
+    fifth = len(subjects) - round(0.8 * len(subjects))
+    if "validation" not in sides and len({item["subject"] for item in validation}) == 1 < fifth:
         logger.info(
-            "One subject alone is held out, of whom numbers say little: --train_fraction 0.8 holds out %d.",
-            max(1, len(subjects) - round(0.8 * len(subjects))),
+            "One subject alone is held out, of whom numbers say little: --train_fraction 0.8 holds out %d.", fifth
         )
     return datalist
 
