@@ -159,10 +159,7 @@ def test_no_subject_is_on_both_sides_and_the_log_says_how_they_are_told(tmp_path
         datalist = make_datalist(tmp_path, train_fraction=0.6)
     assert {item["subject"] for side in datalist.values() for item in side} == {"101", "102", "103"}
     assert "6 scan(s); subjects are recognised by their folders" in caplog.text
-    assert caplog.messages[1:] == [
-        "Training: 4 scans of 2 subjects.",
-        "Validation: 2 scans of 1 subject.",
-    ]
+    assert caplog.messages[1:] == ["Training: 4 scans of 2 subjects.", "Validation: 2 scans of 1 subject."]
     for number in range(20):
         make_files(tmp_path, [f"2{number:02d}/scan.nii.gz"])
     with caplog.at_level("INFO"):
