@@ -40,7 +40,7 @@ from scripts.population import effects
 from scripts.population.effects import Adaptation, Effects
 from scripts.population.fit import PopulationFit
 from scripts.population.joint import correlation_of, draw_values
-from scripts.population.prior import PopulationPrior
+from scripts.population.prior import PopulationPrior, fingerprint
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
@@ -71,6 +71,17 @@ def prior_with_effects(network, coding, size=1.0) -> PopulationPrior:
         effects={i: size * 0.3 * randn(coding.size, *grid) for i, grid in enumerate(grids)},
         coding=coding,
     )
+
+
+def save_weights_with_prior(cohort, scan, folder) -> None:
+    """Weights of 8 voxels whose scans lie as a phantom of 16 mm does, and their prior with covariates."""
+    size = np.array(scan.shape) * 16.0
+    network = informative_network(cohort)
+    network.scan_grid.copy_(ScanGrid([(scan.affine[:3, 3] + size / 2 - 8).tolist(), size.tolist()]).as_tensor())
+    torch.save(network.state_dict(), folder / "model.pt")
+    rows = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
+    prior = prior_with_effects(network, CovariateCoding.learn(KINDS, rows), size=0.1)
+    prior.save(folder / "population_prior.pt", {"weights": fingerprint(network)})
 
 
 def test_numbers_have_a_mean_of_zero_and_are_zero_where_nothing_is_known(coding):

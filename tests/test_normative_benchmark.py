@@ -8,15 +8,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import ROOT, informative_network
-from test_covariates import KINDS, prior_with_effects
+from conftest import ROOT
+from test_covariates import save_weights_with_prior
 
 from benchmarks.normative import main, spline_regression
-from scripts.data.covariates import CovariateCoding
-from scripts.data.scan_grid import ScanGrid
 from scripts.phantoms import make_brains
-from scripts.population.prior import fingerprint
 
 
 def test_the_regression_finds_what_is_usual_for_age_and_sex():
@@ -42,13 +38,7 @@ def test_a_population_prior_is_measured_beside_the_regression(cohort, tmp_path, 
     table.loc[27, "age"] = np.nan
     table.to_csv(tmp_path / "scans" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
     one = nib.load(scans[0]["image"])
-    size = np.array(one.shape) * 16.0
-    network = informative_network(cohort)
-    network.scan_grid.copy_(ScanGrid([(one.affine[:3, 3] + size / 2 - 8).tolist(), size.tolist()]).as_tensor())
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    rows = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
-    prior = prior_with_effects(network, CovariateCoding.learn(KINDS, rows), size=0.1)
-    prior.save(tmp_path / "population_prior.pt", {"weights": fingerprint(network)})
+    save_weights_with_prior(cohort, one, tmp_path)
     halves = np.ones(one.shape, np.int16)
     halves[: len(halves) // 2] = 2
     nib.save(nib.Nifti1Image(halves, one.affine), tmp_path / "atlas.nii.gz")

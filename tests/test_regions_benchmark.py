@@ -7,15 +7,11 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, informative_network
-from test_covariates import KINDS, prior_with_effects
+from conftest import ROOT
+from test_covariates import save_weights_with_prior
 
 from benchmarks.regions import distances, main
-from scripts.data.covariates import CovariateCoding
-from scripts.data.scan_grid import ScanGrid
 from scripts.phantoms import make_brains
-from scripts.population.prior import fingerprint
 
 
 def test_distances_are_in_standard_deviations_of_people():
@@ -36,13 +32,7 @@ def test_volumes_of_samples_stand_beside_those_of_people(cohort, tmp_path, capsy
         labels = (np.asarray(one.dataobj) > 0).astype(np.int16)
         labels[..., : labels.shape[2] // 2] *= 2  # both sides alike
         nib.save(nib.Nifti1Image(labels, one.affine), tmp_path / "labels" / f"sub-{number:04d}_dseg.nii.gz")
-    size = np.array(one.shape) * 16.0
-    network = informative_network(cohort)
-    network.scan_grid.copy_(ScanGrid([(one.affine[:3, 3] + size / 2 - 8).tolist(), size.tolist()]).as_tensor())
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    rows = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
-    prior = prior_with_effects(network, CovariateCoding.learn(KINDS, rows), size=0.1)
-    prior.save(tmp_path / "population_prior.pt", {"weights": fingerprint(network)})
+    save_weights_with_prior(cohort, one, tmp_path)
     found = main(
         *(str(tmp_path / name) for name in ("list.json", "labels", "out")),
         ckpt=str(tmp_path / "model.pt"),

@@ -190,7 +190,7 @@ def find_unmatched(root: Path, scans: set[str]) -> tuple[Counter, list[Scan]]:
     for path in everything:
         name = path.relative_to(root).as_posix()
         folder = name.rpartition("/")[0]
-        if Path(name).name.endswith(READ):
+        if name.endswith(READ):
             continue
         if name in scans or folder in scans or str(Path(name).with_suffix("")) in companions:
             continue

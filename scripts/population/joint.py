@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -76,7 +77,6 @@ def draw_values(
 
 def _interval_means(variable: Categorical) -> Tensor:
     """The mean of a normal variable over the interval that stands for each category, 0 of one that nobody has."""
-    shares = torch.tensor(variable.shares, dtype=torch.float64)
-    edges = torch.cat([shares.new_zeros(1), shares.cumsum(0) / shares.sum()]).clamp(0, 1)
-    density = torch.distributions.Normal(0.0, 1.0).log_prob(torch.special.ndtri(edges)).exp().nan_to_num(0.0)
-    return torch.where(shares > 0, -density.diff() / shares.clamp_min(1e-12), 0.0)
+    edges = torch.tensor([variable.interval(category) for category in variable.categories], dtype=torch.float64)
+    shares, density = edges.diff(dim=1)[:, 0], (-torch.special.ndtri(edges).square() / 2).exp() / math.tau**0.5
+    return torch.where(shares > 0, -density.diff(dim=1)[:, 0] / shares.clamp_min(1e-12), 0.0)
