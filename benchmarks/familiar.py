@@ -1,10 +1,11 @@
 """Are scans with a fault found, and is the fault named? And how many untouched ones are refused?
 
-    python -m benchmarks.familiar --dataset_dir LIST.json --output_dir OUT --testing validation --each 8
+    python -m benchmarks.familiar --dataset_dir LIST.json --output_dir OUT --testing validation --each 8 --pairs 4
 
 Of each scan of one side of a datalist, itself and with some of the faults below at one of three strengths, drawn at
-random, `check --ckpt` says whether the network knows it, and why not. Beside it an isolation forest on plain statistics
-of the training scans. Writes `faults.csv`, a row per scan, and prints the shares and a table of fault against reason.
+random, alone and two at once, `check --ckpt` says whether the network knows it, and why not. Beside it an isolation
+forest on plain statistics of the training scans. Writes `faults.csv`, a row per scan, and prints the shares and a table
+of fault against reason.
 """
 
 from __future__ import annotations
@@ -160,11 +161,12 @@ FAULTS: Mapping[str, tuple[str, Fault, tuple[float, ...]]] = {
 }
 
 
-def damaged(scan: nib.Nifti1Image, fault: str, strength: str) -> nib.Nifti1Image:
-    """A scan with a fault; one of a single strength is strong."""
-    image = np.asarray(scan.dataobj, dtype=np.float32)
-    _, change, amounts = FAULTS[fault]
-    image, affine = change(image, scan.affine, amounts[STRENGTHS.index(strength) if len(amounts) > 1 else 0])
+def damaged(scan: nib.Nifti1Image, *faults: tuple[str, str]) -> nib.Nifti1Image:
+    """A scan with faults, each with its strength, one after the other; a fault of a single strength is strong."""
+    image, affine = np.asarray(scan.dataobj, dtype=np.float32), scan.affine
+    for fault, strength in faults:
+        _, change, amounts = FAULTS[fault]
+        image, affine = change(image, affine, amounts[STRENGTHS.index(strength) if len(amounts) > 1 else 0])
     return nib.Nifti1Image(np.ascontiguousarray(image, dtype=np.float32), affine)
 
 
@@ -194,6 +196,7 @@ def main(
     config_file: str | Sequence[str] = "configs/inference.json",
     testing: str = "testing",
     each: int = 8,
+    pairs: int = 0,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Measure, print, and write `faults.csv`.
@@ -205,6 +208,7 @@ def main(
         config_file: of the network, one or a list.
         testing: the side to measure on; `validation` while choosing.
         each: faults for each scan, drawn at random.
+        pairs: pairs of two faults at once for each scan, drawn at random.
         seed: of the draw.
     """
     parser = read_config(config_file, ckpt=ckpt)
@@ -220,16 +224,21 @@ def main(
     forest = IsolationForest(contamination=FALSE_ALARMS, random_state=seed).fit(known)
     rows: list[dict[str, Any]] = []
     for item in tqdm(sides[testing], testing, unit="person"):
-        for fault, strength in [("", ""), *draw(each, generator)]:
+        cases = [(), *((fault,) for fault in draw(each, generator)), *(draw(2, generator) for _ in range(pairs))]
+        for faults in cases:
             path = item["image"]
-            if fault:
+            if faults:
                 path = folder / "damaged.nii.gz"
-                nib.save(damaged(nib.load(item["image"]), fault, strength), path)
+                nib.save(damaged(nib.load(item["image"]), *faults), path)
             image, start = examiner.load(str(path)), time.perf_counter()
             found = examiner.examine(image)
-            row = {"image": Path(item["image"]).name, "fault": fault or "none", "strength": strength}
+            row = {"image": Path(item["image"]).name, "faults": len(faults)}
+            row |= {"fault": " + ".join(fault for fault, _ in faults) or "none"}
+            row |= {"strength": max((strength for _, strength in faults), key=STRENGTHS.index, default="")}
             row |= {"familiar": found.familiar, "distance": found.distance / found.limit, "reason": found.reason}
-            row |= {"expected": FAULTS[fault][0] if fault else "", "gain": found.gain, "said": found.sentence()}
+            row |= {"reasons": " ".join(step.reason for step in found.steps)}
+            row |= {"expected": " ".join(FAULTS[fault][0] for fault, _ in faults)}
+            row |= {"gain": found.gain, "said": found.sentence()}
             row |= {"seconds": time.perf_counter() - start}
             row |= {"forest": forest.predict(plain(examiner, [fitted(image)]))[0] > 0}
             rows.append(row)
@@ -242,18 +251,19 @@ def main(
 
 def show(table: pd.DataFrame) -> None:
     """Print what was refused, found and named, and which fault was given which reason."""
-    fine, faulty = table[table.fault == "none"], table[table.fault != "none"]
+    fine, faulty, pairs = (table[table.faults == count] for count in range(3))
     seconds = f"{table.seconds[~table.familiar].median():.1f} s to explain one"
     print(f"{len(fine)} untouched: {(~fine.familiar).sum()} refused, {(~fine.forest).sum()} by the forest; {seconds}\n")
-    nameable = faulty[faulty.expected != "unknown"]
-    lines = []
-    for strength in STRENGTHS:
-        those, named = faulty[faulty.strength == strength], nameable[nameable.strength == strength]
-        named = named[~named.familiar]
-        shares = ((~those.familiar).mean(), (~those.forest).mean(), (named.reason == named.expected).mean())
-        lines.append([strength, str(len(those)), *(f"{100 * share:.0f} %" for share in shares)])
+    nameable = faulty[(faulty.expected != "unknown") & ~faulty.familiar]
+    right = nameable.reason == nameable.expected
+    lines = [
+        [*found_shares(those, strength), share(right[nameable.strength == strength])]
+        for strength, those in ((strength, faulty[faulty.strength == strength]) for strength in STRENGTHS)
+    ]
     print_table(("strength", "scans", "found", "found by the forest", "named right, of those found"), lines)
     print()
+    if len(pairs):
+        show_pairs(pairs)
     given = faulty.assign(reason=faulty.reason.where(~faulty.familiar, "(familiar)"))
     counts = pd.crosstab([given.fault, given.strength], given.reason)
     print_table(
@@ -263,6 +273,34 @@ def show(table: pd.DataFrame) -> None:
             for index, row in zip(counts.index, counts.values, strict=True)
         ),
     )
+
+
+def share(those: pd.Series) -> str:
+    """Of a column of booleans; a dash where there is none."""
+    return f"{100 * those.mean():.0f} %" if len(those) else "-"
+
+
+def found_shares(those: pd.DataFrame, strength: str) -> list[str]:
+    """The first cells of a line: how many scans, and which shares of them the network and the forest found."""
+    return [strength, str(len(those)), share(~those.familiar), share(~those.forest)]
+
+
+def show_pairs(pairs: pd.DataFrame) -> None:
+    """Print what was found and named of scans with two faults; those without a name are not asked for."""
+    wanted = [[set(words.split()) - {"unknown"} for words in pairs[name]] for name in ("expected", "reasons")]
+    named = pairs.assign(
+        nameable=[len(expected) for expected in wanted[0]],
+        one=[len(expected & said) > 0 for expected, said in zip(*wanted, strict=True)],
+        both=[expected <= said for expected, said in zip(*wanted, strict=True)],
+    )
+    lines = []
+    for strength in STRENGTHS:
+        those = named[named.strength == strength]
+        of = those[~those.familiar & (those.nameable > 0)]
+        lines.append([*found_shares(those, strength), share(of.one), share(of.both)])
+    columns = ("stronger of two", "scans", "found", "found by the forest", "one named, of those found", "all named")
+    print_table(columns, lines)
+    print()
 
 
 if __name__ == "__main__":

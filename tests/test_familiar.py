@@ -8,6 +8,7 @@ import re
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, inference_config, informative_network, run_bundle
@@ -150,7 +151,7 @@ def examiner(tmp_path_factory):
 def test_a_fault_is_named(examiner, tmp_path, fault, words):
     network, scan = examiner
     reason, change, _ = FAULTS[fault]
-    image = benchmarks.familiar.damaged(scan, fault, "strong")
+    image = benchmarks.familiar.damaged(scan, (fault, "strong"))
     if reason == "resolution":  # strong enough for voxels of 12 mm
         image = nib.Nifti1Image(*change(scan.get_fdata(dtype=np.float32), scan.affine, 25))
     nib.save(image, tmp_path / "scan.nii.gz")
@@ -183,3 +184,23 @@ def test_weights_that_cannot_tell_say_what_they_need(known):
     prior.familiarity = None
     with pytest.raises(ValueError, match=r"population_prior.pt' does not say which scans are usual"):
         Examiner(network, prior, preprocessing)
+
+
+def test_the_benchmark_counts_what_was_found_and_named(known, tmp_path, capsys):
+    items = [{"image": path.name} for path in sorted((known / "brains").glob("*.nii.gz"))]
+    datalist = {"training": items[:24], "validation": items[24:28]}
+    (known / "brains" / "datalist.json").write_text(json.dumps(datalist), encoding="utf-8")
+    words = {"ckpt": str(known / "model.pt"), "config_file": ["configs/inference.json", TINY]}
+    sides = {"dataset_dir": str(known / "brains" / "datalist.json"), "testing": "validation"}
+    table = benchmarks.familiar.main(output_dir=str(tmp_path), each=2, pairs=1, **sides, **words)
+    assert table.faults.value_counts().to_dict() == {0: 4, 1: 8, 2: 4}
+    assert (table.reason[~table.familiar] != "").all() and (table.reason[table.familiar] == "").all()
+    assert list(tmp_path.iterdir()) == [tmp_path / "faults.csv"]
+    printed = capsys.readouterr().out
+    assert "4 untouched: " in printed and "all named" in printed
+    rows = {"familiar": False, "forest": True, "strength": "weak"}
+    two = [{"expected": "skull crop", "reasons": said} for said in ("crop", "crop skull", "")]
+    one = {"expected": "unknown skull", "reasons": "skull"}
+    benchmarks.familiar.show_pairs(pd.DataFrame([row | rows for row in (*two, one)]))
+    weak = next(line for line in capsys.readouterr().out.splitlines() if "weak" in line)
+    assert [cell.strip() for cell in weak.strip("| ").split("|")] == ["weak", "4", "100 %", "0 %", "75 %", "50 %"]
