@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, inference_config, informative_network, run_bundle
-from monai.data import Dataset
+from monai.data import Dataset, MetaTensor
+from torch.nn.functional import max_pool3d
 
 import benchmarks.familiar
 from benchmarks.familiar import FAULTS
@@ -20,8 +21,9 @@ from scripts.check import check
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.explanations import _movement_words
 from scripts.inference.familiar import Examiner
+from scripts.layers.output import foreground
 from scripts.phantoms import make_brains
-from scripts.population.familiarity import Familiarity
+from scripts.population.familiarity import Familiarity, masked_otherwise
 from scripts.population.fit import PopulationFit
 from scripts.population.prior import PopulationPrior, prior_path
 from scripts.prepare import prepare
@@ -132,6 +134,24 @@ def examiner(tmp_path_factory):
     PopulationFit(network, Dataset(scans[:26]), Dataset(scans[26:]), folder / "prior.pt", factors=4).run()
     prior = PopulationPrior.load(torch.load(folder / "prior.pt", weights_only=True))
     return Examiner(network.eval(), prior, preprocessing), scan
+
+
+def test_another_brain_mask_changes_the_edge_alone(examiner):
+    """What the other mask adds lies around the brain, what it takes away at the brain's surface; no scan is alike."""
+    network, scan = examiner
+    image = network.scale(network.fit({"image": MetaTensor(scan.get_fdata()[None], scan.affine)}))["image"].as_tensor()
+    scans = image.float()[None].expand(8, *image.shape)
+    changed = masked_otherwise(network.network, scans, range(8))
+    inside = foreground(scans, network.network)
+    near = max_pool3d(inside.any(1, keepdim=True).float(), 3, 1, 1) > 0
+    deep = max_pool3d((~inside).any(1, keepdim=True).float(), 3, 1, 1) == 0
+    assert (near & ~inside).any() and deep.any()
+    assert torch.equal(changed[deep | ~near], scans[deep | ~near])
+    grown, shrunk = ((changed - scans)[part].reshape(-1) for part in (near & ~inside, inside & ~deep))
+    assert grown.max() > 0 and grown.min() == 0 and shrunk.min() < 0 and shrunk.max() == 0
+    assert len({float(one.sum()) for one in changed}) == 8
+    again = masked_otherwise(network.network, scans[:3], range(5, 8))
+    assert torch.equal(again, changed[5:])
 
 
 @pytest.mark.parametrize(

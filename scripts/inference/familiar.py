@@ -38,7 +38,8 @@ MENDED = {reason for reason, remedy in REMEDIES.items() if remedy == MEND}
 ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
 MUCH_NEARER = 0.5  # what leaves more, and not a familiar scan, explains less than that the scan is blurred, if it is
-ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance, or the usual one, is taken
+ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance, or a usual one, is taken
+FARTHER = 0.5  # the share of people who lie farther than what is a usual distance in this
 
 
 class Step(NamedTuple):
@@ -197,6 +198,7 @@ class Examiner:
         return Orientation("RAS", labels=None)(mended)
 
     def _explained(self, image: MetaTensor, found: Finding) -> Finding:
+        usual = self.familiarity.limit(FARTHER)
         hypotheses = Hypotheses(self.network, self.familiarity, image, self.fit.fit, self.scale)
         known, distance, bits = Hypothesis(np.eye(image.ndim)), found.distance, found.bits_per_dim
         steps: list[Step] = []
@@ -208,7 +210,7 @@ class Examiner:
             if not steps:
                 for candidate, gain in zip(candidates, gained.tolist(), strict=True):
                     gains[candidate.reason] = max(gain, gains.get(candidate.reason, gain))
-            place = int((far <= max(self.limit, ALIKE * far.min())).nonzero()[0])
+            place = int((far <= max(usual, ALIKE * far.min())).nonzero()[0])
             blurred = (
                 self._blurred(hypotheses, known, bits) if far[place] > max(self.limit, MUCH_NEARER * distance) else []
             )

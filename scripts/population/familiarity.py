@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
 from monai.data import DataLoader
+from monai.data.utils import affine_to_spacing
+from monai.networks.layers.factories import Pool
 from monai.networks.utils import eval_mode
 from scipy import stats
 from scripts.data.datalist import spaced
@@ -29,6 +31,7 @@ from scripts.population.prior import PopulationPrior, innovation
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.devices import on_device
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
@@ -37,6 +40,8 @@ QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
 LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
 LEAST_SPREAD = 0.003  # of a statistic: people may be alike by chance
+EDGE = 0.5  # mm, standard deviation over a brain's surface of where another tool sees its edge
+EDGE_LENGTH = 15.0  # mm along the surface, on which that changes
 
 
 class Look(NamedTuple):
@@ -144,6 +149,40 @@ def tissue_quantiles(scan: Tensor, inside: Tensor) -> Tensor:
     return torch.stack([torch.quantile(channel[:: 1 + len(channel) // 2**20], at) for channel in values]).float()
 
 
+def masked_otherwise(network: VDVAE, scans: Tensor, seeds: Iterable[int]) -> Tensor:
+    """The same scans as another tool might have taken the brain out of its skull: tighter in places, looser in others.
+
+    Where the edge lies farther out there is a share of tissue in the voxels around the brain, where it lies farther
+    in there is less in the outermost ones.
+
+    Args:
+        network: that gets them.
+        scans: ``[batch, channels, *spatial]``, in the network's range.
+        seeds: one for each scan.
+    """
+    low, _ = OUTPUT_RANGES[network.output_activation]
+    shape, rank = scans.shape[2:], scans.ndim - 2
+    spacing = affine_to_spacing(network.scan_affine, rank).mean().item()
+    coarse = [max(2, round(size * spacing / EDGE_LENGTH)) for size in shape]
+    mode = {2: "bilinear", 3: "trilinear"}[rank]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    field, everywhere = (
+        torch.stack([torch.randn(1, *size, generator=generator) for generator in generators])
+        for size in (coarse, [1] * rank)
+    )
+    field = interpolate(field, shape, mode=mode, align_corners=True)
+    field /= field.std(tuple(range(1, rank + 2)), keepdim=True)
+    edge = (EDGE / spacing * (field + everywhere) / math.sqrt(2)).to(scans)  # voxels, outwards
+    inside = foreground(scans, network).any(1, keepdim=True).to(scans)
+    pool = Pool["AVG", rank](3, 1, 1)
+    near = pool(inside)
+    tissue = pool((scans - low) * inside) / near.clamp_min(1e-6)  # the mean of the brain nearby
+    looser = torch.maximum(scans, low + tissue * edge.clamp(0, 1))
+    tighter = low + (scans - low) * (1 + edge.clamp(-1, 0))
+    at_edge = pool(1 - inside) > 0
+    return torch.where((inside == 0) & (near > 0), looser, torch.where((inside > 0) & at_edge, tighter, scans))
+
+
 class Familiarity(NamedTuple):
     """What the numbers of :func:`statistics` are over a cohort.
 
@@ -206,7 +245,7 @@ def fit_familiarity(
 
     Of those who are held out comes what is usual, of all how far people are from that; it is widened where the former
     vary more. Whom the network was trained on it knows a little better, and their coordinates are larger: they are
-    usual too.
+    usual too. So is what another brain mask changes (:func:`masked_otherwise`): its mean squares are added.
 
     Args:
         network: trained.
@@ -215,9 +254,11 @@ def fit_familiarity(
         batch_size, num_workers: of the data loader.
         device: of the network.
     """
-    rows, others = (
-        _looks(network, prior, Subset(dataset, spaced(len(dataset), MOST_PEOPLE)), batch_size, num_workers, device)
-        for dataset in (held_out, training)
+    held_out, training = (Subset(dataset, spaced(len(dataset), MOST_PEOPLE)) for dataset in (held_out, training))
+    loading = {"batch_size": batch_size, "num_workers": num_workers}
+    rows, others, masked = (
+        _looks(network, prior, dataset, device, otherwise, **loading)
+        for dataset, otherwise in ((held_out, False), (training, False), (held_out, True))
     )
     numbers = len(statistic_names(network, prior))
     mean, count = rows[:, :numbers].mean(0), len(rows)
@@ -226,24 +267,34 @@ def fit_familiarity(
     if count > 1:
         squares = (apart[:count] @ torch.linalg.inv(covariance) * apart[:count]).sum(1).mean()
         covariance *= (squares / numbers * count / (count - 1)).clamp_min(1.0)
+    changed = (masked - rows)[:, :numbers]
+    covariance += changed.T @ changed / count
     quantiles = rows[:, numbers + 1 :].mean(0).reshape(network.in_channels, QUANTILES)
     names, people, bits = statistic_names(network, prior), (count, len(apart)), rows[:, numbers].mean().item()
     return Familiarity(names, mean, covariance, people, bits, quantiles)._asdict()
 
 
 def _looks(
-    network: VDVAE, prior: PopulationPrior, dataset: Dataset, batch_size: int, workers: int, device: torch.device | str
+    network: VDVAE,
+    prior: PopulationPrior,
+    dataset: Dataset,
+    device: torch.device | str,
+    otherwise: bool,
+    **loading: int,
 ) -> Tensor:
-    """Statistics, bits per dim and quantiles of scans, a row each, ``[scans, numbers]``."""
+    """Statistics, bits per dim and quantiles of scans, a row each, ``[scans, numbers]``; masked otherwise if so."""
     rank, size = idist.get_rank(), idist.get_world_size()
-    share = Subset(dataset, range(rank, len(dataset), size))
-    loader = on_device(DataLoader(share, batch_size=batch_size, num_workers=workers), torch.device(device))
+    places = range(rank, len(dataset), size)
+    share, seeds = Subset(dataset, places), iter(places)
+    loader = on_device(DataLoader(share, **loading), torch.device(device))
     (low, high), rows = OUTPUT_RANGES[network.output_activation], []
     core = parts(network)["brain"]
     prior = copy.deepcopy(prior).to(device)
     with eval_mode(network):
         for batch in tqdm(loader, "what is familiar", unit="batch", disable=rank > 0, mininterval=1):
             scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(device)
+            if otherwise:
+                scans = masked_otherwise(network, scans, itertools.islice(seeds, len(scans)))
             seen = look(network, scans, prior)
             quantiles = torch.stack([tissue_quantiles((s - low) / (high - low), core).flatten() for s in scans])
             parts_ = (seen.statistics, seen.bits_per_dim[:, None], quantiles)
