@@ -4,8 +4,9 @@
 
 `LIST.json` is a datalist with the sides training, validation and testing, and a `participants.tsv` beside its scans.
 Each figure is of the testing side, with the 95 % interval of its mean over people. `--mask_dir` has masks of lesions
-in MNI space, whose shapes are darkened into the testing people: the bundle's `score` says how well they are found.
-What needs no other model is in the bundle's own evaluation.
+in MNI space, whose shapes are darkened into the testing people, and the bundle's `score` says how well they are found;
+and cut out of them as they are, and `impute` fills them in. What needs no other model is in the bundle's own
+evaluation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from scipy import ndimage
 from sklearn.linear_model import RidgeCV
@@ -31,6 +34,7 @@ from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import list_sides
 from scripts.data.scan_grid import Fit, to_scan
 from scripts.data.transforms import reading
+from scripts.inference import jobs
 from scripts.inference.measures import mean_interval, value_numbers
 from scripts.inference.scoring import image_quality
 from scripts.layers.output import OUTPUT_STD_RANGE, foreground
@@ -42,6 +46,7 @@ COMPONENTS = (4, 16, 64, 128, 256, 384, 512)  # of a PCA, from which to choose
 SCORES = (32, 64, 128)  # that a regression reads the age from
 SMOOTHING = 0.4  # voxels, of variances; what scripts.training.voxel_statistics says of it holds of PCA's residuals too
 FLUID = 10  # percentile of the brain that stands for CSF
+FILLINGS = 8  # draws of what is filled in
 EDGE = 1.0  # mm, standard deviation of what smooths a lesion's edge
 
 
@@ -144,6 +149,34 @@ def darken(scan: nib.Nifti1Image, mask: nib.Nifti1Image) -> tuple[nib.Nifti1Imag
     return nib.Nifti1Image(lesion, scan.affine, scan.header), nib.Nifti1Image(marked, scan.affine)
 
 
+def fill_in(
+    items: Sequence[Mapping[str, Any]], mask_dir: str, config: ConfigParser, folder: Path, seed: int
+) -> dict[str, float | None]:
+    """How well lesions' shapes, cut out of people as they are, are filled in: means and intervals over people.
+
+    Args:
+        items: the people.
+        mask_dir: of masks in MNI space.
+        config: of the bundle, with its weights.
+        folder: for the holes, and `imputed.csv`.
+        seed: of the holes.
+    """
+    write_strokes(items, mask_dir, folder, seed, healthy=False)
+    for place, item in enumerate(items):
+        nib.save(nib.load(item["image"]), folder / "scans" / f"sub-{place:03d}_T1w.nii.gz")
+    places = {"dataset_dir": str(folder / "scans"), "output_dir": str(folder), "scan_pattern": "*_T1w.nii.gz"}
+    config.update({"figures": False, "seed": seed, **places})
+    common = config.get_parsed_content("common")
+    jobs.impute(
+        common, str(folder / "masks"), "*_lesions.nii.gz", draws=FILLINGS, voxel_noise=True, known_truth=True
+    ).run()
+    filled = pd.read_csv(folder / "imputed.csv")
+    numbers: dict[str, float | None] = {}
+    for name in ("mse", "psnr", "ssim", "coverage_50", "coverage_90"):
+        numbers |= mean_interval(f"filled_{name}", filled[name].dropna().tolist())
+    return numbers
+
+
 def write_strokes(
     items: Sequence[Mapping[str, Any]], mask_dir: str, folder: Path, seed: int, healthy: bool = True
 ) -> None:
@@ -179,7 +212,7 @@ def main(
         output_dir: for results.
         ckpt: weights.
         config_file: of the network, one or a list.
-        mask_dir: of masks in MNI space; None: no lesions are planted.
+        mask_dir: of masks in MNI space; None: no lesions are planted, and nothing is filled in.
         testing: the side to measure on; `validation` while choosing.
         batch_size: of the network.
         seed: of the lesions.
@@ -220,6 +253,9 @@ def main(
     numbers |= age_by_regression(projected, ages)
     numbers["brain_share"] = float(foreground(training, network).float().mean())
     folder.mkdir(parents=True, exist_ok=True)
+    if mask_dir is not None:
+        config = read_config(config_file, ckpt=ckpt, batch_size=batch_size)
+        numbers |= fill_in(sides[testing], mask_dir, config, folder / "holes", seed)
     write_text(folder / "people.json", json.dumps(numbers, indent=2) + "\n")
     shown = [name for name in numbers if f"{name}_low" in numbers]
     print_table(

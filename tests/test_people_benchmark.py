@@ -46,6 +46,10 @@ def test_it_measures_plain_models_beside_the_weights(people, capsys):
     assert found["pca_psnr_low"] < found["pca_psnr"] < found["pca_psnr_high"]
     assert "| pca_bits_per_dim |" in capsys.readouterr().out
     assert (people / "out" / "scores" / "lesions.csv").is_file()
+    assert found["filled_mse_low"] < found["filled_mse"] < found["filled_mse_high"] and found["filled_psnr"] > 0
+    assert 0 <= found["filled_coverage_50"] <= found["filled_coverage_90"] <= 1
+    whole = nib.load(people / "scans" / "sub-0010_T1w.nii.gz").get_fdata()
+    assert np.array_equal(nib.load(people / "out" / "holes" / "scans" / "sub-000_T1w.nii.gz").get_fdata(), whole)
 
 
 def test_a_scan_is_its_own_best_on_its_own_grid(people):
