@@ -67,7 +67,8 @@ class Finding(NamedTuple):
         bits_per_dim: at the means of the posteriors.
         steps: what explains it, in the order in which it was found.
         gains: of the best hypothesis for each reason alone.
-        seen, undone: an unfamiliar scan as the network got it, and mended, ``[channels, *spatial]``.
+        seen, undone: an unfamiliar scan as the network got it, and mended, ``[channels, *spatial]``; None where nothing
+            mends it.
     """
 
     familiar: bool
@@ -221,7 +222,7 @@ class Examiner:
             steps.append(Step(known.reason, known.words, float(gained[place]), known.transform))
             if distance <= self.limit:
                 break
-        return found._replace(steps=tuple(steps), gains=gains, undone=hypotheses.scan(known))
+        return found._replace(steps=tuple(steps), gains=gains, undone=hypotheses.scan(known) if steps else None)
 
     def _blurred(self, hypotheses: Hypotheses, known: Hypothesis, bits: float) -> list[Step]:
         """Where nothing brings a scan much nearer: a blur that one can see, but not undo."""

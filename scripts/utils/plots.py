@@ -286,7 +286,8 @@ def unfamiliar(
     Args:
         path: of the PNG.
         usual: the mean scan of the cohort, ``[channels, *spatial]``.
-        scans: a title, the scan and itself mended, shaped likewise, and the gain of each reason alone, bits per dim.
+        scans: a title, the scan and itself mended (or None), shaped likewise, and each reason's gain alone, bits per
+            dim.
     """
     figure = Figure((11.0, 2.6 * len(scans)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(scans), 4, squeeze=False, width_ratios=(1, 1, 1, 1.4))
@@ -294,9 +295,10 @@ def unfamiliar(
     axis, places = (0, middle(mean)) if mean.ndim == 3 else (None, (0,))
     for row, (title, images, gains) in zip(panels, scans, strict=True):
         for axes, image, name in zip(row, (*images, usual), ("as it is seen", "mended", "the mean scan"), strict=False):
-            axes.imshow(plane(as_array(image)[0], axis, places[0]), cmap="gray", vmin=mean.min(), vmax=mean.max())
-            axes.set_title(name, fontsize="small")
             axes.set_axis_off()
+            axes.set_title(name if image is not None else "nothing mends it", fontsize="small")
+            if image is not None:
+                axes.imshow(plane(as_array(image)[0], axis, places[0]), cmap="gray", vmin=mean.min(), vmax=mean.max())
         names = sorted(gains, key=lambda reason: gains[reason])
         row[-1].barh(
             names, [gains[name] for name in names], color=["tab:blue" if gains[n] > 0 else "0.7" for n in names]
