@@ -83,12 +83,21 @@ def segment(network: nn.Module, scans: Tensor) -> Tensor:
     return torch.cat([network(x).argmax(1, keepdim=True) for x in scans.split(4)])
 
 
-def distances(samples: np.ndarray, people: np.ndarray, seed: int) -> tuple[float, float]:
-    """Wasserstein distance in people's standard deviations, and what 95 % of halves of the people have at most."""
+def compare(samples: np.ndarray, people: np.ndarray, seed: int) -> dict[str, float]:
+    """Means and deviations of a region's volumes, and how far samples' are from people's.
+
+    ``distance`` is the Wasserstein distance in people's standard deviations, ``halves_95`` what 95 % of halves of the
+    people have at most.
+    """
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(len(people)) for _ in range(HALVES)]
     halves = [wasserstein_distance(*np.array_split(people[order], 2)) for order in orders]
-    return wasserstein_distance(samples, people) / people.std(), float(np.quantile(halves, 0.95)) / people.std()
+    return {
+        **{"people_mean": float(people.mean()), "people_std": float(people.std(ddof=1))},
+        **{"samples_mean": float(samples.mean()), "samples_std": float(samples.std(ddof=1))},
+        "distance": wasserstein_distance(samples, people) / people.std(),
+        "halves_95": float(np.quantile(halves, 0.95)) / people.std(),
+    }
 
 
 def main(
@@ -154,20 +163,13 @@ def main(
             found = segment(unet, scans[side][labels[side][0]])
         dice(*(one_hot(each, len(regions) + 2) for each in (found, labels[side][1])))
     overlap = dice.aggregate()[:, 1:].numpy()
-    people, of_samples = volumes(scans["testing"]), drawn(samples)
     numbers: dict[str, Any] = {"dice": {}, "volumes": {}, "ages": {}}
-    for place, name in enumerate(regions):
-        numbers["dice"] |= mean_interval(name, overlap[:, place])
-        of_people, of_drawn = people[:, place], of_samples[:, place]
-        distance, halves = distances(of_drawn, of_people, seed)
-        numbers["volumes"][name] = {
-            **{"people_mean": float(of_people.mean()), "people_std": float(of_people.std(ddof=1))},
-            **{"samples_mean": float(of_drawn.mean()), "samples_std": float(of_drawn.std(ddof=1))},
-            **{"distance": distance, "halves_95": halves},
-        }
-    items = [*sides["training"], *sides["validation"]]
+    for name, dices, *both in zip(regions, overlap.T, drawn(samples).T, volumes(scans["testing"]).T, strict=True):
+        numbers["dice"] |= mean_interval(name, dices)
+        numbers["volumes"][name] = compare(*both, seed)
     others = np.concatenate([volumes(scans[side]) for side in ("training", "validation")])
-    known = Covariates(items, dataset_dir).values(common.prior.coding) if ages else []
+    trained = [*sides["training"], *sides["validation"]]
+    known = Covariates(trained, dataset_dir).values(common.prior.coding) if ages else []
     own = np.array([np.nan if values["age"] is None else values["age"] for values in known])
     for age in ages:
         near, asked = others[np.abs(own - age) <= NEAR], drawn(max(2, samples // 4), age=age)

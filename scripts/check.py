@@ -82,9 +82,7 @@ def check(
     """
     if channels is None:
         channels = 1 if isinstance(scan_pattern, str) else len(scan_pattern)
-    _check_arguments(workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
-    if not isinstance(scan_pattern, str) and len(scan_pattern) != channels:
-        raise InputError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
+    _check_arguments(scan_pattern, workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
     root = Path(expand(dataset_dir))
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
@@ -101,17 +99,14 @@ def check(
 
     names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
     suffixes, passed_over = find_unmatched(root, {name for scan in names for name in scan})
-    if workers is None:
-        workers = choose_workers(len(files))
+    workers = workers or choose_workers(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
     subjects = subject_names([scan[0] for scan in names])
     scans = _inspect(files, names, subjects, checks, workers, output)
-    usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
+    usable = [(scan, paths) for scan, paths in zip(scans, files, strict=True) if scan.verdict != "unusable"]
     if len(usable) >= MIN_COHORT:
-        compare_geometry([scans[i] for i in usable], spacing, field_of_view, orientation)
-    pictures = []
-    if examiner is not None:
-        pictures = _ask_network(examiner, [(scans[i], files[i]) for i in usable], output / "unfamiliar.png")
+        compare_geometry([scan for scan, _ in usable], spacing, field_of_view, orientation)
+    pictures = [] if examiner is None else _ask_network(examiner, usable, output / "unfamiliar.png")
 
     rows = [*scans, *passed_over]
     write_rows(output / "report.csv", rows)
@@ -211,7 +206,14 @@ def _flag_duplicate(scan: Scan, first: Scan) -> None:
 
 
 def _check_arguments(
-    workers: Any, spacing: Any, field_of_view: Any, orientation: Any, channels: Any, spatial_dims: Any, strict: Any
+    scan_pattern: str | Sequence[str],
+    workers: Any,
+    spacing: Any,
+    field_of_view: Any,
+    orientation: Any,
+    channels: Any,
+    spatial_dims: Any,
+    strict: Any,
 ) -> None:
     if workers is not None:
         check_integer("workers", workers, 1)
@@ -232,6 +234,8 @@ def _check_arguments(
         pairs = [pair for letter in letters for pair in ("LR", "PA", "IS") if letter in pair]
         if not len(letters) == len(pairs) == len(set(pairs)) == spatial_dims:
             raise InputError(f"orientation is {orientation!r}, but must name {spatial_dims} axes, such as 'RAS'.")
+    if not isinstance(scan_pattern, str) and len(scan_pattern) != channels:
+        raise InputError(f"scan_pattern gives {len(scan_pattern)} channels, but channels is {channels}: leave it out.")
 
 
 def _output_folder(output_dir: str | os.PathLike | None, root: Path) -> Path:

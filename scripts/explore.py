@@ -81,12 +81,7 @@ def explore(
     config = ConfigParser(ConfigParser.load_config_files(config_file))
     config.update({key: value for key, value in settings.items() if value is not None})
     jobs = Jobs(config)
-    try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ResourceError(
-            f"The page cannot be served at {host}, port {port} ({error.strerror}): set another --port."
-        ) from None
+    listener = _listen(host, port)
     token = secrets.token_urlsafe(24)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/?token={token}"
@@ -108,6 +103,15 @@ def explore(
     finally:
         if door is not None:
             door.unlink(missing_ok=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ResourceError(
+            f"The page cannot be served at {host}, port {port} ({error.strerror}): set another --port."
+        ) from None
 
 
 def _door(address: str) -> Path:

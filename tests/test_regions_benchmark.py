@@ -10,15 +10,16 @@ import pytest
 from conftest import ROOT
 from test_covariates import save_weights_with_prior
 
-from benchmarks.regions import distances, main
+from benchmarks.regions import compare, main
 from scripts.phantoms import make_brains
 
 
 def test_distances_are_in_standard_deviations_of_people():
     people = np.random.default_rng(0).normal(100, 10, 400)
-    same, halves = distances(np.random.default_rng(1).normal(100, 10, 400), people, 0)
-    far, _ = distances(people + 20, people, 0)
-    assert same < 0.2 and halves < 0.3 and far == pytest.approx(20 / people.std(), rel=0.01)
+    same = compare(np.random.default_rng(1).normal(100, 10, 400), people, 0)
+    far = compare(people + 20, people, 0)
+    assert same["distance"] < 0.2 and same["halves_95"] < 0.3
+    assert far["distance"] == pytest.approx(20 / people.std(), rel=0.01)
 
 
 def test_volumes_of_samples_stand_beside_those_of_people(cohort, tmp_path, capsys):

@@ -35,28 +35,62 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
         hosts: likewise.
         results: where they are kept.
     """
-    kept = Results() if results is None else results
-    worker = Worker(kept)
+    endpoints = Endpoints(jobs, Results() if results is None else results)
 
-    async def index(request: Request) -> Response:
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        endpoints.worker.stop()
+
+    guard = Middleware(Guard, token=token, hosts=hosts)
+    return Starlette(routes=endpoints.routes(), middleware=[guard], lifespan=lifespan)
+
+
+class Endpoints:
+    """What answers each request of the page.
+
+    Args:
+        jobs: what can be asked for.
+        results: where they are kept.
+    """
+
+    def __init__(self, jobs: Jobs, results: Results) -> None:
+        self.jobs = jobs
+        self.results = results
+        self.worker = Worker(results)
+
+    def routes(self) -> list[Route | Mount]:
+        return [
+            Route("/", self.index),
+            Route("/api/about", self.about),
+            Route("/api/scans", self.scans),
+            Route("/api/scans/{index:int}/thumbnail.png", self.thumbnail),
+            Route("/api/jobs", self.active),
+            Route("/api/jobs", self.submit, methods=["POST"]),
+            Route("/api/jobs/{id}", self.one, methods=["GET", "DELETE"]),
+            Route("/api/results/{key}/{name}", self.file),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ]
+
+    async def index(self, request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
 
-    async def about(request: Request) -> Response:
-        return answer(jobs.about())
+    async def about(self, request: Request) -> Response:
+        return answer(self.jobs.about())
 
-    async def scans(request: Request) -> Response:
+    async def scans(self, request: Request) -> Response:
         query = request.query_params
         try:
             offset, limit = int(query.get("offset", 0)), int(query.get("limit", 50))
         except ValueError:
             return refusal(422, "offset and limit must be whole numbers.")
         descending = query.get("descending") == "true"
-        return answer(jobs.cohort.page(offset, limit, query.get("sort", ""), descending, query.get("search", "")))
+        return answer(self.jobs.cohort.page(offset, limit, query.get("sort", ""), descending, query.get("search", "")))
 
-    async def thumbnail(request: Request) -> Response:
+    async def thumbnail(self, request: Request) -> Response:
         channel = request.query_params.get("channel", "0")
         try:
-            job = _submit("thumbnail", {"index": request.path_params["index"], "channel": int(channel)})
+            job = self._submit("thumbnail", {"index": request.path_params["index"], "channel": int(channel)})
         except ValueError:
             return refusal(422, f"channel is {channel!r}: it must be a whole number.")
         except BusyError as error:
@@ -65,74 +99,56 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
             if job.ended:
                 break
             if await request.is_disconnected():  # its row is no longer shown
-                worker.cancel(job)
+                self.worker.cancel(job)
                 return refusal(499, "Nobody waits for the picture.")
             await asyncio.sleep(0.02)
-        result = kept.get(job.key)
+        result = self.results.get(job.key)
         if job.state != "done" or result is None:
-            worker.cancel(job)
+            self.worker.cancel(job)
             return refusal(422, job.error or "The picture took too long.")
         return Response(result.files["thumbnail.png"], media_type="image/png")
 
-    def _submit(kind: Any, arguments: Any) -> Job:
-        key, steps = jobs.prepare(kind, arguments)
-        return worker.submit(kind, key, steps)
-
-    async def submit(request: Request) -> Response:
+    async def submit(self, request: Request) -> Response:
         try:
             asked = json.loads(await request.body())
-            job = _submit(asked["kind"], asked.get("arguments", {}))
+            job = self._submit(asked["kind"], asked.get("arguments", {}))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
             return refusal(422, 'A job is asked for as {"kind": ..., "arguments": {...}}.')
         except ValueError as error:
             return refusal(422, str(error))
         except BusyError as error:
             return refusal(429, str(error))
-        return answer(_state(job), 202)
+        return answer(self._state(job), 202)
 
-    def _state(job: Job) -> dict[str, Any]:
-        state = job.plain()
-        if job.state == "done":
-            result = kept.get(job.key)
-            if result is None:
-                return state | {"state": "failed", "error": "The result is no longer kept: ask for it again."}
-            state["result"] = result.content
-            state["files"] = {name: f"/api/results/{job.key}/{name}" for name in result.files}
-        return state
+    async def active(self, request: Request) -> Response:
+        return answer([job.plain() for job in self.worker.active() if job.kind != "thumbnail"])
 
-    async def active(request: Request) -> Response:
-        return answer([job.plain() for job in worker.active() if job.kind != "thumbnail"])
-
-    async def one(request: Request) -> Response:
-        job = worker.find(request.path_params["id"])
+    async def one(self, request: Request) -> Response:
+        job = self.worker.find(request.path_params["id"])
         if job is None:
             return refusal(404, "There is no such job, or it was long ago: ask for it again.")
         if request.method == "DELETE":
-            worker.cancel(job)
-        return answer(_state(job))
+            self.worker.cancel(job)
+        return answer(self._state(job))
 
-    async def file(request: Request) -> Response:
+    async def file(self, request: Request) -> Response:
         name = request.path_params["name"]
-        result = kept.get(request.path_params["key"])
+        result = self.results.get(request.path_params["key"])
         if result is None or name not in result.files:
             return refusal(404, "This file is no longer kept: ask for it again.")
         headers = {"content-disposition": "attachment"}  # the page's links say under which name
         return Response(result.files[name], media_type=TYPES[Path(name).suffix], headers=headers)
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        worker.stop()
+    def _submit(self, kind: Any, arguments: Any) -> Job:
+        key, steps = self.jobs.prepare(kind, arguments)
+        return self.worker.submit(kind, key, steps)
 
-    routes = [
-        Route("/", index),
-        Route("/api/about", about),
-        Route("/api/scans", scans),
-        Route("/api/scans/{index:int}/thumbnail.png", thumbnail),
-        Route("/api/jobs", active),
-        Route("/api/jobs", submit, methods=["POST"]),
-        Route("/api/jobs/{id}", one, methods=["GET", "DELETE"]),
-        Route("/api/results/{key}/{name}", file),
-        Mount("/static", StaticFiles(directory=STATIC)),
-    ]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, token=token, hosts=hosts)], lifespan=lifespan)
+    def _state(self, job: Job) -> dict[str, Any]:
+        state = job.plain()
+        if job.state == "done":
+            result = self.results.get(job.key)
+            if result is None:
+                return state | {"state": "failed", "error": "The result is no longer kept: ask for it again."}
+            state["result"] = result.content
+            state["files"] = {name: f"/api/results/{job.key}/{name}" for name in result.files}
+        return state
