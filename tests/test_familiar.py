@@ -187,7 +187,7 @@ def test_scores_say_whether_a_scan_is_familiar(known, tmp_path):
     for number, fault in ((30, ""), (31, "contrast")):
         nib.save(damaged(known, number, fault), tmp_path / "scans" / f"{fault or 'fine'}.nii.gz")
     words = ("--ckpt", known / "model.pt", "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out")
-    done = run_bundle(*words, "--figures", False, run_id="score", configs=["configs/inference.json", "tests/tiny.json"])
+    done = run_bundle(*words, run_id="score", configs=["configs/inference.json", "tests/tiny.json"])
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "scores.csv").open(encoding="utf-8") as file:
         rows = {row["image"]: row for row in csv.DictReader(file)}

@@ -13,7 +13,7 @@ from in_process import run_module
 from benchmarks import gpu
 
 TRAINING = {"config_file": ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"], "prior_factors": 0}
-INFERENCE = {"config_file": ["configs/inference.json", "tests/tiny.json"], "figures": False}
+INFERENCE = {"config_file": ["configs/inference.json", "tests/tiny.json"]}
 INFERENCE |= {"iterations": 1, "draws": 2, "samples": 2}
 
 

@@ -33,7 +33,7 @@ RESULTS = ("imputed_00", "imputed_01", "imputed_mean", "imputed_std")
 
 
 def parser(**changes) -> ConfigParser:
-    return inference_config(**{"iterations": 3, "draws": 2, "figures": False, **changes})
+    return inference_config(**{"iterations": 3, "draws": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_pair_of_other_fields_of_view_is_named(tmp_path, caplog):
 
 def test_interpolate_writes_the_steps_and_a_strip(cohort, network, weights, fitted, tmp_path):
     first, second = (str(cohort / f"sub-000{n}_FLAIR.nii.gz") for n in (1, 2))
-    words = ["--ckpt", weights, "--output_dir", tmp_path / "out", "--steps", 3]
+    words = ["--ckpt", weights, "--output_dir", tmp_path / "out", "--steps", 3, "--figures", True]
     words += ["--scans_between", str([first, second]), "--levels_between", "[2, 4]"]
     result = run_bundle(*words, run_id="interpolate", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
@@ -389,7 +389,7 @@ def test_observed_voxels_stay_exactly_and_missing_ones_are_drawn(damaged, impute
 def test_impute_writes_the_same_from_the_command_line(damaged, imputed, weights, tmp_path):
     folders = ["--dataset_dir", damaged / "scans", "--mask_dir", damaged / "masks", "--output_dir", tmp_path]
     pairing = [word for key, value in PAIRING.items() for word in (f"--{key}", value)]
-    words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2, "--figures", False]
+    words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2]
     result = run_bundle(*words, "--known_truth", True, run_id="impute", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
     assert "3 scan(s) filled, mean +- deviation: mse" in result.stderr
@@ -455,7 +455,7 @@ def test_impute_over_two_processes_tells_which_scans_failed(damaged, imputed, co
             nib.save(nib.Nifti1Image(mask, scan.affine), tmp_path / "masks" / f"{name}_mask.nii.gz")
     pairing = [word for key, value in PAIRING.items() for word in (f"--{key}", value)]
     folders = ["--dataset_dir", tmp_path / "scans", "--mask_dir", tmp_path / "masks", "--output_dir", tmp_path / "out"]
-    words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2, "--figures", "False"]
+    words = [*folders, *pairing, "--ckpt", weights, "--iterations", 3, "--draws", 2]
     runs = run_bundle_group(*words, run_id="impute", configs=[*CONFIGS, "configs/multi_gpu_inference.json"])
     log = "".join(run.stderr for run in runs)
     assert [run.returncode for run in runs] == [1, 1], log

@@ -106,7 +106,9 @@ def files(folder, pattern="*"):
 @pytest.fixture(scope="session")
 def reconstructed(scans, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("reconstructed")
-    return output, run("reconstruct", scans, output, weights, "--levels", "each", start=run_bundle_process)
+    return output, run(
+        *("reconstruct", scans, output, weights, "--levels", "each", "--figures", True), start=run_bundle_process
+    )
 
 
 @pytest.fixture(scope="session")
@@ -365,9 +367,9 @@ def rows_of(path):
 
 
 def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, network, tmp_path):
-    log = run("score", scans, tmp_path / "1", weights, "--batch_size", 1)
+    log = run("score", scans, tmp_path / "1", weights, "--batch_size", 1, "--figures", True)
     assert re.search(r"5 scan\(s\): -?\d\.\d+ bits per dim in the mean, .* Highest anomaly_score: \w+/", log)
-    run("score", scans, tmp_path / "3", weights, "--batch_size", 3, "--figures", False)
+    run("score", scans, tmp_path / "3", weights, "--batch_size", 3)
     one, three = (rows_of(tmp_path / str(size) / "scores.csv") for size in (1, 3))
     assert sorted(one) == files(scans, "*.nii.gz")
     for name, row in one.items():
@@ -448,7 +450,7 @@ def test_a_scan_that_cannot_be_read_is_reported_and_stops_nothing(scans, weights
     shutil.copytree(scans, tmp_path / "scans")
     (tmp_path / "scans" / "RAS" / "broken.nii.gz").write_text("no scan")
     output = tmp_path / "out"
-    log = run("reconstruct", tmp_path / "scans", output, weights, "--figures", False, code=1)
+    log = run("reconstruct", tmp_path / "scans", output, weights, code=1)
     assert "1 scan(s) failed" in log
     with (output / "failed.csv").open() as file:
         (row,) = csv.DictReader(file)
@@ -458,7 +460,7 @@ def test_a_scan_that_cannot_be_read_is_reported_and_stops_nothing(scans, weights
     assert f"Results of 5 of 6 scan(s): '{output}'." in log
     assert len(files(output, "*_recon.nii.gz")) == 5
     (tmp_path / "scans" / "RAS" / "broken.nii.gz").unlink()
-    run("reconstruct", tmp_path / "scans", output, weights, "--figures", False)
+    run("reconstruct", tmp_path / "scans", output, weights)
     assert not (output / "failed.csv").exists()
 
 
@@ -469,7 +471,6 @@ def test_a_killed_job_leaves_nothing_torn_and_is_finished_by_the_next(cohort, we
         for path in cohort.glob("*.nii.gz"):
             shutil.copy(path, scans / f"{copy}_{path.name}")
     words = ["--dataset_dir", scans, "--output_dir", output, "--ckpt", weights, "--batch_size", 1, "--num_workers", 2]
-    words += ["--figures", False]
     command, environment = bundle_command(*words, run_id="reconstruct", configs=CONFIGS)
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -482,7 +483,7 @@ def test_a_killed_job_leaves_nothing_torn_and_is_finished_by_the_next(cohort, we
     assert 0 < len(done) < 36
     for name in files(output, "[!.]*.nii.gz"):
         nib.load(output / name).get_fdata()
-    log = run("reconstruct", scans, output, weights, "--batch_size", 4, "--figures", False)
+    log = run("reconstruct", scans, output, weights, "--batch_size", 4)
     assert f"Of 36 scans, {len(done)} are finished already" in log
     assert len(files(output, "[!.]*_zscore.nii.gz")) == 36
     assert {name: (output / name).stat().st_mtime_ns for name in done} == done
@@ -512,7 +513,7 @@ def test_scans_of_one_name_in_two_folders_have_noise_of_their_own(scans, weights
     for folder in ("a", "b"):
         (tmp_path / "scans" / folder).mkdir(parents=True)
         shutil.copy(scans / "RAS" / "RAS.nii.gz", tmp_path / "scans" / folder / "T1.nii.gz")
-    run("reconstruct", tmp_path / "scans", tmp_path / "out", weights, "--temperature", 1.0, "--figures", False)
+    run("reconstruct", tmp_path / "scans", tmp_path / "out", weights, "--temperature", 1.0)
     first, second = (load(tmp_path / "out" / folder, "T1_recon.nii.gz") for folder in ("a", "b"))
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.8
     assert not np.allclose(first, second)
@@ -522,7 +523,7 @@ def test_results_of_other_settings_are_not_mixed(scans, reconstructed, weights, 
     shutil.copytree(reconstructed[0], tmp_path / "out")
 
     def again(*arguments, code=0):
-        return run("reconstruct", scans, tmp_path / "out", weights, "--figures", False, *arguments, code=code)
+        return run("reconstruct", scans, tmp_path / "out", weights, *arguments, code=code)
 
     log = again("--levels", "each", "--temperature", 0.5, code=1)
     assert "holds results of 'reconstruct' made with another temperature: set --output_dir" in log

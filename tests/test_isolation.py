@@ -36,7 +36,7 @@ def scans(cohort, tmp_path):
 
 
 def evaluator(scans, network, output, **changes) -> ScanEvaluator:
-    config = inference_config(network=network, dataset_dir=str(scans), output_dir=str(output), figures=False, **changes)
+    config = inference_config(network=network, dataset_dir=str(scans), output_dir=str(output), **changes)
     return config.get_parsed_content("evaluator")
 
 
@@ -178,7 +178,6 @@ def people(scans, **ages):
 
 def score(scans, network, prior, output) -> ScanEvaluator:
     config = inference_config(network=network, population_prior=prior, dataset_dir=str(scans), output_dir=str(output))
-    config["figures"] = False
     job = jobs.score(config.get_parsed_content("common"))
     job.run()
     return job

@@ -394,13 +394,13 @@ def test_a_scan_without_a_mask_is_left_out_unless_it_is_said_to_be_healthy(sick,
     shutil.copytree(sick, tmp_path / "sick")
     (tmp_path / "sick" / "masks" / "sub-0002_lesions.nii.gz").unlink()
     (tmp_path / "sick" / "masks" / "sub-0005_lesions.nii.gz").write_text("no mask")
-    log = score(tmp_path / "sick", tmp_path / "a", weights, "--figures", False, code=1)
+    log = score(tmp_path / "sick", tmp_path / "a", weights, code=1)
     assert "1 scan(s) have no mask, such as 'sub-0002_FLAIR.nii.gz': they are left out" in log
     assert "sub-0005_lesions.nii.gz" in (tmp_path / "a" / "failed.csv").read_text()
     names = {row["image"][:8] for row in rows_of(tmp_path / "a" / "lesions.csv")}
     assert names == {f"sub-000{number}" for number in (1, 3, 4, 6, 7, 8)}
     assert not (tmp_path / "a" / "most_unusual.png").exists()
-    log = score(tmp_path / "sick", tmp_path / "a", weights, "--unmasked_healthy", True, "--figures", False, code=1)
+    log = score(tmp_path / "sick", tmp_path / "a", weights, "--unmasked_healthy", True, code=1)
     assert "they count as healthy" in log
     assert {row["mask"] for row in rows_of(tmp_path / "a" / "lesions.csv")} == {"none", "empty", "lesions"}
 
@@ -408,7 +408,7 @@ def test_a_scan_without_a_mask_is_left_out_unless_it_is_said_to_be_healthy(sick,
 def test_two_processes_say_the_same_of_lesions(sick, weights, scored, tmp_path):
     folders = ("--dataset_dir", sick / "scans", "--mask_dir", sick / "masks", "--output_dir", tmp_path)
     configs = [*CONFIGS, "configs/multi_gpu_inference.json"]
-    words = (*folders, *PATTERNS, "--ckpt", weights, "--figures", False)
+    words = (*folders, *PATTERNS, "--ckpt", weights)
     for result in run_bundle_group(*words, run_id="score", configs=configs):
         assert result.returncode == 0, result.stderr
     one, two = (rows_of(folder / "lesions.csv") for folder in (scored[0], tmp_path))
@@ -425,7 +425,7 @@ def test_without_masks_there_is_a_sheet_of_the_most_unusual_scans_alone(cohort, 
         "scripts.utils.figures.anomalies", lambda path, scans, titles: shown.append((titles, list(scans)))
     )
     monkeypatch.setattr("scripts.inference.scoring.MOST_UNUSUAL", 5)
-    words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--ckpt", weights)
+    words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--ckpt", weights, "--figures", True)
     result = run_bundle(*words, run_id="score", configs=CONFIGS)
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.glob("*lesions*"))

@@ -463,7 +463,7 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     assert len(coordinates) == 12 and list(coordinates[0])[:2] == ["image", "c000"]
     assert float(factors[-1]["explained_so_far"]) == pytest.approx(1)
 
-    done = infer(run_dir, "score", tmp_path / "scored", "--dataset_dir", cohort, "--figures", False)
+    done = infer(run_dir, "score", tmp_path / "scored", "--dataset_dir", cohort)
     assert done.returncode == 0, done.stderr
     scores = table(tmp_path / "scored" / "scores.csv")
     assert {"bits_per_dim_population", "typicality", "typicality_tail"} <= set(scores[0])
@@ -472,7 +472,7 @@ def test_training_leaves_a_prior_and_every_job_uses_it(run_dir, cohort, tmp_path
     lines = (tmp_path / "encoded" / "coordinates.csv").read_text().splitlines()
     cells = lines[1].split(",")
     edited.write_text("\n".join([lines[0], lines[1], ",".join(["older", "5", *cells[2:]])]) + "\n")
-    done = infer(run_dir, "decode_coordinates", tmp_path / "decoded", "--coordinates", edited)
+    done = infer(run_dir, "decode_coordinates", tmp_path / "decoded", "--coordinates", edited, "--figures", True)
     assert done.returncode == 0, done.stderr
     images = [nib.load(path).get_fdata() for path in sorted((tmp_path / "decoded").glob("*_decoded.nii.gz"))]
     assert [image.shape for image in images] == [(8, 8, 8)] * 2
@@ -500,13 +500,13 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
     nib.save(nib.Nifti1Image(odd.astype("float32"), scan.affine), tmp_path / "scans" / "odd.nii.gz")
     nib.save(scan, tmp_path / "scans" / "usual.nii.gz")
     for job in ("score", "reconstruct"):
-        done = infer(run_dir, job, tmp_path / job, "--dataset_dir", tmp_path / "scans", "--figures", False)
+        done = infer(run_dir, job, tmp_path / job, "--dataset_dir", tmp_path / "scans")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("the network does not know such scans") == 1
         assert "odd.nii.gz': the network does not know such scans" in done.stderr
     said = check(tmp_path / "scans", output_dir=tmp_path / "check", workers=1, run_dir=run_dir)
     assert {Path(scan.path).stem: scan.familiar for scan in said.scans} == {"odd.nii": "no", "usual.nii": "yes"}
-    words = ("--dataset_dir", tmp_path / "scans", "--figures", False, "--unfamiliar")
+    words = ("--dataset_dir", tmp_path / "scans", "--unfamiliar")
     done = infer(run_dir, "encode", tmp_path / "refused", *words, "refuse")
     assert done.returncode == 1 and "odd.nii.gz': the network does not know such scans" in done.stderr
     assert [path.name for path in (tmp_path / "refused").glob("*.npz")] == ["usual_latents.npz"]

@@ -107,7 +107,7 @@ def weights(output):
 
 
 def run(word, scans, output, ckpt, *words):
-    words = ("--dataset_dir", scans, "--output_dir", output, "--ckpt", ckpt, "--figures", False, *words)
+    words = ("--dataset_dir", scans, "--output_dir", output, "--ckpt", ckpt, *words)
     result = run_bundle(*words, run_id=word, configs=INFERENCE)
     assert result.returncode == 0, result.stderr
     return result.stderr

@@ -74,7 +74,9 @@ def test_a_run_trains_and_draws_figures(trained):
 def test_every_job_takes_them(trained, job, tmp_path):
     kind, scans, run = trained
     words = ("--dataset_dir", scans, "--output_dir", tmp_path, "--ckpt", run / "checkpoints" / "model.pt")
-    result = run_bundle(*words, *KINDS[kind], "--samples", 2, "--steps", 2, run_id=job, configs=INFERENCE)
+    result = run_bundle(
+        *words, *KINDS[kind], "--samples", 2, "--steps", 2, "--figures", True, run_id=job, configs=INFERENCE
+    )
     assert result.returncode == 0, result.stderr
     key = {"reconstruct": "recon", "score": "anomaly", "sample": "sample", "interpolate": "step01"}.get(job)
     if key is None:
@@ -96,7 +98,7 @@ JOBS = {"join": ("--join_channels", True), "bids": ("--bids_derivatives", True)}
 def decoded(two_channels, tmp_path_factory):
     """Folders of ``reconstruct``, ``encode`` and ``decode``, as is, with channels joined, and with names by BIDS."""
     scans, run = two_channels
-    words = ("--ckpt", run / "checkpoints" / "model.pt", *KINDS["channels"], "--figures", False)
+    words = ("--ckpt", run / "checkpoints" / "model.pt", *KINDS["channels"])
     folder = tmp_path_factory.mktemp("decoded")
     for name, more in {"plain": (), **JOBS}.items():
         for job in ("reconstruct", "encode", "decode"):
@@ -182,16 +184,15 @@ def test_latents_without_names_give_one_file_and_renamed_ones_carry_their_name(d
 
 def test_a_channel_that_is_missing_is_made_again_and_the_others_are_kept(decoded, two_channels, tmp_path):
     scans, run = two_channels
-    words = ("--figures", False)
-    assert run_in(tmp_path, scans, run, *words, job="reconstruct").returncode == 0
+    assert run_in(tmp_path, scans, run, job="reconstruct").returncode == 0
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.nii.gz")}
     missing = tmp_path / "sub-03_FLAIR_recon.nii.gz"
     missing.unlink()
-    result = run_in(tmp_path, scans, run, *words, job="reconstruct")
+    result = run_in(tmp_path, scans, run, job="reconstruct")
     assert result.returncode == 0 and missing.is_file(), result.stderr
     again = {path.name[:6] for path, time in written.items() if path.stat().st_mtime_ns != time}
     assert again == {"sub-03"}
-    refused = run_in(tmp_path, scans, run, *words, "--join_channels", True, job="reconstruct")
+    refused = run_in(tmp_path, scans, run, "--join_channels", True, job="reconstruct")
     assert refused.returncode != 0 and "made with another join_channels" in refused.stderr
 
 
