@@ -14,7 +14,7 @@ import torch.nn as nn
 from monai.utils import ensure_tuple_rep
 from scripts.layers.blocks import decoder_blocks, encoder_blocks
 from scripts.layers.convolutions import HEAD_SCALES, Downsample, channels_last, make_conv, to_patches
-from scripts.layers.gaussian import Draws, Posterior
+from scripts.layers.gaussian import LatentSampler, Posterior
 from scripts.layers.levels import Level, check_choice, check_list, check_shape, check_whole_number, make_levels
 from scripts.layers.output import OUTPUT_RANGES, OutputHead, VoxelGaussian, deviation
 from scripts.utils.errors import InputError
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         latents: list[Tensor],
         temperatures: list[float],
         keep_posteriors: bool = False,
-        draws: Any = None,
+        sampler: Any = None,
     ) -> tuple[Tensor, list[Tensor], list[Posterior]]:
         """Draw or take every latent.
 
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
             latents: the first of them, top first, which are taken as they are.
             temperatures: what the standard deviation of a draw is multiplied by on each level, finest first.
             keep_posteriors: return z, mean and std of each latent too, which holds on to their memory.
-            draws: how the others are drawn, see :class:`scripts.layers.gaussian.Draws`.
+            sampler: how the others are drawn, see :class:`scripts.layers.gaussian.LatentSampler`.
 
         Returns:
             the last features, the KL divergences ``[batch]`` and the posteriors of the latents drawn from one.
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             for block in blocks:
                 feature = None if features is None else features[block.level]
                 z = latents[block.index] if 0 <= block.index < len(latents) else None
-                x, kl, q = block(x, feature, z, temperatures[block.level], draws)
+                x, kl, q = block(x, feature, z, temperatures[block.level], sampler)
                 if kl is not None:
                     kls.append(kl)
                 if q is not None and keep_posteriors:
@@ -270,26 +270,28 @@ class VDVAE(VoxelGaussian):
             x = deviation(x, gaussian)
         return self.encoder(channels_last(to_patches(x, self.patch_size)))
 
-    def forward(self, x: Tensor, temperature: float | Sequence[float] = 1.0, draws: Draws | None = None) -> VDVAEOutput:
+    def forward(
+        self, x: Tensor, temperature: float | Sequence[float] = 1.0, sampler: LatentSampler | None = None
+    ) -> VDVAEOutput:
         """Reconstruct scans from latents drawn from the posterior.
 
         Args:
             x: ``[batch, in_channels, *spatial]``, in the range of ``output_activation``.
             temperature: multiplies the posterior's standard deviations; 0 gives its mean. One number, or one per level,
                 finest first.
-            draws: how latents are drawn; None: by PyTorch's own generator.
+            sampler: how latents are drawn; None: by PyTorch's own generator.
 
         Raises:
             ValueError: an axis is not a multiple of patch_size 2^(K-1), or the shape is not the network's.
         """
-        return self.infer(x, temperature, keep_posteriors=False, draws=draws)[0]
+        return self.infer(x, temperature, keep_posteriors=False, sampler=sampler)[0]
 
     def infer(
         self,
         x: Tensor,
         temperature: float | Sequence[float] = 1.0,
         keep_posteriors: bool = True,
-        draws: Draws | None = None,
+        sampler: LatentSampler | None = None,
     ) -> tuple[VDVAEOutput, list[Posterior]]:
         """What :meth:`VDVAE.forward` gives, and the latents that it was made from, with their distributions, top first.
 
@@ -297,16 +299,18 @@ class VDVAE(VoxelGaussian):
         """
         features = self._encode(x)
         temperatures = list(ensure_tuple_rep(temperature, self.levels))
-        y, kls, posteriors = self.decoder(features[-1], features, [], temperatures, keep_posteriors, draws)
+        y, kls, posteriors = self.decoder(features[-1], features, [], temperatures, keep_posteriors, sampler)
         return VDVAEOutput(*self.output(y, self.voxel_gaussian()), torch.stack(kls, dim=1)), posteriors
 
-    def encode(self, x: Tensor, temperature: float | Sequence[float] = 1.0, draws: Draws | None = None) -> list[Tensor]:
+    def encode(
+        self, x: Tensor, temperature: float | Sequence[float] = 1.0, sampler: LatentSampler | None = None
+    ) -> list[Tensor]:
         """The latents of scans, each ``[batch, latent_channels, *grid]``, top first.
 
         Args:
-            x, temperature, draws: as for :meth:`forward`.
+            x, temperature, sampler: as for :meth:`forward`.
         """
-        return [q.z for q in self.infer(x, temperature, draws=draws)[1]]
+        return [q.z for q in self.infer(x, temperature, sampler=sampler)[1]]
 
     def decode(
         self,
@@ -314,7 +318,7 @@ class VDVAE(VoxelGaussian):
         temperature: float | Sequence[float] = 1.0,
         batch_size: int = 1,
         spatial_shape: Sequence[int] | None = None,
-        draws: Draws | None = None,
+        sampler: LatentSampler | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scans from their first latents, the rest drawn from the prior.
 
@@ -323,7 +327,7 @@ class VDVAE(VoxelGaussian):
             temperature: multiplies the standard deviation of the latents that are drawn; 0 takes the prior's mean.
                 One number, or one per level, finest first.
             batch_size, spatial_shape: of the scans, where no latent says them; the shape defaults to the network's.
-            draws: how the others are drawn; None: by PyTorch's own generator.
+            sampler: how the others are drawn; None: by PyTorch's own generator.
 
         Returns:
             loc and scale, ``[batch, in_channels, *spatial]``.
@@ -338,7 +342,7 @@ class VDVAE(VoxelGaussian):
         else:
             start = channels_last(self.output.weight.new_zeros(batch_size, 1, *self.grids(spatial_shape)[-1]))
         temperatures = list(ensure_tuple_rep(temperature, self.levels))
-        y, _, _ = self.decoder(start, None, list(latents), temperatures, draws=draws)
+        y, _, _ = self.decoder(start, None, list(latents), temperatures, sampler=sampler)
         return self.output(y, self.voxel_gaussian())
 
 

@@ -519,8 +519,8 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     def drawn(prior: PopulationPrior, count: int, **covariates: str) -> torch.Tensor:
         torch.manual_seed(count)
         features = prior.coding.numbers(covariates)[None].expand(count, -1)
-        draws = prior.draws(torch.randn(count, 2), 1.0, features)
-        return network.decode([], batch_size=count, draws=draws)[0] + prior.added(features, drawn=True)
+        sampler = prior.sampler(torch.randn(count, 2), 1.0, features)
+        return network.decode([], batch_size=count, sampler=sampler)[0] + prior.added(features, drawn=True)
 
     scans = drawn(prior, 20) + torch.linspace(-0.2, 0.2, 8)  # a bias field from left to right
     dataset = Dataset(

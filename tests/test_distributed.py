@@ -20,7 +20,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose, RandScaleIntensityd
 
 from scripts.data.cache import ScanCache, read_cohort
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.networks import VDVAE
 from scripts.training.losses import ELBOLoss
 from scripts.training.seeding import SeededDataset
@@ -43,8 +43,8 @@ NETWORK = {
 
 def gradients(network, scans, seeds):
     """Of the mean loss, each scan with noise of its own."""
-    draws = Draws([torch.Generator().manual_seed(seed) for seed in seeds])
-    loss, _ = ELBOLoss()(network(scans, draws=draws), scans)
+    sampler = LatentSampler([torch.Generator().manual_seed(seed) for seed in seeds])
+    loss, _ = ELBOLoss()(network(scans, sampler=sampler), scans)
     loss.backward()
     return [parameter.grad.clone() for parameter in network.parameters()]
 

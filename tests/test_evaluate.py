@@ -259,8 +259,8 @@ class Blobs(Inferer):
     def __init__(self, shift: float = 0.0, spread: float = 1.0) -> None:
         self.shift, self.spread = shift, spread
 
-    def __call__(self, inputs, network, *args, draws=None, **kwargs):
-        noise = gaussian_noise(torch.zeros(inputs, 1, 8, 8, 9), draws)
+    def __call__(self, inputs, network, *args, sampler=None, **kwargs):
+        noise = gaussian_noise(torch.zeros(inputs, 1, 8, 8, 9), sampler)
         brightness = noise[..., :1, :1, -1:]
         return {"sample": self.spread * (0.3 * brightness + 0.1 * noise[..., :-1]) + self.shift}
 

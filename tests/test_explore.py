@@ -32,7 +32,7 @@ from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction, Sampling
 from scripts.inference.outputs import from_zero_to_one
 from scripts.inference.scoring import Scoring
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.utils.figures import peak_of
 from scripts.webpage.app import create_app
 from scripts.webpage.cohort import Cohort
@@ -262,9 +262,9 @@ def test_a_scan_is_shown_as_the_jobs_see_it(client, cohort, network):
     assert abs(anomaly[tuple(voxel)]) == pytest.approx(np.abs(anomaly[inside > 0.05]).max())
     assert {"scan", "restored", "anomaly", "scale"} <= {name.removesuffix(".nii.gz") for name in job["files"]}
     # the numbers are those of `score`
-    draws = Draws([scan_generator(0, job["result"]["row"]["image"])])
+    sampler = LatentSampler([scan_generator(0, job["result"]["row"]["image"])])
     scoring = Scoring(smoothing=8 / 128)
-    expected = scoring(scans[3:4], network, draws=draws)
+    expected = scoring(scans[3:4], network, sampler=sampler)
     assert job["result"]["row"]["bits_per_dim"] == pytest.approx(float(expected["bits_per_dim"]), rel=1e-5)
 
 
@@ -284,8 +284,8 @@ def test_sliders_decode_coordinates(client, network, prior):
 @torch.no_grad()
 def test_samples_are_those_of_the_seed(client, network, prior):
     job = ask(client, "sample", count=2, seed=5, covariates={"age": 70})
-    draws = Draws([scan_generator(5, "0002")])
-    expected = Sampling(prior=prior, covariates={"age": 70})(1, network, draws=draws)["sample"][0, 0]
+    sampler = LatentSampler([scan_generator(5, "0002")])
+    expected = Sampling(prior=prior, covariates={"age": 70})(1, network, sampler=sampler)["sample"][0, 0]
     shown = volume(client, job, "sample_0002").get_fdata()
     np.testing.assert_allclose(shown, from_zero_to_one(expected, (-1, 1)), atol=1e-5)
     assert client.get(job["files"]["sample_0001.png"]).headers["content-type"] == "image/png"
@@ -314,8 +314,8 @@ def test_the_deviation_is_that_of_the_scans_own_covariates(client, cohort, netwo
     maps = {}
     for age in (49.0, 70.0):
         features = prior.coding.numbers({"age": age, "sex": "M", "site": "A"})[None]
-        draws = Draws([scan_generator(0, name)])
-        maps[age] = Deviation(prior, 32)(scans[3:4], network, features, draws=draws)["deviation"][0, 0].numpy()
+        sampler = LatentSampler([scan_generator(0, name)])
+        maps[age] = Deviation(prior, 32)(scans[3:4], network, features, sampler=sampler)["deviation"][0, 0].numpy()
     shown = volume(client, job, "deviation").get_fdata()
     np.testing.assert_allclose(shown, maps[49.0], rtol=1e-3, atol=1e-3)
     assert np.abs(shown - maps[70.0]).max() > 0.1
@@ -363,8 +363,8 @@ def test_what_is_painted_is_filled_in(client, cohort, network):
     assert job["result"]["voxels"] == 12 and (job["done"], job["total"]) == (30, 30)
     mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
     mask[..., 3:5, 2:5, 4:6] = True
-    noise = Draws([scan_generator(0, client.get("/api/scans").json()["rows"][3]["image"])])
-    found = Imputation(iterations=10, draws=3)(fitted_scans(cohort)[0][3:4], network, mask, draws=noise)
+    noise = LatentSampler([scan_generator(0, client.get("/api/scans").json()["rows"][3]["image"])])
+    found = Imputation(iterations=10, draws=3)(fitted_scans(cohort)[0][3:4], network, mask, sampler=noise)
     draws = from_zero_to_one(torch.cat(list(found.values()))[:, 0], (-1, 1)).numpy()
     scan, filled = (volume(client, job, name).get_fdata() for name in ("scan", "filled"))
     inside = mask[0, 0].numpy()

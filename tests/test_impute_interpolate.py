@@ -25,7 +25,7 @@ from scripts.inference.interpolation import BothScans, list_pair
 from scripts.inference.jobs import impute as impute_job
 from scripts.inference.jobs import interpolate
 from scripts.inference.lesions import pair_masks
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PAIRING = {"scan_pattern": "*_FLAIR.nii.gz", "mask_pattern": "*_mask.nii.gz"}
@@ -192,8 +192,8 @@ def test_a_chain_keeps_what_was_observed_and_never_sees_what_is_missing(network,
     mask[:, :, 2:5] = True
 
     def draws(scans):
-        noise = Draws([torch.Generator().manual_seed(n) for n in (1, 2)])
-        return Imputation(iterations=3, draws=2)(scans, network, mask, draws=noise)
+        noise = LatentSampler([torch.Generator().manual_seed(n) for n in (1, 2)])
+        return Imputation(iterations=3, draws=2)(scans, network, mask, sampler=noise)
 
     found = draws(fitted)
     assert list(found) == ["imputed_00", "imputed_01"]

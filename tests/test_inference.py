@@ -33,7 +33,7 @@ from scripts.inference.inferers import Reconstruction, Sampling, level_temperatu
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
 from scripts.inference.scoring import Scoring
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground, quantile
 from scripts.networks import OUTPUT_RANGES, VDVAEOutput, VDVAEReconstruction
 from scripts.training.losses import ELBOLoss, bits_per_dim, discretised_nll, negative_log_likelihood
@@ -173,7 +173,7 @@ class Perfect(torch.nn.Module):
     def grids(self):
         return []
 
-    def infer(self, x, temperature, keep_posteriors=True, draws=None):
+    def infer(self, x, temperature, keep_posteriors=True, sampler=None):
         return VDVAEOutput(x, torch.full_like(x, 0.1), torch.zeros(len(x), 1)), []
 
 
@@ -383,9 +383,9 @@ def test_scores_are_the_elbo_and_do_not_depend_on_the_batch(scans, weights, netw
         .get_parsed_content("preprocessing")({"image": str(scans / "RAS" / "RAS.nii.gz")})["image"]
         .as_tensor()
     )
-    draws = Draws([scan_generator(0, "RAS/RAS.nii.gz")])
+    sampler = LatentSampler([scan_generator(0, "RAS/RAS.nii.gz")])
     with torch.no_grad():
-        output = super(VDVAEReconstruction, network).forward(x[None], draws=draws)
+        output = super(VDVAEReconstruction, network).forward(x[None], sampler=sampler)
     nll = negative_log_likelihood(output.loc, output.scale, x[None])
     assert one["RAS/RAS.nii.gz"]["nll"] == pytest.approx(float(nll), rel=1e-4)
     assert one["RAS/RAS.nii.gz"]["kl"] == pytest.approx(float(output.kl.sum()), rel=1e-4)

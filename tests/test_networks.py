@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.step_ops import OperationCounter
 from scripts.layers.blocks import DisabledLatent, FirstLatent, ResidualBlock, StochasticBlock
 from scripts.layers.convolutions import from_patches, gelu_convs, repeat_voxels, to_patches, upsample
-from scripts.layers.gaussian import Draws, Posterior, draw, kl_divergence
+from scripts.layers.gaussian import LatentSampler, Posterior, draw, kl_divergence
 from scripts.layers.levels import find_level, grid_name
 from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE, VDVAEReconstruction
@@ -849,12 +849,12 @@ def test_noise_of_a_scan_does_not_depend_on_the_batch():
     network, x = randomise(make()).eval(), scans(batch=3)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
     with torch.no_grad():
-        together = network(x, draws=Draws(generators))
+        together = network(x, sampler=LatentSampler(generators))
         for i, seed in enumerate((5, 6, 7)):
-            alone = network(x[i : i + 1], draws=Draws([torch.Generator().manual_seed(seed)]))
+            alone = network(x[i : i + 1], sampler=LatentSampler([torch.Generator().manual_seed(seed)]))
             torch.testing.assert_close(alone.loc[0], together.loc[i], rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="2 generators for a batch of 3"):
-            network(x, draws=Draws(generators[:2]))
+            network(x, sampler=LatentSampler(generators[:2]))
         assert not torch.equal(network(x).loc, network(x).loc)
 
 
@@ -868,7 +868,7 @@ def test_a_rule_chooses_latents_inside_the_decoders_pass():
             indices.append(index)
             return q.mean + 1
 
-        (loc, scale, _), chosen = network.infer(x, temperature=0, draws=Draws(rule=rule))
+        (loc, scale, _), chosen = network.infer(x, temperature=0, sampler=LatentSampler(rule=rule))
         assert indices == list(range(network.num_latents))
         assert all(torch.equal(q.z, q.mean + 1) for q in chosen)
         # what is below is conditioned on what was chosen above

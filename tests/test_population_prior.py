@@ -22,7 +22,7 @@ from scripts.data.covariates import CovariateCoding
 from scripts.inference.inferers import CoordinateDecoding, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.inference.tables import list_coordinates, scans_to_fit
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.networks import VDVAE
 from scripts.population.content import coarse_offset, offset_on
 from scripts.population.fit import PopulationFit
@@ -258,7 +258,7 @@ def test_latents_are_drawn_where_the_prior_says(network):
         {i: torch.zeros(1, *grid) for i, grid in enumerate(grids)},
     )
     with torch.no_grad():
-        loc = network.decode([], draws=prior.draws(torch.zeros(1, 1), 0.0))[0]
+        loc = network.decode([], sampler=prior.sampler(torch.zeros(1, 1), 0.0))[0]
     # the same by hand: each latent at its prior's mean plus so many deviations
     latents = []
     with torch.no_grad():
@@ -276,7 +276,7 @@ def prior_of_next(network, latents):
         seen.append((index, p))
         return p.z
 
-    loc = network.decode(latents, temperature=0.0, draws=Draws(rule=rule))[0]
+    loc = network.decode(latents, temperature=0.0, sampler=LatentSampler(rule=rule))[0]
     assert [index for index, _ in seen] == list(range(len(latents), network.num_latents))
     return loc, seen[0][1]
 
@@ -287,8 +287,8 @@ def test_samples_need_their_temperature_and_their_noise_alone(network, fitted):
         cold = Sampling(0.0, prior=prior)(2, network)["sample"]
         mean = CoordinateDecoding(prior)(torch.zeros(1, prior.factors), network)["sample"]
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        both = Sampling(prior=prior)(2, network, draws=Draws(generators))["sample"]
-        alone = Sampling(prior=prior)(1, network, draws=Draws([torch.Generator().manual_seed(2)]))["sample"]
+        both = Sampling(prior=prior)(2, network, sampler=LatentSampler(generators))["sample"]
+        alone = Sampling(prior=prior)(1, network, sampler=LatentSampler([torch.Generator().manual_seed(2)]))["sample"]
         warm = CoordinateDecoding(prior, 1.0)(torch.zeros(1, prior.factors), network)["sample"]
     assert (Sampling(prior=prior).temperature, Sampling().temperature) == (1.0, 0.7)
     assert not torch.allclose(warm[0], mean[0])

@@ -64,11 +64,11 @@ def test_an_augmented_data_set_is_read_until_its_voxels_are_known():
             return {"image": torch.full((1, 8, 8, 8), float(self.reads % 2))}
 
     data = Flicker()
-    mean, std, _ = voxel_statistics(data, draws=100, augmented=True)
+    mean, std, _ = voxel_statistics(data, readings=100, augmented=True)
     assert data.reads == 100
     assert_close(mean, torch.full((1, 8, 8, 8), 0.5))
     assert_close(std, torch.full((1, 8, 8, 8), 0.5))
-    voxel_statistics(data, draws=3)
+    voxel_statistics(data, readings=3)
     assert data.reads == 103
 
 
@@ -106,7 +106,7 @@ def test_of_augmented_scans_those_that_move_are_read_and_a_third_of_the_others(t
     assert 70 < len(moved) < 130
     assert {draw.weight for draw in chosen} == {1, 3}
     assert 200 <= sum(draw.weight for draw in chosen) <= 202
-    mean, std, _ = voxel_statistics(data, draws=200, augmented=True, smoothing=0.0)
+    mean, std, _ = voxel_statistics(data, readings=200, augmented=True, smoothing=0.0)
     images = []
     for draw in chosen:
         data.epoch = draw.epoch
@@ -118,14 +118,14 @@ def test_of_augmented_scans_those_that_move_are_read_and_a_third_of_the_others(t
 def test_the_template_is_the_same_by_any_number_of_workers(tmp_path):
     data = augmented_cohort(tmp_path)
     data.epoch = 7
-    alone = voxel_statistics(data, draws=30, augmented=True)
+    alone = voxel_statistics(data, readings=30, augmented=True)
     assert data.epoch == 7
-    together = voxel_statistics(data, draws=30, augmented=True, workers=2)
+    together = voxel_statistics(data, readings=30, augmented=True, workers=2)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_another_run_reads_the_template_from_the_cache(tmp_path, monkeypatch, caplog):
-    few = partial(voxel_statistics, draws=20)
+    few = partial(voxel_statistics, readings=20)
     monkeypatch.setattr("scripts.training.voxel_statistics.voxel_statistics", few)
 
     def start(factors=0.5):

@@ -27,7 +27,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.measures import value_numbers
 from scripts.inference.outputs import file_names
 from scripts.inference.tables import ScanColumns
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground_percentile
 from scripts.networks import VDVAE
 from scripts.population.calibration import DEVIATION_PERCENTILE
@@ -338,7 +338,7 @@ class RegionCurves:
                 for start in range(0, count, self.batch_size):
                     people = range(start, min(start + self.batch_size, count))
                     generators = [scan_generator(self.seed, f"person {person}", device) for person in people]
-                    loc, _ = prior.usual(self.network, features.expand(len(people), -1), Draws(generators))
+                    loc, _ = prior.usual(self.network, features.expand(len(people), -1), LatentSampler(generators))
                     regions.append(self.deviation.region_means(loc).cpu())
                     bar.update(len(people))
                 drawn = torch.cat(regions)

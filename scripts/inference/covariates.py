@@ -19,7 +19,7 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from scipy import stats
 from scripts.data.covariates import CovariateCoding, Value
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground
 from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior, given_innovations, innovation
@@ -123,8 +123,8 @@ class Counterfactual(Inferer):
                         grid, likely = posterior(self.prior, scores[row], values, covariate)
                         numbers = torch.stack([coding.numbers({covariate: v})[own] for v in grid]).to(features)
                         before[row, own] = likely.to(features) @ numbers
-            draws = given_innovations(self.prior.moved(innovations, changed - before))
-            loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs), draws=draws)
+            sampler = given_innovations(self.prior.moved(innovations, changed - before))
+            loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs), sampler=sampler)
             loc = loc + self.prior.added(changed - before)
             outside = ~foreground(inputs, network) & ~foreground(loc, network)
             results[f"change{name}"] = (loc + scale * residual - inputs).masked_fill(outside, 0.0)
@@ -157,19 +157,19 @@ class Deviation(Inferer):
             self.masks = masks / masks.sum(1, keepdim=True)
 
     def __call__(
-        self, inputs: Tensor, network: VDVAE, features: Tensor, *, draws: Draws | None = None, **kwargs: Any
+        self, inputs: Tensor, network: VDVAE, features: Tensor, *, sampler: LatentSampler | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """``features`` are ``[batch, numbers]``, what the covariates become."""
-        return next(itertools.islice(self.refined(inputs, network, features, draws), self.draws - 2, None))
+        return next(itertools.islice(self.refined(inputs, network, features, sampler), self.draws - 2, None))
 
     def refined(
-        self, inputs: Tensor, network: VDVAE, features: Tensor, draws: Draws | None = None
+        self, inputs: Tensor, network: VDVAE, features: Tensor, sampler: LatentSampler | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """The results of two draws, of three, and so on without end."""
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
         for count in itertools.count(1):
-            loc, scale = self.prior.usual(network, features, draws)
+            loc, scale = self.prior.usual(network, features, sampler)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self.region_means(loc))

@@ -28,7 +28,7 @@ from scripts.inference.common import Common, Failure
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import ResultWriters, SaveFigured
-from scripts.layers.gaussian import Draws
+from scripts.layers.gaussian import LatentSampler
 from scripts.population.familiarity import FALSE_ALARMS, Familiarity, look
 from scripts.training.precision import autocast
 from scripts.utils import distributed
@@ -281,16 +281,16 @@ class ScanEvaluator(Evaluator):
         (batch,) = on_device([self.batch(items)], self.state.device)
         return self._infer(batch)
 
-    def draws(self, items: Sequence[Mapping[str, Any]]) -> Draws:
+    def sampler(self, items: Sequence[Mapping[str, Any]]) -> LatentSampler:
         """Noise of each scan's own."""
         seed, device = self.common.seed, self.state.device
-        return Draws([scan_generator(seed, self.relative(item["name"]), device) for item in items])
+        return LatentSampler([scan_generator(seed, self.relative(item["name"]), device) for item in items])
 
     def _infer(self, batch: Batch) -> dict[str, Tensor]:
         scans, inputs, arguments = batch
         cast = autocast(self.state.device, self.amp, self.common.precision.get("amp_dtype"))
         with self.mode(self.network), cast:
-            results = self.inferer(inputs, self.network, draws=self.draws(scans.items), **arguments)
+            results = self.inferer(inputs, self.network, sampler=self.sampler(scans.items), **arguments)
             if self.familiarity is not None and UNFAMILIARITY not in results:
                 seen = look(self.network, inputs, self.common.prior)
                 results[UNFAMILIARITY] = self.familiarity.unfamiliarity(seen.statistics)

@@ -1,8 +1,8 @@
 """What can be asked of a trained network, each as a MONAI inferer that takes a batch (its docstring says of what).
 
 Scans are ``[batch, channels, *spatial]`` in the range of the network's output activation. Every inferer returns a
-dictionary of tensors whose first axis is the batch. Noise is drawn as :class:`scripts.layers.gaussian.Draws` says, the
-argument ``draws`` of each call, so that the result of a scan need not depend on its batch.
+dictionary of tensors whose first axis is the batch. The argument ``sampler`` of each call
+(:class:`scripts.layers.gaussian.LatentSampler`) draws noise, so that the result of a scan need not depend on its batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from monai.inferers import Inferer
 from monai.utils import ensure_tuple
 from scripts.data.covariates import Value
-from scripts.layers.gaussian import Draws, gaussian_noise
+from scripts.layers.gaussian import LatentSampler, gaussian_noise
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.joint import draw_values
@@ -87,13 +87,13 @@ class Reconstruction(Inferer):
         return {f"recon_to{grid_key(grids[level])}": latents_up_to(network, level) for level in levels}
 
     def __call__(
-        self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+        self, inputs: Tensor, network: VDVAE, *args: Any, sampler: LatentSampler | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         temperature = level_temperatures(network, "temperature", self.temperature)
         if self.levels is None:
-            loc, scale, _ = network.infer(inputs, temperature, keep_posteriors=False, draws=draws)[0]
+            loc, scale, _ = network.infer(inputs, temperature, keep_posteriors=False, sampler=sampler)[0]
             return _with_zscore(inputs, loc, scale)
-        latents = network.encode(inputs, temperature, draws)
+        latents = network.encode(inputs, temperature, sampler)
         recons = {
             name: network.decode(latents[:count], temperature=0.0) for name, count in self._steps(network).items()
         }
@@ -131,11 +131,11 @@ class Encoding(Inferer):
         return latents_up_to(network, finest)
 
     def __call__(
-        self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+        self, inputs: Tensor, network: VDVAE, *args: Any, sampler: LatentSampler | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         results = {}
         temperature = level_temperatures(network, "temperature", self.temperature)
-        posteriors = network.infer(inputs, temperature, draws=draws)[1]
+        posteriors = network.infer(inputs, temperature, sampler=sampler)[1]
         for index, q in enumerate(posteriors[: self.count(network)]):
             results |= {f"z{index:02d}": q.z, f"mean{index:02d}": q.mean, f"std{index:02d}": q.std}
         if self.prior is not None:
@@ -154,11 +154,11 @@ class Decoding(Inferer):
         self.temperature = temperature
 
     def __call__(
-        self, inputs: Sequence[Tensor], network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+        self, inputs: Sequence[Tensor], network: VDVAE, *args: Any, sampler: LatentSampler | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """``inputs`` are the first latents, each ``[batch, latent_channels, *grid]``, top first."""
         temperature = level_temperatures(network, "temperature", self.temperature)
-        loc, scale = network.decode(inputs, temperature, draws=draws)
+        loc, scale = network.decode(inputs, temperature, sampler=sampler)
         return {"recon": loc, "scale": scale}
 
 
@@ -174,11 +174,11 @@ class CoordinateDecoding(Inferer):
         self.prior, self.temperature = prior, temperature
 
     def __call__(
-        self, inputs: Tensor, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+        self, inputs: Tensor, network: VDVAE, *args: Any, sampler: LatentSampler | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """``inputs`` are ``[batch, factors]``."""
         temperature = level_temperatures(network, "temperature", self.temperature)
-        return {"sample": self.prior.decode(network, inputs, temperature, draws=draws)[0]}
+        return {"sample": self.prior.decode(network, inputs, temperature, sampler=sampler)[0]}
 
 
 class Sampling(Inferer):
@@ -210,35 +210,35 @@ class Sampling(Inferer):
             self.given = prior.coding.given(covariates)
 
     def __call__(
-        self, inputs: int, network: VDVAE, *args: Any, draws: Draws | None = None, **kwargs: Any
+        self, inputs: int, network: VDVAE, *args: Any, sampler: LatentSampler | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """``inputs`` is the number of scans."""
         temperature = level_temperatures(network, "sample_temperature", self.temperature)
         if self.prior is None:
-            loc, scale = network.decode([], temperature, batch_size=inputs, draws=draws)
+            loc, scale = network.decode([], temperature, batch_size=inputs, sampler=sampler)
         else:
-            coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors), draws)
+            coordinates = gaussian_noise(self.prior.inverse.new_empty(inputs, self.prior.factors), sampler)
             coordinates = self.prior.spread * coordinates
             if not isinstance(temperature, list):
                 coordinates = temperature * coordinates
-            features = self._features(inputs, draws)
-            loc, scale = self.prior.decode(network, coordinates, temperature, features, draws)
-        return {"sample": draw_voxels(loc, scale, network, draws) if self.voxel_noise else loc}
+            features = self._features(inputs, sampler)
+            loc, scale = self.prior.decode(network, coordinates, temperature, features, sampler)
+        return {"sample": draw_voxels(loc, scale, network, sampler) if self.voxel_noise else loc}
 
-    def _features(self, count: int, draws: Draws | None) -> Tensor | None:
+    def _features(self, count: int, sampler: LatentSampler | None) -> Tensor | None:
         """What the covariates of so many scans become, ``[count, features]``; None where the prior knows none."""
         coding = self.prior.coding
         if coding is None:
             return None
-        normals = gaussian_noise(self.prior.inverse.new_empty(count, len(coding.variables)), draws)
+        normals = gaussian_noise(self.prior.inverse.new_empty(count, len(coding.variables)), sampler)
         people = draw_values(coding, self.prior.correlation, self.given, normals)
         return torch.stack([coding.numbers(person) for person in people]).to(self.prior.inverse)
 
 
-def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, draws: Draws | None = None) -> Tensor:
+def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, sampler: LatentSampler | None = None) -> Tensor:
     """Draw each voxel from its distribution; what scans are scaled to bounds it."""
     low, high = OUTPUT_RANGES[network.output_activation]
-    return (loc + scale * gaussian_noise(loc, draws)).clamp(low, high)
+    return (loc + scale * gaussian_noise(loc, sampler)).clamp(low, high)
 
 
 class Interpolation(Inferer):
@@ -317,22 +317,30 @@ class Imputation(Inferer):
         return [f"imputed_{draw:02d}" for draw in range(self.draws)]
 
     def __call__(
-        self, inputs: Tensor, network: VDVAE, mask: Tensor, *args: Any, draws: Draws | None = None, **kwargs: Any
+        self,
+        inputs: Tensor,
+        network: VDVAE,
+        mask: Tensor,
+        *args: Any,
+        sampler: LatentSampler | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """``mask``, ``[batch, 1, *spatial]``, is true where a voxel is missing, and ``inputs`` are not used there."""
         results = {}
         for name in self.images():
-            chain = self.chain(inputs, network, mask, draws)
+            chain = self.chain(inputs, network, mask, sampler)
             results[name] = next(itertools.islice(chain, self.iterations - 1, None))
         return results
 
-    def chain(self, inputs: Tensor, network: VDVAE, mask: Tensor, draws: Draws | None = None) -> Iterator[Tensor]:
+    def chain(
+        self, inputs: Tensor, network: VDVAE, mask: Tensor, sampler: LatentSampler | None = None
+    ) -> Iterator[Tensor]:
         """A chain without end; yields what the scans would be after each iteration."""
         start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
         filled = torch.where(mask, start, inputs)
         while True:
             temperature = level_temperatures(network, "temperature", self.temperature)
-            loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False, draws=draws)[0]
-            drawn = draw_voxels(loc, scale, network, draws)
+            loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False, sampler=sampler)[0]
+            drawn = draw_voxels(loc, scale, network, sampler)
             filled = torch.where(mask, drawn, inputs)
             yield filled if self.voxel_noise else torch.where(mask, loc, inputs)

@@ -22,7 +22,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import PERCENTILE, LesionCounts, read_kinds
 from scripts.inference.outputs import read_row
 from scripts.inference.tables import row_table
-from scripts.layers.gaussian import SLICE, Draws, Posterior
+from scripts.layers.gaussian import SLICE, LatentSampler, Posterior
 from scripts.layers.output import foreground, foreground_percentile
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.familiarity import Familiarity, statistics
@@ -93,7 +93,7 @@ class Scoring(Inferer):
         network: VDVAE,
         features: Tensor | None = None,
         *,
-        draws: Draws | None = None,
+        sampler: LatentSampler | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """``features`` are what the scans' covariates become, ``[batch, numbers]``, where the prior knows such."""
@@ -104,7 +104,7 @@ class Scoring(Inferer):
         rounded: dict[str, list[Tensor]] = {"8bit": [], "12bit": [], "8bit_brain": []}
         for _ in range(self.importance_samples):
             record = LatentRecord(self.prior, with_ratios=self.importance_samples > 1)
-            output = record.infer(network, scans, temperature=1.0, draws=draws)
+            output = record.infer(network, scans, temperature=1.0, sampler=sampler)
             nlls.append(negative_log_likelihood(output.loc, output.scale, scans))
             for bits in (8, 12):
                 voxels = discretised_nll(output.loc, output.scale, scans, value_range, 2**bits)
@@ -177,10 +177,12 @@ class LatentRecord:
         self.innovations: list[Tensor] = []
         self.log_ratio: Tensor | float = 0.0
 
-    def infer(self, network: VDVAE, scans: Tensor, temperature: float, draws: Draws | None = None) -> VDVAEOutput:
+    def infer(
+        self, network: VDVAE, scans: Tensor, temperature: float, sampler: LatentSampler | None = None
+    ) -> VDVAEOutput:
         """The network's output for scans, recorded."""
-        draws = Draws(None if draws is None else draws.generators, self._record)
-        return network.infer(scans, temperature, keep_posteriors=False, draws=draws)[0]
+        sampler = LatentSampler(None if sampler is None else sampler.generators, self._record)
+        return network.infer(scans, temperature, keep_posteriors=False, sampler=sampler)[0]
 
     def _record(self, index: int, q: Posterior) -> Tensor:
         self.innovations.append(innovation(q) if index in self.concerned else q.mean.new_zeros(0))

@@ -199,14 +199,14 @@ class ParameterNet(nn.Module):
 
 
 class DecoderBlock(Block):
-    """A block of the decoder: ``block(x, features, z, temperature, draws)`` gives ``(x, kl, posterior)``.
+    """A block of the decoder: ``block(x, features, z, temperature, sampler)`` gives ``(x, kl, posterior)``.
 
     Args of ``forward``:
         x: ``[batch, channels, *grid]``, from the block before.
         features: the encoder's of this level; None to draw from the prior.
         z: the latent; None to draw it.
         temperature: multiplies the standard deviation of what is drawn.
-        draws: how, see :class:`scripts.layers.gaussian.Draws`; None: by PyTorch's own generator.
+        sampler: how, see :class:`scripts.layers.gaussian.LatentSampler`; None: by PyTorch's own generator.
 
     Returns:
         the block's result; the KL divergence ``[batch]`` in nats and the posterior, None where none was computed.
@@ -254,7 +254,7 @@ class RefiningBlock(ResidualBlock):
         self.level, self.enters_level, self.index = level.number, enters_level, -1
 
     def forward(
-        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, draws: Any = None
+        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, sampler: Any = None
     ) -> tuple[Tensor, Tensor | None, Posterior | None]:
         return self.transform(upsample(x) if self.enters_level else x), None, None
 
@@ -280,24 +280,24 @@ class FirstLatent(DecoderBlock):
         self.posterior.start_heads(head_scale)
 
     def forward(
-        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, draws: Any = None
+        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, sampler: Any = None
     ) -> tuple[Tensor, Tensor | None, Posterior | None]:
         q: Posterior | None = None
         kl: Tensor | None = None
         if z is None and features is not None:
             mean, s, _ = self.posterior(features)
             mean, std = self.moments(mean, s)
-            q = Posterior(draw(mean, std, temperature, draws), mean, std, None, None)
+            q = Posterior(draw(mean, std, temperature, sampler), mean, std, None, None)
             if not torch.jit.is_scripting():
-                q = choose(q, self.index, draws)
+                q = choose(q, self.index, sampler)
             kl, z = kl_divergence(q), q.z
         elif z is None:
             shape = [x.shape[0], self.latent_channels] + list(x.shape[2:])  # noqa: RUF005 (TorchScript unpacks nothing)
             zeros = channels_last(x.new_zeros(shape))
             ones = torch.ones_like(zeros)
-            p = Posterior(draw(zeros, ones, temperature, draws), zeros, ones, None, None)
+            p = Posterior(draw(zeros, ones, temperature, sampler), zeros, ones, None, None)
             if not torch.jit.is_scripting():
-                p = choose(p, self.index, draws)
+                p = choose(p, self.index, sampler)
             z = p.z
         y = self.z_projection(z)
         if self.alpha is not None:
@@ -344,7 +344,7 @@ class StochasticBlock(DecoderBlock):
         self.posterior.start_heads(head_scale)
 
     def forward(
-        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, draws: Any = None
+        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, sampler: Any = None
     ) -> tuple[Tensor, Tensor | None, Posterior | None]:
         x = self.enter(x)
         # one name for what is unbounded and what is bounded: the first is free before the next is made
@@ -355,16 +355,16 @@ class StochasticBlock(DecoderBlock):
         if z is None:
             p_mean, p_std = self.moments(p_mean, p_std)
             of_prior = 0.0 if features is not None else temperature
-            p = Posterior(draw(p_mean, p_std, of_prior, draws), p_mean, p_std, None, None)
+            p = Posterior(draw(p_mean, p_std, of_prior, sampler), p_mean, p_std, None, None)
             if features is None and not torch.jit.is_scripting():
-                p = choose(p, self.index, draws)
+                p = choose(p, self.index, sampler)
             z = p.z
             if features is not None:
                 q_mean, q_std, _ = self.posterior(features, x)
                 q_mean, q_std = self.moments(q_mean, q_std)
-                q = Posterior(draw(q_mean, q_std, temperature, draws), q_mean, q_std, p.mean, p.std)
+                q = Posterior(draw(q_mean, q_std, temperature, sampler), q_mean, q_std, p.mean, p.std)
                 if not torch.jit.is_scripting():
-                    q = choose(q, self.index, draws)
+                    q = choose(q, self.index, sampler)
                 kl, z = kl_divergence(q, self.kl_floor if self.training else 0.0), q.z
         y = self.z_projection(z.to(x.dtype)) + residual
         if self.alpha is not None:
@@ -384,7 +384,7 @@ class DisabledLatent(DecoderBlock):
         preserve_skip(self.skip)
 
     def forward(
-        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, draws: Any = None
+        self, x: Tensor, features: Tensor | None, z: Tensor | None, temperature: float, sampler: Any = None
     ) -> tuple[Tensor, Tensor | None, Posterior | None]:
         return self.skip(self.enter(x)), None, None
 

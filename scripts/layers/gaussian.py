@@ -46,11 +46,11 @@ def standard_deviation(s: Tensor, bounds: tuple[float, float], form: str) -> Ten
     return lo + (hi - lo) * share if torch.is_grad_enabled() else share.mul_(hi - lo).add_(lo)
 
 
-def draw(mean: Tensor, std: Tensor, temperature: float, draws: Any = None) -> Tensor:
-    """A draw from ``N(mean, (temperature * std)^2)``, see :class:`Draws`; temperature 0 gives the mean undrawn."""
+def draw(mean: Tensor, std: Tensor, temperature: float, sampler: Any = None) -> Tensor:
+    """A draw from ``N(mean, (temperature * std)^2)`` by a :class:`LatentSampler`; temperature 0 gives the mean."""
     if temperature == 0:
         return mean
-    noise = gaussian_noise(mean, draws)
+    noise = gaussian_noise(mean, sampler)
     scaled = temperature * std
     return mean + scaled * noise if torch.is_grad_enabled() else scaled.mul_(noise).add_(mean)
 
@@ -104,7 +104,7 @@ def memory_order(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draws:
+class LatentSampler:
     """How what is random in a pass of the network is drawn; handed on from the network to each of its blocks.
 
     Where the network's code says ``Any``, it is this or None: TorchScript cannot compile it, and never needs it.
@@ -122,14 +122,14 @@ class Draws:
     rule: Callable[[int, Posterior], Tensor] | None = None
 
 
-def choose(q: Posterior, index: int, draws: Draws | None) -> Posterior:
-    """The distribution of a latent with the z that the rule of ``draws`` chooses, if there is one."""
-    return q if draws is None or draws.rule is None else q._replace(z=draws.rule(index, q))
+def choose(q: Posterior, index: int, sampler: LatentSampler | None) -> Posterior:
+    """The distribution of a latent with the z that the rule of ``sampler`` chooses, if there is one."""
+    return q if sampler is None or sampler.rule is None else q._replace(z=sampler.rule(index, q))
 
 
 @torch.jit.unused
-def gaussian_noise(like: Tensor, draws: Any = None) -> Tensor:
-    """Standard normal noise shaped like a channels-last tensor, from the generators of :class:`Draws`.
+def gaussian_noise(like: Tensor, sampler: Any = None) -> Tensor:
+    """Standard normal noise shaped like a channels-last tensor, from the generators of :class:`LatentSampler`.
 
     Drawn with the channels as the last axis in memory: on a CPU eight times faster than ``randn_like`` of such a one.
 
@@ -137,7 +137,7 @@ def gaussian_noise(like: Tensor, draws: Any = None) -> Tensor:
         ValueError: there are not as many generators as scans.
     """
     shape = (*like.shape[2:], like.shape[1])
-    generators = None if draws is None else draws.generators
+    generators = None if sampler is None else sampler.generators
     if generators is None:
         return torch.randn((like.shape[0], *shape), device=like.device, dtype=torch.float32).movedim(-1, 1)
     if len(generators) != like.shape[0]:

@@ -23,7 +23,7 @@ from monai.networks.layers.factories import Pool
 from monai.networks.utils import eval_mode
 from scipy import stats
 from scripts.data.datalist import spaced
-from scripts.layers.gaussian import Draws, Posterior
+from scripts.layers.gaussian import LatentSampler, Posterior
 from scripts.layers.levels import grid_name
 from scripts.layers.output import foreground
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
@@ -94,7 +94,7 @@ def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) ->
         innovations.append(innovation(q) if index in concerned else q.mean.new_zeros(0))
         return q.z
 
-    output, _ = network.infer(scans, 0.0, keep_posteriors=False, draws=Draws(rule=record))
+    output, _ = network.infer(scans, 0.0, keep_posteriors=False, sampler=LatentSampler(rule=record))
     bits = bits_per_dim(negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1), scans)
     return Look(bits, statistics(network, scans, output, innovations, prior))
 

@@ -19,7 +19,7 @@ from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.datalist import spaced
-from scripts.layers.gaussian import Draws, Posterior
+from scripts.layers.gaussian import LatentSampler, Posterior
 from scripts.layers.levels import grid_name
 from scripts.population.calibration import Deviations, deviations
 from scripts.population.effects import Effects
@@ -279,8 +279,8 @@ class PopulationFit:
                         kept[index] = Posterior(*(part if part is None else part.cpu() for part in q))
                     return q.z
 
-                draws = Draws([self._generator(scan) for scan in batch["image"]], record)
-                output, _ = self.network.infer(scans, temperature, keep_posteriors=False, draws=draws)
+                sampler = LatentSampler([self._generator(scan) for scan in batch["image"]], record)
+                output, _ = self.network.infer(scans, temperature, keep_posteriors=False, sampler=sampler)
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 bits = bits_per_dim(nats, scans).cpu()
                 yield ScanVectors(dict(sorted(posteriors.items())), bits, batch["features"].cpu(), batch["image"].cpu())
@@ -342,8 +342,8 @@ class PopulationFit:
                 for feature in range(self.coding.size):
                     change = torch.zeros(count, self.coding.size)
                     change[:, feature] = sign
-                    draws = given_innovations(prior.moved(innovations, change))
-                    decoded.append(self.network.decode([], 0.0, batch_size=len(change), draws=draws)[0].cpu())
+                    sampler = given_innovations(prior.moved(innovations, change))
+                    decoded.append(self.network.decode([], 0.0, batch_size=len(change), sampler=sampler)[0].cpu())
             below, above = decoded[: self.coding.size], decoded[self.coding.size :]
             for feature, (less, more) in enumerate(zip(below, above, strict=True)):
                 gained[feature] += 2 * (more - less).sum(0)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from scripts.data.covariates import CovariateCoding
-from scripts.layers.gaussian import Draws, Posterior, gaussian_noise
+from scripts.layers.gaussian import LatentSampler, Posterior, gaussian_noise
 from scripts.networks import VDVAE
 from scripts.population.content import FIT_IT, FORMAT, OFFSETS, check_prior, coarse_offset, offset_on
 from scripts.training.checkpoints import CheckpointError, read_archive
@@ -219,7 +219,7 @@ class PopulationPrior(nn.Module):
         coordinates: Tensor,
         temperature: float | Sequence[float] = 1.0,
         features: Tensor | None = None,
-        draws: Draws | None = None,
+        sampler: LatentSampler | None = None,
     ) -> dict[int, Tensor]:
         """A draw of u given the factors, by the latents' indices: ``[batch, channels, *grid]`` each.
 
@@ -227,14 +227,14 @@ class PopulationPrior(nn.Module):
             coordinates: ``[batch, factors]``.
             temperature: multiplies the standard deviation of e; one number, or one per latent.
             features: what the covariates become, ``[batch, features]``; None: they are not known.
-            draws: whose generators draw e.
+            sampler: whose generators draw e.
         """
         drawn = {}
         with torch.autocast(coordinates.device.type, enabled=False):
             for index, (mean, variance, directions, effects) in zip(self.latents, self._parts(), strict=True):
                 u = shifted(mean, effects, features) + (coordinates @ directions.flatten(1)).unflatten(1, mean.shape)
                 factor = temperature if isinstance(temperature, int | float) else temperature[index]
-                drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u, draws) if factor else u
+                drawn[index] = u + factor * variance.sqrt() * gaussian_noise(u, sampler) if factor else u
         return drawn
 
     def decode(
@@ -243,7 +243,7 @@ class PopulationPrior(nn.Module):
         coordinates: Tensor,
         temperature: float | list[float] = 1.0,
         features: Tensor | None = None,
-        draws: Draws | None = None,
+        sampler: LatentSampler | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scans given the factors and the covariates: mean and standard deviation of each voxel.
 
@@ -252,7 +252,7 @@ class PopulationPrior(nn.Module):
             coordinates: ``[batch, factors]``.
             temperature: of what the factors do not say; one number, or one per level of the network, finest first.
             features: what the covariates become, ``[batch, features]``; None: they are not known.
-            draws: whose generators draw all noise.
+            sampler: whose generators draw all noise.
 
         Returns:
             loc and scale, ``[batch, channels, *spatial]``.
@@ -260,15 +260,15 @@ class PopulationPrior(nn.Module):
         of_latents = temperature
         if isinstance(temperature, list):
             of_latents = [temperature[level] for level in network.latent_levels]
-        draws = self.draws(coordinates, of_latents, features, draws)
-        loc, scale = network.decode([], temperature, batch_size=len(coordinates), draws=draws)
+        sampler = self.sampler(coordinates, of_latents, features, sampler)
+        loc, scale = network.decode([], temperature, batch_size=len(coordinates), sampler=sampler)
         added = self.added(features, drawn=True)
         return loc + (added.to(loc) if isinstance(added, Tensor) else added), scale
 
-    def usual(self, network: VDVAE, features: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+    def usual(self, network: VDVAE, features: Tensor, sampler: LatentSampler | None = None) -> tuple[Tensor, Tensor]:
         """A draw of what is usual under covariates, one scan for each row of ``features``; see :meth:`decode`."""
-        coordinates = gaussian_noise(self.inverse.new_empty(len(features), self.factors), draws)
-        return self.decode(network, coordinates, 1.0, features, draws)
+        coordinates = gaussian_noise(self.inverse.new_empty(len(features), self.factors), sampler)
+        return self.decode(network, coordinates, 1.0, features, sampler)
 
     def added(self, features: Tensor | None, drawn: bool = False) -> Tensor | float:
         """What covariates add to the mean of each voxel beside their effect on the latents, ``[batch, channels,
@@ -290,22 +290,22 @@ class PopulationPrior(nn.Module):
             for index, (mean, _, _, effects) in zip(self.latents, self._parts(), strict=True)
         }
 
-    def draws(
+    def sampler(
         self,
         coordinates: Tensor,
         temperature: float | Sequence[float] = 1.0,
         features: Tensor | None = None,
-        draws: Draws | None = None,
-    ) -> Draws:
-        """What lets ``network.decode([], ..., draws=...)`` draw its latents from this prior, given the factors.
+        sampler: LatentSampler | None = None,
+    ) -> LatentSampler:
+        """What lets ``network.decode([], ..., sampler=...)`` draw its latents from this prior, given the factors.
 
         Args:
             coordinates: ``[batch, factors]``; N(0, I) for samples.
             temperature: of what the factors do not say, see :meth:`innovations`.
             features: what the covariates become, ``[batch, features]``; None: they are not known.
-            draws: whose generators draw all noise.
+            sampler: whose generators draw all noise.
         """
-        return given_innovations(self.innovations(coordinates, temperature, features, draws), draws)
+        return given_innovations(self.innovations(coordinates, temperature, features, sampler), sampler)
 
     def moved(self, innovations: Sequence[Tensor], change: Tensor) -> dict[int, Tensor]:
         """Innovations of the same scans under other covariates: ``[batch, channels, *grid]`` each, by index.
@@ -397,19 +397,19 @@ class PopulationPrior(nn.Module):
         return found
 
 
-def given_innovations(innovations: Mapping[int, Tensor], draws: Draws | None = None) -> Draws:
-    """What lets ``network.decode([], ..., draws=...)`` take these u, by the latents' indices.
+def given_innovations(innovations: Mapping[int, Tensor], sampler: LatentSampler | None = None) -> LatentSampler:
+    """What lets ``network.decode([], ..., sampler=...)`` take these u, by the latents' indices.
 
     Args:
         innovations: ``[batch, channels, *grid]`` each; latents that are left out are drawn as usual.
-        draws: whose generators draw them.
+        sampler: whose generators draw them.
     """
 
     def rule(index: int, p: Posterior) -> Tensor:
         u = innovations.get(index)
         return p.z if u is None else p.mean + p.std * u.to(p.mean.device)
 
-    return Draws(None if draws is None else draws.generators, rule)
+    return LatentSampler(None if sampler is None else sampler.generators, rule)
 
 
 def shifted(mean: Tensor, effects: Tensor, features: Tensor | None) -> Tensor:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-DRAWS = 512
-KEPT = 3  # of the draws that nothing moves one in so many is read, see choose_readings
+READINGS = 512
+KEPT = 3  # of the readings that nothing moves one in so many is read, see choose_readings
 SMOOTHING = 0.4
 NAMES = ("mean", "std", "affine")  # of what is kept
 # Voxels are rounded to multiples of this. Sums of 8192 of them, and of their squares, are then exact in double
@@ -44,46 +44,50 @@ class Reading(NamedTuple):
     weight: int = 1
 
 
-class _Drawn(Dataset):
+class _Readings(Dataset):
     """Readings of a data set: voxels, ``[channels, *spatial]``, the affine of their grid, ``[4, 4]``, the weight."""
 
-    def __init__(self, dataset: SeededDataset, draws: Sequence[Reading]) -> None:
-        self.dataset, self.draws = dataset, draws
+    def __init__(self, dataset: SeededDataset, readings: Sequence[Reading]) -> None:
+        self.dataset, self.readings = dataset, readings
 
     def __len__(self) -> int:
-        return len(self.draws)
+        return len(self.readings)
 
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor, int]:
-        draw = self.draws[place]
-        self.dataset.epoch = draw.epoch
-        scan = self.dataset[draw.index]["image"]
+        reading = self.readings[place]
+        self.dataset.epoch = reading.epoch
+        scan = self.dataset[reading.index]["image"]
         affine = to_affine_nd(3, scan.affine) if isinstance(scan, MetaTensor) else torch.eye(4)
-        return torch.as_tensor(scan).as_subclass(Tensor), torch.as_tensor(affine).double(), draw.weight
+        return torch.as_tensor(scan).as_subclass(Tensor), torch.as_tensor(affine).double(), reading.weight
 
 
-def choose_readings(dataset: SeededDataset, draws: int = DRAWS, augmented: bool = False) -> list[Reading]:
+def choose_readings(dataset: SeededDataset, readings: int = READINGS, augmented: bool = False) -> list[Reading]:
     """Which scans of a data set are read: a fixed random part of many, each once; few again and again if augmented.
 
-    Of so many ``draws`` of augmented scans those are read that an affine transform moves, since these alone bring brain
-    to where no scan has any, and of the others one in three, which counts for three. Measured with 60 phantoms at 32
-    voxels, over eight sets of draws: by the 234 that are read, 36 other scans lie at -2.04 bits per dim in the mean and
-    29 at worst when they are augmented, and at -2.79 as they are; by all 512 at -2.07, 27 and -2.74.
+    Of so many ``readings`` of augmented scans those are read that an affine transform moves, since these alone bring
+    brain to where no scan has any, and of the others one in three, which counts for three. Measured with 60 phantoms
+    at 32 voxels, over eight sets of readings: by the 234 that are read, 36 other scans lie at -2.04 bits per dim in the
+    mean and 29 at worst when they are augmented, and at -2.79 as they are; by all 512 at -2.07, 27 and -2.74.
     """
     count = len(dataset)
-    if count > draws:
-        chosen = [Reading(0, index) for index in random.Random(0).sample(range(count), draws)]
+    if count > readings:
+        chosen = [Reading(0, index) for index in random.Random(0).sample(range(count), readings)]
     else:
-        chosen = [Reading(*divmod(place, count)) for place in range(draws if augmented else count)]
+        chosen = [Reading(*divmod(place, count)) for place in range(readings if augmented else count)]
     if not augmented or not isinstance(dataset, SeededDataset):
         return chosen
     moved, others = [], []
-    for draw in chosen:
-        (moved if dataset.moves(draw.epoch, draw.index) else others).append(draw)
-    return moved + [draw._replace(weight=KEPT) for draw in others[::KEPT]]
+    for reading in chosen:
+        (moved if dataset.moves(reading.epoch, reading.index) else others).append(reading)
+    return moved + [reading._replace(weight=KEPT) for reading in others[::KEPT]]
 
 
 def voxel_statistics(
-    dataset: SeededDataset, draws: int = DRAWS, augmented: bool = False, smoothing: float = SMOOTHING, workers: int = 0
+    dataset: SeededDataset,
+    readings: int = READINGS,
+    augmented: bool = False,
+    smoothing: float = SMOOTHING,
+    workers: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation of each voxel over (a fixed random part of) a data set, and the affine of its grid.
 
@@ -92,10 +96,10 @@ def voxel_statistics(
 
     Args:
         dataset: its items hold ``image``, ``[channels, *spatial]``.
-        draws: at most so many scans count; more hardly change the result.
-        augmented: items differ each time they are read, and are read again until there are so many ``draws``.
+        readings: at most so many scans count; more hardly change the result.
+        augmented: items differ each time they are read, and are read again until there are so many ``readings``.
             Augmentation moves brain to where no scan has any: one pass over 60 scans sees too little of that, and
-            augmented scans lie at -0.7 bits per dim in the mean and 59 at worst; 512 draws make that -2.1 and 13.
+            augmented scans lie at -0.7 bits per dim in the mean and 59 at worst; 512 readings make that -2.1 and 13.
         smoothing: standard deviation in voxels of a Gaussian that smooths the variance. At the rim of the brain the
             variance falls off within a voxel and is poorly known: 0.4 makes new scans more likely (-3.88 against
             -3.83 bits per dim on 64 held-out phantoms at 32 voxels) and halves the largest deviation among them.
@@ -104,12 +108,12 @@ def voxel_statistics(
     Returns:
         mean and standard deviation, ``[channels, *spatial]`` each, and the scans' median affine, ``[4, 4]``.
     """
-    chosen = choose_readings(dataset, draws, augmented)
+    chosen = choose_readings(dataset, readings, augmented)
     total, squares, affines = _sum_share(dataset, chosen, workers)
     wait_for_all()  # shares take differently long
     total, squares = (idist.all_reduce(sums.to(idist.device())).cpu() for sums in (total, squares))
     affines = [affine for share in idist.all_gather(affines.tolist()) for affine in share]
-    weights = sum(draw.weight for draw in chosen)
+    weights = sum(reading.weight for reading in chosen)
     mean = total / weights
     variance = (squares / weights - mean.square()).clamp_min(0)
     sigma = (0.0, *[smoothing] * (variance.ndim - 1))
@@ -117,13 +121,13 @@ def voxel_statistics(
     return mean.float(), std.float(), torch.tensor(affines, dtype=torch.float64).median(0).values
 
 
-def _sum_share(dataset: SeededDataset, draws: Sequence[Reading], workers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and sum of squares over this process's share of draws, exact, and their affines, ``[draws, 4, 4]``."""
+def _sum_share(dataset: SeededDataset, readings: Sequence[Reading], workers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum and sum of squares over this process's share of readings, exact, and their affines, ``[readings, 4, 4]``."""
     rank = idist.get_rank()
-    share = draws[rank :: idist.get_world_size()]
+    share = readings[rank :: idist.get_world_size()]
     epoch = getattr(dataset, "epoch", 0)
     loader = DataLoader(
-        _Drawn(dataset, share or draws[:1]),  # one that has none reads a scan for its shape
+        _Readings(dataset, share or readings[:1]),  # one that has none reads a scan for its shape
         batch_size=None,
         num_workers=min(workers, len(share)),
         worker_init_fn=ignore_signals if workers else None,
@@ -175,12 +179,12 @@ def _kept_path(dataset: SeededDataset, augmented: bool) -> Path | None:
     cache = getattr(dataset, "data", None)
     if not isinstance(cache, ScanCache) or cache.cache_dir is None:
         return None
-    draws = choose_readings(dataset, augmented=augmented)
-    scans = {index: cache.path(index).name for index in {draw.index for draw in draws}}
+    readings = choose_readings(dataset, augmented=augmented)
+    scans = {index: cache.path(index).name for index in {reading.index for reading in readings}}
     code = Path(__file__).read_bytes()
     try:
         steps = [describe_transforms(dataset.transform), dataset.transform.overrides]
-        settings = [draws, scans, steps, dataset.seed, code]
+        settings = [readings, scans, steps, dataset.seed, code]
         return cache.cache_dir / f"template_{joblib.hash(settings)}.pt"
     except (pickle.PicklingError, AttributeError):  # a transform of a user's own, such as a lambda
         return None

@@ -240,7 +240,7 @@ class Jobs:
         item = self._read(index, job)
         (batch,) = on_device([job.batch([item])], self.device)
         scans, inputs, arguments = batch
-        results = job.inferer.refined(inputs, self.network, arguments["features"], job.draws(scans.items))
+        results = job.inferer.refined(inputs, self.network, arguments["features"], job.sampler(scans.items))
         for done in range(2, DRAWS + 1):
             found = next(results)
             yield done, DRAWS
@@ -381,7 +381,7 @@ class Jobs:
         item = self._read(index)
         inputs = self._inputs(item)
         hidden = missing[None, None].to(self.device)
-        noise = self._scoring.draws([item])
+        noise = self._scoring.sampler([item])
         images = []
         for draw in range(draws):
             chain = Imputation(self._iterations, draws).chain(inputs, self.network, hidden, noise)

@@ -18,7 +18,7 @@ from benchmarks.memory import estimate_step
 from scripts.inference.engine import scan_generator
 from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring
-from scripts.layers.gaussian import Draws, gaussian_noise
+from scripts.layers.gaussian import LatentSampler, gaussian_noise
 from scripts.networks import VDVAE
 from scripts.population.prior import find_population_prior
 from scripts.training.checkpoints import load_weights
@@ -126,8 +126,8 @@ class TestGPU(unittest.TestCase):
 
     def test_noise_of_a_scan_is_its_own_in_any_batch(self) -> None:
         def noise(*names: str) -> Tensor:
-            draws = Draws([scan_generator(0, name, GPU) for name in names])
-            return gaussian_noise(torch.empty(len(names), 3, 4, device=GPU), draws)
+            sampler = LatentSampler([scan_generator(0, name, GPU) for name in names])
+            return gaussian_noise(torch.empty(len(names), 3, 4, device=GPU), sampler)
 
         assert_close(noise("a", "b", "c")[1:2], noise("b"), rtol=0.0, atol=0.0)
 
