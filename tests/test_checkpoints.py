@@ -338,9 +338,28 @@ def test_weights_of_another_size_name_the_overlay_that_they_need(tmp_path):
         load_weights(VDVAE(2, 1, [4, 6], [1, 1], [2, 3], [3, 2]), tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_in_good_order(number, undisturbed, cohort, tmp_path):
-    """Sent to every process of the run, as schedulers and terminals do; the loaders' workers have to outlive it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_the_running_update(number, undisturbed, cohort, tmp_path, monkeypatch):
+    batch = VDVAETrainer.batch
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.updates == 6:
+            signal.raise_signal(number)
+        return batch(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VDVAETrainer, "batch", interrupted)
+        result = run(cohort, tmp_path, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert f"Stopped by {number.name} after update 7; the checkpoint is saved" in result.stderr
+    result = run(cohort, tmp_path, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "after epoch 1 and 2 batches, update 7" in result.stderr
+    assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+def test_ctrl_c_ends_a_run_in_good_order(undisturbed, cohort, tmp_path):
+    """Sent to every process of the run, as terminals do; the loaders' workers have to outlive it."""
     words = ("--dataset_dir", cohort, "--output_dir", tmp_path, "--batch_size", 2, "--epochs", 3, "--num_workers", 2)
     command, environment = bundle_command(*words, "--resume", "auto")
     process = subprocess.Popen(
@@ -356,10 +375,10 @@ def test_a_signal_ends_a_run_in_good_order(number, undisturbed, cohort, tmp_path
     log = ""
     while "Epoch [1/3]" not in log:
         log += process.stderr.read(1)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGINT)
     log += process.communicate(timeout=120)[1]
     assert process.returncode == 0, log
-    assert f"Stopped by {number.name} after update " in log
+    assert "Stopped by SIGINT after update " in log
     assert torch.load(tmp_path / "checkpoints" / "checkpoint.pt", weights_only=True)["updates"] < 15
     result = run(cohort, tmp_path, "--resume", "auto")
     assert result.returncode == 0, result.stderr
