@@ -12,13 +12,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import joblib
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_command
 from test_docs import TEXT, command_lines
+from test_prepare import QUICK
 
+from scripts.data import registration
 from scripts.inference import familiar
 
 # what the tests cannot run, by a pattern of "page: command"
@@ -116,6 +119,9 @@ def tiny_bundle(tmp_path_factory) -> Path:
 def test_the_commands_of_a_page_run_in_its_order(page, tiny_bundle, tmp_path, monkeypatch):
     folder = tmp_path / "bundle"
     monkeypatch.setattr(familiar, "INFERENCE", folder / "configs" / "inference.json")  # that beside the code
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)  # heads are aligned in this process, and quickly
+    for name, value in QUICK.items():
+        monkeypatch.setattr(registration, name, value)
     shutil.copytree(tiny_bundle, folder)
     if any("OUT" in words and "training" in words for words in lines(page)):
         shutil.rmtree(folder / "OUT")  # the page makes it

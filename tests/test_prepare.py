@@ -197,17 +197,15 @@ def study(tmp_path_factory):
         return truths, out, prepare(raw, out, scan_pattern="*", spacing=3.0, workers=1)
 
 
+# few starts and coarse samples: enough for brains that lie right already
+QUICK = {"PITCHES": (0.0,), "ROLLS": (0.0,), "YAWS": (0.0,), "SCALES": (1.0,), "TURNED": 1, "GROWN": 1}
+QUICK |= {"ROUGH": 8.0, "FINE": 8.0}
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Few starts and coarse samples: enough for brains that lie right already."""
-    monkeypatch.setattr(registration, "PITCHES", (0.0,))
-    monkeypatch.setattr(registration, "ROLLS", (0.0,))
-    monkeypatch.setattr(registration, "YAWS", (0.0,))
-    monkeypatch.setattr(registration, "SCALES", (1.0,))
-    monkeypatch.setattr(registration, "TURNED", 1)
-    monkeypatch.setattr(registration, "GROWN", 1)
-    monkeypatch.setattr(registration, "ROUGH", 8.0)
-    monkeypatch.setattr(registration, "FINE", 8.0)
+    for name, value in QUICK.items():
+        monkeypatch.setattr(registration, name, value)
 
 
 def save_brain(path: Path, index: int = 1) -> Path:
