@@ -46,9 +46,7 @@ def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def estimate_step(
-    name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None, ema: bool = False
-) -> dict[str, int]:
+def estimate_step(name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None) -> dict[str, int]:
     """Bytes at the peak of a training step, from fake tensors.
 
     Args:
@@ -56,12 +54,11 @@ def estimate_step(
         batch_size: scans.
         precision: ``"fp32"`` or ``"bf16"``.
         checkpoint_levels: of the network; None: as its config has it.
-        ema: count a running average of the weights too.
 
     Returns:
-        ``parameters``; ``gradients`` of all of them; ``optimizer``, its state; ``ema``; ``activations``, all else that
-        lives at the peak; and the sum, ``peak``. Where the peak comes before the last gradients exist, they count here
-        in full and the activations are that much less.
+        ``parameters``; ``gradients`` of all of them; ``optimizer``, its state; ``activations``, all else that lives at
+        the peak; and the sum, ``peak``. Where the peak comes before the last gradients exist, they count here in full
+        and the activations are that much less.
     """
     with torch.device("meta"):
         network = VDVAE(**network_def(name, checkpoint_levels))
@@ -81,9 +78,8 @@ def estimate_step(
         "parameters": weights,
         "gradients": weights,
         "optimizer": optimizer,
-        "ema": weights * ema,
         "activations": memory.peak - 2 * weights - optimizer,
-        "peak": memory.peak + weights * ema,
+        "peak": memory.peak,
     }
 
 
@@ -147,11 +143,11 @@ def measure_step(*args) -> dict[str, float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def print_cards(names: tuple[int | str, ...], ema: bool) -> None:
+def print_cards(names: tuple[int | str, ...]) -> None:
     """Print as Markdown which network trains on which card, batch 1."""
 
     def row(name: int | str, precision: str, checkpoint_levels: int) -> list[str]:
-        peak = estimate_step(name, 1, precision, checkpoint_levels, ema)["peak"]
+        peak = estimate_step(name, 1, precision, checkpoint_levels)["peak"]
         fits = ["yes" if peak + GPU_OVERHEAD <= card * GIB else "-" for card in CARDS]
         shown = f"{name}³" if isinstance(name, int) else name
         return [shown, precision, "on" if checkpoint_levels else "off", f"{peak / GIB:.1f}", *fits]
@@ -183,7 +179,6 @@ def main(
     precision: str = "fp32",
     checkpoint_levels: int | None = None,
     threads: int = 2,
-    ema: bool = False,
     estimate: bool = False,
     table: bool = False,
     jobs: bool = False,
@@ -198,7 +193,6 @@ def main(
         precision: fp32, or bf16 for autocast.
         checkpoint_levels: of how many of the finest levels to recompute the activations; default the config's.
         threads: that PyTorch may use.
-        ema: with --estimate and --table, count a running average of the weights too.
         estimate: from fake tensors, without allocating, instead of measured.
         table: print as Markdown which network fits which GPU instead.
         jobs: print as Markdown what inference needs instead.
@@ -209,13 +203,13 @@ def main(
         print_priors(TABLE if network is None else (network,))
         return
     if table:
-        print_cards(TABLE if network is None else (network,), ema)
+        print_cards(TABLE if network is None else (network,))
         return
     network = network or "default"
     if jobs:
         print_jobs(network)
     elif estimate:
-        parts = estimate_step(network, batch_size, precision, checkpoint_levels, ema)
+        parts = estimate_step(network, batch_size, precision, checkpoint_levels)
         for name, amount in parts.items():
             print(f"{name:<12}{amount / 2**20:>10,.0f} MiB")
     else:

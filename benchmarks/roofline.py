@@ -29,6 +29,11 @@ from scripts.networks import VDVAE
 from scripts.training.memory import fake_parameters
 from scripts.utils.command_line import run
 
+# an H100's (SXM, NVIDIA's data sheet): operations per second by the element size in bytes, bytes per second
+RATES = {2: 989e12, 4: 67e12}
+BANDWIDTH = 3.35e12
+LAUNCH = 2e-6  # seconds that a kernel takes at least
+
 
 @dataclass
 class Kernels:
@@ -50,17 +55,21 @@ class Roofline(TorchDispatchMode):
     """Counts what operations on fake tensors would take.
 
     Args:
+        grids: of the network's levels.
         rates: floating point operations per second of convolutions and products, by element size in bytes.
         bandwidth: bytes per second of the card's memory.
         launch: seconds that a kernel takes at least.
-        grids: of the network's levels.
 
     Attributes:
         kernels: by the finest of these grids that an operation touches (none: empty), and by its kind.
     """
 
     def __init__(
-        self, rates: dict[int, float], bandwidth: float, launch: float, grids: Sequence[Sequence[int]]
+        self,
+        grids: Sequence[Sequence[int]],
+        rates: dict[int, float] = RATES,
+        bandwidth: float = BANDWIDTH,
+        launch: float = LAUNCH,
     ) -> None:
         super().__init__()
         self.rates, self.bandwidth, self.launch = rates, bandwidth, launch
@@ -98,42 +107,27 @@ class Roofline(TorchDispatchMode):
         kernels.by_launch += self.launch if self.launch >= max(times) else 0.0
 
 
-def measure(
-    network: int | str, batch_size: int, precision: str, rates: dict[int, float], bandwidth: float, launch: float
-) -> dict[tuple[tuple[int, ...], str], Kernels]:
+def measure(network: int | str, batch_size: int, precision: str) -> dict[tuple[tuple[int, ...], str], Kernels]:
     """The kernels of a forward and a backward pass of a network, see :class:`Roofline`."""
     with torch.device("meta"):
         model = VDVAE(**network_def(network))
     with FakeTensorMode():
         fake_parameters(model)
         step = TrainingStep(model, torch.empty(batch_size, 1, *model.spatial_shape), precision)
-        with Roofline(rates, bandwidth, launch, [model.spatial_shape, *model.grids()]) as roofline:
+        with Roofline([model.spatial_shape, *model.grids()]) as roofline:
             step.loss().backward()
     return dict(roofline.kernels)
 
 
-def main(
-    network: int | str = "default",
-    batch_size: int = 8,
-    precision: str = "bf16",
-    tflops: float = 989.0,
-    fp32_tflops: float = 67.0,
-    terabytes: float = 3.35,
-    launch: float = 2.0,
-) -> None:
+def main(network: int | str = "default", batch_size: int = 8, precision: str = "bf16") -> None:
     """Print a table of the kernels of a training step, by grid and kind.
 
     Args:
         network: see ``python -m benchmarks.throughput``.
         batch_size: scans an update.
         precision: fp32, or bf16 for autocast.
-        tflops: of the card's tensor cores in 16 bits; by default an H100's (SXM, NVIDIA's data sheet).
-        fp32_tflops: in fp32.
-        terabytes: per second, of its memory.
-        launch: microseconds that a kernel takes at least.
     """
-    rates = {2: tflops * 1e12, 4: fp32_tflops * 1e12}
-    kernels = measure(network, batch_size, precision, rates, terabytes * 1e12, launch * 1e-6)
+    kernels = measure(network, batch_size, precision)
     total = Kernels(*(sum(values) for values in zip(*map(astuple, kernels.values()), strict=True)))
     ordered = sorted(kernels.items(), key=lambda item: -item[1].seconds)
     rows = [(grid_name(grid) if grid else "flattened, weights", kind, *_columns(k)) for (grid, kind), k in ordered]

@@ -165,7 +165,7 @@ def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], p
             strangers.append((found.distance / found.limit, f"{scan.path}: {found.reason}", found))
     strangers.sort(key=lambda stranger: -stranger[0])
     shown = [(title, (found.seen, found.undone), found.gains) for _, title, found in strangers[:SHOWN]]
-    return [unfamiliar(picture, examiner.usual, shown)] if shown else []
+    return [unfamiliar(picture, examiner.mean_scan, shown)] if shown else []
 
 
 def _covariates(paths: Sequence[Path], names: Sequence[str], subjects: Sequence[str], root: Path) -> list[str]:

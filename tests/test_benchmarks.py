@@ -50,12 +50,12 @@ def test_a_kernel_takes_as_long_as_its_arithmetic_its_memory_or_its_launch():
         (1e12, 1e3, 0.0, moved / 1e3),
         (1e12, 1e12, 9.0, 9.0),
     ):
-        with Roofline({4: rate}, bandwidth, launch, [[8, 8, 8]]) as roofline:
+        with Roofline([[8, 8, 8]], {4: rate}, bandwidth, launch) as roofline:
             torch.nn.functional.conv3d(x, weight, padding=1)
         kernels = roofline.kernels[(8, 8, 8), "convolution"]
         assert (kernels.launches, kernels.flops, kernels.moved) == (1, flops, moved)
         assert kernels.seconds == pytest.approx(expected)
-    kernels = measure(8, 2, "fp32", {4: 1e12}, 1e12, 1e-6)
+    kernels = measure(8, 2, "fp32")
     convolutions = sum(k.flops for (_, kind), k in kernels.items() if kind == "convolution")
     assert convolutions == pytest.approx(2e9 * forward_gflop(8))
 
@@ -84,9 +84,9 @@ def test_fake_tensors_hold_what_real_ones_do(checkpoint_levels, precision):
 
 
 def test_estimate_prints_the_parts(capsys):
-    memory(network=8, batch_size=64, ema=True, estimate=True)
+    memory(network=8, batch_size=64, estimate=True)
     parts = dict(line.removesuffix(" MiB").split() for line in capsys.readouterr().out.splitlines())
-    assert list(parts) == ["parameters", "gradients", "optimizer", "ema", "activations", "peak"]
+    assert list(parts) == ["parameters", "gradients", "optimizer", "activations", "peak"]
     assert int(parts["peak"]) > 0
 
 

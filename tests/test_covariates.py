@@ -223,7 +223,7 @@ def test_regions_of_people_like_the_draws_are_as_usual(network, coding):
     labels[4:] = 2
     features = coding.numbers({"age": 60})[None].repeat(2000, 1)
     torch.manual_seed(0)
-    people, _ = prior.usual(network, features)
+    people, _ = prior.sample(network, features)
     for wide in (1.0, 2.0):
         prior.region_dispersion = wide
         z = Deviation(prior, draws=5, labels=labels)(people, network, features)["regions"][..., 3]
@@ -454,7 +454,7 @@ def test_drawn_scans_differ_by_covariates_as_people_do(network, coding, tmp_path
         drawn = []
         for features in (cohort.training, torch.zeros(42, coding.size)):
             torch.manual_seed(seed)
-            drawn.append(prior.usual(network, features)[0])
+            drawn.append(prior.sample(network, features)[0])
         draws.add(cohort.training, drawn[0] - drawn[1])
     gained = draws.fit() - prior.drawn_offset
     left, by_moving, without = ((gained + added - means).norm() for added in (prior.drawn_offset, prior.offset, 0.0))

@@ -30,7 +30,7 @@ from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground_percentile
 from scripts.networks import VDVAE
-from scripts.population.calibration import DEVIATION_PERCENTILE
+from scripts.population.deviations import DEVIATION_PERCENTILE
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
@@ -161,11 +161,11 @@ def _gaps(name: str, mean: float, parts: Mapping[str, Mapping[str, Any]]) -> dic
     numbers = value_numbers(name, list(own.values()), [said[scan] for scan in own], mean)
     slope = numbers[f"{name}_slope"] if len(own) >= LEAST_FOR_SLOPE else None
     gaps = {scan: said[scan]["mean"] - value for scan, value in own.items()}
-    centre, usual = np.mean(list(own.values())), np.mean(list(gaps.values()))
+    centre, mean_gap = np.mean(list(own.values())), np.mean(list(gaps.values()))
     for scan, value in own.items():
         found[scan][f"{name}_gap"] = f"{gaps[scan]:.4g}"
         if slope is not None:
-            found[scan][f"{name}_gap_corrected"] = f"{gaps[scan] - usual - (slope - 1) * (value - centre):.4g}"
+            found[scan][f"{name}_gap_corrected"] = f"{gaps[scan] - mean_gap - (slope - 1) * (value - centre):.4g}"
     drawn = f": what is said is drawn to the mean, so compare {name}_gap_corrected, or people of equal {name}"
     drawn = drawn if slope is not None and slope < STRAIGHT else ""
     logger.info(
@@ -338,7 +338,7 @@ class RegionCurves:
                 for start in range(0, count, self.batch_size):
                     people = range(start, min(start + self.batch_size, count))
                     generators = [scan_generator(self.seed, f"person {person}", device) for person in people]
-                    loc, _ = prior.usual(self.network, features.expand(len(people), -1), LatentSampler(generators))
+                    loc, _ = prior.sample(self.network, features.expand(len(people), -1), LatentSampler(generators))
                     regions.append(self.deviation.region_means(loc).cpu())
                     bar.update(len(people))
                 drawn = torch.cat(regions)

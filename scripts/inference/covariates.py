@@ -169,7 +169,7 @@ class Deviation(Inferer):
         total, squares, noise = torch.zeros_like(inputs), torch.zeros_like(inputs), torch.zeros_like(inputs)
         means = []
         for count in itertools.count(1):
-            loc, scale = self.prior.usual(network, features, sampler)
+            loc, scale = self.prior.sample(network, features, sampler)
             total, squares, noise = total + loc, squares + loc.square(), noise + scale.square()
             if self.masks is not None:
                 means.append(self.region_means(loc))
@@ -181,9 +181,9 @@ class Deviation(Inferer):
             results = {"expected": expected, "spread": spread, "deviation": (inputs - expected) / spread}
             if self.masks is not None:
                 own, drawn = self.region_means(inputs), torch.stack(means)
-                usual, std = drawn.mean(0), drawn.std(0) * (self.prior.region_dispersion * (1 + 1 / count) ** 0.5)
-                z = normal_score((own - usual) / std, count - 1)
-                results["regions"] = torch.stack([own, usual, std, z], dim=2)
+                expected, std = drawn.mean(0), drawn.std(0) * (self.prior.region_dispersion * (1 + 1 / count) ** 0.5)
+                z = normal_score((own - expected) / std, count - 1)
+                results["regions"] = torch.stack([own, expected, std, z], dim=2)
             yield results
 
     def region_means(self, scans: Tensor) -> Tensor:

@@ -292,16 +292,16 @@ def _normative(
     common: Common, held_out: Measured, trained: Measured | None, draws: int, atlas: str | None
 ) -> tuple[Numbers, Histograms]:
     """How well it is known what is usual for held-out scans' covariates, of voxels and of regions."""
-    usual, scans = jobs.deviation(common, draws, atlas), held_out if trained is None else trained
+    job, scans = jobs.deviation(common, draws, atlas), held_out if trained is None else trained
     mask = foreground(scans.images.mean(0), common.network)
     errors = {"voxels": NormativeErrors(int(mask.sum()), None if trained is None else trained.images[:, mask])}
     if atlas is not None:
-        training = None if trained is None else usual.inferer.region_means(trained.images)
-        errors["regions"] = NormativeErrors(len(usual.inferer.masks), training)
+        training = None if trained is None else job.inferer.region_means(trained.images)
+        errors["regions"] = NormativeErrors(len(job.inferer.masks), training)
 
     def add(places: Sequence[int]) -> list[None]:
         found = {
-            name: values.cpu() for name, values in usual.compute([read_item(usual.dataset, p) for p in places]).items()
+            name: values.cpu() for name, values in job.compute([read_item(job.dataset, p) for p in places]).items()
         }
         for at, place in enumerate(places):
             errors["voxels"].add(

@@ -274,11 +274,11 @@ class Hypotheses:
         image, _ = self._changed(known)
         unit, widths = self.range[1] - self.range[0], {}
         spread = self.familiarity.covariance.diagonal().sqrt().tolist()
-        usual = {
+        references = {
             n: values for n, *values in zip(self.familiarity.names, self.familiarity.mean.tolist(), spread, strict=True)
         }
         for axis in range(self.rank):
-            mean, deviation = usual[f"roughness {'xyz'[axis]}"]
+            mean, deviation = references[f"roughness {'xyz'[axis]}"]
             for width in WIDTHS:
                 rough = roughness(unit * _sharpened(image, {axis: width})[None])[axis].log().item()
                 if rough > mean - (SMOOTH * deviation if width == 0 else 0):

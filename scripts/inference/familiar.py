@@ -157,7 +157,7 @@ class Examiner:
         return cls(*(config.get_parsed_content(name) for name in ("network", "population_prior", "preprocessing")))
 
     @property
-    def usual(self) -> Tensor:
+    def mean_scan(self) -> Tensor:
         """The cohort's mean scan, ``[channels, *spatial]``."""
         return reference(self.network)[0][0]
 

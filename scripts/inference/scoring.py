@@ -133,9 +133,9 @@ class Scoring(Inferer):
             distance, tail = self.prior.typicality(coordinates)
             results |= {"bits_per_dim_population": bits_per_dim(-under_it, scans)}
             results |= {"typicality": distance, "typicality_tail": tail}
-        usual = Familiarity.of(self.prior)
-        if usual is not None:
-            apart = usual.unfamiliarity(statistics(network, scans, output, record.innovations, self.prior))
+        familiarity = Familiarity.of(self.prior)
+        if familiarity is not None:
+            apart = familiarity.unfamiliarity(statistics(network, scans, output, record.innovations, self.prior))
             results |= {"familiar": apart <= 1, "unfamiliarity": apart}
         results |= image_quality(loc, scans, network)
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)

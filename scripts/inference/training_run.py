@@ -105,8 +105,8 @@ class TrainingRun:
         """
         if self.folder is None:
             return None
-        usual = self.folder / "checkpoints"
-        folder = usual if usual.is_dir() else Path(expand(self._parser.get_parsed_content("ckpt_dir")))
+        default = self.folder / "checkpoints"
+        folder = default if default.is_dir() else Path(expand(self._parser.get_parsed_content("ckpt_dir")))
         path = folder / "model.pt"
         if not path.is_file():
             raise NotFoundError(

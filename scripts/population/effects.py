@@ -228,7 +228,7 @@ class Adaptation:
 
     def _unexpected(self, prior: PopulationPrior, scans: Tensor, features: Tensor) -> Tensor:
         """Scans less the mean of what the prior draws for their covariates."""
-        return scans - sum(prior.usual(self.network, features)[0] for _ in range(DRAWS)) / DRAWS
+        return scans - sum(prior.sample(self.network, features)[0] for _ in range(DRAWS)) / DRAWS
 
     def _save(self, prior: PopulationPrior, kept: float) -> None:
         def write(path: str) -> None:

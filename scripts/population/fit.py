@@ -21,7 +21,7 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.datalist import spaced
 from scripts.layers.gaussian import LatentSampler, Posterior
 from scripts.layers.levels import grid_name
-from scripts.population.calibration import Deviations, deviations
+from scripts.population.deviations import Deviations, deviations
 from scripts.population.effects import Effects
 from scripts.population.familiarity import fit_familiarity
 from scripts.population.joint import correlation_of
@@ -363,7 +363,7 @@ class PopulationFit:
                 features, drawn = self.training.features[batch], []
                 for told in (features, torch.zeros_like(features)):
                     torch.manual_seed(self.seed + batch[0])  # the same draw of both
-                    drawn.append(prior.usual(self.network, told)[0].cpu())
+                    drawn.append(prior.sample(self.network, told)[0].cpu())
                 responses.add(features, drawn[0] - drawn[1])
         return responses.fit()
 

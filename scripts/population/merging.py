@@ -86,11 +86,11 @@ def total(parts: Sequence[CohortStatistics]) -> CohortStatistics:
         ratios=torch.stack([part.ratios for part in parts]).double().sum(0).float(),
         rows=torch.cat([part.rows for part in parts]),
         factors=max(part.factors for part in parts),
-        calibration=_calibration(parts),
+        calibration=_held_out_sums(parts),
     )
 
 
-def _calibration(parts: Sequence[CohortStatistics]) -> dict:
+def _held_out_sums(parts: Sequence[CohortStatistics]) -> dict:
     """What was measured of held-out people, of all cohorts."""
     found = [part.calibration for part in parts]
     counted = {name: sum((Counter(c[name]) for c in found), Counter()) for name in ("bits_per_dim", "distances")}
@@ -230,10 +230,10 @@ def expectation(prior: PopulationPrior, statistics: CohortStatistics) -> LeftOut
     gain = 0.5 * ((cohort.squares + cohort.ratios).double().sum() - distance + explained) / cohort.count
     mean = inverse @ _products(scaled, residual.left[None])[:, 0] / cohort.count
     variances = (inverse @ second @ inverse).diag() / cohort.count - mean.square()
-    usual = (1 - inverse.diag()).clamp_min(1e-6)
-    spread = (variances.clamp_min(0) / usual).mean().sqrt().item()
+    expected = (1 - inverse.diag()).clamp_min(1e-6)
+    spread = (variances.clamp_min(0) / expected).mean().sqrt().item()
     gain = gain.item() - 0.5 * prior.log_determinant.item()
-    return LeftOut(cohort.count, gain, (mean.square() / usual).mean().sqrt().item(), spread)
+    return LeftOut(cohort.count, gain, (mean.square() / expected).mean().sqrt().item(), spread)
 
 
 def _size(grid: Sequence[int]) -> int:
@@ -304,11 +304,11 @@ def merge(
         left_out = said(rank, shrinkage)
         gain = mean_gain(left_out)
     prior = fitted.prior(rank, shrinkage)
-    calibrate(prior, fitted.union)
+    set_from_held_out(prior, fitted.union)
     return prior, left_out, {"shrinkage": shrinkage, "gain": gain}
 
 
-def calibrate(prior: PopulationPrior, union: CohortStatistics) -> None:
+def set_from_held_out(prior: PopulationPrior, union: CohortStatistics) -> None:
     """Take over what each cohort measured of its held-out people under its own prior."""
     known = union.calibration
     prior.bits_per_dim = torch.tensor(sorted(Counter(known["bits_per_dim"]).elements())) * BITS_STEP

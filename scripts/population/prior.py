@@ -265,8 +265,8 @@ class PopulationPrior(nn.Module):
         added = self.added(features, drawn=True)
         return loc + (added.to(loc) if isinstance(added, Tensor) else added), scale
 
-    def usual(self, network: VDVAE, features: Tensor, sampler: LatentSampler | None = None) -> tuple[Tensor, Tensor]:
-        """A draw of what is usual under covariates, one scan for each row of ``features``; see :meth:`decode`."""
+    def sample(self, network: VDVAE, features: Tensor, sampler: LatentSampler | None = None) -> tuple[Tensor, Tensor]:
+        """Scans drawn under covariates, one for each row of ``features``; loc and scale, see :meth:`decode`."""
         coordinates = gaussian_noise(self.inverse.new_empty(len(features), self.factors), sampler)
         return self.decode(network, coordinates, 1.0, features, sampler)
 

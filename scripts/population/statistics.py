@@ -26,7 +26,7 @@ import torch
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Value
 from scripts.networks import VDVAE
-from scripts.population.calibration import Deviations
+from scripts.population.deviations import Deviations
 from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
 from scripts.population.prior import PopulationPrior, as_bytes, fingerprint, from_bytes
 from scripts.population.sketch import FactorSketch, split_latents

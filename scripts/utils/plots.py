@@ -279,22 +279,22 @@ def pit(path: str | os.PathLike, histograms: Mapping[str, tuple[np.ndarray, np.n
 
 
 def unfamiliar(
-    path: str | os.PathLike, usual: Any, scans: Sequence[tuple[str, tuple[Any, Any], Mapping[str, float]]]
+    path: str | os.PathLike, mean_scan: Any, scans: Sequence[tuple[str, tuple[Any, Any], Mapping[str, float]]]
 ) -> Path:
     """Draw scans that a network does not know, a row each: as seen, mended, the mean scan, and what explains them.
 
     Args:
         path: of the PNG.
-        usual: the mean scan of the cohort, ``[channels, *spatial]``.
-        scans: a title, the scan and itself mended (or None), shaped likewise, and each reason's gain alone, bits per
-            dim.
+        shown = {"as it is seen": images[0], "mended": images[1], "the mean scan": mean_scan}
+        for axes, (name, image) in zip(row, shown.items(), strict=False):
     """
     figure = Figure((11.0, 2.6 * len(scans)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(scans), 4, squeeze=False, width_ratios=(1, 1, 1, 1.4))
-    mean = as_array(usual)[0]
+    mean = as_array(mean_scan)[0]
     axis, places = (0, middle(mean)) if mean.ndim == 3 else (None, (0,))
     for row, (title, images, gains) in zip(panels, scans, strict=True):
-        for axes, image, name in zip(row, (*images, usual), ("as it is seen", "mended", "the mean scan"), strict=False):
+        shown = {"as it is seen": images[0], "mended": images[1], "the mean scan": mean_scan}
+        for axes, (name, image) in zip(row, shown.items(), strict=False):
             axes.set_axis_off()
             axes.set_title(name if image is not None else "nothing mends it", fontsize="small")
             if image is not None:

@@ -137,16 +137,16 @@ class Jobs:
     @cached_property
     def _deviation(self) -> tuple[ScanEvaluator, CertifiedEvaluator | None]:
         """The job of the deviation, and what says which of it is significant, if a calibration was named."""
-        found = jobs.deviation(self.common, DRAWS, **self._promised)
-        if isinstance(found, ScanEvaluator):
-            return found, None
-        if found.known is None:
+        job = jobs.deviation(self.common, DRAWS, **self._promised)
+        if isinstance(job, ScanEvaluator):
+            return job, None
+        if job.known is None:
             raise InputError(
                 "calibration: the page takes a calibration.json, which the job deviation writes with --error_rate and "
                 "--calibration; make it first."
             )
-        found.calibrate()
-        return found.scans, found
+        job.calibrate()
+        return job.scans, job
 
     # each scan is read again when it is asked for: a cohort need not fit into memory
     def _read(self, index: Any, job: ScanEvaluator | None = None) -> dict[str, Any]:
@@ -202,10 +202,10 @@ class Jobs:
         return Result({"scored": len(indices)})
 
     def _score(self, index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = self._scoring.compute([item])
-        scores = {name: float(found[name]) for name in SCORES if name in found}
+        results = self._scoring.compute([item])
+        scores = {name: float(results[name]) for name in SCORES if name in results}
         self.cohort.note(index, error="", **{name: value for name, value in scores.items() if math.isfinite(value)})
-        return found
+        return results
 
     def view(self, index: int, channel: int = 0) -> Steps:
         """A scan, its reconstructions up to each level, and maps of what is unusual in it."""
@@ -214,16 +214,16 @@ class Jobs:
         item = self._read(index)
         inputs, affine = self._inputs(item), item["image"].affine
         yield 1, 3
-        found = self._reconstruction.compute([self._read(index, self._reconstruction)])
+        results = self._reconstruction.compute([self._read(index, self._reconstruction)])
         yield 2, 3
         scored = self._score(index, item)
         files = {"scan": self._unit(inputs), "restored": self._unit(scored["restored"])}
         low, high = self._range
-        for name, image in found.items():
+        for name, image in results.items():
             if name.startswith("recon"):
                 files[name] = self._unit(image)
-        files |= {"zscore": found["zscore"][0], "anomaly": scored["anomaly"][0]}
-        files["scale"] = found["scale"][0] / (high - low)
+        files |= {"zscore": results["zscore"][0], "anomaly": scored["anomaly"][0]}
+        files["scale"] = results["scale"][0] / (high - low)
         _, *place = peak_of(*(files[name][channel, None].cpu().numpy() for name in ("scan", "anomaly")))
         content = {
             "row": self.cohort.row(index),
@@ -240,14 +240,14 @@ class Jobs:
         item = self._read(index, job)
         (batch,) = on_device([job.batch([item])], self.device)
         scans, inputs, arguments = batch
-        results = job.inferer.refined(inputs, self.network, arguments["features"], job.sampler(scans.items))
+        refined = job.inferer.refined(inputs, self.network, arguments["features"], job.sampler(scans.items))
         for done in range(2, DRAWS + 1):
-            found = next(results)
+            results = next(refined)
             yield done, DRAWS
-        maps, content = {"deviation": found["deviation"][0]}, {"known": _known(item)}
+        maps, content = {"deviation": results["deviation"][0]}, {"known": _known(item)}
         if certified is not None:
-            results = {name: values[0].cpu() for name, values in found.items()}
-            content["certificate"], maps["significant"] = certified.judge({**item, **results})
+            judged = {name: values[0].cpu() for name, values in results.items()}
+            content["certificate"], maps["significant"] = certified.judge({**item, **judged})
         affine = item["image"].affine
         return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in maps.items()})
 
@@ -288,8 +288,8 @@ class Jobs:
 
     def _decode(self, place: tuple[float, ...]) -> Tensor:
         inferer = CoordinateDecoding(self._need_prior())
-        found = inferer(torch.tensor([place], device=self.device), self.network)["sample"]
-        return self._unit(found).cpu()
+        sample = inferer(torch.tensor([place], device=self.device), self.network)["sample"]
+        return self._unit(sample).cpu()
 
     def sample(
         self,
@@ -358,9 +358,9 @@ class Jobs:
         ends = [self._read(index)["image"] for index in (first, second)]
         job = jobs.interpolate(self.common, [image_files(image) for image in ends], steps, levels)
         yield 1, 2
-        found = job.compute([read_item(job.dataset, 0)])
+        results = job.compute([read_item(job.dataset, 0)])
         shares = [f"{step / (steps - 1):.0%}" for step in range(steps)]
-        frames = [(share, found[name]) for share, name in zip(shares, job.inferer.images(), strict=True)]
+        frames = [(share, results[name]) for share, name in zip(shares, job.inferer.images(), strict=True)]
         return self._strip(frames, ends[0], channel, {})
 
     def scan(self, index: int, channel: int = 0) -> Steps:

@@ -43,7 +43,7 @@ def deviations(network: VDVAE, prior: PopulationPrior, scans: Tensor, features: 
     """
     pool = Pool["AVG", network.spatial_dims](max(1, min(network.spatial_shape) // 8))
     squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    drawn = [prior.usual(network, features) for _ in range(DRAWS)]
+    drawn = [prior.sample(network, features) for _ in range(DRAWS)]
     means = torch.stack([loc.cpu() for loc, _ in drawn])
     noise = torch.stack([scale.cpu().square() for _, scale in drawn]).mean(0)
     brain = foreground(means, network).float().mean(0)
