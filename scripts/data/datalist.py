@@ -300,14 +300,10 @@ def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     absolute = {
-        side: [{**item, "image": _each_path(_absolute, item["image"])} for item in items]
+        side: [{**item, "image": _each_path(lambda path: str(Path(path).absolute()), item["image"])} for item in items]
         for side, items in datalist.items()
     }
     write_text(path, json.dumps(absolute, indent=1) + "\n")
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute())
 
 
 def _each_path(change: Callable[[str], str], image: str | list[str]) -> str | list[str]:

@@ -28,8 +28,8 @@ RESULT = re.compile(
 
 def bids_others(subfolders: Iterable[str], files: Iterable[str]) -> set[str]:
     """Which subfolders of a folder hold no scans, since it is that of a BIDS data set."""
-    others = BIDS_OTHERS.intersection(subfolders)
-    return others if others and (BIDS_FILES.intersection(files) or _has_subjects(subfolders)) else set()
+    is_bids = BIDS_FILES.intersection(files) or any(name.startswith("sub-") for name in subfolders)
+    return BIDS_OTHERS.intersection(subfolders) if is_bids else set()
 
 
 def find_scans(
@@ -137,10 +137,6 @@ def find_by_wildcards(
             + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
         )
     return found
-
-
-def _has_subjects(folders: Sequence[str]) -> bool:
-    return any(name.startswith("sub-") for name in folders)
 
 
 def _walk(root: Path, folders: bool, kept: Collection[str]) -> Iterator[str]:

@@ -94,7 +94,8 @@ class Cohort:
             rows = [row for row in self._rows if not wanted or _holds(row, wanted)]
         if sort:
             known = [row for row in rows if row.get(sort) not in (None, "")]
-            known.sort(key=lambda row: _order(row[sort]), reverse=descending)
+            # numbers before texts
+            known.sort(key=lambda row: (isinstance(row[sort], str), row[sort]), reverse=descending)
             rows = known + [row for row in rows if row.get(sort) in (None, "")]
         offset, limit = max(0, offset), min(max(1, limit), LARGEST_PAGE)
         return {
@@ -109,11 +110,6 @@ class Cohort:
 
 def _holds(row: Mapping[str, Any], wanted: str) -> bool:
     return any(wanted in value.casefold() for value in row.values() if isinstance(value, str))
-
-
-def _order(value: Any) -> tuple[bool, Any]:
-    """Numbers before texts."""
-    return isinstance(value, str), value
 
 
 def _number(value: Any) -> Any:
