@@ -285,8 +285,9 @@ def unfamiliar(
 
     Args:
         path: of the PNG.
-        shown = {"as it is seen": images[0], "mended": images[1], "the mean scan": mean_scan}
-        for axes, (name, image) in zip(row, shown.items(), strict=False):
+        mean_scan: the mean scan of the cohort, ``[channels, *spatial]``.
+        scans: a title, the scan and itself mended (or None), shaped likewise, and each reason's gain alone, bits per
+            dim.
     """
     figure = Figure((11.0, 2.6 * len(scans)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(scans), 4, squeeze=False, width_ratios=(1, 1, 1, 1.4))
