@@ -137,7 +137,7 @@ def test_each_job_writes_one(cohort, tmp_path):
     torch.save(inference_config().get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     words = ("--dataset_dir", tmp_path / "scans", "--ckpt", tmp_path / "model.pt", "--output_dir", tmp_path / "out")
     configs = ["configs/inference.json", "tests/tiny.json"]
-    done = run_bundle(*words, run_id="score", configs=configs)
+    done = run_bundle(*words, "--figures", True, run_id="score", configs=configs)
     assert done.returncode == 1
     for words in ("input summary", "Setting logging"):  # what somebody has just typed, and how MONAI begins
         assert words not in done.stdout + done.stderr
