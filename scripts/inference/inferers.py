@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from monai.networks.layers.factories import Pool
 from monai.utils import ensure_tuple
 from scripts.data.covariates import Value
-from scripts.layers.gaussian import LatentSampler, gaussian_noise
+from scripts.layers.gaussian import LatentSampler, Posterior, draw, gaussian_noise
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.joint import draw_values
@@ -24,6 +25,8 @@ from scripts.utils.errors import InputError
 from torch import Tensor
 
 Temperature = float | Mapping[int | str, float]
+
+MISSING = 0.3  # the share of a latent's place that is missing, from which on the prior says what lies there
 
 
 def latents_up_to(network: VDVAE, level: int) -> int:
@@ -288,23 +291,49 @@ def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int
     return {find_level("levels_between", grid, grids) for grid in ensure_tuple(levels)}
 
 
+def prior_where_missing(
+    network: VDVAE, mask: Tensor, temperature: float | Sequence[float], sampler: LatentSampler | None = None
+) -> LatentSampler:
+    """What draws latents from their posterior where a scan was observed, and from the prior where it is missing.
+
+    Args:
+        network: that infers them.
+        mask: true where a voxel is missing, ``[batch, 1, *spatial]``.
+        temperature: of the prior; one number, or one per level of the network, finest first.
+        sampler: whose generators draw all noise.
+    """
+    pool = Pool["ADAPTIVEAVG", network.spatial_dims]
+    missing = [pool(grid)(mask.float()) > MISSING for _, *grid in network.latent_grids()]
+    generators = LatentSampler(None if sampler is None else sampler.generators)
+
+    def rule(index: int, q: Posterior) -> Tensor:
+        factor = temperature if isinstance(temperature, int | float) else temperature[network.latent_levels[index]]
+        mean, std = q.prior_mean, q.prior_std
+        if mean is None or std is None:
+            mean, std = torch.zeros_like(q.mean), torch.ones_like(q.std)
+        return torch.where(missing[index], draw(mean, std, factor, generators), q.z)
+
+    return LatentSampler(generators.generators, rule)
+
+
 class Imputation(Inferer):
     """Fill in what is missing, by iterated draws: latents given the scan, then the missing voxels given the latents.
 
-    What is missing starts as the prior's mean scan. Each iteration draws the latents from the posterior of the scan as
-    it is filled in so far, and the missing voxels from their distribution given the latents; what was observed is put
-    back each time. It is the Markov chain of Rezende et al. 2014 (arXiv:1401.4082, appendix F). A draw is what the last
+    What is missing starts as the prior's mean scan. Each iteration draws the latents, and the missing voxels from their
+    distribution given these; what was observed is put back each time. It is the Markov chain of Rezende et al. 2014
+    (arXiv:1401.4082, appendix F), but for the latents of places that are missing: a posterior would take what was
+    filled in there for observed, and they are drawn from the prior given the latents above. A draw is what the last
     iteration's latents say of the missing voxels: ``imputed_00``, ``imputed_01``, ..., one for each chain.
 
     Args:
         iterations: of a chain.
         draws: chains, each from the same start with noise of its own.
-        temperature: of the latents; the chain is that of the paper at 1.
+        temperature: of the latents.
         voxel_noise: draws have the last iteration's noise of the voxels too, not just the mean of each.
     """
 
     def __init__(
-        self, iterations: int = 10, draws: int = 4, temperature: Temperature = 1.0, voxel_noise: bool = False
+        self, iterations: int = 3, draws: int = 4, temperature: Temperature = 1.0, voxel_noise: bool = False
     ) -> None:
         for name, value, least in (("iterations", iterations, 1), ("draws", draws, 2)):
             if value < least:
@@ -338,8 +367,9 @@ class Imputation(Inferer):
         """A chain without end; yields what the scans would be after each iteration."""
         start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
         filled = torch.where(mask, start, inputs)
+        temperature = level_temperatures(network, "temperature", self.temperature)
+        sampler = prior_where_missing(network, mask, temperature, sampler)
         while True:
-            temperature = level_temperatures(network, "temperature", self.temperature)
             loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False, sampler=sampler)[0]
             drawn = draw_voxels(loc, scale, network, sampler)
             filled = torch.where(mask, drawn, inputs)

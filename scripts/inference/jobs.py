@@ -259,7 +259,7 @@ def impute(
     common: Common,
     mask_dir: str | os.PathLike | None,
     mask_pattern: str | None = None,
-    iterations: int = 10,
+    iterations: int = 3,
     draws: int | None = None,
     voxel_noise: bool = False,
     known_truth: bool = False,
