@@ -223,7 +223,7 @@ def test_each_iteration_starts_from_the_last(network, fitted):
     smooth = next(Imputation().chain(fitted, network, mask))
     assert not torch.equal(smooth, states[0])
     _, scale = network.decode([], 1.0, batch_size=2)
-    assert float((states[0] - smooth)[mask].std()) == pytest.approx(float(scale[mask].square().mean().sqrt()), rel=0.3)
+    assert float((states[0] - smooth)[mask].std()) == pytest.approx(float(scale[mask].square().mean().sqrt()), rel=0.5)
 
 
 def test_the_prior_says_what_lies_where_a_scan_is_missing(network, fitted):
