@@ -76,7 +76,7 @@ def measure(job: str, config_file: str | Sequence[str], folder: Path, count: int
     parser.get_parsed_content(job)
     used, wall = cpu_seconds() - start, time.perf_counter() - wall
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return [job, f"{used / count:.1f}", f"{wall / count:.1f}", f"{peak_gib():.1f}", f"{written / count / 1e6:.3g}"]
+    return [job, f"{used / count:.3g}", f"{wall / count:.3g}", f"{peak_gib():.1f}", f"{written / count / 1e6:.3g}"]
 
 
 def main(
