@@ -26,10 +26,10 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from scripts.data.scan_grid import ScanGrid
 from scripts.data.transforms import ScanError
-from scripts.inference import inferers, jobs
+from scripts.inference import inferers, jobs, scoring
 from scripts.inference.common import list_scans
 from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
-from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures
+from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures, prior_where_missing
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
 from scripts.inference.scoring import Scoring
@@ -332,8 +332,8 @@ def test_quantiles_of_more_values_than_pytorch_takes():
     assert quantile(values[None], inside, 0.999).item() == pytest.approx(16_983_000, abs=1)
 
 
-def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(scans, network):
-    """Voxels that are off by too much, and those around them, are given the value of the reconstruction first."""
+def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(scans, network, monkeypatch):
+    """Voxels that are off by too much, and those around them, count as missing."""
     low, high = OUTPUT_RANGES[network.output_activation]
     x = (upright(scans)[None] + torch.linspace(0, 0.5, 8)).clamp(low, high)
     loc, scale, _ = network.infer(x, temperature=0.0)[0]
@@ -341,10 +341,17 @@ def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(sc
     threshold = off.flatten().sort().values[-4:-2].mean().item()  # three voxels exceed it
     odd = torch.nn.functional.max_pool3d((off > threshold).float(), 3, 1, 1) > 0
     assert 3 < odd.sum() < odd.numel() / 2
+    monkeypatch.setattr(scoring, "ROUNDS", 1)
     scored = Scoring(restore=threshold, smoothing=1e-3)(x, network)
-    expected = network(torch.where(odd, loc, x))
-    torch.testing.assert_close(scored["restored"], expected, rtol=1e-4, atol=1e-5)
+    expected, _ = network.infer(torch.where(odd, loc, x), 0.0, sampler=prior_where_missing(network, odd, 0.0))
+    torch.testing.assert_close(scored["restored"], expected.loc, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(scored["restored"], scored["recon"], atol=1e-4)
+    # more is unusual beside what is expected without that
+    monkeypatch.setattr(scoring, "ROUNDS", 2)
+    again = Scoring(restore=threshold, smoothing=1e-3)(x, network)
+    assert not torch.allclose(again["restored"], scored["restored"], atol=1e-4)
+    usual = Scoring(restore=1e6, smoothing=1e-3)(x, network)
+    torch.testing.assert_close(usual["restored"], usual["recon"])
 
 
 def test_the_map_is_of_the_scan_before_it_is_clipped_and_all_else_of_what_the_network_sees(scans, network):

@@ -18,6 +18,7 @@ from monai.networks.layers.factories import Pool
 from monai.transforms import LoadImage, Orientation
 from scripts.inference import detection
 from scripts.inference.common import Common
+from scripts.inference.inferers import prior_where_missing
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import PERCENTILE, LesionCounts, read_kinds
 from scripts.inference.outputs import read_row
@@ -34,6 +35,8 @@ from scripts.utils.files import write_csv, write_text
 from scripts.utils.names import item_files, item_path, printable
 from torch import Tensor
 
+ROUNDS = 3  # in which what is unusual is looked for and taken out of a scan
+AROUND = 1 / 32  # of the grid's side: what lies so near an unusual voxel is taken out, too
 LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is known better
 logger = logging.getLogger(__name__)
 MOST_UNUSUAL = 12  # scans in the picture
@@ -73,7 +76,7 @@ class Scoring(Inferer):
         self,
         importance_samples: int = 1,
         smoothing: float = 0.25,
-        restore: float | None = 6.0,
+        restore: float | None = 4.0,
         prior: PopulationPrior | None = None,
     ) -> None:
         if importance_samples < 1:
@@ -219,18 +222,24 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     """Mean and standard deviation that a network expects of each voxel, without what is unusual in the scans.
 
     A network that reconstructs well reconstructs lesions too, in part. So voxels that differ too much from their
-    reconstruction, and those next to them, are given its value, and the network reconstructs that. Of large lesions
-    a part stays.
+    reconstruction, and those around them, count as missing: their values become those of the reconstruction, their
+    latents the means of the prior, and the network reconstructs that. What is unusual beside it is found then.
 
     Args:
         inputs: scans, not clipped.
         loc, scale: of their reconstruction.
         threshold: standard deviations, of any channel.
     """
-    odd = (anomaly_map(inputs, loc, scale, network).abs() > threshold).any(1, keepdim=True)
-    near = Pool["MAX", network.spatial_dims](kernel_size=3, stride=1, padding=1)(odd.to(inputs.dtype)) > 0
     scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
-    return network.infer(torch.where(near, loc, scans), 0.0, keep_posteriors=False)[0][:2]
+    reach = max(1, round(AROUND * max(scans.shape[2:])))
+    around = Pool["MAX", network.spatial_dims](kernel_size=2 * reach + 1, stride=1, padding=reach)
+    missing = torch.zeros_like(scans[:, :1], dtype=torch.bool)
+    for _ in range(ROUNDS):
+        odd = (anomaly_map(inputs, loc, scale, network).abs() > threshold).any(1, keepdim=True)
+        missing |= around(odd.to(scans.dtype)) > 0
+        sampler = prior_where_missing(network, missing, temperature=0.0)
+        loc, scale, _ = network.infer(torch.where(missing, loc, scans), 0.0, keep_posteriors=False, sampler=sampler)[0]
+    return loc, scale
 
 
 def log_ratio(q: Posterior) -> Tensor:
