@@ -223,7 +223,8 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
 
     A network that reconstructs well reconstructs lesions too, in part. So voxels that differ too much from their
     reconstruction, and those around them, count as missing: their values become those of the reconstruction, their
-    latents the means of the prior, and the network reconstructs that. What is unusual beside it is found then.
+    latents the means of the prior, and the network reconstructs that. What is unusual beside it is found then. What is
+    expected of a missing voxel is known no better than over the cohort.
 
     Args:
         inputs: scans, not clipped.
@@ -233,12 +234,14 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
     reach = max(1, round(AROUND * max(scans.shape[2:])))
     around = Pool["MAX", network.spatial_dims](kernel_size=2 * reach + 1, stride=1, padding=reach)
-    missing = torch.zeros_like(scans[:, :1], dtype=torch.bool)
+    missing, cohort = torch.zeros_like(scans[:, :1], dtype=torch.bool), network.voxel_gaussian()
     for _ in range(ROUNDS):
         odd = (anomaly_map(inputs, loc, scale, network).abs() > threshold).any(1, keepdim=True)
         missing |= around(odd.to(scans.dtype)) > 0
         sampler = prior_where_missing(network, missing, temperature=0.0)
         loc, scale, _ = network.infer(torch.where(missing, loc, scans), 0.0, keep_posteriors=False, sampler=sampler)[0]
+        if cohort is not None:
+            scale = torch.where(missing, torch.maximum(scale, cohort[1]), scale)
     return loc, scale
 
 
