@@ -305,7 +305,7 @@ def score(
     common: Common,
     importance_samples: int = 1,
     anomaly_smoothing: float | None = None,
-    restore: float | None = 4.0,
+    restore: float | None = 6.0,
     mask_dir: str | os.PathLike | None = None,
     mask_pattern: str | None = None,
     unmasked_healthy: bool = False,

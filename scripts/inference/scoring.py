@@ -36,7 +36,9 @@ from scripts.utils.names import item_files, item_path, printable
 from torch import Tensor
 
 ROUNDS = 3  # in which what is unusual is looked for and taken out of a scan
-AROUND = 1 / 32  # of the grid's side: what lies so near an unusual voxel is taken out, too
+NEIGHBOURHOOD = 5  # voxels: where more than MOST of a cube of this side is taken out, a lesion is large
+MOST = 0.5
+AROUND = 1 / 32  # of the grid's side: what lies so near to a large lesion counts as missing, too
 LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is known better
 logger = logging.getLogger(__name__)
 MOST_UNUSUAL = 12  # scans in the picture
@@ -76,7 +78,7 @@ class Scoring(Inferer):
         self,
         importance_samples: int = 1,
         smoothing: float = 0.25,
-        restore: float | None = 4.0,
+        restore: float | None = 6.0,
         prior: PopulationPrior | None = None,
     ) -> None:
         if importance_samples < 1:
@@ -222,24 +224,29 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     """Mean and standard deviation that a network expects of each voxel, without what is unusual in the scans.
 
     A network that reconstructs well reconstructs lesions too, in part. So voxels that differ too much from their
-    reconstruction, and those around them, count as missing: their values become those of the reconstruction, their
-    latents the means of the prior, and the network reconstructs that. What is unusual beside it is found then. What is
-    expected of a missing voxel is known no better than over the cohort.
+    reconstruction, and those next to them, are given its value, and the network reconstructs that, in some rounds.
+    Where most voxels of a neighbourhood are such, and around it, the scan counts as missing: latents become the means
+    of the prior, and what is expected of a voxel is known no better than over the cohort. Of a small lesion the rest
+    of the scan says enough.
 
     Args:
         inputs: scans, not clipped.
         loc, scale: of their reconstruction.
         threshold: standard deviations, of any channel.
     """
-    scans = inputs.clamp(*OUTPUT_RANGES[network.output_activation])
+    scans, dims = inputs.clamp(*OUTPUT_RANGES[network.output_activation]), network.spatial_dims
     reach = max(1, round(AROUND * max(scans.shape[2:])))
-    around = Pool["MAX", network.spatial_dims](kernel_size=2 * reach + 1, stride=1, padding=reach)
-    missing, cohort = torch.zeros_like(scans[:, :1], dtype=torch.bool), network.voxel_gaussian()
+    beside, share = Pool["MAX", dims](3, 1, 1), Pool["AVG", dims](NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2)
+    around = Pool["MAX", dims](2 * reach + 1, 1, reach)
+    replaced, cohort = torch.zeros_like(scans[:, :1]), network.voxel_gaussian()
+    missing = replaced > 0
     for _ in range(ROUNDS):
         odd = (anomaly_map(inputs, loc, scale, network).abs() > threshold).any(1, keepdim=True)
-        missing |= around(odd.to(scans.dtype)) > 0
+        replaced = torch.maximum(replaced, beside(odd.to(scans.dtype)))
+        missing |= around((share(replaced) > MOST).to(scans.dtype)) > 0
+        seen = torch.where((replaced > 0) | missing, loc, scans)
         sampler = prior_where_missing(network, missing, temperature=0.0)
-        loc, scale, _ = network.infer(torch.where(missing, loc, scans), 0.0, keep_posteriors=False, sampler=sampler)[0]
+        loc, scale, _ = network.infer(seen, 0.0, keep_posteriors=False, sampler=sampler)[0]
         if cohort is not None:
             scale = torch.where(missing, torch.maximum(scale, cohort[1]), scale)
     return loc, scale
