@@ -332,18 +332,25 @@ def test_quantiles_of_more_values_than_pytorch_takes():
     assert quantile(values[None], inside, 0.999).item() == pytest.approx(16_983_000, abs=1)
 
 
-def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(scans, network, monkeypatch):
-    """Voxels that are off by too much, and those around them, count as missing."""
+@pytest.mark.parametrize(("count", "is_large"), [(3, False), (150, True)])
+def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(
+    scans, network, monkeypatch, count, is_large
+):
+    """Voxels that are off by too much, and those next to them, are replaced; many of them together count as missing."""
     low, high = OUTPUT_RANGES[network.output_activation]
     x = (upright(scans)[None] + torch.linspace(0, 0.5, 8)).clamp(low, high)
     loc, scale, _ = network.infer(x, temperature=0.0)[0]
     off = (x - loc).abs() / (scale**2 + (0.02 * (high - low)) ** 2).sqrt()
-    threshold = off.flatten().sort().values[-4:-2].mean().item()  # three voxels exceed it
+    threshold = off.flatten().sort().values[-count - 1 : -count + 1].mean().item()  # so many voxels exceed it
     odd = torch.nn.functional.max_pool3d((off > threshold).float(), 3, 1, 1) > 0
-    assert 3 < odd.sum() < odd.numel() / 2
+    assert count < odd.sum() < odd.numel()
     monkeypatch.setattr(scoring, "ROUNDS", 1)
     scored = Scoring(restore=threshold, smoothing=1e-3)(x, network)
-    expected, _ = network.infer(torch.where(odd, loc, x), 0.0, sampler=prior_where_missing(network, odd, 0.0))
+    large = torch.nn.functional.avg_pool3d(odd.float(), 5, 1, 2) > 0.5
+    assert bool(large.any()) == is_large
+    missing = torch.nn.functional.max_pool3d(large.float(), 3, 1, 1) > 0
+    rule = prior_where_missing(network, missing, 0.0)
+    expected, _ = network.infer(torch.where(odd | missing, loc, x), 0.0, sampler=rule)
     torch.testing.assert_close(scored["restored"], expected.loc, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(scored["restored"], scored["recon"], atol=1e-4)
     # more is unusual beside what is expected without that
