@@ -67,7 +67,7 @@ class Window:
 
     def times(self, view: str) -> int:
         """How many times the first viewer of a view has drawn."""
-        return int(self.page.get_attribute(f"{view} .viewer", "data-drawn"))
+        return int(self.page.get_attribute(f"{view} .viewer", "data-drawn") or 0)
 
     def volume(self, view: str, number: int = 0) -> np.ndarray:
         """The voxels of the image (0) or the overlay (1) that the first viewer of a view shows, ``[8, 8, 8]``."""
