@@ -720,11 +720,12 @@ def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
         page.wait_for_selector("#change .sheet img")
         assert "to sub-0002_FLAIR.nii.gz" in page.text_content("#change .caption")
         assert not page.locator("#change .hint").is_visible()
+        drawn("#change")
         seen = window.times("#change")
         page.get_by_text("Film over age").click()
+        page.locator("#change .caption").get_by_text("(age 40, sex F, site A)").wait_for()
         drawn("#change", seen + 1)
         assert page.locator("#change .sheet img").count() == 10
-        assert "(age 40, sex F, site A)" in page.text_content("#change .caption")
 
         # paint: a stroke on an axial slice reaches the slices around it; inside voxels change, outside none
         seen = window.times("#change")
