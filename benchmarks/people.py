@@ -161,9 +161,7 @@ def fill_in(
         folder: for the holes, and `imputed.csv`.
         seed: of the holes.
     """
-    write_strokes(items, mask_dir, folder, seed, healthy=False)
-    for place, item in enumerate(items):
-        nib.save(nib.load(item["image"]), folder / "scans" / f"sub-{place:03d}_T1w.nii.gz")
+    write_strokes(items, mask_dir, folder, seed, healthy=False, darkened=False)
     places = {"dataset_dir": str(folder / "scans"), "output_dir": str(folder), "scan_pattern": "*_T1w.nii.gz"}
     config.update({"figures": False, "seed": seed, **places})
     common = config.get_parsed_content("common")
@@ -178,9 +176,16 @@ def fill_in(
 
 
 def write_strokes(
-    items: Sequence[Mapping[str, Any]], mask_dir: str, folder: Path, seed: int, healthy: bool = True
+    items: Sequence[Mapping[str, Any]],
+    mask_dir: str,
+    folder: Path,
+    seed: int,
+    healthy: bool = True,
+    darkened: bool = True,
 ) -> None:
-    """People with a lesion's shape drawn at random, in `scans` and `masks`; every other one `healthy`, as it is."""
+    """People with a lesion's shape drawn at random, in `scans` (where it is `darkened`) and `masks`; every other one
+    `healthy`, as it is.
+    """
     masks, generator = sorted(Path(mask_dir).glob("*.nii*")), np.random.default_rng(seed)
     for place, item in enumerate(tqdm(items, "strokes", unit="scan")):
         scan = nib.load(item["image"])
@@ -189,7 +194,7 @@ def write_strokes(
         sick = (
             darken(scan, nib.load(masks[generator.integers(len(masks))])) if place % 2 or not healthy else (scan, empty)
         )
-        for kind, image in zip(("scans", "masks"), sick, strict=True):
+        for kind, image in zip(("scans", "masks"), sick if darkened else (scan, sick[1]), strict=True):
             (folder / kind).mkdir(parents=True, exist_ok=True)
             nib.save(image, folder / kind / f"{name}_{'T1w' if kind == 'scans' else 'lesions'}.nii.gz")
 
