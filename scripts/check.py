@@ -151,7 +151,7 @@ def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], p
     from scripts.utils.plots import unfamiliar
     from tqdm import tqdm
 
-    strangers = []
+    asked, findings, strangers = [], [], []
     picture.unlink(missing_ok=True)
     for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
         try:
@@ -159,6 +159,9 @@ def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], p
         except Exception as error:  # whatever a scan holds, the others are asked about
             scan.flag("suspicious", f"the network could not be asked about it: {root_cause(error)}")
             continue
+        asked.append(scan)
+        findings.append(found)
+    for scan, found in zip(asked, examiner.compared(findings), strict=True):
         scan.familiar, scan.reason, scan.gain = "yes" if found.familiar else "no", found.reason, found.gain
         if not found.familiar:
             scan.flag("suspicious", found.sentence())

@@ -38,6 +38,7 @@ from scripts.inference.tables import ScanColumns
 from scripts.phantoms import make_brains
 from scripts.population import effects
 from scripts.population.effects import Adaptation, Effects
+from scripts.population.familiarity import Familiarity
 from scripts.population.fit import PopulationFit
 from scripts.population.joint import correlation_of, draw_values
 from scripts.population.prior import PopulationPrior, fingerprint
@@ -491,6 +492,8 @@ def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
     assert content["covariates"][2]["categories"] == ("A", "B", "C", "D")
     prior, old = PopulationPrior.load(content), PopulationPrior.load(before)
     assert prior.features == old.features + 1
+    (seen,) = Familiarity.of(prior).added  # such scans are familiar, too
+    assert seen[1] == 24 and seen[0].shape == Familiarity.of(old).mean.shape and not Familiarity.of(old).added
     index = old.latents[0]
     # of sex and age as they were; the scans at hand are those of the fit, so that their mean is no one's
     torch.testing.assert_close(

@@ -20,10 +20,10 @@ from benchmarks.familiar import FAULTS
 from scripts.check import check
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.explanations import _movement_words
-from scripts.inference.familiar import Examiner
+from scripts.inference.familiar import Examiner, Finding
 from scripts.layers.output import foreground
 from scripts.phantoms import make_brains
-from scripts.population.familiarity import Familiarity, masked_otherwise
+from scripts.population.familiarity import Familiarity, look, masked_otherwise
 from scripts.population.fit import PopulationFit
 from scripts.population.prior import PopulationPrior, prior_path
 from scripts.prepare import prepare
@@ -47,6 +47,46 @@ def test_as_many_false_alarms_as_it_says():
     assert np.mean(rates) == pytest.approx(0.05, abs=0.01)
 
 
+def a_cohort(held_out: int = 20) -> Familiarity:
+    """Six numbers that vary by 1 about 0."""
+    zeros, ones = torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    return Familiarity([*"abcdef"], zeros, ones, (held_out, 200), -4.0, torch.zeros(1, 2))
+
+
+def test_scans_of_an_added_kind_are_usual_too():
+    known, generator = a_cohort(), torch.Generator().manual_seed(0)
+    shift = 6 * torch.ones(6, dtype=torch.float64)
+    others = shift + torch.randn(400, 6, generator=generator, dtype=torch.float64)
+    both = known._replace(added=((others[:10].mean(0), 10),))
+    assert (known.unfamiliarity(others[10:]) > 1).all()
+    assert (both.unfamiliarity(others[10:]) > 1).double().mean() < 0.05
+    assert torch.equal(both.distance(others - shift), known.distance(others - shift))  # of the nearest kind
+    assert both.unfamiliarity(2 * shift[None]) > 1
+    few = known._replace(added=((others[:2].mean(0), 2),))  # of so few scans the mean is less sure
+    at = others[:2].mean(0) + torch.eye(6)[:1]
+    assert few.distance(at) < both._replace(added=((others[:2].mean(0), 10),)).distance(at)
+
+
+def test_scans_that_nothing_explains_are_held_against_each_other(examiner):
+    """Of one scanner they are unlike the cohort in the same way; scans of six kinds of faults are not."""
+    network, _ = examiner
+    numbers = len(network.familiarity.names)
+    spread = network.familiarity.covariance.diagonal().sqrt()
+
+    def found(statistics: torch.Tensor, familiar: bool = False) -> Finding:
+        return Finding(familiar, 9.0, 5.0, -4.0, statistics=network.familiarity.mean + spread * statistics)
+
+    alike = 20 * torch.ones(6, numbers) + 0.1 * torch.eye(numbers)[:6]
+    strangers = [found(row) for row in alike]
+    seen = network.compared([*strangers, found(torch.zeros(numbers), familiar=True)])
+    assert [finding.alike for finding in seen] == [6] * 6 + [0]
+    assert "6 of these scans are unlike those in the same way" in seen[0].sentence() and seen[0].reason == "unknown"
+    various = network.compared([found(20 * row) for row in torch.eye(numbers)[:6]])
+    assert [finding.alike for finding in various] == [0] * 6
+    assert "no explanation helps" in various[0].sentence()
+    assert not any(finding.alike for finding in network.compared(strangers[:4]))  # they are too few to tell
+
+
 def test_a_header_of_larger_voxels_is_called_so():
     """A header whose voxels are 1.25 times too large maps the world of the cohort to one that is as much larger."""
     words = _movement_words(np.diag([1.25, 1.25, 1.25, 1.0]), np.zeros(3), stretches=True)
@@ -65,6 +105,23 @@ def known(tmp_path_factory):
     scans = [preprocess({"image": str(path)}) for path in sorted((folder / "brains").glob("*.nii.gz"))]
     PopulationFit(network, Dataset(scans[:24]), Dataset(scans[24:]), prior_path(folder / "model.pt"), factors=4).run()
     return folder
+
+
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_new_people_are_usual_where_few_are_held_out(known, tmp_path, held_out):
+    """The coordinates of those whom the prior was fitted to are larger than those of others, who are no strangers."""
+    config = inference_config(ckpt=str(known / "model.pt"))
+    network, preprocess = config.get_parsed_content("network"), config.get_parsed_content("preprocessing")
+    scans = [preprocess({"image": str(path)}) for path in sorted((known / "brains").glob("*.nii.gz"))]
+    training, validation, new = scans[: 27 - held_out], scans[27 - held_out : 27], scans[27:]
+    PopulationFit(network, Dataset(training), Dataset(validation), tmp_path / "prior.pt", factors=12).run()
+    prior = PopulationPrior.load(torch.load(tmp_path / "prior.pt", weights_only=True))
+    familiarity = Familiarity.of(prior)
+    assert familiarity.people == ((3, 27) if held_out else (6, 27))
+    statistics = look(network.eval(), torch.stack([item["image"].as_tensor() for item in new]), prior).statistics
+    assert (familiarity.unfamiliarity(statistics) > 1).sum() <= 1
+    apart = (statistics - familiarity.mean) / familiarity.covariance.diagonal().sqrt()
+    assert apart[:, familiarity.names.index("population")].mean().abs() < 1.2
 
 
 def damaged(known, number: int, fault: str) -> nib.Nifti1Image:

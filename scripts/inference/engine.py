@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 COVARIATES = "covariates"  # in an item: what is known of the scan
 SCANS = "covariates_of_scans"  # in a job's record
 STRANGERS = "unfamiliar"  # likewise: scans that the network does not know, with their unfamiliarity
+MANY = 5  # of them, from which on they may be of another scanner
 UNFAMILIARITY = "unfamiliarity"  # in a scan's results: its distance from what is usual, over the limit
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
@@ -244,6 +245,12 @@ class ScanEvaluator(Evaluator):
             strangers = {name: far for name, far in strangers.items() if name in set(scans)}
             self._write_record({item_path(i): i[COVARIATES] for i in items if COVARIATES in i}, strangers)
             self.summary(scans)
+            if len(strangers) >= MANY and 2 * len(strangers) > len(scans):
+                logger.warning(
+                    "The network does not know %d of the %d scans: another scanner or protocol than its cohort's? "
+                    "scripts.check says whether they are unlike it in the same way, which the job adapt learns.",
+                    *(len(strangers), len(scans)),
+                )
             drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
             write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed, strangers)
             logger.info("Results of %d of %d scan(s): '%s'.", total - len(failed), total, self.common.output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ REMEDIES = {
     "crop": "the job impute fills in what a mask marks",
     "resolution": "weights of such slices are needed",
 }
+ADAPT = "which the job adapt learns from them"
+ALIKE_SCANS = 5  # that nothing explains, from which on they may be of another scanner
 MENDED = {reason for reason, remedy in REMEDIES.items() if remedy == MEND}
 ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
@@ -69,6 +72,8 @@ class Finding(NamedTuple):
         gains: of the best hypothesis for each reason alone.
         seen, undone: an unfamiliar scan as the network got it, and mended, ``[channels, *spatial]``; None where nothing
             mends it.
+        statistics: what is compared, ``[numbers]``.
+        alike: how many scans that nothing explains, this one among them, are unlike the cohort in the same way.
     """
 
     familiar: bool
@@ -79,6 +84,8 @@ class Finding(NamedTuple):
     gains: Mapping[str, float] = {}
     seen: Tensor | None = None
     undone: Tensor | None = None
+    statistics: Tensor | None = None
+    alike: int = 0
 
     @property
     def reason(self) -> str:
@@ -95,6 +102,11 @@ class Finding(NamedTuple):
     def sentence(self) -> str:
         """Half a sentence for people."""
         said = f"it is {self.distance:.1f} from what is usual in training, and {self.limit:.1f} is the limit"
+        if self.alike:
+            return (
+                f"the network does not know such scans: {said}; {self.alike} of these scans are unlike those in the "
+                f"same way, so that it may be their scanner or protocol, {ADAPT}"
+            )
         if not self.steps:
             return f"the network does not know such scans: {said}; no explanation helps"
         words = "; then ".join(f"{step.words} ({step.gain:.2g} bits per dim better)" for step in self.steps)
@@ -161,14 +173,19 @@ class Examiner:
         """The cohort's mean scan, ``[channels, *spatial]``."""
         return reference(self.network)[0][0]
 
-    @torch.no_grad()
     def look(self, scans: Tensor) -> tuple[Tensor, Tensor]:
         """Bits per dim of scans, and how far they are from what is usual, ``[batch]`` each."""
+        bits, statistics = self._seen(scans)
+        return bits, self.familiarity.distance(statistics)
+
+    @torch.no_grad()
+    def _seen(self, scans: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits per dim of scans, ``[batch]``, and what is compared of them, ``[batch, numbers]``."""
         device = next(self.network.parameters()).device
         with eval_mode(self.network):
             looks = [look(self.network, part.to(device), self.prior) for part in scans.split(self.batch_size)]
         bits = torch.cat([seen.bits_per_dim.cpu().double() for seen in looks])
-        return bits, self.familiarity.distance(torch.cat([seen.statistics.cpu() for seen in looks]))
+        return bits, torch.cat([seen.statistics.cpu() for seen in looks])
 
     def load(self, image: str | list[str]) -> MetaTensor:
         """A scan from its file, or from one for each channel, ``[channels, *spatial]``, upright."""
@@ -177,9 +194,23 @@ class Examiner:
     def examine(self, image: MetaTensor) -> Finding:
         """What is found of a scan, ``[channels, *spatial]``, upright."""
         scan = self.scale(self.fit({"image": image}))["image"].as_tensor()
-        (bits,), (distance,) = self.look(scan[None])
-        found = Finding(bool(distance <= self.limit), float(distance), self.limit, float(bits))
+        (bits,), statistics = self._seen(scan[None])
+        (distance,) = self.familiarity.distance(statistics)
+        found = Finding(
+            bool(distance <= self.limit), float(distance), self.limit, float(bits), statistics=statistics[0]
+        )
         return found if found.familiar else self._explained(image, found._replace(seen=scan))
+
+    def compared(self, findings: Sequence[Finding]) -> list[Finding]:
+        """What is found of scans that are seen side by side: whether those that nothing explains are alike."""
+        unknown = [place for place, found in enumerate(findings) if found.reason == "unknown"]
+        result = list(findings)
+        if len(unknown) >= ALIKE_SCANS:
+            alike = self.familiarity.alike(torch.stack([findings[place].statistics for place in unknown]))
+            if alike.sum() >= ALIKE_SCANS:
+                for place in itertools.compress(unknown, alike.tolist()):
+                    result[place] = result[place]._replace(alike=int(alike.sum()))
+        return result
 
     def mended(self, image: MetaTensor, found: Finding) -> MetaTensor | None:
         """A scan without what can be undone and leaves its values: where it lies, and what is no brain.

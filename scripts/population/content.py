@@ -168,6 +168,10 @@ def _check_familiarity(plain: Any) -> None:
     people = plain.get("people")
     if not isinstance(people, list | tuple) or len(people) != 2 or not all(type(n) is int and n > 0 for n in people):
         raise _WrongError(f"the people of {place} are {people!r}, and should be two numbers of them")
+    for kind in plain.get("added", ()):
+        if not isinstance(kind, list | tuple) or len(kind) != 2 or type(kind[1]) is not int or kind[1] < 1:
+            raise _WrongError(f"what was added to {place} is no mean with a number of people")
+        _tensor({"mean": kind[0]}, "mean", place, [size])
 
 
 def _coding(plain: Any) -> CovariateCoding:

@@ -17,6 +17,7 @@ from scripts.data.covariate_tables import Covariates
 from scripts.data.covariates import Categorical, CovariateCoding
 from scripts.networks import VDVAE
 from scripts.population.content import OFFSETS
+from scripts.population.familiarity import also_familiar
 from scripts.population.prior import PopulationPrior, fingerprint, innovation
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
@@ -121,7 +122,8 @@ class Adaptation:
 
     The effect is the mean of what the scans' other covariates leave of the posteriors' shifts. By what the scans then
     still differ, in the mean, from what the prior expects of them they get an offset for each voxel, as in a fit. Both
-    are shrunk by the share that is noise, see :func:`scripts.population.effects.shrunk_mean`.
+    are shrunk by the share that is noise, see :func:`scripts.population.effects.shrunk_mean`. From now on such scans
+    are familiar, too.
 
     Args:
         network: trained.
@@ -186,7 +188,9 @@ class Adaptation:
             dispersion=self.prior.dispersion,
             region_dispersion=self.prior.region_dispersion,
         )
-        adapted.familiarity, adapted.spread = self.prior.familiarity, self.prior.spread
+        loading = (self.batch_size, self.num_workers, self.device)
+        adapted.familiarity = also_familiar(self.network, self.prior, self.dataset, *loading)
+        adapted.spread = self.prior.spread
         adapted.correlation, adapted.deviation_scores = self.prior.correlation, self.prior.deviation_scores
         if offsets:
             size = self.prior.offset[0].numel()

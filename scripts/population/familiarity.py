@@ -38,6 +38,7 @@ from tqdm import tqdm
 FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
 QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
+MASKED = 16  # people whose brains are masked otherwise, at least, and at most of those whom the network was trained on
 LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
 LEAST_SPREAD = 0.003  # of a statistic: people may be alike by chance
 EDGE = 0.5  # mm, standard deviation over a brain's surface of where another tool sees its edge
@@ -193,6 +194,7 @@ class Familiarity(NamedTuple):
         people: how many were held out, and how many the covariance is of.
         bits_per_dim: the usual ones, at the means of the posteriors.
         quantiles: the usual ones in the brain, ``[channels, QUANTILES]``, from 0 (background) to 1.
+        added: of scans of another kind that were added later, such as another scanner's: their mean, and how many.
     """
 
     names: Sequence[str]
@@ -201,6 +203,7 @@ class Familiarity(NamedTuple):
     people: tuple[int, int]
     bits_per_dim: float
     quantiles: Tensor
+    added: Sequence[tuple[Tensor, int]] = ()
 
     @classmethod
     def of(cls, prior: PopulationPrior | None) -> Familiarity | None:
@@ -213,9 +216,25 @@ class Familiarity(NamedTuple):
         return max(1, self.people[1] - 1 - len(self.names))
 
     def distance(self, statistics: Tensor) -> Tensor:
-        """How far scans are from what is usual, in standard deviations of the cohort: ``[batch]``."""
-        apart = statistics.cpu().double() - self.mean.double()
-        return (apart @ torch.linalg.inv(self.covariance.double()) * apart).sum(1).clamp_min(0).sqrt()
+        """How far scans are from what is usual, in standard deviations of the cohort: ``[batch]``.
+
+        Of several kinds of scans that are usual the nearest counts.
+        """
+        kinds = ((self.mean, self.people[0]), *self.added)
+        return torch.stack([self._apart(statistics, mean, people) for mean, people in kinds]).amin(0)
+
+    def _apart(self, statistics: Tensor, mean: Tensor, people: int) -> Tensor:
+        """The distance of scans from a mean of so many people, in terms of the limit, which is that for the held-out
+        ones' mean.
+        """
+        apart = statistics.cpu().double() - mean.double()
+        squares = (apart @ torch.linalg.inv(self.covariance.double()) * apart).sum(1).clamp_min(0)
+        return (squares * (1 + 1 / self.people[0]) / (1 + 1 / people)).sqrt()
+
+    def alike(self, statistics: Tensor) -> Tensor:
+        """Which scans would be usual if the others of them, two or more, were: ``[scans]``."""
+        others = (statistics.sum(0) - statistics) / (len(statistics) - 1)
+        return self._apart(statistics, others, len(statistics) - 1) <= self.limit()
 
     def limit(self, false_alarms: float = FALSE_ALARMS) -> float:
         """The distance beyond which so many people like those of the cohort lie (Hotelling 1931).
@@ -245,7 +264,8 @@ def fit_familiarity(
 
     Of those who are held out comes what is usual, of all how far people are from that; it is widened where the former
     vary more. Whom the network was trained on it knows a little better, and their coordinates are larger: they are
-    usual too. So is what another brain mask changes (:func:`masked_otherwise`): its mean squares are added.
+    usual too. So is what another brain mask changes (:func:`masked_otherwise`), of those who are held out or, where
+    these are few, of some of the others: its mean squares are added.
 
     Args:
         network: trained.
@@ -256,10 +276,12 @@ def fit_familiarity(
     """
     held_out, training = (Subset(dataset, spaced(len(dataset), MOST_PEOPLE)) for dataset in (held_out, training))
     loading = {"batch_size": batch_size, "num_workers": num_workers}
-    rows, others, masked = (
-        _looks(network, prior, dataset, device, otherwise, **loading)
-        for dataset, otherwise in ((held_out, False), (training, False), (held_out, True))
-    )
+    rows, others = (_looks(network, prior, dataset, device, False, **loading) for dataset in (held_out, training))
+    to_mask, unmasked = held_out, rows
+    if len(held_out) < MASKED:
+        some = spaced(len(training), MASKED)
+        to_mask, unmasked = Subset(training, some), others[some]
+    masked = _looks(network, prior, to_mask, device, True, **loading)
     numbers = len(statistic_names(network, prior))
     mean, count = rows[:, :numbers].mean(0), len(rows)
     apart = torch.cat([rows, others])[:, :numbers] - mean
@@ -267,11 +289,37 @@ def fit_familiarity(
     if count > 1:
         squares = (apart[:count] @ torch.linalg.inv(covariance) * apart[:count]).sum(1).mean()
         covariance *= (squares / numbers * count / (count - 1)).clamp_min(1.0)
-    changed = (masked - rows)[:, :numbers]
-    covariance += changed.T @ changed / count
+    changed = (masked - unmasked)[:, :numbers]
+    covariance += changed.T @ changed / len(changed)
     quantiles = rows[:, numbers + 1 :].mean(0).reshape(network.in_channels, QUANTILES)
     names, people, bits = statistic_names(network, prior), (count, len(apart)), rows[:, numbers].mean().item()
     return Familiarity(names, mean, covariance, people, bits, quantiles)._asdict()
+
+
+@torch.no_grad()
+def also_familiar(
+    network: VDVAE,
+    prior: PopulationPrior,
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any] | None:
+    """What is familiar to a prior, with scans of another kind beside it, as plain values; None where it does not tell.
+
+    Args:
+        network: trained.
+        prior: its population prior.
+        dataset: the scans, as the network gets them.
+        batch_size, num_workers: of the data loader.
+        device: of the network.
+    """
+    known = Familiarity.of(prior)
+    if known is None:
+        return None
+    seen = _looks(network, prior, dataset, device, False, batch_size=batch_size, num_workers=num_workers)
+    statistics = seen[:, : len(known.names)]
+    return known._replace(added=(*known.added, (statistics.mean(0), len(statistics))))._asdict()
 
 
 def _looks(
@@ -282,7 +330,7 @@ def _looks(
     otherwise: bool,
     **loading: int,
 ) -> Tensor:
-    """Statistics, bits per dim and quantiles of scans, a row each, ``[scans, numbers]``; masked otherwise if so."""
+    """Statistics, bits per dim and quantiles, ``[scans, numbers]``, in the data set's order; masked otherwise if so."""
     rank, size = idist.get_rank(), idist.get_world_size()
     places = range(rank, len(dataset), size)
     share, seeds = Subset(dataset, places), iter(places)
@@ -299,4 +347,5 @@ def _looks(
             quantiles = torch.stack([tissue_quantiles((s - low) / (high - low), core).flatten() for s in scans])
             parts_ = (seen.statistics, seen.bits_per_dim[:, None], quantiles)
             rows.append(torch.cat([part.cpu().double() for part in parts_], dim=1))
-    return torch.cat(list(itertools.chain(*idist.all_gather(rows))))
+    of_ranks = [list(itertools.chain(*map(torch.unbind, part))) for part in idist.all_gather(rows)]
+    return torch.stack([of_ranks[place % size][place // size] for place in range(len(dataset))])

@@ -35,7 +35,7 @@ from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class PopulationFit:
 
     Every process takes its share of the scans, of which no latents are kept. The number of factors and how much their
     variance is shrunk are those with the highest likelihood of scans that the fit has not seen: the validation scans,
-    or where these are few a fifth of the training scans, which are taken in afterwards.
+    and where these are few a fifth of the training scans, which are taken in afterwards.
 
     Args:
         network: trained.
@@ -174,7 +174,7 @@ class PopulationFit:
 
     def _plan(self) -> None:
         """Choose the latents that fit into memory, and say which do not."""
-        held_out = min(len(self.validation) or len(self.training) // 5, MOST_HELD_OUT)
+        held_out = min(max(len(self.validation), LEAST_HELD_OUT + len(self.training) // 5), MOST_HELD_OUT)
         features = 0 if self.coding is None else self.coding.size
         per_dimension = fit_bytes(self.factors, features, self.batch_size, held_out)
         memory = memory_to_use() if self.memory is None else self.memory * 2**30
@@ -212,7 +212,7 @@ class PopulationFit:
         late: list[int] = []
         if len(self.validation) < LEAST_HELD_OUT:
             late = indices[::5]
-            held_out = Subset(self.training, late)
+            held_out = ConcatDataset([self.validation, Subset(self.training, late)])
         indices = [index for index in indices if index not in set(late)]
         if len(indices) < 4 or len(held_out) < 1:
             logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
@@ -236,11 +236,13 @@ class PopulationFit:
         self._calibrate_deviations(prior, chosen)
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gather([drawn.bits_per_dim]))
+        unseen = (prior, chosen, first)  # by this prior, though by the network
         if late:
             prior = self._refitted(prior, rank, shrinkage)
-        prior.familiarity = fit_familiarity(
-            self.network, prior, chosen, first, self.batch_size, self.num_workers, self.device
-        )
+        if len(self.validation):
+            unseen = (prior, self.validation, self.training)
+        loading = (self.batch_size, self.num_workers, self.device)
+        prior.familiarity = fit_familiarity(self.network, *unseen, *loading)
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 
