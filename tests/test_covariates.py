@@ -493,7 +493,7 @@ def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
     prior, old = PopulationPrior.load(content), PopulationPrior.load(before)
     assert prior.features == old.features + 1
     (seen,) = Familiarity.of(prior).added  # such scans are familiar, too
-    assert seen[1] == 24 and seen[0].shape == Familiarity.of(old).mean.shape and not Familiarity.of(old).added
+    assert seen[2] == 24 and seen[0].shape == Familiarity.of(old).mean.shape and not Familiarity.of(old).added
     index = old.latents[0]
     # of sex and age as they were; the scans at hand are those of the fit, so that their mean is no one's
     torch.testing.assert_close(

@@ -56,15 +56,15 @@ def a_cohort(held_out: int = 20) -> Familiarity:
 def test_scans_of_an_added_kind_are_usual_too():
     known, generator = a_cohort(), torch.Generator().manual_seed(0)
     shift = 6 * torch.ones(6, dtype=torch.float64)
-    others = shift + torch.randn(400, 6, generator=generator, dtype=torch.float64)
-    both = known._replace(added=((others[:10].mean(0), 10),))
-    assert (known.unfamiliarity(others[10:]) > 1).all()
-    assert (both.unfamiliarity(others[10:]) > 1).double().mean() < 0.05
+    others = shift + 1.3 * torch.randn(400, 6, generator=generator, dtype=torch.float64)
+    both = known.also(others[:20])
+    assert (known.unfamiliarity(others[20:]) > 1).double().mean() > 0.95
+    assert (both.unfamiliarity(others[20:]) > 1).double().mean() < 0.03
     assert torch.equal(both.distance(others - shift), known.distance(others - shift))  # of the nearest kind
-    assert both.unfamiliarity(2 * shift[None]) > 1
-    few = known._replace(added=((others[:2].mean(0), 2),))  # of so few scans the mean is less sure
-    at = others[:2].mean(0) + torch.eye(6)[:1]
-    assert few.distance(at) < both._replace(added=((others[:2].mean(0), 10),)).distance(at)
+    assert (both.unfamiliarity(torch.stack([2 * shift, -shift])) > 1).all()
+    likewise = (others - shift) / 1.3 + shift
+    few = known.also(likewise[:2])  # of so few the mean is less sure
+    assert (few.unfamiliarity(likewise[20:]) > 1).double().mean() < 0.03
 
 
 def test_scans_that_nothing_explains_are_held_against_each_other(examiner):

@@ -160,18 +160,23 @@ def _check_familiarity(plain: Any) -> None:
     if not size or not all(isinstance(name, str) for name in plain["names"]):
         raise _WrongError("its 'familiarity' is no table of numbers by name")
     _tensor(plain, "mean", place, [size])
-    covariance = _tensor(plain, "covariance", place, [size, size])
-    if not torch.linalg.eigvalsh(covariance.double()).min() > 0:
-        raise _WrongError(f"the covariance of {place} is none")
+    _check_covariance(plain, size, place)
     if _tensor(plain, "quantiles", place).ndim != 2 or not _is_number(plain.get("bits_per_dim")):
         raise _WrongError(f"the quantiles or the bits per dim of {place} are missing")
     people = plain.get("people")
     if not isinstance(people, list | tuple) or len(people) != 2 or not all(type(n) is int and n > 0 for n in people):
         raise _WrongError(f"the people of {place} are {people!r}, and should be two numbers of them")
     for kind in plain.get("added", ()):
-        if not isinstance(kind, list | tuple) or len(kind) != 2 or type(kind[1]) is not int or kind[1] < 1:
-            raise _WrongError(f"what was added to {place} is no mean with a number of people")
+        if not isinstance(kind, list | tuple) or len(kind) != 3 or type(kind[2]) is not int or kind[2] < 1:
+            raise _WrongError(f"what was added to {place} is no mean and covariance of a number of people")
         _tensor({"mean": kind[0]}, "mean", place, [size])
+        _check_covariance({"covariance": kind[1]}, size, place)
+
+
+def _check_covariance(plain: Mapping, size: int, place: str) -> None:
+    covariance = _tensor(plain, "covariance", place, [size, size])
+    if not torch.linalg.eigvalsh(covariance.double()).min() > 0:
+        raise _WrongError(f"the covariance of {place} is none")
 
 
 def _coding(plain: Any) -> CovariateCoding:

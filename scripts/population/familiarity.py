@@ -194,7 +194,7 @@ class Familiarity(NamedTuple):
         people: how many were held out, and how many the covariance is of.
         bits_per_dim: the usual ones, at the means of the posteriors.
         quantiles: the usual ones in the brain, ``[channels, QUANTILES]``, from 0 (background) to 1.
-        added: of scans of another kind that were added later, such as another scanner's: their mean, and how many.
+        added: scans of other kinds that were added later, such as another scanner's.
     """
 
     names: Sequence[str]
@@ -203,7 +203,7 @@ class Familiarity(NamedTuple):
     people: tuple[int, int]
     bits_per_dim: float
     quantiles: Tensor
-    added: Sequence[tuple[Tensor, int]] = ()
+    added: Sequence[tuple[Tensor, Tensor, int]] = ()
 
     @classmethod
     def of(cls, prior: PopulationPrior | None) -> Familiarity | None:
@@ -220,21 +220,31 @@ class Familiarity(NamedTuple):
 
         Of several kinds of scans that are usual the nearest counts.
         """
-        kinds = ((self.mean, self.people[0]), *self.added)
-        return torch.stack([self._apart(statistics, mean, people) for mean, people in kinds]).amin(0)
+        kinds = ((self.mean, self.covariance, self.people[0]), *self.added)
+        return torch.stack([self._apart(statistics, *kind) for kind in kinds]).amin(0)
 
-    def _apart(self, statistics: Tensor, mean: Tensor, people: int) -> Tensor:
+    def _apart(self, statistics: Tensor, mean: Tensor, covariance: Tensor, people: int) -> Tensor:
         """The distance of scans from a mean of so many people, in terms of the limit, which is that for the held-out
         ones' mean.
         """
         apart = statistics.cpu().double() - mean.double()
-        squares = (apart @ torch.linalg.inv(self.covariance.double()) * apart).sum(1).clamp_min(0)
+        squares = (apart @ torch.linalg.inv(covariance.double()) * apart).sum(1).clamp_min(0)
         return (squares * (1 + 1 / self.people[0]) / (1 + 1 / people)).sqrt()
+
+    def also(self, statistics: Tensor) -> Familiarity:
+        """The same, with scans of another kind that are usual too, ``[scans, numbers]``.
+
+        How these vary is added to how the cohort does, the less of it the fewer they are.
+        """
+        mean, people = statistics.mean(0), len(statistics)
+        apart = statistics - mean
+        covariance = self.covariance + apart.T @ apart / (len(self.names) + people - 1)
+        return self._replace(added=(*self.added, (mean, covariance, people)))
 
     def alike(self, statistics: Tensor) -> Tensor:
         """Which scans would be usual if the others of them, two or more, were: ``[scans]``."""
         others = (statistics.sum(0) - statistics) / (len(statistics) - 1)
-        return self._apart(statistics, others, len(statistics) - 1) <= self.limit()
+        return self._apart(statistics, others, self.covariance, len(statistics) - 1) <= self.limit()
 
     def limit(self, false_alarms: float = FALSE_ALARMS) -> float:
         """The distance beyond which so many people like those of the cohort lie (Hotelling 1931).
@@ -318,8 +328,7 @@ def also_familiar(
     if known is None:
         return None
     seen = _looks(network, prior, dataset, device, False, batch_size=batch_size, num_workers=num_workers)
-    statistics = seen[:, : len(known.names)]
-    return known._replace(added=(*known.added, (statistics.mean(0), len(statistics))))._asdict()
+    return known.also(seen[:, : len(known.names)])._asdict()
 
 
 def _looks(
