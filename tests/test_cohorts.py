@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import informative_network, run_bundle, run_command
@@ -10,6 +12,7 @@ from monai.data import Dataset
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import CovariateCoding
 from scripts.networks import VDVAE
+from scripts.population.familiarity import Familiarity, look
 from scripts.population.merging import _Fitted, expectation, merge, total
 from scripts.population.prior import PopulationPrior, innovation
 from scripts.population.statistics import CohortStatistics, StatisticsFit, coefficients, independent, raw_numbers
@@ -106,6 +109,21 @@ def test_order_does_not_matter_and_a_site_can_be_taken_out(cohorts):
     assert len(there.bits_per_dim) == len(there.distances) == sum(len(people[::5]) for people in SITES.values())
     without = merge({name: cohorts[name] for name in ("A", "B")})[0]
     assert without.coding.variables["site"].categories == ("A", "B")
+
+
+@torch.no_grad()
+def test_a_merged_prior_says_which_scans_are_usual(network, cohorts, tmp_path):
+    """Each cohort is a kind of its own, by what it tells of its held-out people but their coordinates."""
+    merge(cohorts)[0].save(tmp_path / "prior.pt")
+    prior = PopulationPrior.load(torch.load(tmp_path / "prior.pt", weights_only=True))
+    known = Familiarity.of(prior)
+    assert "population" not in known.names and len(known.added) == 2 and known.people == (6, 26)
+    people = torch.stack([scan(index)["image"] for index in range(100, 120)])
+    assert (known.unfamiliarity(look(network, people, prior).statistics) > 1).sum() <= 1
+    assert (known.unfamiliarity(look(network, people.sign(), prior).statistics) > 1).all()
+    assert "what is familiar: mean and covariance of " in "\n".join(cohorts["A"].described())
+    few = replace(cohorts["A"], calibration={**cohorts["A"].calibration, "familiarity": []})
+    assert len(Familiarity.of(merge({**cohorts, "A": few})[0]).added) == 1
 
 
 def test_columns_become_the_features_of_any_coding(pooled):

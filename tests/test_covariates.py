@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, informative_network, run_bundle
@@ -382,12 +383,16 @@ def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
 
 def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
     make_brains(tmp_path / "others", count=6, spacing=16.0, seed=1, covariates=True, workers=1)
+    people = pd.read_csv(tmp_path / "others" / "participants.tsv", sep="\t")
+    people.loc[0, "site"] = "D"
+    people.to_csv(tmp_path / "others" / "participants.tsv", sep="\t", index=False)
     words = ("--run_dir", fitted / "run", "--dataset_dir", tmp_path / "others", "--output_dir", tmp_path)
     scan = nib.load(next((tmp_path / "others").rglob("*.nii.gz")))
     halves = np.ones(scan.shape, np.int16)
     halves[: len(halves) // 2] = 2
     nib.save(nib.Nifti1Image(halves, scan.affine), tmp_path / "atlas.nii.gz")
     words = (*words, "--samples", 0, "--draws", 2, "--atlas", tmp_path / "atlas.nii.gz")
+    words = (*words, "--unseen_categories", "unknown")
     result = run_bundle(*words, run_id=None, configs=["configs/train.json", "configs/evaluate.json"])
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
@@ -399,6 +404,8 @@ def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
         assert 0 <= found[f"{name}_information"] <= found[f"{name}_information_most"] + 1e-9
     assert found["covariates_information_most"] == pytest.approx(np.log2(found["held_out_scans"]))
     assert "age_information" in result.stderr
+    assert "Categories that no training scan has count as not known: site D (1 scan(s))" in result.stderr
+    assert found["held_out_scans"] == 6
 
 
 def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():

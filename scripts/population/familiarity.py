@@ -35,6 +35,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+POPULATION = "population"  # the name of the number that a prior's coordinates give, the last one
 FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
 QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
@@ -77,7 +78,7 @@ def statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
     """Of the numbers of :func:`statistics`."""
     grids = [grid_name(network.grids()[level]) for level in sorted(set(network.latent_levels))]
     axes = [f"roughness {axis}" for axis in "xyz"[: network.spatial_dims]]
-    return [*parts(network), *axes, *grids, *([] if prior is None else ["population"])]
+    return [*parts(network), *axes, *grids, *([] if prior is None else [POPULATION])]
 
 
 def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) -> Look:
@@ -227,9 +228,28 @@ class Familiarity(NamedTuple):
         """The distance of scans from a mean of so many people, in terms of the limit, which is that for the held-out
         ones' mean.
         """
-        apart = statistics.cpu().double() - mean.double()
+        apart = statistics[:, : len(self.names)].cpu().double() - mean.double()
         squares = (apart @ torch.linalg.inv(covariance.double()) * apart).sum(1).clamp_min(0)
         return (squares * (1 + 1 / self.people[0]) / (1 + 1 / people)).sqrt()
+
+    @classmethod
+    def together(cls, cohorts: Sequence[Familiarity]) -> Familiarity:
+        """That of several cohorts, each a kind of its own, but for coordinates: these are of each one's own prior."""
+        first, *others = sorted(cohorts, key=lambda cohort: cohort.people, reverse=True)
+        size = len(first.names) - (first.names[-1] == POPULATION)
+        kinds = [(other.mean[:size], other.covariance[:size, :size], other.people[0]) for other in others]
+        weights = torch.tensor([cohort.people[0] for cohort in cohorts], dtype=torch.float64)
+        weights /= weights.sum()
+        bits = weights @ torch.tensor([cohort.bits_per_dim for cohort in cohorts], dtype=torch.float64)
+        quantiles = torch.stack([cohort.quantiles for cohort in cohorts]).double()
+        return first._replace(
+            names=first.names[:size],
+            mean=first.mean[:size],
+            covariance=first.covariance[:size, :size],
+            bits_per_dim=float(bits),
+            quantiles=torch.tensordot(weights, quantiles, 1).float(),
+            added=kinds,
+        )
 
     def also(self, statistics: Tensor) -> Familiarity:
         """The same, with scans of another kind that are usual too, ``[scans, numbers]``.

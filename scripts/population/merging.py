@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.population.effects import Effects
+from scripts.population.familiarity import Familiarity
 from scripts.population.fit import RANKS, SHARPNESSES, SHRINKAGES
 from scripts.population.joint import correlation_of
 from scripts.population.prior import PopulationPrior
@@ -95,7 +96,8 @@ def _held_out_sums(parts: Sequence[CohortStatistics]) -> dict:
     found = [part.calibration for part in parts]
     counted = {name: sum((Counter(c[name]) for c in found), Counter()) for name in ("bits_per_dim", "distances")}
     added = {name: [sum(v) for v in zip(*(c[name] for c in found), strict=True)] for name in ("sharpness", "sums")}
-    return {**found[0], **counted, **added}
+    familiar = [cohort for c in found for cohort in c.get("familiarity", [])]
+    return {**found[0], **counted, **added, "familiarity": familiar}
 
 
 def pooled_coding(union: CohortStatistics) -> CovariateCoding | None:
@@ -311,6 +313,9 @@ def merge(
 def set_from_held_out(prior: PopulationPrior, union: CohortStatistics) -> None:
     """Take over what each cohort measured of its held-out people under its own prior."""
     known = union.calibration
+    if known["familiarity"]:
+        cohorts = [Familiarity(**cohort) for cohort in known["familiarity"]]
+        prior.familiarity = Familiarity.together(cohorts)._asdict()
     prior.bits_per_dim = torch.tensor(sorted(Counter(known["bits_per_dim"]).elements())) * BITS_STEP
     normal = torch.tensor(sorted(Counter(known["distances"]).elements())) * DISTANCE_STEP
     prior.distances = (normal + (2 * prior.factors - 1) ** 0.5).clamp_min(0) / 2**0.5

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file
 LEAST_PEOPLE = 10  # in a cohort
+LEAST_SEEN = 5  # held-out people of whom it is told what is familiar
 MOST_LEVERAGE = 0.75  # of a scan: how much of any combination of the sums may be one person's
 MOST_BYTES = 24_000_000  # of a file: fewer directions are kept where more would not fit
 BITS_STEP, DISTANCE_STEP = 0.01, 0.1  # bins of histograms: bits per dim, standard deviations
@@ -195,9 +196,14 @@ class CohortStatistics:
             f"{len(independent(self.gram)[0])} x {dimensions}; squares: 2 x {dimensions}",
             f"leading directions: {len(self.rows) - 1} x {dimensions}, 8 bits",
             f"held-out people: {held_out}; histograms of bits per dim and of distances; sums {known['sums']}",
+            f"what is familiar: mean and covariance of {_numbers(known)} numbers of held-out people",
             f"held-out gain in nats per factors: { {k: round(v, 1) for k, v in known['gains'].items()} }",
             f"weights {self.weights}; {', '.join(f'{name} {value}' for name, value in self.about.items())}",
         ]
+
+
+def _numbers(calibration: Mapping[str, Any]) -> int:
+    return sum(len(cohort["names"]) for cohort in calibration.get("familiarity", []))
 
 
 def independent(gram: Tensor) -> tuple[list[int], Tensor]:
@@ -271,6 +277,8 @@ class StatisticsFit(PopulationFit):
         self.calibration.setdefault("sharpness", [0.0] * len(SHARPNESSES))
         self.calibration.setdefault("sums", [0.0] * 4)
         self.calibration |= {"gains": self.gains, "shrinkage": shrinkage, "factors": prior.factors}
+        familiar = prior.familiarity["people"][0] >= LEAST_SEEN
+        self.calibration["familiarity"] = [prior.familiarity] if familiar else []
         self.latents = list(prior.latents)
         statistics = self._sums()
         if idist.get_rank() == 0:
