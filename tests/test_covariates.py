@@ -404,8 +404,9 @@ def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
         assert 0 <= found[f"{name}_information"] <= found[f"{name}_information_most"] + 1e-9
     assert found["covariates_information_most"] == pytest.approx(np.log2(5))  # those whose site is known
     assert "age_information" in result.stderr
-    assert "Categories that no training scan has count as not known: site D (1 scan(s))" in result.stderr
+    assert "Categories that no training scan has count as not known: site 'D' (1 scan(s))" in result.stderr
     assert found["held_out_scans"] == 6
+    assert "Not known is the age" not in result.stderr  # of those who were trained on, in another folder, neither
 
 
 def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():

@@ -227,9 +227,10 @@ class Cohort:
         self._dataset_dir, self.pattern, self.training_run = dataset_dir, scan_pattern, training_run
         self.covariates_file, self.unseen, self._items = covariates_file, unseen, items
 
-    def of(self, items: list[dict[str, Any]]) -> Cohort:
-        """Other scans of the same data set."""
-        return Cohort(self.folder, self.pattern, self.training_run, self.covariates_file, self.unseen, items)
+    def of(self, items: list[dict[str, Any]], folder: str | os.PathLike | None = None) -> Cohort:
+        """Other scans, of the same data set or of that of another folder or datalist."""
+        folder = self.folder if folder is None else folder
+        return Cohort(folder, self.pattern, self.training_run, self.covariates_file, self.unseen, items)
 
     @cached_property
     def folder(self) -> str | os.PathLike:

@@ -224,7 +224,9 @@ def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int
     chosen = [dict(training[place]) for place in one_per_subject(training, most, common.seed)]
     if not chosen:
         return None
-    return measure(jobs.score(common.replace(cohort=common.cohort.of(chosen)), restore=None), "scoring training scans")
+    run = common.cohort.training_run
+    cohort = common.cohort.of(chosen, None if run is None else run.datalist)  # whose own table has their covariates
+    return measure(jobs.score(common.replace(cohort=cohort), restore=None), "scoring training scans")
 
 
 def _rows(common: Common, table: ELBOTable, held_out: Measured, trained: Measured | None) -> list[dict[str, float]]:
