@@ -441,7 +441,7 @@ def deviation(
             covariate_results.SaveRegions(regions, names),
         ],
         [
-            layout("deviation"),
+            *map(layout, images),
             row,
             *([regions] if atlas else []),
             *([] if certificate is None else certificate.layouts),
