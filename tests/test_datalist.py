@@ -180,12 +180,18 @@ def test_results_among_the_scans_are_no_scans(tmp_path, caplog):
         "a_recon.nii.gz",
         "out/a_recon_to4.nii.gz",
         "out/a_anomaly.nii.gz",
+        "out/a_deviation.nii.gz",
+        "out/a_expected.nii.gz",
+        "out/a_counterfactual.nii.gz",
+        "out/a_difference_age-80.nii.gz",
+        "out/a_harmonised_site-Old town.nii.gz",
+        "out/a_desc-counterfactualage80_T1w.nii.gz",
         "run/figures/sample_temperature=1_0.nii.gz",
     ]
     make_files(tmp_path, ["a.nii.gz", "b.nii.gz", "c_reconstructed.nii.gz", *results])
     assert [path.name for path in find_scans(tmp_path)] == ["a.nii.gz", "b.nii.gz", "c_reconstructed.nii.gz"]
     assert (
-        "4 file(s) are left out, since they are named as results of this bundle, such as 'a_recon.nii.gz'"
+        "10 file(s) are left out, since they are named as results of this bundle, such as 'a_recon.nii.gz'"
         in caplog.text
     )
     assert [path.name for path in find_scans(tmp_path, "*_recon.nii.gz")] == ["a_recon.nii.gz"]
