@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,10 @@ class Covariates:
         self._tables = [table for table in (participants, given) if table is not None]
         fields = _datalist_fields(place)
         sessions = {scan.subject: _read_sessions(root, scan.subject) for scan in self._scans}
+        by_subject = defaultdict(list)
+        for scan in self._scans:
+            by_subject[scan.subject].append(scan)
+        self._sessions = [(table, by_subject[name]) for name, table in sessions.items() if table is not None]
         self.rows: list[dict[str, Any]] = []
         self._sources: list[dict[str, str]] = []  # the file of each value
         for scan, path in zip(self._scans, paths, strict=True):
@@ -187,9 +191,22 @@ class Covariates:
     def without_rows(self) -> list[str]:
         """A sentence for each table in which scans have no row: how many, and how both spell a name. For every job.
 
-        Of ``covariates_file`` and ``participants.tsv``; a ``1`` in a table is not taken for ``sub-0001``.
+        A ``1`` in a table is not taken for ``sub-0001``, or for ``ses-01``. Of the tables of subjects' sessions the
+        first such one has a sentence, which counts the others.
         """
-        return [sentence for table in self._tables if (sentence := table.without_row(self._scans))]
+        found = [sentence for table in self._tables if (sentence := table.without_row(self._scans))]
+        sessions = [sentence for table, scans in self._sessions if (sentence := table.without_row(scans))]
+        more = f" So it is with {len(sessions) - 1} more table(s) of sessions." if len(sessions) > 1 else ""
+        return found + [sentence + more for sentence in sessions[:1]]
+
+    def without_column(self, names: Iterable[str]) -> str:
+        """Half a sentence on covariates that are no column of a table: what the tables have; empty where all are."""
+        missing_names = [name for name in names if name not in self.names]
+        if not missing_names:
+            return ""
+        if not self.names:
+            return f": put a {PARTICIPANTS} into dataset_dir, or name a table by --covariates_file"
+        return f": no table has a column {' or '.join(missing_names)}; found are {', '.join(self.names)}"
 
     def outside_range(self, coding: CovariateCoding, values: Sequence[Mapping[str, Value]]) -> tuple[list[bool], str]:
         """Which scans have a continuous covariate outside of the range of the training scans.

@@ -70,7 +70,7 @@ def make_datalist(
         raise InputError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
     sides, rule, root = list_sides(dataset_dir, scan_pattern)
     training, validation = sides["training"], sides.get("validation", [])
-    _check_sides(sides, dataset_dir)
+    check_sides(sides, dataset_dir)
 
     generator = random.Random(seed)
     if validation:
@@ -237,7 +237,7 @@ def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLi
     return os.path.commonpath([Path(file).absolute().parent for scan in scans for file in item_files(scan)])
 
 
-def _check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
+def check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
     """Refuse a datalist with a subject on two sides."""
     subjects = {side: {item["subject"] for item in items} for side, items in sides.items()}
     for one, other in itertools.combinations(subjects, 2):

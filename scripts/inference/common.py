@@ -299,16 +299,16 @@ class Cohort:
         values = self.covariates.values(coding, self.unseen, refused)
         if values and not refused and all(value is None for known in values for value in known.values()):
             logger.warning(
-                "Nothing says %s of any scan, so that each is compared with the whole cohort: put a participants.tsv "
-                "into dataset_dir, or name a table by --covariates_file.",
-                " or ".join(coding.variables),
+                "Nothing says %s of any scan, so that each is compared with the whole cohort%s.",
+                *(" or ".join(coding.variables), self.covariates.without_column(coding.variables)),
             )
         else:
             lacking = {name: sum(known[name] is None for known in values) for name in coding.variables}
             said = " and ".join(f"{name} of {count}" for name, count in lacking.items() if count)
             if said:
                 logger.warning(
-                    "Not known is the %s of %d scan(s): these are compared with people of any.", said, len(values)
+                    "Not known is the %s of %d scan(s): these are compared with people of any%s.",
+                    *(said, len(values), self.covariates.without_column(coding.variables)),
                 )
         outside, sentence = self.covariates.outside_range(coding, values)
         for warning in (*self.covariates.without_rows(), sentence):
