@@ -138,6 +138,18 @@ def test_a_table_whose_separator_is_not_that_of_its_ending_is_read(tmp_path, mar
         assert found.rows == [{"age": "50", "notes": ""}, {"age": "60", "notes": "tired; left, early"}]
 
 
+@pytest.mark.parametrize(("odd", "said"), [("-9", "age is -9 of 2 scan(s)"), ("600", "age is 600 of 2"), ("25", None)])
+def test_values_that_may_stand_for_what_is_not_known_are_said(tmp_path, caplog, odd, said):
+    """A prior would be fitted to them."""
+    items = scans(tmp_path, *(f"sub-{who:02d}" for who in range(12)))
+    rows = [f"sub-{who:02d}\t{odd if who in (3, 7) else 40 + 3 * who}\n" for who in range(12)]
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\n" + "".join(rows))
+    Covariates(items, tmp_path).learn({"age": "continuous"})
+    assert [
+        f"{said}" in line and "sub-03_T1w.nii.gz', far from the others (40 to 73)" in line for line in caplog.messages
+    ] == ([] if said is None else [True])
+
+
 def test_covariates_that_no_table_calls_so_are_said_with_what_there_is(tmp_path):
     (tmp_path / "participants.tsv").write_text("participant_id\tAge\tsex\nsub-01\t50\tF\n")
     found = Covariates(scans(tmp_path, "sub-01"), tmp_path)

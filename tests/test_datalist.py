@@ -175,6 +175,14 @@ def test_no_subject_is_on_both_sides_and_the_log_says_how_they_are_told(tmp_path
     assert len(make_datalist(tmp_path / "both.json")["training"]) == 2
 
 
+def test_a_scan_that_a_side_names_twice_is_refused(tmp_path):
+    """It would count as two people."""
+    images = ["a.nii.gz", "b.nii.gz", str(tmp_path / "a.nii.gz")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": image} for image in images]}))
+    with pytest.raises(ValueError, match=r"The 'training' of dataset_dir '.*' names '.*a\.nii\.gz' 2 times: leave one"):
+        make_datalist(tmp_path / "list.json")
+
+
 def test_results_among_the_scans_are_no_scans(tmp_path, caplog):
     results = [
         "a_recon.nii.gz",

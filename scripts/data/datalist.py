@@ -383,6 +383,9 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
                 {**e, "image": _each_path(lambda name: os.path.normpath(path.parent / expand(name)), e["image"])}
                 for e in entries
             ]
+            scan, count = Counter(item_path(item) for item in sides[side]).most_common(1)[0]
+            if count > 1:
+                raise InputError(f"The '{side}' of dataset_dir '{path}' names '{scan}' {count} times: leave one.")
     return sides
 
 
