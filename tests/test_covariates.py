@@ -23,7 +23,7 @@ from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.data.scan_grid import ScanGrid
-from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_table
+from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_names, region_table
 from scripts.inference.covariates import (
     Counterfactual,
     Deviation,
@@ -358,8 +358,18 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     assert "shows regions over age" in done.stderr and imread(tmp_path / "out" / "regions.png").shape[2] == 4
     assert len(wide) == 9 and wide[0]["left"] == rows[0]["z"]
     assert nib.load(tmp_path / "out" / "sub-0001_FLAIR_deviation.nii.gz").shape == scan.shape
+    (tmp_path / "halves.tsv").write_text("index\tname\n1\thalf\n2\thalf\n")
+    refused = job("deviation", fitted, tmp_path / "out", *NINE, "--atlas", atlas, "--draws", 4)
+    assert "holds results of 'deviation' made with another regions" in refused.stderr
     refused = job("deviation", fitted, tmp_path / "none", "--atlas", tmp_path / "none.nii.gz")
     assert "none.nii.gz' does not exist" in refused.stderr
+
+
+def test_regions_of_one_name_are_told_apart(tmp_path):
+    """Such as those of both sides, of which one would be lost."""
+    (tmp_path / "atlas.tsv").write_text("index\tname\n3\tputamen\n17\tputamen\n4\tpons\n")
+    names = region_names(tmp_path / "atlas.nii.gz", torch.tensor([0, 3, 4, 5, 17]))
+    assert names == ["putamen 3", "pons", "5", "putamen 17"]
 
 
 def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):

@@ -446,7 +446,7 @@ def deviation(
             *([regions] if atlas else []),
             *([] if certificate is None else certificate.layouts),
         ],
-        settings,
+        {**settings, "regions": names},
         arguments=partial(stack_features, prior),
         asks=True,
         summary=tables if certificate is None else partial(certificate.summary, tables),

@@ -88,7 +88,7 @@ class ScanColumns:
         first = list(itertools.islice(rows, 1))  # the others stay where they are: there may be many
         cells = (self._row(scan, numbers, last) for scan, numbers in itertools.chain(first, rows))
         header = list(self._row(*first[0], last)) if first else ["image"]
-        write_csv(path, header, (list(row.values()) for row in cells))
+        write_csv(path, header, ([row.get(name, "") for name in header] for row in cells))
 
     def _row(self, scan: str, numbers: Mapping[str, Any], last: bool) -> dict[str, Any]:
         own, details = self(scan), self.details(scan)
