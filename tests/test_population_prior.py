@@ -245,7 +245,9 @@ def test_the_training_scans_that_are_held_out_are_of_people_of_their_own(network
     items = [{"image": scan, "subject": f"sub-{place // 3}"} for place, scan in enumerate(fitted[2][:15])]
     taken, held_out = [], PopulationFit._held_out
     monkeypatch.setattr(
-        PopulationFit, "_held_out", lambda fit, scans: taken.extend(scans.dataset.indices) or held_out(fit, scans)
+        PopulationFit,
+        "_held_out",
+        lambda fit, scans: taken.extend(scans.dataset.datasets[1].indices) or held_out(fit, scans),
     )
     for training in (items, Dataset(Dataset(items)), [{"image": item["image"]} for item in items]):
         PopulationFit(network, training, [], tmp_path / "p.pt", factors=2).run()
