@@ -9,7 +9,6 @@ taken out again by leaving its file out. ``--describe True`` prints what each fi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 from scripts.utils.command_line import run
@@ -29,7 +28,7 @@ def merge_priors(*files: str, output: str = "population_prior.pt", describe: boo
         output: the prior; ``left_out.csv`` is written beside it.
         describe: print what the files hold, and merge nothing.
     """
-    from scripts.population.merging import merge
+    from scripts.population.merging import merge, refuse_shared_people
     from scripts.population.statistics import CohortStatistics
 
     if isinstance(describe, str):  # --describe before the files takes the first of them
@@ -46,7 +45,7 @@ def merge_priors(*files: str, output: str = "population_prior.pt", describe: boo
             print(f"'{path}':", *cohorts[name].described(), sep="\n  ")
     if describe:
         return
-    _refuse_twice(cohorts)
+    refuse_shared_people(cohorts)
     folder = as_folder("output", Path(expand(output)).parent)
     prior, left_out, chosen = merge(cohorts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,15 +67,6 @@ def merge_priors(*files: str, output: str = "population_prior.pt", describe: boo
             *row,
         )
     logger.info("Population prior of %d factors and %d people: '%s'.", prior.factors, extras["scans"], output)
-
-
-def _refuse_twice(cohorts: Mapping) -> None:
-    names = sorted(cohorts)
-    for place, name in enumerate(names):
-        for other in names[:place]:
-            a, b = cohorts[name], cohorts[other]
-            if a.count == b.count and a.squares.shape == b.squares.shape and (a.squares == b.squares).all():
-                raise InputError(f"'{other}' and '{name}' are the same cohort: name each file once.")
 
 
 if __name__ == "__main__":

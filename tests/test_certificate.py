@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -14,9 +15,12 @@ from scipy import stats
 from test_covariates import prior_with_effects
 
 from scripts.data.covariates import CovariateCoding
+from scripts.data.datalist import write_datalist
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.certificate import Certificate, discovery_level
-from scripts.inference.certified import find_clusters
+from scripts.inference.certified import find_clusters, people_to_calibrate
+from scripts.inference.common import Cohort
+from scripts.inference.training_run import TrainedScans
 from scripts.phantoms import make_brains
 from scripts.population.prior import fingerprint
 
@@ -245,6 +249,34 @@ def test_a_group_calibrates_once(people, tmp_path):
     done = certified(people, tmp_path / "other", "--error_rate", 0.1, "--calibration", file)
     assert done.returncode == 1 and "is damaged, or of another version" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def cohort_of(folder, *subjects) -> Cohort:
+    return Cohort(folder, items=[{"image": str(folder / s), "subject": s[:6]} for s in subjects])
+
+
+def test_people_who_would_spoil_a_calibration(tmp_path, caplog):
+    """Copies of a scan that is judged, people who were trained on; a person's scans count once."""
+    names = ("sub-01_ses-1.nii", "sub-01_ses-2.nii", "sub-02.nii", "sub-03.nii")
+    for folder, number in (("healthy", 0), ("scans", 9)):
+        (tmp_path / folder).mkdir()
+        for place, name in enumerate(names):
+            (tmp_path / folder / name).write_bytes(bytes([place + number] * 5))
+    given, healthy = cohort_of(tmp_path / "scans", names[0]), cohort_of(tmp_path / "healthy", *names)
+    found = people_to_calibrate(healthy, given, 0)
+    assert [item["subject"] for item in found] == ["sub-01", "sub-02", "sub-03"]
+    assert "calibration: 4 scans are of 3 people" in caplog.text
+    assert "1 people of the calibration are called as people of the scans are, such as 'sub-01'" in caplog.text
+    for name in (names[0], names[2]):
+        write_datalist(
+            {"training": [{"image": str(tmp_path / "healthy" / name), "subject": name[:6]}]}, tmp_path / "l.json"
+        )
+        given.training_run = TrainedScans(tmp_path / "l.json")
+        with pytest.raises(ValueError, match=f"'{tmp_path}/healthy/{name}' is of a person who was trained on"):
+            people_to_calibrate(healthy, given, 0)
+    shutil.copy(tmp_path / "scans" / names[0], tmp_path / "healthy" / names[3])
+    with pytest.raises(ValueError, match=r"sub-03\.nii' is one of the scans, too"):
+        people_to_calibrate(healthy, cohort_of(tmp_path / "scans", names[0]), 0)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,16 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import CovariateCoding
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look
-from scripts.population.merging import _Fitted, expectation, merge, total
+from scripts.population.merging import _Fitted, expectation, merge, refuse_shared_people, total
 from scripts.population.prior import PopulationPrior, innovation
-from scripts.population.statistics import CohortStatistics, StatisticsFit, coefficients, independent, raw_numbers
+from scripts.population.statistics import (
+    CohortStatistics,
+    StatisticsFit,
+    coefficients,
+    independent,
+    most_leverage,
+    raw_numbers,
+)
 from scripts.training.checkpoints import CheckpointError
 
 KINDS = {"age": "continuous", "sex": "categorical"}
@@ -150,7 +157,7 @@ def test_what_would_tell_one_person_is_left_out(network, tmp_path, caplog):
     found = statistics_of(network, range(12), tmp_path / "s.pt", covariates=covariates)
     assert "sex" not in found.variables and not [c for c in found.columns if "sex" in c]
     assert "one person would have 100 % of what the sums say of sex" in caplog.text
-    with pytest.raises(ValueError, match="a cohort needs 10 or more"):
+    with pytest.raises(ValueError, match="a cohort needs 10 people or more"):
         statistics_of(network, range(9), tmp_path / "few.pt", covariates=None)
 
 
@@ -168,6 +175,16 @@ def test_files_that_do_not_belong_together_are_refused(cohorts, tmp_path):
     torch.save({"statistics": 1, "count": 3}, path)
     with pytest.raises(CheckpointError, match="is damaged: take it from where it was made"):
         CohortStatistics.load(path)
+
+
+def test_a_persons_scans_are_one_person(network, tmp_path):
+    """Twelve scans of six people are fewer than ten people; what two scans of one person say alone is one person's."""
+    items = [{**scan(index), "subject": f"sub-{index // 2}"} for index in range(12)]
+    with pytest.raises(ValueError, match=r"statistics of 12 scan\(s\) of 6 people would tell too much of each"):
+        StatisticsFit(network, Dataset(items), Dataset([]), tmp_path / "x.pt", 2)
+    only_man = torch.tensor([[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 2)
+    assert most_leverage(only_man, [[row] for row in range(12)]) == pytest.approx(0.5)
+    assert most_leverage(only_man, [*([row] for row in range(10)), [10, 11]]) == pytest.approx(1.0)
 
 
 def test_sites_merge_as_users_type_it(cohort, tmp_path):
@@ -198,3 +215,15 @@ def test_sites_merge_as_users_type_it(cohort, tmp_path):
     assert done.returncode == 0, done.stderr
     twice = run_command("scripts.merge_priors", files[0], files[0], "--output", output)
     assert twice.returncode == 1 and "two files are of a cohort 'A'" in twice.stderr
+
+
+def test_people_are_not_counted_twice(cohorts, tmp_path):
+    """Neither those of one file, whose sums were made anew, nor those of an earlier file of a site."""
+    a, b = cohorts["A"], cohorts["B"]
+    anew = replace(a, squares=a.squares * (1 + 1e-5 * torch.randn(len(a.squares), generator=torch.manual_seed(0))))
+    later = replace(a, count=a.count + 1, squares=a.squares + b.squares / b.count)
+    for name, found in (("anew", anew), ("later", later)):
+        with pytest.raises(ValueError, match=rf"all people of 'A' seem to be in '{name}', too") as error:
+            refuse_shared_people({"A": a, name: found})
+        assert "\n" not in str(error.value)
+    refuse_shared_people(cohorts)

@@ -109,6 +109,54 @@ def test_a_row_per_session_is_that_of_the_sessions_scan(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("session_id\tage\n1\t50\n2\t60\n", "'sub-01 ses-01' (the table has 'sub-01 1')"),
+        ("visit\tage\n01\t50\n02\t60\n", "no column that says which scan a row is of, and is not read."),
+    ],
+)
+def test_a_table_of_sessions_of_which_no_row_is_found_is_said(tmp_path, table, said):
+    """The ages would be those at the first visit, in participants.tsv, without a word."""
+    items = scans(tmp_path, *(f"sub-{who}_ses-{when}" for who in ("01", "02", "03") for when in ("01", "02")))
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t50\nsub-02\t50\nsub-03\t50\n")
+    for who in ("01", "02"):
+        (tmp_path / f"sub-{who}_sessions.tsv").write_text(table)
+    (tmp_path / "sub-03_sessions.tsv").write_text("session_id\tage\nses-01\t50\nses-02\t60\n")
+    (sentence,) = Covariates(items, tmp_path).without_rows()
+    assert "sub-01_sessions.tsv'" in sentence and said in sentence
+    assert sentence.endswith(" So it is with 1 more table(s) of sessions.")
+
+
+@pytest.mark.parametrize("mark", [";", ","])
+def test_a_table_whose_separator_is_not_that_of_its_ending_is_read(tmp_path, mark):
+    """As spreadsheets write them where a comma stands before the decimals."""
+    rows = ["participant_id\tage\tnotes", "sub-01\t50\t", 'sub-02\t60\t"tired; left, early"']
+    for name in ("participants.tsv", "mine.csv"):
+        (tmp_path / name).write_text("\n".join(rows).replace("\t", mark))
+        found = Covariates(scans(tmp_path, "sub-01", "sub-02"), tmp_path, tmp_path / name)
+        assert found.rows == [{"age": "50", "notes": ""}, {"age": "60", "notes": "tired; left, early"}]
+
+
+@pytest.mark.parametrize(("odd", "said"), [("-9", "age is -9 of 2 scan(s)"), ("600", "age is 600 of 2"), ("25", None)])
+def test_values_that_may_stand_for_what_is_not_known_are_said(tmp_path, caplog, odd, said):
+    """A prior would be fitted to them."""
+    items = scans(tmp_path, *(f"sub-{who:02d}" for who in range(12)))
+    rows = [f"sub-{who:02d}\t{odd if who in (3, 7) else 40 + 3 * who}\n" for who in range(12)]
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\n" + "".join(rows))
+    Covariates(items, tmp_path).learn({"age": "continuous"})
+    assert [
+        f"{said}" in line and "sub-03_T1w.nii.gz', far from the others (40 to 73)" in line for line in caplog.messages
+    ] == ([] if said is None else [True])
+
+
+def test_covariates_that_no_table_calls_so_are_said_with_what_there_is(tmp_path):
+    (tmp_path / "participants.tsv").write_text("participant_id\tAge\tsex\nsub-01\t50\tF\n")
+    found = Covariates(scans(tmp_path, "sub-01"), tmp_path)
+    assert found.without_column(["age", "sex"]) == ": no table has a column age; found are Age, sex"
+    assert found.without_column(["sex"]) == ""
+
+
 @pytest.mark.parametrize("column", ["session", "ses"])
 def test_the_column_of_the_session_may_have_other_names(tmp_path, column):
     (tmp_path / "participants.tsv").write_text(f"participant_id\t{column}\tage\n01\t1\t50\n01\t2\t80\n")

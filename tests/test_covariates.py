@@ -23,7 +23,7 @@ from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.data.scan_grid import ScanGrid
-from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_table
+from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_names, region_table
 from scripts.inference.covariates import (
     Counterfactual,
     Deviation,
@@ -115,6 +115,8 @@ def test_a_spline_is_straight_beyond_its_outer_knots_and_bends_between():
         ({}, "give values by names"),
         ("age", "give values by names"),
         ({"age": [50, 60], "site": ["A", "B"]}, "one of them can be a list"),
+        ({"age": None}, "age is None: give the value to change to"),
+        ({"age": [60, "n/a"]}, "age is .*: give the value to change to"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(coding, value, message):
@@ -356,8 +358,18 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     assert "shows regions over age" in done.stderr and imread(tmp_path / "out" / "regions.png").shape[2] == 4
     assert len(wide) == 9 and wide[0]["left"] == rows[0]["z"]
     assert nib.load(tmp_path / "out" / "sub-0001_FLAIR_deviation.nii.gz").shape == scan.shape
+    (tmp_path / "halves.tsv").write_text("index\tname\n1\thalf\n2\thalf\n")
+    refused = job("deviation", fitted, tmp_path / "out", *NINE, "--atlas", atlas, "--draws", 4)
+    assert "holds results of 'deviation' made with another regions" in refused.stderr
     refused = job("deviation", fitted, tmp_path / "none", "--atlas", tmp_path / "none.nii.gz")
     assert "none.nii.gz' does not exist" in refused.stderr
+
+
+def test_regions_of_one_name_are_told_apart(tmp_path):
+    """Such as those of both sides, of which one would be lost."""
+    (tmp_path / "atlas.tsv").write_text("index\tname\n3\tputamen\n17\tputamen\n4\tpons\n")
+    names = region_names(tmp_path / "atlas.nii.gz", torch.tensor([0, 3, 4, 5, 17]))
+    assert names == ["putamen 3", "pons", "5", "putamen 17"]
 
 
 def test_covariates_says_what_scans_say_of_them(fitted, tmp_path):
@@ -565,6 +577,19 @@ def test_a_site_of_which_nothing_is_learnt_is_said(network, coding, tmp_path, ca
     with caplog.at_level("INFO"):
         Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, tmp_path / "adapted.pt").run()
     assert "Nothing was learnt of site 'D'" in caplog.text and "is taken for its effect" not in caplog.text
+
+
+@torch.no_grad()
+def test_what_a_new_site_is_learnt_without_is_said(network, coding, tmp_path, caplog):
+    """The effect of ages that are not known would be taken for the site's, and another site's scans for its own."""
+    prior = prior_with_effects(network, coding, 0.3)
+    items = [{"image": str(tmp_path / f"sub-0{k}.nii.gz"), "subject": f"sub-0{k}"} for k in range(3)]
+    dataset = Dataset(items, lambda item: {"image": torch.zeros(1, 8, 8, 8)})
+    (tmp_path / "participants.tsv").write_text("participant_id\tAge\tsex\tsite\nsub-00\t50\tF\tB\nsub-01\t60\tF\tD\n")
+    Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, tmp_path / "adapted.pt").run()
+    assert "All scans are taken for those of site 'D'; tables say B (1), D (1)." in caplog.messages
+    assert any("age of 3 and sex of 1 of 3 scan(s)" in m and "found are Age, sex, site" in m for m in caplog.messages)
+    assert any(m.startswith("1 of 3 scan(s) have no row in") for m in caplog.messages)
 
 
 def test_the_likeliest_category_is_empty_where_nothing_is_known(coding):

@@ -175,17 +175,31 @@ def test_no_subject_is_on_both_sides_and_the_log_says_how_they_are_told(tmp_path
     assert len(make_datalist(tmp_path / "both.json")["training"]) == 2
 
 
+def test_a_scan_that_a_side_names_twice_is_refused(tmp_path):
+    """It would count as two people."""
+    images = ["a.nii.gz", "b.nii.gz", str(tmp_path / "a.nii.gz")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": image} for image in images]}))
+    with pytest.raises(ValueError, match=r"The 'training' of dataset_dir '.*' names '.*a\.nii\.gz' 2 times: leave one"):
+        make_datalist(tmp_path / "list.json")
+
+
 def test_results_among_the_scans_are_no_scans(tmp_path, caplog):
     results = [
         "a_recon.nii.gz",
         "out/a_recon_to4.nii.gz",
         "out/a_anomaly.nii.gz",
+        "out/a_deviation.nii.gz",
+        "out/a_expected.nii.gz",
+        "out/a_counterfactual.nii.gz",
+        "out/a_difference_age-80.nii.gz",
+        "out/a_harmonised_site-Old town.nii.gz",
+        "out/a_desc-counterfactualage80_T1w.nii.gz",
         "run/figures/sample_temperature=1_0.nii.gz",
     ]
     make_files(tmp_path, ["a.nii.gz", "b.nii.gz", "c_reconstructed.nii.gz", *results])
     assert [path.name for path in find_scans(tmp_path)] == ["a.nii.gz", "b.nii.gz", "c_reconstructed.nii.gz"]
     assert (
-        "4 file(s) are left out, since they are named as results of this bundle, such as 'a_recon.nii.gz'"
+        "10 file(s) are left out, since they are named as results of this bundle, such as 'a_recon.nii.gz'"
         in caplog.text
     )
     assert [path.name for path in find_scans(tmp_path, "*_recon.nii.gz")] == ["a_recon.nii.gz"]

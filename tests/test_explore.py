@@ -322,10 +322,19 @@ def test_the_deviation_is_that_of_the_scans_own_covariates(client, cohort, netwo
 
 
 @pytest.fixture(scope="module")
-def certified_jobs(folder, cohort, network, prior, tmp_path_factory):
+def healthy(cohort, tmp_path_factory):
+    """People who are none of the scans: these, mirrored."""
+    others = tmp_path_factory.mktemp("healthy")
+    for path in cohort.glob("*.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(image.get_fdata()[::-1], image.affine), others / path.name)
+    return others
+
+
+@pytest.fixture(scope="module")
+def certified_jobs(folder, healthy, network, prior, tmp_path_factory):
     """The page with the calibration of a run of the job; half of the brain is gone in its fourth scan."""
     output = tmp_path_factory.mktemp("certified")
-    shutil.copytree(cohort, output / "healthy")
     shutil.copytree(folder, output / "scans")
     path = sorted((output / "scans").glob("*.nii.gz"))[3]
     image = nib.load(path)
@@ -333,12 +342,12 @@ def certified_jobs(folder, cohort, network, prior, tmp_path_factory):
     values[: len(values) // 2] = 0
     nib.save(nib.Nifti1Image(values, image.affine), path)
     config = {"network": network, "population_prior": prior, "dataset_dir": str(output / "scans"), "error_rate": 0.1}
-    run = inference_config(**config, calibration=str(output / "healthy"), output_dir=str(output / "run"))
+    run = inference_config(**config, calibration=str(healthy), output_dir=str(output / "run"))
     run.get_parsed_content("deviation")
     return Jobs(inference_config(**config, calibration=str(output / "run" / "calibration.json")))
 
 
-def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, folder, cohort, network, prior):
+def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, folder, healthy, network, prior):
     with program(certified_jobs) as certified:
         assert certified.get("/api/about").json()["certified"]
         job = ask(certified, "deviation", index=3)
@@ -352,7 +361,7 @@ def test_the_certificate_stands_beside_the_deviation(certified_jobs, client, fol
     assert not client.get("/api/about").json()["certified"]
     config = {"network": network, "population_prior": prior, "dataset_dir": str(folder)}
     with pytest.raises(ValueError, match=r"the page takes a calibration\.json"):
-        Jobs(inference_config(**config, error_rate=0.1, calibration=str(cohort)))
+        Jobs(inference_config(**config, error_rate=0.1, calibration=str(healthy)))
 
 
 @torch.no_grad()

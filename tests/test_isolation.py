@@ -15,6 +15,7 @@ from monai.transforms import Compose
 
 from scripts.data.scan_grid import Fit
 from scripts.inference import jobs
+from scripts.inference.common import Cohort
 from scripts.inference.engine import ScanEvaluator, read_item
 from scripts.inference.inferers import Reconstruction
 from scripts.inference.latent_files import LoadLatentsd
@@ -221,6 +222,81 @@ def test_scans_without_a_row_and_ages_beyond_the_priors_are_said(scans, network,
     assert "covariates outside of the range of the training scans, such as" in caplog.text
     with (tmp_path / "out" / "scores.csv").open() as file:
         assert [row["outside_training_range"] for row in csv.DictReader(file)] == ["yes", "no", "no"]
+
+
+# What earlier results are worth
+
+
+def images(output) -> list[str]:
+    with (output / "scores.csv").open(encoding="utf-8") as file:
+        return [row["image"] for row in csv.DictReader(file)]
+
+
+def test_results_of_another_data_set_with_the_same_names_are_made_again(cohort, network, tmp_path):
+    """Whose files may be older than the results."""
+    for folder, path in zip("ab", sorted(cohort.glob("*.nii.gz")), strict=False):
+        (tmp_path / folder).mkdir()
+        shutil.copy2(path, tmp_path / folder / "sub-01_T1w.nii.gz")
+    for folder, output in (("a", "shared"), ("b", "shared"), ("b", "own")):
+        evaluator(tmp_path / folder, network, tmp_path / output).run()
+    name = "sub-01_T1w_recon.nii.gz"
+    assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+
+
+def test_a_scan_that_fails_now_keeps_no_result_of_an_earlier_run(scans, network, prior, tmp_path):
+    """Neither one that became unreadable nor one whose covariates are refused has a row."""
+    output, (first, second, third) = tmp_path / "out", sorted(path.name for path in scans.iterdir())
+    people(scans)
+    score(scans, network, prior, output)
+    assert images(output) == [first, second, third]
+    (scans / first).write_bytes(b"broken")
+    people(scans, **{second[4:8]: "89+"})
+    job = score(scans, network, prior, output)
+    assert images(output) == [third] and set(failed(job)) == {first, second}
+    assert {path.name for path in output.glob("*_anomaly.nii.gz")} == {third.replace(".nii", "_anomaly.nii")}
+
+
+def test_a_job_that_was_stopped_while_it_wrote_over_others_leaves_none_of_these(scans, network, tmp_path):
+    """The next one would take them for finished."""
+    output, stopped = (
+        tmp_path / "out",
+        evaluator(scans, network, tmp_path / "out", seed=1, overwrite=True, batch_size=1),
+    )
+    evaluator(scans, network, output).run()
+    stopped.inferer = RaisesOnce(Reconstruction(), None, RuntimeError("CUDA error: device lost"))
+    with pytest.raises(RuntimeError, match="device lost"):
+        stopped.run()
+    assert not list(output.glob("*_recon.nii.gz"))
+
+
+def test_jobs_that_call_results_alike_do_not_share_a_folder(scans, network, prior, tmp_path):
+    config = inference_config(network=network, population_prior=prior, dataset_dir=str(scans))
+    common = config.get_parsed_content("common").replace(output_dir=tmp_path / "out")
+    common.cohort.unseen = "unknown"
+    people(scans)
+    jobs.counterfactual(common, {"age": 60}).run()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*_difference.nii.gz")}
+    with pytest.raises(
+        FileExistsError, match="holds results of 'counterfactual', some of which are called as those of"
+    ):
+        jobs.harmonise(common, {"site": "B"}).run()
+    assert len(before) == 3 and all(path.read_bytes() == data for path, data in before.items())
+    jobs.harmonise(common.replace(overwrite=True), {"site": "B"}).run()
+    assert all(path.read_bytes() != data for path, data in before.items())
+    with pytest.raises(FileExistsError, match="holds results of 'harmonise'"):
+        jobs.counterfactual(common, {"age": 60}).run()
+
+
+def test_a_result_is_not_written_over_a_scan(scans, network, prior, tmp_path):
+    first = sorted(scans.iterdir())[0]
+    other = first.with_name(first.name.replace(".nii", "_spread.nii"))
+    shutil.copy(first, other)
+    config = inference_config(network=network, population_prior=prior, dataset_dir=str(scans), output_dir=str(scans))
+    items = [{"image": str(path)} for path in (first, other)]  # as a datalist names them
+    job = jobs.deviation(config.get_parsed_content("common").replace(cohort=Cohort(scans, items=items)), 2)
+    with pytest.raises(ValueError, match="is one of the scans, and a result of"):
+        job.run()
+    assert other.read_bytes() == first.read_bytes()
 
 
 # Names and files

@@ -240,13 +240,27 @@ def test_processes_fit_one_prior_together(network, fitted, tmp_path, monkeypatch
     assert together["gain"] == pytest.approx(alone["gain"], rel=0.2) and alone["gain"] > 10
 
 
+def test_the_training_scans_that_are_held_out_are_of_people_of_their_own(network, fitted, tmp_path, monkeypatch):
+    """Another session of a person who is fitted to would make factors, and all that is measured, look too good."""
+    items = [{"image": scan, "subject": f"sub-{place // 3}"} for place, scan in enumerate(fitted[2][:15])]
+    taken, held_out = [], PopulationFit._held_out
+    monkeypatch.setattr(
+        PopulationFit,
+        "_held_out",
+        lambda fit, scans: taken.extend(scans.dataset.datasets[1].indices) or held_out(fit, scans),
+    )
+    for training in (items, Dataset(Dataset(items)), [{"image": item["image"]} for item in items]):
+        PopulationFit(network, training, [], tmp_path / "p.pt", factors=2).run()
+    assert taken == [0, 1, 2, 0, 1, 2, 0, 5, 10]
+
+
 def test_a_fifth_of_the_training_scans_helps_few_held_out_ones(network, fitted, tmp_path, monkeypatch):
     items, sizes, sketch = [{"image": scan} for scan in fitted[2]], [], PopulationFit._sketch
     monkeypatch.setattr(
         PopulationFit, "_sketch", lambda fit, data, effects: sizes.append(len(data)) or sketch(fit, data, effects)
     )
     prior = PopulationFit(network, items[:12], items[12:], tmp_path / "p.pt", factors=4).run()
-    assert len(prior.distances) == 3  # scans 0, 5 and 10
+    assert len(prior.distances) == 3 + len(items[12:])  # scans 0, 5 and 10 beside those that are held out
     assert sizes == [9, 12]  # without them, to choose; then with them
 
 

@@ -88,6 +88,22 @@ def test_a_misspelt_key_or_word_is_named(arguments, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        (("deviation", "--covariates", "{'age': 70}", "--draws", "4"), "--covariates"),
+        (("sample", "--covariates", "{'age': 70}", "--atlas", "x.nii", "--network_def#rezero", "True"), "--atlas"),
+        (("--steps", "3", "--draws", "4", "--temperature", "1.0"), "--steps and --draws"),
+        (("impute", "--mask_dir", "x", "--seed", "1", "--debug", "True", "--output_dir", "x"), None),
+    ],
+)
+def test_an_option_on_which_nothing_depends_is_said(words, idle, caplog):
+    """A scan is not compared with people of 70 because its job was told so."""
+    command_line_config(["run", *words, "--config_file", "configs/inference.json"])
+    job = words[0] if not words[0].startswith("--") else "run"
+    assert caplog.messages == ([f"Nothing of '{job}' depends on {idle}, which changes nothing."] if idle else [])
+
+
 def test_an_expression_may_stand_for_a_number_or_list():
     words = ["--batch_size", "$2 * 4", "--spatial_shape", "$[32] * 3", "--epochs", "@batch_size"]
     config = command_line_config(["run", "--config_file", CONFIG, *words])

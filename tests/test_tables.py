@@ -44,6 +44,14 @@ def test_numbers_may_come_first(data_set):
     assert list(read(root / "table.csv")[0])[:4] == ["image", "c000", "c001", "subject"]
 
 
+def test_a_number_stands_under_its_name(data_set):
+    """Though a row, such as one that an earlier version left, has others or has them in another order."""
+    root, items = data_set
+    rows = zip((item["image"] for item in items), ({"x": 1, "y": 2}, {"y": 4, "z": 5}), strict=True)
+    ScanColumns(items, root).write(root / "table.csv", rows)
+    assert [(row["x"], row["y"]) for row in read(root / "table.csv")] == [("1", "2"), ("", "4")]
+
+
 def test_scans_without_subjects_have_their_path_alone(tmp_path):
     ScanColumns([{"image": str(tmp_path / "a.nii")}], tmp_path).write(
         tmp_path / "table.csv", [(str(tmp_path / "a.nii"), {"x": 1})]

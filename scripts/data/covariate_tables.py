@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ OTHER_TABLE = "; name a table by --covariates_file"
 
 PARTICIPANTS = "participants.tsv"
 NO_COVARIATES = ("image", "label", "mask", "subject", "session", "channel_files")  # of a datalist's item
+FAR = 5  # times the distance between its quartiles: how far from these a value still lies among the others
 MOST_NAMED = 8  # categories of a covariate, in a message
 
 
@@ -69,6 +71,10 @@ class Covariates:
         self._tables = [table for table in (participants, given) if table is not None]
         fields = _datalist_fields(place)
         sessions = {scan.subject: _read_sessions(root, scan.subject) for scan in self._scans}
+        by_subject = defaultdict(list)
+        for scan in self._scans:
+            by_subject[scan.subject].append(scan)
+        self._sessions = [(table, by_subject[name]) for name, table in sessions.items() if table is not None]
         self.rows: list[dict[str, Any]] = []
         self._sources: list[dict[str, str]] = []  # the file of each value
         for scan, path in zip(self._scans, paths, strict=True):
@@ -180,16 +186,46 @@ class Covariates:
                 why = " ".join(["", *self.without_rows()])
                 raise InputError(f"covariates: no training scan has a value for '{name}'.{why}")
             if kind != "categorical":
-                for place in range(len(self.rows)):
-                    self._parsed(place, name, partial(parse_number, name))
+                parse = partial(parse_number, name)
+                self._warn_of_far(name, [self._parsed(place, name, parse) for place in range(len(self.rows))])
         return CovariateCoding.learn(kinds, self.rows)
+
+    def _warn_of_far(self, name: str, values: Sequence[float | None]) -> None:
+        """Name values that may stand for what is not known (-9, 999), or are in another unit than the others."""
+        known = {place: value for place, value in enumerate(values) if value is not None}
+        low, high = np.quantile(list(known.values()), (0.25, 0.75))
+        below = {value for value in known.values() if value < 0}
+        code = below if len(below) == 1 and low > 0 else set()
+        reach = FAR * (high - low) or math.inf
+        far = [p for p, value in known.items() if value in code or not low - reach <= value <= high + reach]
+        if far:
+            others = [value for place, value in known.items() if place not in far]
+            logger.warning(
+                "%s is %s of %d scan(s), such as '%s', far from the others (%g to %g): write n/a for one that is not "
+                "known.",
+                *(name, " or ".join(f"{value:g}" for value in sorted({known[p] for p in far})[:MOST_NAMED]), len(far)),
+                *(self._scans[far[0]].image, min(others), max(others)),
+            )
 
     def without_rows(self) -> list[str]:
         """A sentence for each table in which scans have no row: how many, and how both spell a name. For every job.
 
-        Of ``covariates_file`` and ``participants.tsv``; a ``1`` in a table is not taken for ``sub-0001``.
+        A ``1`` in a table is not taken for ``sub-0001``, or for ``ses-01``. Of the tables of subjects' sessions the
+        first such one has a sentence, which counts the others.
         """
-        return [sentence for table in self._tables if (sentence := table.without_row(self._scans))]
+        found = [sentence for table in self._tables if (sentence := table.without_row(self._scans))]
+        sessions = [sentence for table, scans in self._sessions if (sentence := table.without_row(scans))]
+        more = f" So it is with {len(sessions) - 1} more table(s) of sessions." if len(sessions) > 1 else ""
+        return found + [sentence + more for sentence in sessions[:1]]
+
+    def without_column(self, names: Iterable[str]) -> str:
+        """Half a sentence on covariates that are no column of a table: what the tables have; empty where all are."""
+        missing_names = [name for name in names if name not in self.names]
+        if not missing_names:
+            return ""
+        if not self.names:
+            return f": put a {PARTICIPANTS} into dataset_dir, or name a table by --covariates_file"
+        return f": no table has a column {' or '.join(missing_names)}; found are {', '.join(self.names)}"
 
     def outside_range(self, coding: CovariateCoding, values: Sequence[Mapping[str, Value]]) -> tuple[list[bool], str]:
         """Which scans have a continuous covariate outside of the range of the training scans.
@@ -213,6 +249,35 @@ class Covariates:
             f"{sum(map(bool, beyond))} of {len(beyond)} scan(s) have covariates outside of the range of the training "
             f"scans, such as '{self._scans[place].image}': {ranges}. What is said of them is extrapolated."
         )
+
+    def warn_of_unknown(
+        self, coding: CovariateCoding, values: Sequence[Mapping[str, Value]], any_refused: bool = False
+    ) -> list[bool]:
+        """Warn of what is not known of the scans, of those without a row, and of those outside of the prior's range.
+
+        Args:
+            coding: of the prior's covariates, those that are asked for.
+            values: of each scan, see :meth:`values`.
+            any_refused: whether some are not known because they were refused.
+
+        Returns:
+            Of each scan whether it lies outside.
+        """
+        lacking = {name: sum(known[name] is None for known in values) for name in coding.variables}
+        if values and not any_refused and all(count == len(values) for count in lacking.values()):
+            logger.warning(
+                "Nothing says %s of any scan, so that each is compared with the whole cohort%s.",
+                *(" or ".join(lacking), self.without_column(lacking)),
+            )
+        elif said := " and ".join(f"{name} of {count}" for name, count in lacking.items() if count):
+            logger.warning(
+                "Not known is the %s of %d scan(s): these are compared with people of any%s.",
+                *(said, len(values), self.without_column(lacking)),
+            )
+        outside, sentence = self.outside_range(coding, values)
+        for warning in (*self.without_rows(), *([sentence] if sentence else [])):
+            logger.warning("%s", warning)
+        return outside
 
     def describe(self) -> list[str]:
         """A line about each name: range, mean and standard deviation, or how many scans have each category."""
@@ -315,6 +380,8 @@ def _scan_name(item: Mapping[str, Any], path: str, root: Path) -> ScanName:
 def _read_participants(root: Path) -> ScanTable | None:
     """The ``participants.tsv`` of a data set, or of one that the folder of a few scans lies in; None without."""
     path = next((f / PARTICIPANTS for f in (root, *root.parents[:3]) if (f / PARTICIPANTS).is_file()), None)
+    if path is not None and path.parent != root:
+        logger.info("'%s', above the data set, says what is known of its scans.", path)
     table = None if path is None else ScanTable(path)
     if table is not None and not table.named:
         logger.warning("'%s' has no column participant_id, and is not read.", path)

@@ -70,7 +70,7 @@ def make_datalist(
         raise InputError(f"max_scans is {max_scans}: training and validation need a scan each, so at least 2.")
     sides, rule, root = list_sides(dataset_dir, scan_pattern)
     training, validation = sides["training"], sides.get("validation", [])
-    _check_sides(sides, dataset_dir)
+    check_sides(sides, dataset_dir)
 
     generator = random.Random(seed)
     if validation:
@@ -237,7 +237,7 @@ def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLi
     return os.path.commonpath([Path(file).absolute().parent for scan in scans for file in item_files(scan)])
 
 
-def _check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
+def check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
     """Refuse a datalist with a subject on two sides."""
     subjects = {side: {item["subject"] for item in items} for side, items in sides.items()}
     for one, other in itertools.combinations(subjects, 2):
@@ -383,6 +383,9 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
                 {**e, "image": _each_path(lambda name: os.path.normpath(path.parent / expand(name)), e["image"])}
                 for e in entries
             ]
+            scan, count = Counter(item_path(item) for item in sides[side]).most_common(1)[0]
+            if count > 1:
+                raise InputError(f"The '{side}' of dataset_dir '{path}' names '{scan}' {count} times: leave one.")
     return sides
 
 

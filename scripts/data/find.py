@@ -19,9 +19,12 @@ BIDS_FILES = {"dataset_description.json", "participants.tsv"}
 BIDS_OTHERS = {"derivatives", "sourcedata", "code"}
 WILDCARD = re.compile(r"(\*|\?|\[[^\]]+\])")
 # how the names of this bundle's own results, figures' samples and previews end
+PLAIN = "scale|zscore|anomaly|expected|spread|deviation|significant"
+CHANGED = "counterfactual|harmonised|difference"  # to several values: with what is changed, as in difference_age-80
 RESULT = re.compile(
-    r"_(recon(_to\w+)?|scale|zscore|anomaly|imputed_\w+|sample|decoded|step\d+)\.nii(\.gz)?$"
-    r"|_desc-(recon(to\d[0-9x]*)?|scale|zscore|anomaly|imputed(\d+|mean|std)|to[A-Za-z0-9]+step\d+)_[^_/]+\.nii(\.gz)?$"
+    rf"_({PLAIN}|recon(_to\w+)?|imputed_\w+|sample|decoded|step\d+|({CHANGED})(_[^/-]+-[^/]+)?)\.nii(\.gz)?$"
+    rf"|_desc-({PLAIN}|recon(to\d[0-9x]*)?|imputed(\d+|mean|std)|to[A-Za-z0-9]+step\d+|({CHANGED})[A-Za-z0-9]*)"
+    r"_[^_/]+\.nii(\.gz)?$"
     r"|(^|/)(sample_temperature=[^/]*|preview_\d+)\.nii\.gz$"
 )
 

@@ -38,6 +38,9 @@ class Table(NamedTuple):
 def read_table(path: Path) -> Table:
     """Read a CSV file, or a TSV file by its ending. An empty file is a table without columns.
 
+    Where the first line has none of the separators that the ending promises, it is the one that it has: spreadsheets
+    of many languages write semicolons into CSV, and what they call TSV may have commas.
+
     It may be in UTF-8, with or without a byte order mark, or in UTF-16 with one. What is neither is taken for
     Windows-1252, with a warning.
 
@@ -46,11 +49,11 @@ def read_table(path: Path) -> Table:
     """
     import pandas  # takes half a second to import, and most jobs read no table
 
-    text = _decoded(path)
+    text, usual = _decoded(path), "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         frame = pandas.read_csv(
             io.StringIO(text),
-            sep="\t" if path.suffix.lower() == ".tsv" else ",",
+            sep=next((mark for mark in (usual, *"\t;,") if mark in text.partition("\n")[0]), usual),
             header=None,
             dtype=str,
             na_filter=False,
@@ -164,6 +167,8 @@ class ScanTable:
 
     def without_row(self, scans: Sequence[ScanName]) -> str:
         """A sentence on how many of some scans have no row, with a name as both spell it; empty where all have one."""
+        if not self.named:
+            return f"'{self.path}' has no column that says which scan a row is of, and is not read."
         lacking = [scan for scan in scans if self.find(scan) is None]
         if not lacking:
             return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +24,13 @@ from scripts.data.covariates import CovariateCoding
 from scripts.inference.certificate import FAMILIES, Certificate, discovery_level
 from scripts.inference.common import Cohort, Common
 from scripts.inference.covariates import Deviation, stack_features
-from scripts.inference.engine import ScanEvaluator, identity
+from scripts.inference.engine import ScanEvaluator
 from scripts.inference.layouts import ScanLayout
+from scripts.inference.privacy import one_per_subject
+from scripts.inference.records import identity
 from scripts.layers.output import foreground
 from scripts.networks import VDVAE
+from scripts.utils import distributed
 from scripts.utils.errors import InputError
 from scripts.utils.files import read_json, write_csv, write_text
 from scripts.utils.formats import save_nifti
@@ -204,6 +209,55 @@ def read_calibration(
     return people
 
 
+def _size(path: str) -> int:
+    return Path(path).stat().st_size if Path(path).is_file() else 0  # of a DICOM folder
+
+
+def _same(path: str, other: str) -> bool:
+    """Whether two scans of one size are the same, or copies of each other."""
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    return Path(path).is_file() and Path(other).is_file() and filecmp.cmp(path, other, shallow=False)
+
+
+def people_to_calibrate(cohort: Cohort, given: Cohort, seed: int) -> list[dict[str, Any]]:
+    """One scan of each person of a calibration, chosen at random: several of one would count as several people.
+
+    Args:
+        cohort: the calibration.
+        given: the scans that are to be judged.
+        seed: of the choice.
+
+    Raises:
+        InputError: one of the scans, or a copy of it, is to be judged, too, or is of a person who was trained on.
+    """
+    judged = defaultdict(list)
+    for item in given.items:
+        judged[_size(item_path(item))].append(item_path(item))
+    for item in cohort.items:
+        path = item_path(item)
+        if any(_same(path, other) for other in judged[_size(path)]):
+            raise InputError(f"calibration: '{path}' is one of the scans, too: keep healthy people apart for it.")
+        if given.training_run is not None and given.training_run.knows(item) in ("yes", "subject"):
+            raise InputError(
+                f"calibration: '{path}' is of a person who was trained on, and looks more usual than others do: name "
+                "people who were not."
+            )
+    named = {item.get("subject") for item in given.items} & {item.get("subject") for item in cohort.items} - {None}
+    if named:
+        logger.warning(
+            "%d people of the calibration are called as people of the scans are, such as '%s': should they be the "
+            "same, keep them apart.",
+            *(len(named), min(named)),
+        )
+    people = [cohort.items[place] for place in one_per_subject(cohort.items, len(cohort.items), seed)]
+    if len(people) < len(cohort.items):
+        logger.warning(
+            "calibration: %d scans are of %d people, of each of whom one counts.", len(cohort.items), len(people)
+        )
+    return people
+
+
 def certify(
     common: Common,
     inferer: Deviation,
@@ -276,12 +330,8 @@ class CertifiedEvaluator:
         self, common: Common, inferer: Deviation, calibration: str | os.PathLike, settings: Mapping[str, Any]
     ) -> None:
         given = common.cohort
-        cohort = Cohort(calibration, given.pattern, covariates_file=given.covariates_file, unseen=given.unseen)
-        twice = {os.path.realpath(item_path(i)) for i in cohort.items} & {
-            os.path.realpath(item_path(i)) for i in given.items
-        }
-        if twice:
-            raise InputError(f"calibration: '{min(twice)}' is one of the scans, too: keep healthy people apart for it.")
+        cohort = Cohort(calibration, given.pattern, given.training_run, given.covariates_file, given.unseen)
+        cohort = cohort.of(distributed.from_rank_zero(people_to_calibrate, cohort, given, common.seed))
         self.certificate.refuse_few(len(cohort.items))
         aside = common.replace(
             cohort=cohort, output_dir=common.output_dir / "calibration", figures=False, describe=None

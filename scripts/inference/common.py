@@ -297,21 +297,5 @@ class Cohort:
         """The values of all scans, why some are refused, and which lie outside of the range of the prior's cohort."""
         refused: dict[int, str] = {}
         values = self.covariates.values(coding, self.unseen, refused)
-        if values and not refused and all(value is None for known in values for value in known.values()):
-            logger.warning(
-                "Nothing says %s of any scan, so that each is compared with the whole cohort: put a participants.tsv "
-                "into dataset_dir, or name a table by --covariates_file.",
-                " or ".join(coding.variables),
-            )
-        else:
-            lacking = {name: sum(known[name] is None for known in values) for name in coding.variables}
-            said = " and ".join(f"{name} of {count}" for name, count in lacking.items() if count)
-            if said:
-                logger.warning(
-                    "Not known is the %s of %d scan(s): these are compared with people of any.", said, len(values)
-                )
-        outside, sentence = self.covariates.outside_range(coding, values)
-        for warning in (*self.covariates.without_rows(), sentence):
-            if warning:
-                logger.warning("%s", warning)
+        outside = self.covariates.warn_of_unknown(coding, values, any_refused=bool(refused))
         return values, refused, outside

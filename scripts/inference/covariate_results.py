@@ -221,7 +221,8 @@ def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[i
 def region_names(atlas: str | os.PathLike | None, labels: Tensor | None) -> list[str]:
     """Names of an atlas's regions, those that are on the network's grid, in the order of their numbers.
 
-    They are those of a BIDS ``..._dseg.tsv`` (columns ``index`` and ``name``) beside the atlas, or the numbers.
+    They are those of a BIDS ``..._dseg.tsv`` (columns ``index`` and ``name``) beside the atlas, or the numbers. Where
+    several have one name, such as those of both sides, their numbers are added to it.
     """
     if labels is None:
         return []
@@ -231,7 +232,8 @@ def region_names(atlas: str | os.PathLike | None, labels: Tensor | None) -> list
     if not table.is_file():
         return numbers
     names = {row.get("index", ""): row.get("name", "") for row in read_table(table)[1]}
-    return [names.get(number) or number for number in numbers]
+    found = [names.get(number) or number for number in numbers]
+    return [f"{name} {number}" if found.count(name) > 1 else name for name, number in zip(found, numbers, strict=True)]
 
 
 class SaveRegions(Transform):

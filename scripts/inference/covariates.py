@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from scipy import stats
-from scripts.data.covariates import CovariateCoding, Value
+from scripts.data.covariates import CovariateCoding, Value, missing
 from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground
 from scripts.networks import VDVAE
@@ -69,6 +69,9 @@ def targets(coding: CovariateCoding, covariates: Any, only: str | None = None) -
     """
     if not isinstance(covariates, Mapping) or not covariates:
         coding.given(covariates)
+    for name, value in covariates.items():
+        if any(map(missing, value if isinstance(value, list | tuple) else [value])):
+            raise InputError(f"covariates: {name} is {value!r}: give the value to change to.")
     lists = [name for name, value in covariates.items() if isinstance(value, list | tuple)]
     if len(lists) > 1 or any(len(covariates[name]) == 0 for name in lists):
         raise InputError(f"covariates is {dict(covariates)!r}: one of them can be a list of values, not more.")

@@ -21,30 +21,27 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Compose
-from monai.utils import ensure_tuple
 from scripts.data.scan_grid import field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.common import Common, Failure
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import ResultWriters, SaveFigured
+from scripts.inference.records import SCANS, STRANGERS, identity, made_of, read_record, sources
 from scripts.layers.gaussian import LatentSampler
 from scripts.population.familiarity import FALSE_ALARMS, Familiarity, look
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
-from scripts.utils.errors import ExistsError, InputError
-from scripts.utils.files import read_json, write_text
+from scripts.utils.errors import InputError
+from scripts.utils.files import write_text
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-COVARIATES = "covariates"  # in an item: what is known of the scan
-SCANS = "covariates_of_scans"  # in a job's record
-STRANGERS = "unfamiliar"  # likewise: scans that the network does not know, with their unfamiliarity
-MANY = 5  # of them, from which on they may be of another scanner
+MANY = 5  # scans that the network does not know, from which on they may be of another scanner
 UNFAMILIARITY = "unfamiliarity"  # in a scan's results: its distance from what is usual, over the limit
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
@@ -69,13 +66,6 @@ def scan_generator(seed: int, name: str, device: torch.device | str = "cpu") -> 
     """
     state = np.random.SeedSequence([seed, zlib.crc32(os.fsencode(name))]).generate_state(1)
     return torch.Generator(device).manual_seed(int(state[0]))
-
-
-def identity(value: Any) -> Any:
-    """A setting as JSON can hold it; a file is its checksum."""
-    if isinstance(value, str | os.PathLike) and Path(value).is_file():
-        return f"crc32 {zlib.crc32(Path(value).read_bytes()):08x}"
-    return json.loads(json.dumps(value, default=str))
 
 
 def stack_images(items: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -171,48 +161,67 @@ class ScanEvaluator(Evaluator):
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self._writers: ResultWriters | None = None
         self._strangers: dict[str, float] = {}
+        self._record: dict[str, Any] = {}
         self._bar = tqdm(disable=True)
 
     # what is left to do
 
     def finished(self, item: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-        """Whether all results of a scan are there, made under its covariates, none older than a file of it or its mask.
+        """Whether all results of a scan are there, made of its files and covariates, none older than a file.
 
         Args:
             item: of the data set.
-            record: of earlier results, the covariates of each scan by its name.
+            record: of earlier results, what each was made of.
         """
-        if self.common.overwrite or (COVARIATES in item and record.get(item_path(item)) != item[COVARIATES]):
+        if self.common.overwrite or not self._has_results(item) or record.get(self._place(item)) != made_of(item):
             return False
-        if not self._has_results(item):
-            return False
-        results = [path for layout in self.layouts for path in layout.paths(item)]
         # copying a file keeps one of its two times
-        sources = [path for path in (*ensure_tuple(item["image"]), item.get("mask")) if path is not None]
-        scans = [Path(path).stat() for path in sources if Path(path).exists()]
+        scans = [Path(path).stat() for path in sources(item) if Path(path).exists()]
         changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
-        return min(path.stat().st_mtime for path in results) >= changed
+        return min(path.stat().st_mtime for path in self._result_paths(item)) >= changed
+
+    def _result_paths(self, item: Mapping[str, Any]) -> list[Path]:
+        """The paths of all results of a scan; none where it has no place, as will be said when it is its turn."""
+        try:
+            return [path for layout in self.layouts for path in layout.paths(item)]
+        except ScanError:
+            return []
 
     def _has_results(self, item: Mapping[str, Any]) -> bool:
-        try:
-            return all(path.exists() for layout in self.layouts for path in layout.paths(item))
-        except ScanError:
-            return False  # that it has no place will be said when it is its turn
+        paths = self._result_paths(item)
+        return bool(paths) and all(path.exists() for path in paths)
+
+    def _place(self, item: Mapping[str, Any]) -> str:
+        """By what the record knows a scan: where its first result is in the folder of results."""
+        return "".join(os.path.relpath(path, self.common.output_dir) for path in self._result_paths(item)[:1])
 
     def check_names(self) -> None:
-        """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``."""
+        """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``, or a scan's name.
+
+        Raises:
+            InputError: there are such.
+        """
+        scans = {os.path.realpath(file): file for item in self.dataset.data for file in sources(item)}
         layout, seen = self.layouts[0], dict[Path, str]()
-        for name in (name for item in self.dataset.data for name in layout.names(item_files(item))):
-            try:
-                path = layout.path(name)
-            except ScanError:
-                continue
-            if path in seen:
+        for item in self.dataset.data:
+            results = map(os.path.realpath, self._result_paths(item))
+            taken = next((scans[path] for path in results if path in scans), None)
+            if taken is not None:
                 raise InputError(
-                    f"'{seen[path]}' and '{name}' would both be written to '{path}': choose one of them by "
-                    "--scan_pattern, or rename one."
+                    f"'{taken}' is one of the scans, and a result of '{item_path(item)}' would be written over it: set "
+                    "--output_dir to another folder, or choose the scans by --scan_pattern."
                 )
-            seen[path] = name
+            for name in layout.names(item_files(item)):
+                try:
+                    path = layout.path(name)
+                except ScanError:
+                    continue
+                if path in seen:
+                    raise InputError(
+                        f"'{seen[path]}' and '{name}' would both be written to '{path}': choose one of them by "
+                        "--scan_pattern, or rename one."
+                    )
+                seen[path] = name
 
     # the job
 
@@ -243,7 +252,7 @@ class ScanEvaluator(Evaluator):
             items = [item for item in self.dataset.data if self._has_results(item)]
             scans = [item_path(item) for item in items]
             strangers = {name: far for name, far in strangers.items() if name in set(scans)}
-            self._write_record({item_path(i): i[COVARIATES] for i in items if COVARIATES in i}, strangers)
+            self._write_record(self._record, strangers)
             self.summary(scans)
             if len(strangers) >= MANY and 2 * len(strangers) > len(scans):
                 logger.warning(
@@ -323,27 +332,31 @@ class ScanEvaluator(Evaluator):
         """
         folder = self.common.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        path, settings = folder / f"{self.job}.json", self._identities
-        before = read_json(path, "the record of a job") if path.exists() and not self.common.overwrite else {}
-        if before:
-            changed = [name for name in settings if name in before and before[name] != settings[name]]
-            if changed:
-                raise ExistsError(
-                    f"output_dir '{folder}' holds results of '{self.job}' made with another {', '.join(changed)}: set "
-                    "--output_dir to another folder, or --overwrite True to make them again."
-                )
+        before = read_record(folder, self.job, self._identities, self.common.overwrite)
         record, strangers = before.get(SCANS, {}), before.get(STRANGERS, {})
         pending = [i for i, item in enumerate(self.dataset.data) if not self.finished(item, record)]
-        names = {item_path(self.dataset.data[i]) for i in pending}
+        items = [self.dataset.data[i] for i in pending]
+        # results of other files, covariates or settings: they would pass for these, should this run fail or be stopped
+        again = [item for item in items if self._has_results(item)]
+        for path in itertools.chain(*map(self._result_paths, items)):
+            path.unlink(missing_ok=True)
+        if again and not self.common.overwrite:
+            logger.warning(
+                "Results of %d scan(s), such as '%s', were made of other files or covariates, or before these changed: "
+                "they are made again.",
+                *(len(again), item_path(again[0])),
+            )
+        names = set(map(item_path, items))
         self._strangers = {name: far for name, far in strangers.items() if name not in names}
-        self._write_record({name: values for name, values in record.items() if name not in names}, self._strangers)
+        self._record = record | {self._place(item): made_of(item) for item in items}
+        self._write_record(self._record, self._strangers)
         if self.common.describe is not None:
             self.common.describe(self.job)
         return pending
 
-    def _write_record(self, covariates: Mapping[str, Any], strangers: Mapping[str, float]) -> None:
+    def _write_record(self, scans: Mapping[str, Any], strangers: Mapping[str, float]) -> None:
         """Leave the settings beside the results, and what else they depend on or what was said of their scans."""
-        said = {SCANS: dict(covariates), STRANGERS: dict(strangers)}
+        said = {SCANS: dict(scans), STRANGERS: dict(strangers)}
         content = self._identities | {name: values for name, values in said.items() if values}
         write_text(self.common.output_dir / f"{self.job}.json", json.dumps(content, indent=2) + "\n")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
-from scripts.data.datalist import list_sides
+from scripts.data.datalist import check_sides, list_sides
 from scripts.inference.engine import ReadOrFail, ScanEvaluator, read_item
 from scripts.inference.measures import membership, nearest_training
 from scripts.utils.distributed import shared_out
@@ -123,9 +123,10 @@ def privacy_sides(
     """One scan each of people who were trained on, at most so many, and of people who were not.
 
     Raises:
-        InputError: ``dataset_dir`` does not say both.
+        InputError: ``dataset_dir`` does not say both, or a person is on both sides.
     """
     sides, _, _ = list_sides(dataset_dir, scan_pattern)
+    check_sides(sides, dataset_dir)
     training, held_out = sides.get("training", []), [*sides.get("validation", []), *sides.get("testing", [])]
     if not training or not held_out:
         raise InputError(

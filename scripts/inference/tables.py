@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from scripts.data.covariate_tables import Covariates
-from scripts.data.datalist import list_sides
+from scripts.data.datalist import check_sides, list_sides
 from scripts.data.tables import read_table
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import read_row
@@ -88,7 +88,7 @@ class ScanColumns:
         first = list(itertools.islice(rows, 1))  # the others stay where they are: there may be many
         cells = (self._row(scan, numbers, last) for scan, numbers in itertools.chain(first, rows))
         header = list(self._row(*first[0], last)) if first else ["image"]
-        write_csv(path, header, (list(row.values()) for row in cells))
+        write_csv(path, header, ([row.get(name, "") for name in header] for row in cells))
 
     def _row(self, scan: str, numbers: Mapping[str, Any], last: bool) -> dict[str, Any]:
         own, details = self(scan), self.details(scan)
@@ -146,8 +146,12 @@ def scans_to_fit(dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[st
 
     Args:
         dataset_dir, scan_pattern: see :func:`scripts.data.datalist.make_datalist`. Of a folder all scans are fitted to.
+
+    Raises:
+        InputError: a person is on two sides.
     """
     sides, _, _ = list_sides(dataset_dir, scan_pattern)
+    check_sides(sides, dataset_dir)
     return sides["training"], sides.get("validation", [])
 
 

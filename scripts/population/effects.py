@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,8 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from monai.networks.utils import eval_mode
-from scripts.data.covariate_tables import Covariates
-from scripts.data.covariates import Categorical, CovariateCoding
+from scripts.data.covariate_tables import MOST_NAMED, Covariates
+from scripts.data.covariates import Categorical, CovariateCoding, missing
 from scripts.networks import VDVAE
 from scripts.population.content import OFFSETS
 from scripts.population.familiarity import also_familiar
@@ -204,7 +205,14 @@ class Adaptation:
     def _features(self) -> Tensor:
         """What the scans' covariates become, ``[scans, features]``: as they were read, but for the new category."""
         tables = Covariates(self.dataset.data, self.dataset_dir, self.covariates_file)
-        values = (tables.values_of(place, self.prior.coding, without=[self.name]) for place in range(len(self.dataset)))
+        others = CovariateCoding([v for name, v in self.prior.coding.variables.items() if name != self.name])
+        values = [tables.values_of(place, others) for place in range(len(self.dataset))]
+        if idist.get_rank() == 0 and others.variables:
+            tables.warn_of_unknown(others, values)
+        named = Counter(str(row[self.name]) for row in tables.rows if not missing(row.get(self.name)))
+        if idist.get_rank() == 0 and set(named) - {self.category}:
+            said = ", ".join(f"{category} ({count})" for category, count in named.most_common(MOST_NAMED))
+            logger.warning("All scans are taken for those of %s '%s'; tables say %s.", self.name, self.category, said)
         return torch.stack([self.coding.numbers({**known, self.name: self.category}) for known in values])
 
     def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:

@@ -112,6 +112,20 @@ class _Scans(Dataset):
         return {"image": image, "features": self.features[index]}
 
 
+def people_of(scans: Any) -> list[list[int]]:
+    """Places of the scans of each person, in the order of their first ones; each scan's own where nobody is named.
+
+    Args:
+        scans: items of a datalist, or a data set of such, or of another one.
+    """
+    while hasattr(scans, "data"):
+        scans = scans.data
+    people: dict[Any, list[int]] = {}
+    for place, item in enumerate(scans if isinstance(scans, Sequence) else [None] * len(scans)):
+        people.setdefault((isinstance(item, Mapping) and item.get("subject")) or place, []).append(place)
+    return list(people.values())
+
+
 class PopulationFit:
     """Fits a population prior to the scans that a network was trained on, and saves it beside the weights.
 
@@ -211,7 +225,9 @@ class PopulationFit:
         held_out: Dataset = self.validation
         late: list[int] = []
         if len(self.validation) < LEAST_HELD_OUT:
-            late = indices[::5]
+            people = people_of(self.training.dataset)
+            # whole people, since scans of one are alike: what is measured of them would be too good
+            late = sorted(itertools.chain(*people[::5])) if len(people) > 1 else indices[::5]
             held_out = ConcatDataset([self.validation, Subset(self.training, late)])
         indices = [index for index in indices if index not in set(late)]
         if len(indices) < 4 or len(held_out) < 1:

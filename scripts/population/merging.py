@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SITE = "site"
+ROUNDING = 1e-3  # of sums that were made anew, in another order or on another machine
 CHUNK = 1 << 16  # dimensions that are multiplied in double precision at a time
 
 
@@ -240,6 +242,30 @@ def expectation(prior: PopulationPrior, statistics: CohortStatistics) -> LeftOut
 
 def _size(grid: Sequence[int]) -> int:
     return torch.Size(grid).numel()
+
+
+def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:
+    """Refuse a cohort whose people are all in another one of less than twice its size, such as a later file of a site.
+
+    The sum of squares of each dimension is then no larger, which of thousands of dimensions does not happen by chance.
+
+    Args:
+        cohorts: by their names.
+
+    Raises:
+        InputError: there is such a one, whose people would count twice.
+    """
+    for one, other in itertools.permutations(sorted(cohorts), 2):
+        smaller, larger = cohorts[one], cohorts[other]
+        latents = list(set(smaller.grids) & set(larger.grids))
+        if smaller.weights != larger.weights or not smaller.count <= larger.count < 2 * smaller.count:
+            continue
+        squares = [part.of_latents(latents).squares for part in (smaller, larger)]
+        if (squares[0] * (1 - ROUNDING) <= squares[1]).all():
+            raise InputError(
+                f"all people of '{one}' seem to be in '{other}', too, and would count twice: name one file for each "
+                "cohort."
+            )
 
 
 def with_sites(cohorts: Mapping[str, CohortStatistics]) -> dict[str, CohortStatistics]:

@@ -27,7 +27,7 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Value
 from scripts.networks import VDVAE
 from scripts.population.deviations import Deviations
-from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
+from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, people_of, shifts_and_ratios
 from scripts.population.prior import PopulationPrior, as_bytes, fingerprint, from_bytes
 from scripts.population.sketch import FactorSketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive
@@ -246,10 +246,11 @@ class StatisticsFit(PopulationFit):
             network, training, *others, covariates=covariates if self.raw_coding.size else None, **settings
         )
         self.calibration: dict[str, Any] = {}
-        if len(self.training) < LEAST_PEOPLE:
+        self.people = people_of(training)
+        if len(self.people) < LEAST_PEOPLE:
             raise InputError(
-                f"dataset_dir: statistics of {len(self.training)} scan(s) would tell too much of each: a cohort needs "
-                f"{LEAST_PEOPLE} or more."
+                f"dataset_dir: statistics of {len(training)} scan(s) of {len(self.people)} people would tell too much "
+                f"of each: a cohort needs {LEAST_PEOPLE} people or more."
             )
 
     def _add_offsets(self, *_: Any) -> None:
@@ -296,13 +297,13 @@ class StatisticsFit(PopulationFit):
         while True:
             rows = [raw_numbers(coding, values) for values in self.values]
             design = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
-            leverage = most_leverage(design)
+            leverage = most_leverage(design, self.people)
             if leverage <= MOST_LEVERAGE or not coding.variables:
                 return list(rows[0]), design, coding
             fewer = {n: CovariateCoding([v for k, v in coding.variables.items() if k != n]) for n in coding.variables}
             columns = list(rows[0])
             without = {
-                name: most_leverage(design[:, [c in raw_numbers(less, {}) for c in columns]])
+                name: most_leverage(design[:, [c in raw_numbers(less, {}) for c in columns]], self.people)
                 for name, less in fewer.items()
             }
             name = min(without, key=without.get)
@@ -354,12 +355,18 @@ class StatisticsFit(PopulationFit):
         )
 
 
-def most_leverage(design: Tensor) -> float:
-    """The largest share of one row in any combination of the sums over rows, from 0 to 1."""
+def most_leverage(design: Tensor, people: Sequence[Sequence[int]]) -> float:
+    """The largest share of one person in any combination of the sums over rows, from 0 to 1.
+
+    Args:
+        design: ``[rows, columns]``.
+        people: the rows of each.
+    """
     scaled = design / design.square().sum(0).sqrt().clamp_min(1e-300)
     values, vectors = torch.linalg.eigh(scaled.T @ scaled)
     kept = values > 1e-9 * values[-1]
-    return float(((scaled @ vectors[:, kept]).square() / values[kept]).sum(1).max())
+    whitened = scaled @ vectors[:, kept] / values[kept].sqrt()
+    return max(float(torch.linalg.matrix_norm(whitened[rows], 2).square()) for rows in people)
 
 
 def _rounded(variable: Continuous) -> tuple[float, float]:

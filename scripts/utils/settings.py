@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from scripts.utils.command_line import bundle_words, check_integer
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
 
+logger = logging.getLogger(__name__)
+
+REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:#\w+)*)")  # to a key, in an expression of a config
 # of ``python -m monai.bundle run`` itself
 MONAI_ARGUMENTS = {
     "run_id",
@@ -67,7 +72,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
     if "config_file" not in options:
         return {}
     config = _load(_literal(options["config_file"]))
-    _check_job(config, arguments, options)
+    job = _named_job(config, arguments, options)
     for key, value in options.items():
         top = key.replace("::", "#").split("#")[0]
         if top in MONAI_ARGUMENTS:
@@ -84,7 +89,26 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
         if (key, value) != ("resume", "auto"):
             _check_type(key, before, config[key])
     _check_values(config)
+    idle = [f"--{key}" for key in options if key.split("#")[0] not in MONAI_ARGUMENTS | _used_by(config, job)]
+    if idle:
+        logger.warning("Nothing of '%s' depends on %s, which changes nothing.", job, " and ".join(idle))
     return config
+
+
+def _used_by(config: dict[str, Any], job: str) -> set[str]:
+    """The keys at the top of a config that a job refers to, through others too."""
+    used, left = set[str](), [job, "initialize", "finalize"]
+    while left:
+        key = left.pop()
+        if key in used:
+            continue
+        used.add(key)
+        top, *parts = key.split("#")
+        node = config.get(top)
+        for part in parts:  # of a section that part alone which is referred to
+            node = node.get(part, node) if isinstance(node, dict) else node
+        left += REFERENCE.findall(json.dumps(node, default=str))
+    return {key.split("#")[0] for key in used}
 
 
 def _load(files: Any) -> dict[str, Any]:
@@ -109,8 +133,10 @@ def _check_file(name: Any) -> None:
         raise InputError(f"config_file '{name}' holds no settings by name: write them as {{\"epochs\": 10}}.")
 
 
-def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[str, str]) -> None:
-    """Refuse what no config file calls a job, before anything is read; MONAI would say so after ``initialize``."""
+def _named_job(config: dict[str, Any], arguments: Sequence[str], options: dict[str, str]) -> str:
+    """The job that a command asks for; what no config file calls one is refused before anything is read, as MONAI would
+    only after ``initialize``.
+    """
     named = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("--") else "run"
     job = options.get("run_id", named)
     if job in RENAMED and not _is_job(config.get(job)):
@@ -118,6 +144,7 @@ def _check_job(config: dict[str, Any], arguments: Sequence[str], options: dict[s
     if job not in config:
         jobs = [key for key in config if key not in NO_JOBS and _is_job(config[key])]
         raise InputError(f"The config files have no job '{job}'; those that exist are {', '.join(jobs)}.")
+    return job
 
 
 def _is_job(value: Any) -> bool:
