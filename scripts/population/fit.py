@@ -188,7 +188,10 @@ class PopulationFit:
 
     def _plan(self) -> None:
         """Choose the latents that fit into memory, and say which do not."""
-        held_out = min(max(len(self.validation), LEAST_HELD_OUT + len(self.training) // 5), MOST_HELD_OUT)
+        held_out = len(self.validation)
+        if held_out < LEAST_HELD_OUT:
+            held_out += len(self.training) // 5
+        held_out = min(held_out, MOST_HELD_OUT)
         features = 0 if self.coding is None else self.coding.size
         per_dimension = fit_bytes(self.factors, features, self.batch_size, held_out)
         memory = memory_to_use() if self.memory is None else self.memory * 2**30
