@@ -227,3 +227,6 @@ def test_people_are_not_counted_twice(cohorts, tmp_path):
             refuse_shared_people({"A": a, name: found})
         assert "\n" not in str(error.value)
     refuse_shared_people(cohorts)
+    # of large cohorts, each dimension of half as many more people has more: they are others all the same
+    many = replace(a, count=1000, squares=1000 * torch.ones_like(a.squares))
+    refuse_shared_people({"A": many, "B": replace(many, count=1500, squares=1500 * torch.ones_like(a.squares))})

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 SITE = "site"
 ROUNDING = 1e-3  # of sums that were made anew, in another order or on another machine
+GROWN = 1.5  # standard errors of a sum of squares, by which a later file of a site may have more of it
 CHUNK = 1 << 16  # dimensions that are multiplied in double precision at a time
 
 
@@ -245,9 +246,10 @@ def _size(grid: Sequence[int]) -> int:
 
 
 def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:
-    """Refuse a cohort whose people are all in another one of less than twice its size, such as a later file of a site.
+    """Refuse a cohort whose people are all in another one that is hardly larger, such as a later file of a site.
 
-    The sum of squares of each dimension is then no larger, which of thousands of dimensions does not happen by chance.
+    The sum of squares of each dimension is then no larger. Of other people's it is in some of thousands of dimensions,
+    as long as the cohorts differ in size by no more than such sums do by chance.
 
     Args:
         cohorts: by their names.
@@ -258,7 +260,8 @@ def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:
     for one, other in itertools.permutations(sorted(cohorts), 2):
         smaller, larger = cohorts[one], cohorts[other]
         latents = list(set(smaller.grids) & set(larger.grids))
-        if smaller.weights != larger.weights or not smaller.count <= larger.count < 2 * smaller.count:
+        most = smaller.count * (1 + GROWN * (2 / smaller.count + 2 / larger.count) ** 0.5)
+        if smaller.weights != larger.weights or not smaller.count <= larger.count <= most:
             continue
         squares = [part.of_latents(latents).squares for part in (smaller, larger)]
         if (squares[0] * (1 - ROUNDING) <= squares[1]).all():
