@@ -153,6 +153,15 @@ def test_latents_that_make_no_sense_are_named(kind, latents, network, tmp_path):
     assert (tmp_path / "out" / "b_recon.nii.gz").is_file()
 
 
+@pytest.mark.parametrize("name", ["overwrite", "figures"])
+def test_a_word_is_no_truth_value(network, tmp_path, name):
+    """As Python callers may write it: a text that is not empty would count as true."""
+    config = inference_config(network=network, output_dir=str(tmp_path / "out"), **{name: "false"})
+    with pytest.raises(RuntimeError) as error:  # MONAI's, of what it could not make
+        config.get_parsed_content("common")
+    assert str(root_cause(error.value)).startswith(f"{name} is 'false': it must be True or False")
+
+
 def test_latents_of_earlier_versions_lack_a_background(latents, network, tmp_path):
     np.savez(tmp_path / "a_latents.npz", **{name: value for name, value in latents.items() if name != "background"})
     read = LoadLatentsd("image", network.latent_grids())({"image": str(tmp_path / "a_latents.npz")})

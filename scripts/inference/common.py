@@ -141,6 +141,9 @@ class Common:
         self.output_dir = as_folder("output_dir", self.output_dir)
         if self.unfamiliar not in UNFAMILIAR:
             raise InputError(f"unfamiliar is {self.unfamiliar!r}: choose one of {', '.join(UNFAMILIAR)}.")
+        for name in ("overwrite", "figures"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}: it must be True or False.")
 
     @property
     def value_range(self) -> tuple[float, float]:
