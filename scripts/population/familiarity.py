@@ -263,6 +263,7 @@ class Familiarity(NamedTuple):
 
     def alike(self, statistics: Tensor) -> Tensor:
         """Which scans would be usual if the others of them, two or more, were: ``[scans]``."""
+        statistics = statistics[:, : len(self.names)]
         others = (statistics.sum(0) - statistics) / (len(statistics) - 1)
         return self._apart(statistics, others, self.covariance, len(statistics) - 1) <= self.limit()
 
