@@ -42,6 +42,7 @@ MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
 MASKED = 16  # people whose brains are masked otherwise, at least, and at most of those whom the network was trained on
 LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
 LEAST_SPREAD = 0.003  # of a statistic: people may be alike by chance
+LEAST_NATS = 1.0  # likewise, of what the latents of a grid cost: those that hold next to nothing differ by thousandths
 EDGE = 0.5  # mm, standard deviation over a brain's surface of where another tool sees its edge
 EDGE_LENGTH = 15.0  # mm along the surface, on which that changes
 
@@ -76,9 +77,25 @@ def parts(network: VDVAE) -> dict[str, Tensor]:
 
 def statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
     """Of the numbers of :func:`statistics`."""
-    grids = [grid_name(network.grids()[level]) for level in sorted(set(network.latent_levels))]
     axes = [f"roughness {axis}" for axis in "xyz"[: network.spatial_dims]]
-    return [*parts(network), *axes, *grids, *([] if prior is None else [POPULATION])]
+    return [*parts(network), *axes, *_grids(network), *([] if prior is None else [POPULATION])]
+
+
+def _grids(network: VDVAE) -> list[str]:
+    """Names of the grids that have latents, finest first."""
+    return [grid_name(network.grids()[level]) for level in sorted(set(network.latent_levels))]
+
+
+def least_spread(names: Sequence[str], mean: Tensor, grids: Sequence[str]) -> Tensor:
+    """By how much statistics of scans that are as usual may differ at least, ``[numbers]``.
+
+    Args:
+        names: of the statistics.
+        mean: of people, ``[numbers]``.
+        grids: those of the statistics that are logarithms of 1 and what the latents of a grid cost, in nats.
+    """
+    of_cost = torch.tensor([name in grids for name in names])
+    return torch.where(of_cost, LEAST_NATS * (-mean).exp(), LEAST_SPREAD)
 
 
 def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) -> Look:
@@ -313,17 +330,18 @@ def fit_familiarity(
         some = spaced(len(training), MASKED)
         to_mask, unmasked = Subset(training, some), others[some]
     masked = _looks(network, prior, to_mask, device, True, **loading)
-    numbers = len(statistic_names(network, prior))
-    mean, count = rows[:, :numbers].mean(0), len(rows)
+    names = statistic_names(network, prior)
+    numbers, count = len(names), len(rows)
+    mean = rows[:, :numbers].mean(0)
     apart = torch.cat([rows, others])[:, :numbers] - mean
-    covariance = apart.T @ apart / max(1, len(apart) - 1) + LEAST_SPREAD**2 * torch.eye(numbers, dtype=apart.dtype)
+    covariance = apart.T @ apart / max(1, len(apart) - 1) + least_spread(names, mean, _grids(network)).square().diag()
     if count > 1:
         squares = (apart[:count] @ torch.linalg.inv(covariance) * apart[:count]).sum(1).mean()
         covariance *= (squares / numbers * count / (count - 1)).clamp_min(1.0)
     changed = (masked - unmasked)[:, :numbers]
     covariance += changed.T @ changed / len(changed)
     quantiles = rows[:, numbers + 1 :].mean(0).reshape(network.in_channels, QUANTILES)
-    names, people, bits = statistic_names(network, prior), (count, len(apart)), rows[:, numbers].mean().item()
+    people, bits = (count, len(apart)), rows[:, numbers].mean().item()
     return Familiarity(names, mean, covariance, people, bits, quantiles)._asdict()
 
 
