@@ -23,7 +23,7 @@ from scripts.inference.explanations import _movement_words
 from scripts.inference.familiar import Examiner, Finding
 from scripts.layers.output import foreground
 from scripts.phantoms import make_brains
-from scripts.population.familiarity import Familiarity, look, masked_otherwise
+from scripts.population.familiarity import LEAST_SPREAD, Familiarity, least_spread, look, masked_otherwise
 from scripts.population.fit import PopulationFit
 from scripts.population.prior import PopulationPrior, prior_path
 from scripts.prepare import prepare
@@ -105,6 +105,15 @@ def known(tmp_path_factory):
     scans = [preprocess({"image": str(path)}) for path in sorted((folder / "brains").glob("*.nii.gz"))]
     PopulationFit(network, Dataset(scans[:24]), Dataset(scans[24:]), prior_path(folder / "model.pt"), factors=4).run()
     return folder
+
+
+def test_a_nat_more_or_less_of_a_grid_is_as_usual():
+    """Whether its latents cost a hundredth of a nat or thousands; other statistics have no such unit."""
+    cost = torch.tensor([0.01, 150.0, 7000.0], dtype=torch.float64)
+    least = least_spread(["brain", "4³", "8³", "16³"], torch.cat([torch.zeros(1), cost.log1p()]), ["4³", "8³", "16³"])
+    assert least[0] == pytest.approx(LEAST_SPREAD)
+    assert ((cost + 1).log1p() - cost.log1p() <= least[1:]).all()
+    torch.testing.assert_close((cost[1:] + 1).log1p() - cost[1:].log1p(), least[2:], rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("held_out", [0, 3])
