@@ -86,12 +86,13 @@ MODULES = sorted({module for _, module, _ in commands()} - {"monai.bundle", "scr
 
 
 @pytest.mark.parametrize(("document", "words"), RUNS, ids=lambda value: value if isinstance(value, str) else None)
-def test_runs_name_keys_and_jobs_that_exist(document, words):
+def test_runs_name_keys_and_jobs_that_exist(document, words, caplog):
     words = ["run" if word == "WORD" else word for word in words if word != "..."]
     place = words.index("--config_file") + 1
     files = ast.literal_eval(words[place]) if words[place].startswith("[") else [words[place]]
     words[place] = str([file for file in files if file != "D/network.json"])
     assert command_line_config(words)  # refuses a key or a job that no config file has
+    assert not caplog.records  # of options that change nothing
 
 
 @pytest.mark.parametrize(("document", "words"), EXPORTS, ids=lambda value: value if isinstance(value, str) else None)
