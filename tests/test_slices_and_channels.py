@@ -222,11 +222,12 @@ def test_scans_without_bids_names_are_refused_before_anything_is_made(two_channe
 def test_channels_whose_results_would_have_one_name_are_refused(tmp_path):
     layout = ScanLayout(tmp_path, tmp_path / "out", "recon")
     same = [str(tmp_path / "sub-01.nii.gz"), str(tmp_path / "sub-01.mha")]
-    evaluator = SimpleNamespace(layouts=[layout], dataset=SimpleNamespace(data=[{"image": same}]))
+    evaluator = ScanEvaluator.__new__(ScanEvaluator)  # of which nothing else is asked
+    evaluator.layouts, evaluator.dataset = [layout], SimpleNamespace(data=[{"image": same}])
     with pytest.raises(ValueError, match="would both be written to"):
-        ScanEvaluator.check_names(evaluator)
+        evaluator.check_names()
     evaluator.layouts = [ScanLayout(tmp_path, tmp_path / "out", "recon", join_channels=True)]
-    ScanEvaluator.check_names(evaluator)
+    evaluator.check_names()
 
 
 def test_files_of_several_channels_each_are_refused_with_what_to_do():
