@@ -224,6 +224,11 @@ def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
     assert other.returncode == 0, other.stderr
     assert json.loads((tmp_path / "fdr" / "certificate.json").read_text(encoding="utf-8"))["observed"]["cluster"] == 0
     assert not nib.load(tmp_path / "fdr" / "sub-0002_FLAIR_significant.nii.gz").get_fdata().any()
+    shutil.copy(tmp_path / "fdr" / "calibration.json", tmp_path)
+    words = [tmp_path / "calibration.json" if word == people / "healthy" else word for word in words]
+    one = certified(people, tmp_path / "fdr", *words, "--correction", "discovery", "--scan_pattern", "sub-0002*")
+    # alone it is a discovery, which its map of before does not show
+    assert "p up to 0, now 0.1): maps of before may lack clusters" in one.stderr
 
 
 def test_a_group_calibrates_once(people, tmp_path):

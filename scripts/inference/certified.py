@@ -393,10 +393,11 @@ class CertifiedEvaluator:
                 smallest = [min((f["p"] for f in rows if f["kind"] == kind), default=1.0) for rows in found.values()]
                 level[kind] = discovery_level(smallest, self.certificate.error_rate)
             self._keep_discoveries(scans, level["cluster"])
+            self._warn_of_lost(level["cluster"])
         for rows in found.values():
             for row in rows:
                 row["significant"] = "yes" if row["p"] <= level[row["kind"]] else "no"
-        content = self.certificate.content(read) | {"forming_threshold": FORMING}
+        content = self.certificate.content(read) | {"forming_threshold": FORMING, "level": level}
         write_text(self.output_dir / "certificate.json", json.dumps(content, indent=2) + "\n")
         names = ("people", "scans", "smallest_p", "expected", "observed")
         rows = [[group, *(f"{row[name]:.4g}" for name in names)] for group, row in content["groups"].items()]
@@ -419,6 +420,17 @@ class CertifiedEvaluator:
                 said = {name: row[name] for name in texts} | {"group": content["group"]}
                 said |= {name: f"{row[name]:.5g}" if name in row else "" for name in numbers}
                 yield scan, said | {"significant": row["significant"]}
+
+    def _warn_of_lost(self, level: float) -> None:
+        """Say so where maps of an earlier run may lack what is a discovery among these scans."""
+        path = self.output_dir / "certificate.json"
+        before = read_json(path, "a certificate").get("level", {}).get("cluster", level) if path.exists() else level
+        if before < level:
+            logger.warning(
+                "With fewer scans less was a discovery (p up to %.3g, now %.3g): maps of before may lack clusters that "
+                "'findings.csv' calls significant. --overwrite True makes them again.",
+                *(before, level),
+            )
 
     def _keep_discoveries(self, scans: Sequence[str], level: float) -> None:
         """Take what is no discovery out of the maps."""
