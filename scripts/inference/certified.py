@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import logging
 import math
@@ -215,6 +214,8 @@ def _size(path: str) -> int:
 
 def _same(path: str, other: str) -> bool:
     """Whether two scans of one size are the same, or copies of each other."""
+    import filecmp  # of the standard library: a command that is refused starts without it
+
     if os.path.realpath(path) == os.path.realpath(other):
         return True
     return Path(path).is_file() and Path(other).is_file() and filecmp.cmp(path, other, shallow=False)
