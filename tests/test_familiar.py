@@ -192,6 +192,7 @@ def examiner(tmp_path_factory):
         [scan.affine[:3, :3] @ corner + scan.affine[:3, 3] for corner in ([-0.5] * 3, np.array(scan.shape) - 0.5)]
     )
     grid = ScanGrid([ends.mean(0).tolist(), np.ptp(ends, axis=0).tolist()])
+    torch.manual_seed(0)  # of the network
     config = inference_config(grid=grid, spatial_shape=[16] * 3, **{"network_def#init": "informative"})
     network, preprocessing = config.get_parsed_content("network_def"), config.get_parsed_content("preprocessing")
     scans = [preprocessing({"image": str(path)}) for path in paths]
