@@ -255,13 +255,13 @@ class PopulationFit:
         self._calibrate_deviations(prior, chosen)
         prior.distances = self._distances(prior, chosen)
         prior.bits_per_dim = torch.tensor(_gather([drawn.bits_per_dim]))
-        unseen = (prior, chosen, first)  # by this prior, though by the network
+        before = prior
         if late:
             prior = self._refitted(prior, rank, shrinkage)
-        if len(self.validation):
-            unseen = (prior, self.validation, self.training)
+        # people whom neither network nor prior has seen; without any, those whom the prior had not before it was refitted
+        sides = (prior, self.validation, self.training) if len(self.validation) else (before, chosen, first)
         loading = (self.batch_size, self.num_workers, self.device)
-        prior.familiarity = fit_familiarity(self.network, *unseen, *loading)
+        prior.familiarity = fit_familiarity(self.network, *sides, *loading)
         self._save(prior, shrinkage, gain, len(self.training))
         return prior
 
