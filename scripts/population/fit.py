@@ -258,7 +258,7 @@ class PopulationFit:
         before = prior
         if late:
             prior = self._refitted(prior, rank, shrinkage)
-        # people whom neither network nor prior has seen; without any, those whom the prior had not before it was refitted
+        # people whom neither network nor prior has seen; without any, those whom the prior had not seen at first
         sides = (prior, self.validation, self.training) if len(self.validation) else (before, chosen, first)
         loading = (self.batch_size, self.num_workers, self.device)
         prior.familiarity = fit_familiarity(self.network, *sides, *loading)
