@@ -29,7 +29,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import ResultWriters, SaveFigured
 from scripts.inference.records import SCANS, STRANGERS, identity, made_of, read_record, sources
 from scripts.layers.gaussian import LatentSampler
-from scripts.population.familiarity import FALSE_ALARMS, Familiarity, look
+from scripts.population.familiarity import FALSE_ALARMS, LEAST_ALIKE, Familiarity, look
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-MANY = 5  # scans that the network does not know, from which on they may be of another scanner
 UNFAMILIARITY = "unfamiliarity"  # in a scan's results: its distance from what is usual, over the limit
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
@@ -254,7 +253,7 @@ class ScanEvaluator(Evaluator):
             strangers = {name: far for name, far in strangers.items() if name in set(scans)}
             self._write_record(self._record, strangers)
             self.summary(scans)
-            if len(strangers) >= MANY and 2 * len(strangers) > len(scans):
+            if len(strangers) >= LEAST_ALIKE and 2 * len(strangers) > len(scans):
                 logger.warning(
                     "The network does not know %d of the %d scans: another scanner or protocol than its cohort's? "
                     "scripts.check says whether they are unlike it in the same way, which the job adapt learns.",

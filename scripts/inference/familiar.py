@@ -18,7 +18,7 @@ from monai.utils import ensure_tuple
 from scripts.data.transforms import reading
 from scripts.inference.explanations import Hypotheses, Hypothesis, connected_brain
 from scripts.networks import VDVAE
-from scripts.population.familiarity import Familiarity, look, reference
+from scripts.population.familiarity import LEAST_ALIKE, Familiarity, look, reference
 from scripts.population.prior import FIT_IT, PopulationPrior
 from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import expand
@@ -35,8 +35,6 @@ REMEDIES = {
     "crop": "the job impute fills in what a mask marks",
     "resolution": "weights of such slices are needed",
 }
-ADAPT = "which the job adapt learns from them"
-ALIKE_SCANS = 5  # that nothing explains, from which on they may be of another scanner
 MENDED = {reason for reason, remedy in REMEDIES.items() if remedy == MEND}
 ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
@@ -105,7 +103,7 @@ class Finding(NamedTuple):
         if self.alike:
             return (
                 f"the network does not know such scans: {said}; {self.alike} of these scans are unlike those in the "
-                f"same way, so that it may be their scanner or protocol, {ADAPT}"
+                "same way, so that it may be their scanner or protocol, which the job adapt learns from them"
             )
         if not self.steps:
             return f"the network does not know such scans: {said}; no explanation helps"
@@ -205,9 +203,9 @@ class Examiner:
         """What is found of scans that are seen side by side: whether those that nothing explains are alike."""
         unknown = [place for place, found in enumerate(findings) if found.reason == "unknown"]
         result = list(findings)
-        if len(unknown) >= ALIKE_SCANS:
+        if len(unknown) >= LEAST_ALIKE:
             alike = self.familiarity.alike(torch.stack([findings[place].statistics for place in unknown]))
-            if alike.sum() >= ALIKE_SCANS:
+            if alike.sum() >= LEAST_ALIKE:
                 for place in itertools.compress(unknown, alike.tolist()):
                     result[place] = result[place]._replace(alike=int(alike.sum()))
         return result

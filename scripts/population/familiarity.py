@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 POPULATION = "population"  # the name of the number that a prior's coordinates give, the last one
 FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
+LEAST_ALIKE = 5  # scans that are unlike the cohort's, from which on they may be of a kind of their own: a scanner's
 QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
 MASKED = 16  # people whose brains are masked otherwise, at least, and at most of those whom the network was trained on
