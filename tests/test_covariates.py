@@ -38,7 +38,7 @@ from scripts.inference.layouts import ScanLayout
 from scripts.inference.tables import ScanColumns
 from scripts.phantoms import make_brains
 from scripts.population import effects
-from scripts.population.effects import Adaptation, Effects
+from scripts.population.effects import Adaptation, EffectPlane, Effects, mechanism_std, private_mean, rows_of
 from scripts.population.familiarity import Familiarity
 from scripts.population.fit import PopulationFit
 from scripts.population.joint import correlation_of, draw_values
@@ -577,6 +577,88 @@ def test_a_site_of_which_nothing_is_learnt_is_said(network, coding, tmp_path, ca
     with caplog.at_level("INFO"):
         Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, tmp_path / "adapted.pt").run()
     assert "Nothing was learnt of site 'D'" in caplog.text and "is taken for its effect" not in caplog.text
+
+
+def dataset_of(scans, folder) -> Dataset:
+    """Scans that are at hand, under names of files that are not."""
+    items = [{"image": str(folder / f"sub-{index}.nii.gz"), "subject": f"sub-{index}"} for index in range(len(scans))]
+    return Dataset(items, lambda item: {"image": scans[int(item["subject"][4:])]})
+
+
+@torch.no_grad()
+def test_a_site_is_learnt_privately_as_far_as_covariates_can_tell(network, coding, tmp_path, caplog):
+    prior = prior_with_effects(network, coding, 0.3)
+    prior.offset, prior.drawn_offset = torch.zeros(2, coding.size, 1, 8, 8, 8)
+    prior.familiarity = {"names": ["as it was"]}
+    torch.manual_seed(0)
+    features = coding.numbers({"site": "B"})[None].expand(60, -1)
+    scans = network.decode([], batch_size=60, sampler=prior.sampler(torch.randn(60, 2), 1.0, features))[0]
+    options = (network, prior, dataset_of(scans, tmp_path), {"site": "D"}, tmp_path)
+    plane, place = EffectPlane(prior), prior.features
+
+    def learnt(epsilon) -> torch.Tensor:
+        adapted = Adaptation(*options, tmp_path / "private.pt", epsilon=epsilon).run()
+        assert adapted.familiarity == prior.familiarity and not adapted.offset[place].any()
+        row = rows_of(adapted, "effects")[place][None]
+        # it says nothing that the known effects do not span
+        torch.testing.assert_close(plane.shift(plane.coordinates(row)[0])[None], row, atol=1e-4, rtol=1e-3)
+        return plane.coordinates(row)[0]
+
+    with caplog.at_level("INFO"):
+        nearly_all = learnt(1000.0)
+    assert "differentially private towards each person (epsilon 1000)" in caplog.text
+    assert torch.load(tmp_path / "private.pt", weights_only=True)["epsilon"] == 1000
+    prior.familiarity = None
+    whole = Adaptation(*options, tmp_path / "whole.pt").run()
+    told = plane.coordinates(rows_of(whole, "effects")[place][None])[0]
+    assert torch.nn.functional.cosine_similarity(nearly_all, told, dim=0) > 0.95
+    first, second = learnt(1.0), learnt(1.0)
+    assert not torch.equal(first, second)  # noise of no seed
+    for wrong in (0, -1, "much", float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"epsilon is .*: give a number above 0"):
+            Adaptation(*options, tmp_path / "private.pt", epsilon=wrong)
+    without = prior_with_effects(network, coding, 0.0)
+    with pytest.raises(ValueError, match="covariates have no effect in this prior"):
+        Adaptation(network, without, *options[2:], tmp_path / "none.pt", epsilon=1.0).run()
+
+
+@torch.no_grad()
+def test_no_person_moves_what_is_private_further_than_the_noise_allows(network, coding, tmp_path, monkeypatch):
+    """However far off, however many scans: the sum without noise changes by twice the longest contribution at most."""
+    prior, sums, standards = prior_with_effects(network, coding, 0.3), [], torch.rand(10, 1, 8, 8, 8)
+
+    def without_noise(total, people, longest, epsilon):
+        sums.append((total, people, longest))
+        return total / people, 1.0
+
+    monkeypatch.setattr(effects, "private_mean", without_noise)
+    others = standards.clone()
+    others[3] = 100 * torch.randn(1, 8, 8, 8)
+    for scans in (standards, others):
+        dataset = dataset_of(torch.cat([scans, scans]), tmp_path)
+        for item in dataset.data[10:]:  # two scans of each person
+            item["subject"] = f"sub-{int(item['subject'][4:]) - 10}"
+        Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, tmp_path / "p.pt", epsilon=1.0).run()
+    (first, people, longest), (second, *_) = sums
+    assert people == 10
+    assert 0 < (first - second).norm() <= 2 * longest * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.1, 1e-5), (1.0, 1e-5), (8.0, 1e-6), (1000.0, 1e-5)])
+def test_the_noise_is_that_of_the_analytic_gaussian_mechanism(epsilon, delta):
+    std = mechanism_std(epsilon, delta)
+    # the condition of theorem 8 of Balle and Wang, an equality at the least noise
+    lost = norm.logcdf(0.5 / std - epsilon * std), epsilon + norm.logcdf(-0.5 / std - epsilon * std)
+    assert np.exp(lost[0]) - np.exp(lost[1]) == pytest.approx(delta, rel=1e-3)
+
+
+def test_the_private_mean_has_such_noise():
+    total, people, longest = torch.full((3,), 1e7), 10_000, 30.0
+    drawn = torch.stack([private_mean(total, people, longest, 0.5)[0] for _ in range(2000)])
+    expected = mechanism_std(0.5, 1e-5) * 2 * longest / people
+    assert drawn.std(0) == pytest.approx(expected, rel=0.08)
+    assert drawn.mean(0) == pytest.approx(1000.0, abs=5 * expected / 2000**0.5)
+    assert private_mean(torch.zeros(3), 20, 5.0, 0.1)[1] <= 0.9  # little is kept of what is noise
 
 
 @torch.no_grad()

@@ -68,12 +68,13 @@ def _keep_others(path: Path, network: VDVAE) -> None:
         )
 
 
-def adapt(common: Common, covariates: Any) -> Adaptation:
+def adapt(common: Common, covariates: Any, epsilon: float | None = None) -> Adaptation:
     """A population prior that knows one more category, such as a new site: ``population_prior.pt``.
 
     Args:
         common: what all jobs share; its prior has covariates.
         covariates: the new category of a covariate, such as ``{"site": "D"}``.
+        epsilon: of differential privacy towards each person; None: none.
     """
     return Adaptation(
         common.network,
@@ -85,4 +86,5 @@ def adapt(common: Common, covariates: Any) -> Adaptation:
         path=common.output_dir / "population_prior.pt",
         **common.loading,
         device=common.device,
+        epsilon=epsilon,
     )

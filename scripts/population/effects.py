@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import MOST_NAMED, Covariates
@@ -22,6 +24,7 @@ from scripts.population.familiarity import also_familiar
 from scripts.population.prior import PopulationPrior, fingerprint, innovation
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
+from scripts.utils.names import people_of
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -29,6 +32,8 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 DRAWS = 8  # of what is expected of each scan
 LEAST_KEPT = 0.005  # of a mean difference: below, nothing was learnt
+DELTA = 1e-5  # of differential privacy: how likely it is not to hold
+LONGEST = 3.0  # a person's contribution to what is private, in standard deviations of each coordinate
 
 
 class Effects:
@@ -102,6 +107,84 @@ def shrunk_mean(total: Tensor, squares: Tensor, scans: int) -> tuple[Tensor, flo
     return kept * mean, kept
 
 
+def rows_of(prior: PopulationPrior, name: str) -> Tensor:
+    """Its ``mean``, ``variance``, ``directions`` or ``effects``, all latents end to end: ``[rows, dimensions]``."""
+    parts = ((getattr(prior, f"{name}_{index}"), getattr(prior, f"mean_{index}")) for index in prior.latents)
+    return torch.cat([part.reshape(-1, of_one.numel()) for part, of_one in parts], dim=1)
+
+
+class EffectPlane:
+    """The plane within which covariates move the latents: of few dimensions, and known before any scan of a new site.
+
+    A scan says of its covariates only where it lies in this plane. In its coordinates people whom the prior knows are
+    N(0, I), given their covariates.
+
+    Args:
+        prior: with covariates.
+
+    Attributes:
+        size: how many dimensions it has.
+    """
+
+    def __init__(self, prior: PopulationPrior) -> None:
+        self.std = rows_of(prior, "variance")[0].sqrt()
+        _, sizes, axes = torch.linalg.svd(rows_of(prior, "effects") / self.std, full_matrices=False)
+        self.axes = axes[sizes > 1e-4 * sizes.max().clamp_min(1e-6)]
+        self.size = len(self.axes)
+        along = self.axes @ (rows_of(prior, "directions") / self.std).T
+        self.root = torch.linalg.cholesky(torch.eye(self.size, device=along.device) + along @ along.T)
+
+    def coordinates(self, rest: Tensor) -> Tensor:
+        """Of what a prior's mean and effects leave of shifts, ``[batch, dimensions]``: ``[batch, size]``."""
+        return torch.linalg.solve_triangular(self.root, self.axes @ (rest / self.std).T, upper=False).T
+
+    def shift(self, coordinates: Tensor) -> Tensor:
+        """The least shift of the latents that has such coordinates, ``[size]``: ``[dimensions]``."""
+        return self.std * (self.axes.T @ (self.root @ coordinates))
+
+
+def mechanism_std(epsilon: float, delta: float) -> float:
+    """The standard deviation of the analytic Gaussian mechanism for a sensitivity of 1 (Balle and Wang, ICML 2018).
+
+    Args:
+        epsilon, delta: of differential privacy.
+    """
+
+    def exceeded(std: float) -> bool:
+        # log ndtr: exp(epsilon) alone may overflow
+        first, second = torch.special.log_ndtr(
+            torch.tensor([0.5 / std - epsilon * std, -0.5 / std - epsilon * std], dtype=torch.float64)
+        ).tolist()
+        return math.exp(first) - math.exp(epsilon + second) > delta
+
+    low, high = 0.0, 1.0
+    while exceeded(high):
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exceeded(middle) else (low, middle)
+    return high
+
+
+def private_mean(total: Tensor, people: int, longest: float, epsilon: float) -> tuple[Tensor, float]:
+    """The mean of people's coordinates, differentially private towards the change of one of them, and shrunk.
+
+    Args:
+        total: the sum of the coordinates of each, which are N(0, I) about a mean, and no longer than ``longest``.
+        people: how many, which is no secret.
+        epsilon: of differential privacy; delta is 1e-5, and a tenth over the people where that is less.
+
+    Returns:
+        the mean, shaped like ``total``, and the share of it that is kept; the rest is taken for noise and chance.
+    """
+    std = mechanism_std(epsilon, min(DELTA, 0.1 / people)) * 2 * longest / people
+    noise = np.random.default_rng().normal(size=len(total))  # of the system's entropy: no seed may tell it
+    mean = total / people + std * torch.as_tensor(noise).to(total)
+    variance = len(total) * (1 / people + std**2)
+    kept = max(1 - variance / max(mean.square().sum().item(), 1e-12), 0.0)
+    return kept * mean, kept
+
+
 def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
     """The coding with one more category of a covariate, which none of the cohort's scans had.
 
@@ -126,6 +209,9 @@ class Adaptation:
     are shrunk by the share that is noise, see :func:`scripts.population.effects.shrunk_mean`. From now on such scans
     are familiar, too.
 
+    With ``epsilon`` the file is differentially private towards each person: it holds of the scans nothing but the mean
+    of one of each person, within the plane in which the prior's covariates move the latents, with noise.
+
     Args:
         network: trained.
         prior: with covariates.
@@ -135,6 +221,7 @@ class Adaptation:
         path: of the file that is written.
         batch_size, num_workers: of the data loader.
         device: of the network.
+        epsilon: of differential privacy; None: the file tells of the scans what it can.
     """
 
     def __init__(
@@ -149,7 +236,10 @@ class Adaptation:
         batch_size: int = 8,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        epsilon: float | None = None,
     ) -> None:
+        if epsilon is not None and not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
+            raise InputError(f"epsilon is {epsilon!r}: give a number above 0, such as 1, or leave it out.")
         if not isinstance(covariates, Mapping) or len(covariates) != 1:
             raise InputError("covariates: give the one covariate and its new category, such as \"{'site': 'D'}\".")
         if len(dataset) < 2:
@@ -162,6 +252,7 @@ class Adaptation:
         self.network, self.prior, self.dataset, self.path = network, prior, dataset, Path(path)
         self.dataset_dir, self.covariates_file = dataset_dir, covariates_file
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
+        self.epsilon = epsilon
 
     @torch.no_grad()
     def run(self) -> PopulationPrior:
@@ -169,38 +260,46 @@ class Adaptation:
         # the features of the new category are those of no other, and a 1 at the end of the covariate's slice
         place = self.coding.slices()[self.name].stop - 1
         features = self._features()
-        before = {i: getattr(self.prior, f"effects_{i}") for i in self.prior.latents}
-        sizes = [effects[0].numel() for effects in before.values()]
-        without = torch.cat([features[:, :place], features[:, place + 1 :]], dim=1)
-        row, kept = self._mean(self._shifts, without, sum(sizes))
+        known = torch.cat([features[:, :place], features[:, place + 1 :]], dim=1)
+        size = rows_of(self.prior, "mean").numel()
+        row, kept = self._mean(self._shifts, known, size) if self.epsilon is None else self._private_mean(known)
+        adapted = self._with_effect(row, place)
+        adapted.familiarity = self.prior.familiarity
+        if self.epsilon is None:
+            loading = (self.batch_size, self.num_workers, self.device)
+            adapted.familiarity = also_familiar(self.network, self.prior, self.dataset, *loading)
+            offsets = [getattr(adapted, name) for name in OFFSETS if getattr(adapted, name) is not None]
+            if offsets:
+                left, _ = self._mean(partial(self._unexpected, adapted), features, offsets[0][place].numel())
+                for offset in offsets:
+                    offset[place] = left.reshape(offset[place].shape)
+        if idist.get_rank() == 0:
+            self._save(adapted, kept)
+        return adapted
+
+    def _with_effect(self, row: Tensor, place: int) -> PopulationPrior:
+        """The prior with one more feature at a place, of this effect, ``[dimensions]``, and of no offset."""
+        before = {index: getattr(self.prior, f"effects_{index}") for index in self.prior.latents}
+        rows = row.split([effects[0].numel() for effects in before.values()])
         parts = (
-            {i: getattr(self.prior, f"{part}_{i}") for i in self.prior.latents}
+            {index: getattr(self.prior, f"{part}_{index}") for index in self.prior.latents}
             for part in ("mean", "variance", "directions")
         )
         offsets = {name: getattr(self.prior, name) for name in OFFSETS if getattr(self.prior, name) is not None}
-        adapted = PopulationPrior(
+        found = PopulationPrior(
             *parts,
             self.prior.distances,
             self.prior.bits_per_dim,
-            effects={i: _inserted(before[i], place, new) for i, new in zip(before, row.split(sizes), strict=True)},
+            effects={index: _inserted(before[index], place, new) for index, new in zip(before, rows, strict=True)},
             **{name: _inserted(offset, place, torch.zeros_like(offset[0])) for name, offset in offsets.items()},
             coding=self.coding,
             sharpness=self.prior.sharpness,
             dispersion=self.prior.dispersion,
             region_dispersion=self.prior.region_dispersion,
         )
-        loading = (self.batch_size, self.num_workers, self.device)
-        adapted.familiarity = also_familiar(self.network, self.prior, self.dataset, *loading)
-        adapted.spread = self.prior.spread
-        adapted.correlation, adapted.deviation_scores = self.prior.correlation, self.prior.deviation_scores
-        if offsets:
-            size = self.prior.offset[0].numel()
-            left, _ = self._mean(partial(self._unexpected, adapted), features, size)
-            for name in offsets:
-                getattr(adapted, name)[place] = left.reshape(self.prior.offset[0].shape)
-        if idist.get_rank() == 0:
-            self._save(adapted, kept)
-        return adapted
+        found.spread = self.prior.spread
+        found.correlation, found.deviation_scores = self.prior.correlation, self.prior.deviation_scores
+        return found
 
     def _features(self) -> Tensor:
         """What the scans' covariates become, ``[scans, features]``: as they were read, but for the new category."""
@@ -217,7 +316,30 @@ class Adaptation:
 
     def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:
         """The shrunk mean over all scans of what a function leaves of scans, ``[size]``, and the share that is kept."""
-        share = range(idist.get_rank(), len(self.dataset), idist.get_world_size())
+        return shrunk_mean(*self._sums(rest, features, size, range(len(self.dataset))), len(self.dataset))
+
+    def _private_mean(self, features: Tensor) -> tuple[Tensor, float]:
+        """The effect within the plane of known ones, from one scan of each person, and the share that is kept."""
+        plane, people = EffectPlane(self.prior), [places[0] for places in people_of(self.dataset)]
+        if plane.size == 0:
+            raise InputError(
+                "epsilon: covariates have no effect in this prior, so that nothing can be learnt privately."
+            )
+        longest = LONGEST * plane.size**0.5
+
+        def clipped(scans: Tensor, known: Tensor) -> Tensor:
+            rows = plane.coordinates(self._shifts(scans, known))
+            return rows * (longest / rows.norm(dim=1, keepdim=True).clamp_min(longest))
+
+        total, _ = self._sums(clipped, features, plane.size, people)
+        mean, kept = private_mean(total, len(people), longest, self.epsilon)
+        return idist.broadcast(plane.shift(mean), safe_mode=True), idist.broadcast(kept, safe_mode=True)
+
+    def _sums(
+        self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int, places: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Sum, and sum of squares, of what a function leaves of the scans at some places, over all processes."""
+        share = places[idist.get_rank() :: idist.get_world_size()]
         loader = DataLoader(Subset(self.dataset, share), self.batch_size, num_workers=self.num_workers, collate_fn=list)
         indices = iter(share)
         total, squares = torch.zeros(size, device=self.device), torch.zeros((), device=self.device)
@@ -229,7 +351,7 @@ class Adaptation:
                 rows = features[[next(indices) for _ in items]].to(self.device)
                 left = rest(scans.to(self.device), rows).flatten(1)
                 total, squares = total + left.sum(0), squares + left.square().sum()
-        return shrunk_mean(idist.all_reduce(total), idist.all_reduce(squares), len(self.dataset))
+        return idist.all_reduce(total), idist.all_reduce(squares)
 
     def _shifts(self, scans: Tensor, features: Tensor) -> Tensor:
         """What mean and known effects leave of the shifts, all latents of the prior one after the other."""
@@ -243,17 +365,22 @@ class Adaptation:
         return scans - sum(prior.sample(self.network, features)[0] for _ in range(DRAWS)) / DRAWS
 
     def _save(self, prior: PopulationPrior, kept: float) -> None:
+        extras = {"weights": fingerprint(self.network), "adapted_to": f"{self.name} {self.category}"}
+        if self.epsilon is not None:
+            extras["epsilon"] = self.epsilon
+
         def write(path: str) -> None:
             with Path(path).open("wb") as file:
-                prior.save(file, {"weights": fingerprint(self.network), "adapted_to": f"{self.name} {self.category}"})
+                prior.save(file, extras)
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, write)
         if kept < LEAST_KEPT:
             logger.warning(
                 "Nothing was learnt of %s '%s': its %d scan(s) differ from others, in the mean, no more than by "
-                "chance. Give more, better 50. '%s' says the same of them as a prior that does not know this %s.",
-                *(self.name, self.category, len(self.dataset), self.path, self.name),
+                "chance%s. Give more, better 50. '%s' says the same of them as a prior that does not know this %s.",
+                *(self.name, self.category, len(self.dataset), "" if self.epsilon is None else " and the noise"),
+                *(self.path, self.name),
             )
             return
         logger.info(
@@ -261,6 +388,12 @@ class Adaptation:
             "taken for its effect, the rest for chance: use it by --prior '%s'.",
             *(self.name, self.category, len(self.dataset), 100 * kept, self.path),
         )
+        if self.epsilon is not None:
+            logger.info(
+                "It is differentially private towards each person (epsilon %g): the covariates of such scans can be "
+                "told now. Their deviations and what is familiar are as before.",
+                self.epsilon,
+            )
 
 
 def _inserted(rows: Tensor, place: int, row: Tensor) -> Tensor:

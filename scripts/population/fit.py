@@ -34,6 +34,7 @@ from scripts.utils.devices import free_memory, on_device
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
+from scripts.utils.names import people_of
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
@@ -110,20 +111,6 @@ class _Scans(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = torch.as_tensor(self.dataset[index]["image"]).as_subclass(Tensor)
         return {"image": image, "features": self.features[index]}
-
-
-def people_of(scans: Any) -> list[list[int]]:
-    """Places of the scans of each person, in the order of their first ones; each scan's own where nobody is named.
-
-    Args:
-        scans: items of a datalist, or a data set of such, or of another one.
-    """
-    while hasattr(scans, "data"):
-        scans = scans.data
-    people: dict[Any, list[int]] = {}
-    for place, item in enumerate(scans if isinstance(scans, Sequence) else [None] * len(scans)):
-        people.setdefault((isinstance(item, Mapping) and item.get("subject")) or place, []).append(place)
-    return list(people.values())
 
 
 class PopulationFit:

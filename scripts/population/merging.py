@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
-from scripts.population.effects import Effects
+from scripts.population.effects import Effects, rows_of
 from scripts.population.familiarity import Familiarity
 from scripts.population.fit import RANKS, SHARPNESSES, SHRINKAGES
 from scripts.population.joint import correlation_of
@@ -220,13 +220,9 @@ def expectation(prior: PopulationPrior, statistics: CohortStatistics) -> LeftOut
     know are not known.
     """
     cohort = statistics.of_latents(prior.latents)
-
-    def flat(name: str) -> Tensor:
-        return torch.cat([getattr(prior, f"{name}_{i}").reshape(-1, _size(cohort.grids[i])) for i in prior.latents], 1)
-
-    variance, design = flat("variance")[0], _design(cohort, prior.coding)
-    residual = _residual(cohort, design, torch.cat([flat("mean"), flat("effects")]))
-    scaled, inverse = flat("directions") / variance, prior.inverse.double()
+    variance, design = rows_of(prior, "variance")[0], _design(cohort, prior.coding)
+    residual = _residual(cohort, design, torch.cat([rows_of(prior, "mean"), rows_of(prior, "effects")]))
+    scaled, inverse = rows_of(prior, "directions") / variance, prior.inverse.double()
     dropped = (cohort.squares - cohort.rows.square().sum(0)).clamp_min(0)
     along = _products(scaled, residual.rows)
     second = along @ residual.core @ along.T + _products(scaled * (dropped + cohort.ratios), scaled)
@@ -239,10 +235,6 @@ def expectation(prior: PopulationPrior, statistics: CohortStatistics) -> LeftOut
     spread = (variances.clamp_min(0) / expected).mean().sqrt().item()
     gain = gain.item() - 0.5 * prior.log_determinant.item()
     return LeftOut(cohort.count, gain, (mean.square() / expected).mean().sqrt().item(), spread)
-
-
-def _size(grid: Sequence[int]) -> int:
-    return torch.Size(grid).numel()
 
 
 def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:

@@ -27,12 +27,13 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Value
 from scripts.networks import VDVAE
 from scripts.population.deviations import Deviations
-from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, people_of, shifts_and_ratios
+from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
 from scripts.population.prior import PopulationPrior, as_bytes, fingerprint, from_bytes
 from scripts.population.sketch import FactorSketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand, write_whole
+from scripts.utils.names import people_of
 from torch import Tensor
 from torch.utils.data import Dataset
 

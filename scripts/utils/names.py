@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +47,17 @@ def expanded(paths: Any) -> list[str]:
 def printable(name: str) -> str:
     """A file's name as text that can be written as UTF-8, whatever bytes it is made of, as tables have it."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def people_of(scans: Any) -> list[list[int]]:
+    """Places of the scans of each person, in the order of their first ones; each scan's own where nobody is named.
+
+    Args:
+        scans: items of a datalist, or a data set of such, or of another one.
+    """
+    while hasattr(scans, "data"):
+        scans = scans.data
+    people: dict[Any, list[int]] = {}
+    for place, item in enumerate(scans if isinstance(scans, Sequence) else [None] * len(scans)):
+        people.setdefault((isinstance(item, Mapping) and item.get("subject")) or place, []).append(place)
+    return list(people.values())
