@@ -5,8 +5,8 @@
 `LIST.json` is a datalist with the sides training, validation and testing, and a `participants.tsv` beside its scans.
 Each figure is of the testing side, with the 95 % interval of its mean over people. `--mask_dir` has masks of lesions
 in MNI space, whose shapes are darkened into the testing people, and the bundle's `score` says how well they are found;
-and cut out of them as they are, and `impute` fills them in. What needs no other model is in the bundle's own
-evaluation.
+and cut out of them as they are, and `impute` fills them in. `--counterfactual_years 20` says what counterfactuals of
+the testing people keep and change. What needs no other model is in the bundle's own evaluation.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ from scripts.data.datalist import list_sides
 from scripts.data.scan_grid import Fit, to_scan
 from scripts.data.transforms import reading
 from scripts.inference import jobs
+from scripts.inference.covariates import Counterfactual, need_covariates
+from scripts.inference.lesions import KINDS_FILE
 from scripts.inference.measures import mean_interval, value_numbers
 from scripts.inference.scoring import image_quality
 from scripts.layers.output import OUTPUT_STD_RANGE, foreground
+from scripts.networks import VDVAE
+from scripts.population.prior import PopulationPrior
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.command_line import run
-from scripts.utils.files import write_text
+from scripts.utils.files import write_csv, write_text
 
 COMPONENTS = (4, 16, 64, 128, 256, 384, 512)  # of a PCA, from which to choose
 SCORES = (32, 64, 128)  # that a regression reads the age from
@@ -135,8 +139,75 @@ def age_by_regression(scores: Sequence[Tensor], ages: Sequence[np.ndarray]) -> d
     return found
 
 
-def darken(scan: nib.Nifti1Image, mask: nib.Nifti1Image) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """A lesion's shape, as dark as the person's CSF, in a scan of the same world; and its mask on the scan's grid."""
+def counterfactuals(
+    prior: PopulationPrior,
+    network: VDVAE,
+    scans: Tensor,
+    known: Sequence[Mapping[str, Any]],
+    training: tuple[Tensor, np.ndarray],
+    leading: PCA,
+    years: float,
+) -> dict[str, float | None]:
+    """What people at another age keep and change (Monteiro et al. 2023), in the brain: means and intervals over them.
+
+    A regression on training people's scores tells the age that is seen. Where such a number of years changes the mean
+    of the training people by less than 1 % of the range, it should change nobody.
+
+    Args:
+        prior, network: with covariates.
+        scans: `[people, 1, *spatial]`.
+        known: their covariates; the age of each.
+        training: scans and ages of others.
+        leading: components from whose scores the regression reads the age.
+        years: more than they are, or fewer where nobody in training is so old.
+    """
+    (others, ages), own = training, np.array([float(row["age"]) for row in known])
+    to = np.where(own + years <= ages.max(), own + years, own - years)
+    brain = foreground(others.mean(0)[None], network)[0, 0]
+
+    def scores(x: Tensor) -> np.ndarray:
+        return ((x.flatten(1) - leading.mean) @ leading.axes).numpy()
+
+    told = RidgeCV(np.logspace(-2, 6, 17)).fit(scores(others), ages)
+
+    def under(x: Tensor, now: np.ndarray, then: np.ndarray) -> Tensor:
+        moved = []
+        for scan, row, age, other in zip(x.split(1), known, now, then, strict=True):
+            job, values = Counterfactual(prior, {"": {"age": float(other)}}), {**row, "age": float(age)}
+            features = prior.coding.numbers(values)[None]
+            moved.append((scan + job(scan, network, features=features, known=[values])["change"]).clamp(-1, 1))
+        return torch.cat(moved)
+
+    changed = under(scans, own, to)
+    back = under(changed, to, own)
+    centred = torch.from_numpy(ages - ages.mean()).float()
+    slope = torch.einsum("s,s...->...", centred, others[:, 0]) / centred.square().sum()
+    still = (slope * years).abs()[brain] < 0.02
+    change, left = ((x - scans).abs()[:, 0][:, brain] for x in (changed, back))
+    seen = [told.predict(scores(x)) for x in (scans, changed)]
+    nearest = torch.cdist(changed.flatten(1), scans.flatten(1)).argmin(1)
+    rows = {
+        "reversibility": left.mean(1) / change.mean(1),
+        "age_off_asked": np.abs(seen[1] - to),
+        "age_off_asked_before": np.abs(seen[0] - to),
+        "age_off_own": np.abs(seen[0] - own),
+        "age_moved": (seen[1] - seen[0]) / (to - own),
+        "own_person": (nearest == torch.arange(len(nearest))).float(),
+        "minimality": change[:, still].mean(1) / change[:, ~still].mean(1),
+    }
+    numbers: dict[str, float | None] = {}
+    for name, values in rows.items():
+        numbers |= mean_interval(f"counterfactual_{name}", [float(value) for value in values])
+    return numbers
+
+
+def darken(scan: nib.Nifti1Image, mask: nib.Nifti1Image, depth: float = 1.0) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """A lesion's shape, as dark as the person's CSF, in a scan of the same world; and its mask on the scan's grid.
+
+    Args:
+        scan, mask: of one world.
+        depth: the share of the way to CSF.
+    """
     image = np.asarray(scan.dataobj, dtype=np.float32)
     to_mask = np.linalg.inv(mask.affine) @ scan.affine
     shape = ndimage.gaussian_filter(
@@ -144,7 +215,7 @@ def darken(scan: nib.Nifti1Image, mask: nib.Nifti1Image) -> tuple[nib.Nifti1Imag
     )
     opacity = ndimage.affine_transform(shape, to_mask[:3, :3], to_mask[:3, 3], image.shape, order=1) * (image > 0)
     fluid = np.percentile(image[image > 0], FLUID)
-    lesion = image + opacity * (np.minimum(image, fluid) - image)
+    lesion = image + depth * opacity * (np.minimum(image, fluid) - image)
     marked = ((opacity >= 0.5) & (image > 0)).astype(np.uint8)
     return nib.Nifti1Image(lesion, scan.affine, scan.header), nib.Nifti1Image(marked, scan.affine)
 
@@ -175,6 +246,16 @@ def fill_in(
     return numbers
 
 
+def kinds(rows: Sequence[Mapping[str, Any]], ages: np.ndarray) -> list[tuple[str, str]]:
+    """Rows of a `kinds.csv` for what :func:`write_strokes` writes: sex, and the younger and the older half."""
+    middle = np.nanmedian(ages)
+    groups = [
+        [str(row.get("sex") or ""), "" if np.isnan(age) else f"{'above' if age > middle else 'to'} {middle:.0f} years"]
+        for row, age in zip(rows, ages, strict=True)
+    ]
+    return [(f"sub-{place:03d}", ";".join(filter(None, group))) for place, group in enumerate(groups)]
+
+
 def write_strokes(
     items: Sequence[Mapping[str, Any]],
     mask_dir: str,
@@ -182,9 +263,16 @@ def write_strokes(
     seed: int,
     healthy: bool = True,
     darkened: bool = True,
+    depth: float = 1.0,
 ) -> None:
     """People with a lesion's shape drawn at random, in `scans` (where it is `darkened`) and `masks`; every other one
     `healthy`, as it is.
+
+    Args:
+        items, mask_dir, folder, seed: see :func:`fill_in`.
+        healthy: whether every other one is.
+        darkened: whether lesions are in the scans.
+        depth: of these, see :func:`darken`.
     """
     masks, generator = sorted(Path(mask_dir).glob("*.nii*")), np.random.default_rng(seed)
     for place, item in enumerate(tqdm(items, "strokes", unit="scan")):
@@ -192,7 +280,9 @@ def write_strokes(
         empty = nib.Nifti1Image(np.zeros(scan.shape[:3], np.uint8), scan.affine)
         name = f"sub-{place:03d}"
         sick = (
-            darken(scan, nib.load(masks[generator.integers(len(masks))])) if place % 2 or not healthy else (scan, empty)
+            darken(scan, nib.load(masks[generator.integers(len(masks))]), depth)
+            if place % 2 or not healthy
+            else (scan, empty)
         )
         for kind, image in zip(("scans", "masks"), sick if darkened else (scan, sick[1]), strict=True):
             (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -207,6 +297,8 @@ def main(
     config_file: str | Sequence[str] = "configs/inference.json",
     mask_dir: str | None = None,
     testing: str = "testing",
+    lesion_depth: float = 1.0,
+    counterfactual_years: float | None = None,
     batch_size: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -219,6 +311,8 @@ def main(
         config_file: of the network, one or a list.
         mask_dir: of masks in MNI space; None: no lesions are planted, and nothing is filled in.
         testing: the side to measure on; `validation` while choosing.
+        lesion_depth: how dark planted lesions are, as a share of the way to CSF.
+        counterfactual_years: by how many years people are made older; None: counterfactuals are left out.
         batch_size: of the network.
         seed: of the lesions.
     """
@@ -232,7 +326,7 @@ def main(
 
     training, validation = read("training"), read("validation")
     pca, mean, std = fit_pca(training, validation), training.mean(0)[None], smooth_std(training.var(0))[None]
-    rows, scores = [], []
+    rows, scans = [], []
     for item in tqdm(sides[testing], "measuring", unit="scan"):
         preprocessed, scan = preprocess(item), load(item)
         x = preprocessed["image"].as_tensor()[None]
@@ -245,18 +339,22 @@ def main(
         for name, nats in (("pca", pca.nats(x)), ("gaussian", negative_log_likelihood(mean, std, x))):
             row[f"{name}_bits_per_dim"] = float(bits_per_dim(nats, x))
         rows.append(row)
-        scores.append(x.flatten())
+        scans.append(x)
     leading = PCA(training, min(SCORES[-1], len(training) - 2))
-    ages = [
-        np.array([float(row.get("age") or "nan") for row in Covariates(sides[side], dataset_dir).rows])
-        for side in ("training", testing)
-    ]
-    projected = [(x - leading.mean) @ leading.axes.flip(1) for x in (training.flatten(1), torch.stack(scores))]
+    known = [Covariates(sides[side], dataset_dir).rows for side in ("training", testing)]
+    ages = [np.array([float(row.get("age") or "nan") for row in of_side]) for of_side in known]
+    projected = [(x - leading.mean) @ leading.axes.flip(1) for x in (training.flatten(1), torch.cat(scans).flatten(1))]
     numbers: dict[str, Any] = {"people": len(rows), "pca_components": pca.axes.shape[1]}
     for name in rows[0]:
         numbers |= mean_interval(name, [row[name] for row in rows])
     numbers |= age_by_regression(projected, ages)
     numbers["brain_share"] = float(foreground(training, network).float().mean())
+    if counterfactual_years is not None:
+        prior, dated = need_covariates(parser.get_parsed_content("population_prior")), np.isfinite(ages[1])
+        values = Covariates(sides[testing], dataset_dir).values(prior.coding)
+        some = torch.cat(scans)[dated], [row for row, has_age in zip(values, dated, strict=True) if has_age]
+        others = training[np.isfinite(ages[0])], ages[0][np.isfinite(ages[0])]
+        numbers |= counterfactuals(prior, network, *some, others, leading, counterfactual_years)
     folder.mkdir(parents=True, exist_ok=True)
     if mask_dir is not None:
         config = read_config(config_file, ckpt=ckpt, batch_size=batch_size)
@@ -268,8 +366,9 @@ def main(
         ([n, f"{numbers[n]:.4g}", f"{numbers[f'{n}_low']:.4g} to {numbers[f'{n}_high']:.4g}"] for n in shown),
     )
     if mask_dir is not None:
-        write_strokes(sides[testing], mask_dir, folder / "strokes", seed)
         at = folder / "strokes"
+        write_strokes(sides[testing], mask_dir, at, seed, depth=lesion_depth)
+        write_csv(at / "masks" / KINDS_FILE, ("scan", "kind"), kinds(known[1], ages[1]))
         masks = {"mask_dir": str(at / "masks"), "mask_pattern": "*_lesions.nii.gz", "scan_pattern": "*_T1w.nii.gz"}
         where = {"dataset_dir": str(at / "scans"), "output_dir": str(folder / "scores"), "batch_size": batch_size}
         read_config(config_file, ckpt=ckpt, prior="network", figures=False, **where, **masks).get_parsed_content(

@@ -228,6 +228,8 @@ def test_scans_with_lesions_are_grouped_by_kind_each_with_the_healthy():
     assert by_kind(scans) == {"dark": [True, False, True], "all": [True] * 3}
     assert by_kind([scans[0], scans[2]]) == {"dark": [True, True]}
     assert by_kind(scans[1:]) == {"all": [True, True]}
+    scans[1] = scans[1]._replace(kind="dark; above 60")
+    assert by_kind(scans) == {"above 60": [False, True, True], "dark": [True] * 3, "all": [True] * 3}
 
 
 def test_kinds_are_found_by_what_the_scans_names_begin_with(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,8 @@ from conftest import ROOT, inference_config
 from monai.data import MetaTensor
 from torch.distributions import MultivariateNormal
 
-from benchmarks.people import PCA, age_by_regression, darken, fit_pca, main, own_grid_psnr
+from benchmarks.people import PCA, age_by_regression, counterfactuals, darken, fit_pca, main, own_grid_psnr
+from scripts.data.covariates import CovariateCoding
 from scripts.data.transforms import reading
 from scripts.phantoms import make_brains
 
@@ -45,7 +47,8 @@ def test_it_measures_plain_models_beside_the_weights(people, capsys):
     assert found["grid_own_grid"] > max(found["ours_own_grid"], found["pca_own_grid"]) > 10
     assert found["pca_psnr_low"] < found["pca_psnr"] < found["pca_psnr_high"]
     assert "| pca_bits_per_dim |" in capsys.readouterr().out
-    assert (people / "out" / "scores" / "lesions.csv").is_file()
+    of_kinds = (people / "out" / "scores" / "lesions.md").read_text(encoding="utf-8")
+    assert " years" in of_kinds and "all" in of_kinds
     assert found["filled_mse_low"] < found["filled_mse"] < found["filled_mse_high"] and found["filled_psnr"] > 0
     assert 0 <= found["filled_coverage_50"] <= found["filled_coverage_90"] <= 1
     whole = nib.load(people / "scans" / "sub-0010_T1w.nii.gz").get_fdata()
@@ -72,6 +75,41 @@ def test_a_regression_reads_the_age_where_it_shows():
     found = age_by_regression((scores[:40], scores[40:]), (ages[:40], ages[40:]))
     assert found["ridge_32_mae"] < 3 < found["ridge_32_mae_mean"]
     assert "ridge_64_mae" not in found
+
+
+@pytest.mark.parametrize(("share", "spilt"), [(1.0, 0.0), (0.5, 0.0), (1.0, 0.02)])
+def test_counterfactuals_are_measured_against_what_age_does(monkeypatch, share, spilt):
+    """Age darkens one half of the brain, and nothing else in people: as far as it is asked for, or half as far."""
+    generator = np.random.default_rng(0)
+    pattern = torch.zeros(1, 4, 4, 4)
+    pattern[:, :2] = 1
+    ages = generator.uniform(30, 80, 60)
+
+    def scans_at(ages: np.ndarray) -> torch.Tensor:
+        noise = torch.from_numpy(generator.normal(0, 0.001, (len(ages), 1, 4, 4, 4))).float()
+        return noise + torch.stack([0.3 - 0.005 * age * pattern for age in ages.tolist()])
+
+    class Older:
+        def __init__(self, prior, covariates):
+            self.age = covariates[""]["age"]
+
+        def __call__(self, scan, network, features, known):
+            moved = -0.005 * share * pattern + spilt * 0.005 * (pattern - 1)
+            return {"change": (self.age - known[0]["age"]) * moved[None]}
+
+    monkeypatch.setattr("benchmarks.people.Counterfactual", Older)
+    coding = CovariateCoding.learn({"age": "continuous"}, [{"age": age} for age in ages.tolist()])
+    own, training = np.array([40.0, 50.0, 75.0]), scans_at(ages)
+    found = counterfactuals(
+        *(SimpleNamespace(coding=coding), SimpleNamespace(output_activation="tanh")),
+        *(scans_at(own), [{"age": age} for age in own.tolist()], (training, ages), PCA(training, 4), 20.0),
+    )
+    assert found["counterfactual_age_moved"] == pytest.approx(share, abs=0.05)
+    assert found["counterfactual_age_off_asked"] == pytest.approx(20 * (1 - share), abs=1)
+    assert found["counterfactual_age_off_asked_before"] == pytest.approx(20, abs=1)
+    assert found["counterfactual_age_off_own"] < 1
+    assert found["counterfactual_minimality"] == pytest.approx(spilt / share, abs=1e-4)
+    assert found["counterfactual_reversibility"] < 1e-4
 
 
 def test_a_shape_is_darkened_where_it_lies_in_the_world():

@@ -58,7 +58,7 @@ class LesionCounts(NamedTuple):
         voxels: by grid and by what was counted (``anomaly``, ``intensity``), int32 ``[2, BINS]``: other voxels of the
             foreground, and those of lesions.
         scores: by grid, the 99.9th percentile in the foreground as each of ``DETECTORS`` orders it.
-        kind: of its lesions, ``none`` for a healthy scan; empty where it is not known.
+        kind: of its lesions, or several with ``;`` between, ``none`` for a healthy scan; empty where it is not known.
         lesions: by grid, ``[lesions, 1 + len(DETECTORS)]``: the size in ml of each connected lesion, and the bin of its
             most suspicious voxel as each of ``DETECTORS`` orders it; None: not known.
     """
