@@ -6,13 +6,15 @@
 What is largest in each healthy person is computed once, `findings.jsonl`. Then some are drawn for the calibration and
 some are judged by them, many times. `SICK` holds scans of the first people again, in the order of their names, with
 lesions that `MASKS` mark; or shapes of lesions in MNI space are darkened into all of them. Regions are cubes, of an
-eighth of the grid.
+eighth of the grid; with `--training LIST.json` their means are judged by a regression on covariates, too: PCNtoolkit's
+if it is installed, else one on splines.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.common import print_table, read_config
+from benchmarks.normative import bayesian_regression, spline_regression
 from benchmarks.people import write_strokes
 from scripts.data.covariates import CovariateCoding
+from scripts.data.datalist import list_sides
 from scripts.data.tables import read_table
 from scripts.inference import jobs
 from scripts.inference.certificate import Certificate
@@ -41,8 +45,9 @@ from scripts.utils.files import write_text
 from scripts.utils.names import item_path
 
 PLAIN = 3.0  # absolute z of clusters that nothing but their extent judges
-# mass of clusters, also where no brain is expected; largest z; voxels of a cluster of |z| > 3; z of regions
-KINDS = ("cluster", "wide", "peak", "extent", "region")
+# mass of clusters, also where no brain is expected; largest z; voxels of a cluster of |z| > 3; z of regions, and by a
+# regression of each
+KINDS = ("cluster", "wide", "peak", "extent", "region", "regression")
 Row = Mapping[str, Any]
 
 
@@ -87,12 +92,14 @@ def compute(evaluator: ScanEvaluator, labels: Tensor, sick: Sequence[tuple], pat
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     everywhere, count = np.ones((1, *network.spatial_shape), bool), len(evaluator.dataset.data)
 
-    def seen(scan: Tensor, usual: Row, at: np.ndarray) -> Row:
+    def seen(scan: Tensor, usual: Row, at: np.ndarray) -> tuple[Row, list[float]]:
         brain = foreground(usual["expected"], network)
         _, expected, std, _ = usual["regions"].unbind(1)
-        regions = normal_score((inferer.region_means(scan[None])[0] - expected) / std, inferer.draws - 1)
+        means = inferer.region_means(scan[None])[0]
+        regions = normal_score((means - expected) / std, inferer.draws - 1)
         z = (scan - usual["expected"]) / usual["spread"]
-        return largest(*(each.numpy() for each in (z, brain, brain | foreground(scan, network), regions, labels)), at)
+        parts = (each.numpy() for each in (z, brain, brain | foreground(scan, network), regions, labels))
+        return largest(*parts, at), means.tolist()
 
     for start in tqdm(range(len(rows), count, batch), "deviations", unit="batch"):
         items = [read_item(evaluator.dataset, place) for place in range(start, min(start + batch, count))]
@@ -100,15 +107,46 @@ def compute(evaluator: ScanEvaluator, labels: Tensor, sick: Sequence[tuple], pat
         for place, item in enumerate(items):
             usual = {name: values[place] for name, values in found.items()}
             row = {"image": Path(item["name"]).name, "covariates": item["covariates"]}
-            row["largest"] = seen(item["image"].as_tensor(), usual, everywhere)
+            row["largest"], row["means"] = seen(item["image"].as_tensor(), usual, everywhere)
             if start + place < len(sick):
                 scan, mask = sick[start + place]
                 image = evaluator.dataset.transform({"image": str(scan)})["image"]
                 at, row["lesion_ml"] = lesion(nib.load(mask), np.asarray(image.affine), network.spatial_shape)
-                row["hit"] = seen(image.as_tensor(), usual, at)
+                row["hit"], row["hit_means"] = seen(image.as_tensor(), usual, at)
+                touched = set(np.unique(labels.numpy()[at[0]]))
+                row["touched"] = [int(label) in touched for label in labels.unique() if label > 0]
             rows.append(row)
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def add_regression(
+    rows: Sequence[Row], training: Iterable[tuple[Row, Sequence[float]]], coding: CovariateCoding
+) -> None:
+    """Add to what is largest the z of regions' means by a regression on covariates.
+
+    People of whom a covariate is missing have 0.
+
+    Args:
+        rows: of people, see `compute`.
+        training: covariates and regions' means of others.
+        coding: of the covariates.
+    """
+    given, values = zip(*((known, means) for known, means in training if None not in known.values()), strict=True)
+    continuous = [name for name, each in coding.variables.items() if each.kind == "continuous"]
+    regression = bayesian_regression if importlib.util.find_spec("pcntoolkit") else spline_regression
+    complete = [row for row in rows if None not in row["covariates"].values()]
+    people = pd.DataFrame([row["covariates"] for row in complete])
+    mean, std = regression(pd.DataFrame(given), np.array(values, float), people, continuous)
+    for row in rows:
+        row["largest"]["regression"] = 0.0
+        if "hit" in row:
+            row["hit"]["regression"] = 0.0
+    for row, expected, spread in zip(complete, mean, std, strict=True):
+        row["largest"]["regression"] = float(np.abs((row["means"] - expected) / spread).max())
+        if "hit" in row:
+            off = np.abs((row["hit_means"] - expected) / spread)[np.array(row["touched"], bool)]
+            row["hit"]["regression"] = float(off.max(initial=0.0))
 
 
 def lesion(mask: nib.Nifti1Image, affine: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, float]:
@@ -131,6 +169,7 @@ class Splits:
 
     def __init__(self, rows: Sequence[Row], coding: CovariateCoding, error_rate: float, calibrate: int, repeats: int):
         self.rows, self.coding, self.error_rate = rows, coding, error_rate
+        self.kinds = [kind for kind in KINDS if kind in rows[0]["largest"]]
         self.calibrate, self.repeats = calibrate, repeats
         self.people = pd.DataFrame([{"lesion_ml": np.nan, "lesion": "", **row["covariates"], **row} for row in rows])
         self.people["band"] = pd.qcut(self.people.age, 3, precision=0).astype(str) + " years"
@@ -173,7 +212,7 @@ class Splits:
         ways: dict[str, Any] = {"all": {"groups": []}, "groups": {}, "weighted": {"weighted": True}}
         found = {way: self.judge(alike, alike, **ways[way]) for way in ("all", "groups")}
         for way, judged in found.items():
-            for kind in KINDS:
+            for kind in self.kinds:
                 distance = stats.kstest(judged[kind], "uniform").statistic
                 of_bands = [self.share(band, kind) for _, band in judged.groupby("band")]
                 rows.append([way, kind, self.share(judged, kind), f"{distance:.3f}", *of_bands])
@@ -188,15 +227,15 @@ class Splits:
         for shift, given, judged, way in [(*sides, way) for *sides, tried in shifts for way in tried]:
             try:
                 of_shift = self.judge(given, judged, **ways[way])
-                rows.append([shift, way, *(self.share(of_shift, kind) for kind in KINDS)])
+                rows.append([shift, way, *(self.share(of_shift, kind) for kind in self.kinds)])
             except InputError as error:
                 rows.append([shift, way, f"refused: {error}"])
-        yield ("calibrated on: judged", "beside", *KINDS), rows
+        yield ("calibrated on: judged", "beside", *self.kinds), rows
         sick = found["all"].dropna(subset="lesion_ml")
         if len(sick):
             of = dict(tuple(sick.groupby(pd.qcut(sick.lesion_ml, 3, precision=1, duplicates="drop").astype(str))))
             of |= dict(tuple(sick[sick.lesion != ""].groupby("lesion")))
-            rows = [[kind, *(self.share(part, f"hit_{kind}") for part in of.values())] for kind in KINDS]
+            rows = [[kind, *(self.share(part, f"hit_{kind}") for part in of.values())] for kind in self.kinds]
             plain = (np.mean([r[of]["extent"] > 0 for r in self.rows if of in r]) for of in ("hit", "largest"))
             rows.append(["any |z| > 3", "{:.1%} of all, and in {:.1%} of healthy people".format(*plain)])
             yield ("found at the lesion, %, by", *(f"of {part}" for part in of)), rows
@@ -212,6 +251,7 @@ def main(
     ckpt: str | None = None,
     config_file: str | Sequence[str] = "configs/inference.json",
     covariates_file: str | None = None,
+    training: str | None = None,
     draws: int = 32,
     batch_size: int = 10,
     error_rate: float = 0.05,
@@ -224,6 +264,7 @@ def main(
         dataset_dir, covariates_file, ckpt, config_file, output_dir: of healthy people, the network, and results.
         sick, masks: the first people again, with lesions, and their masks; `kinds.csv` may say of what kind they are.
         shapes: of lesions in MNI space, instead.
+        training: a datalist to whose training side a regression of each region is fitted; None: no regression.
         draws, batch_size: of what is usual for a person; of people.
         error_rate, calibrate, repeats: see `Splits`.
     """
@@ -244,6 +285,12 @@ def main(
     if masks is not None and (table := Path(masks) / "kinds.csv").is_file():
         for row, kind in zip(rows, read_table(table)[1], strict=False):
             row["lesion"] = kind["kind"]
+    if training is not None:
+        others = jobs.deviation(common.replace(cohort=common.cohort.of(list_sides(training)[0]["training"])), draws)
+        items = (read_item(others.dataset, place) for place in tqdm(range(len(others.dataset.data)), "training"))
+        region_means = evaluator.inferer.region_means
+        seen = ((item["covariates"], region_means(item["image"].as_tensor()[None])[0].tolist()) for item in items)
+        add_regression(rows, seen, common.prior.coding)
     print(f"{len(rows)} people, {labels.unique().numel() - 1} regions\n")
     for table in Splits(rows, common.prior.coding, error_rate, calibrate, repeats).tables():
         print_table(*table)

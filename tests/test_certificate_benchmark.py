@@ -12,7 +12,7 @@ from conftest import ROOT, informative_network
 from test_covariates import KINDS as KINDS_OF_COVARIATES
 from test_covariates import prior_with_effects
 
-from benchmarks.certificate import KINDS, Splits, cubes, lesion, main
+from benchmarks.certificate import KINDS, Splits, add_regression, cubes, lesion, main
 from scripts.data.covariates import CovariateCoding
 from scripts.phantoms import make_brains
 from scripts.population.prior import fingerprint
@@ -29,6 +29,9 @@ def test_it_measures_certificates_of_phantoms(cohort, tmp_path, capsys):
     prior.save(tmp_path / "population_prior.pt", {"weights": fingerprint(network)})
     names = {"dataset_dir": "healthy", "output_dir": "out", "sick": "sick", "masks": "sick_masks", "ckpt": "model.pt"}
     settings = {name: str(tmp_path / path) for name, path in names.items()}
+    sides = {"training": [{"image": str(path)} for path in sorted((tmp_path / "healthy").glob("*.nii.gz"))]}
+    (tmp_path / "list.json").write_text(json.dumps(sides), encoding="utf-8")
+    settings["training"] = str(tmp_path / "list.json")
     settings["config_file"] = [str(ROOT / "configs/inference.json"), str(ROOT / "tests/tiny.json")]
     found = main(**settings, draws=4, error_rate=0.2, calibrate=12, repeats=3)
     assert len(found) == 24 and [("hit" in row) for row in found] == [True] * 6 + [False] * 18
@@ -41,6 +44,24 @@ def test_it_measures_certificates_of_phantoms(cohort, tmp_path, capsys):
     main(**settings, draws=5, error_rate=0.2, calibrate=12, repeats=1)  # nothing is computed again
     assert (tmp_path / "out" / "findings.jsonl").read_text(encoding="utf-8") == before
     assert json.loads(before.splitlines()[0])["image"] == "sub-0001_FLAIR.nii.gz"
+
+
+def test_regions_are_judged_by_what_is_usual_at_their_covariates():
+    rng = np.random.default_rng(0)
+    ages = rng.uniform(30, 80, 200)
+    means = np.stack([ages / 100, 1 - ages / 50], axis=1) + rng.normal(size=(200, 2)) * [0.01, 0.1]
+    known = [{"age": age, "sex": str(rng.choice(["F", "M"]))} for age in ages.tolist()]
+    coding = CovariateCoding.learn({"age": "continuous", "sex": "categorical"}, known)
+    usual, old = {"age": 50.0, "sex": "F"}, {"age": None, "sex": "F"}
+    rows = [
+        {"covariates": usual, "means": [0.5, 0.0], "hit_means": [0.55, 0.5], "touched": [False, True]},
+        {"covariates": old, "means": [0.5, 0.0]},
+    ]
+    for row in rows:
+        row |= {"largest": {}} | ({"hit": {}} if "touched" in row else {})
+    add_regression(rows, [(old, [9.0, 9.0]), *zip(known, means.tolist(), strict=True)], coding)
+    assert rows[0]["largest"]["regression"] < 0.5 and rows[0]["hit"]["regression"] == pytest.approx(5, rel=0.15)
+    assert rows[1]["largest"] == {"regression": 0.0} and "hit" not in rows[1]
 
 
 def test_splits_count_what_is_promised():
