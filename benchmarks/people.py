@@ -150,8 +150,8 @@ def counterfactuals(
 ) -> dict[str, float | None]:
     """What people at another age keep and change (Monteiro et al. 2023), in the brain: means and intervals over them.
 
-    A regression on training people's scores tells the age that is seen. Where such a number of years changes the mean
-    of the training people by less than 1 % of the range, it should change nobody.
+    A regression on training people's scores tells the age that is seen. What should not change in a person is known of
+    true pairs alone: see :mod:`benchmarks.covariates`.
 
     Args:
         prior, network: with covariates.
@@ -180,9 +180,6 @@ def counterfactuals(
 
     changed = under(scans, own, to)
     back = under(changed, to, own)
-    centred = torch.from_numpy(ages - ages.mean()).float()
-    slope = torch.einsum("s,s...->...", centred, others[:, 0]) / centred.square().sum()
-    still = (slope * years).abs()[brain] < 0.02
     change, left = ((x - scans).abs()[:, 0][:, brain] for x in (changed, back))
     seen = [told.predict(scores(x)) for x in (scans, changed)]
     nearest = torch.cdist(changed.flatten(1), scans.flatten(1)).argmin(1)
@@ -193,7 +190,6 @@ def counterfactuals(
         "age_off_own": np.abs(seen[0] - own),
         "age_moved": (seen[1] - seen[0]) / (to - own),
         "own_person": (nearest == torch.arange(len(nearest))).float(),
-        "minimality": change[:, still].mean(1) / change[:, ~still].mean(1),
     }
     numbers: dict[str, float | None] = {}
     for name, values in rows.items():

@@ -83,7 +83,7 @@ def test_scans_that_nothing_explains_are_held_against_each_other(examiner):
     assert "6 of these scans are unlike those in the same way" in seen[0].sentence() and seen[0].reason == "unknown"
     various = network.compared([found(20 * row) for row in torch.eye(numbers)[:6]])
     assert [finding.alike for finding in various] == [0] * 6
-    assert "no explanation helps" in various[0].sentence()
+    assert "no fault that is known explains it" in various[0].sentence()
     assert not any(finding.alike for finding in network.compared(strangers[:4]))  # they are too few to tell
 
 
@@ -114,6 +114,41 @@ def test_a_nat_more_or_less_of_a_grid_is_as_usual():
     assert least[0] == pytest.approx(LEAST_SPREAD)
     assert ((cost + 1).log1p() - cost.log1p() <= least[1:]).all()
     torch.testing.assert_close((cost[1:] + 1).log1p() - cost[1:].log1p(), least[2:], rtol=0.01, atol=0)
+
+
+def test_what_a_file_compares_is_compared_by_name(known):
+    """Files of earlier versions have fewer numbers; merged ones those that all have, but for coordinates."""
+    config = inference_config(ckpt=str(known / "model.pt"))
+    network, prior = config.get_parsed_content("network"), config.get_parsed_content("population_prior")
+    familiarity = Familiarity.of(prior)
+    scans = torch.rand(3, 1, 8, 8, 8) * 2 - 1
+    everything = look(network.eval(), scans, prior).statistics
+    kept = [place for place, name in enumerate(familiarity.names) if name != "missing"]
+    names = [familiarity.names[place] for place in kept]
+    assert everything.shape[1] == len(names) + 1 and names[-1] == "population"
+    earlier = familiarity._replace(
+        names=names, mean=familiarity.mean[kept], covariance=familiarity.covariance[kept][:, kept]
+    )
+    prior.familiarity = earlier._asdict()
+    assert torch.equal(look(network, scans, prior).statistics, everything[:, kept])
+    merged = Familiarity.together([familiarity, earlier])
+    assert merged.names == names[:-1] and len(merged.mean) == len(names) - 1
+    (mean, covariance, people), *others = merged.added
+    assert torch.equal(mean, merged.mean) and torch.equal(covariance, merged.covariance) and not others
+    assert people == familiarity.people[0]
+
+
+def test_it_is_seen_how_much_of_a_brain_is_missing(known):
+    """Whatever the network says of it; dark is not missing."""
+    config = inference_config(ckpt=str(known / "model.pt"))
+    network, prior = config.get_parsed_content("network").eval(), config.get_parsed_content("population_prior")
+    place = Familiarity.of(prior).names.index("missing")
+    scan = config.get_parsed_content("preprocessing")({"image": str(min((known / "brains").glob("*.nii.gz")))})
+    whole = scan["image"].as_tensor()
+    darker, cut = (whole + 1) * 0.5 - 1, whole.clone()
+    cut[..., 4:] = -1
+    usual, dark, missing = look(network, torch.stack([whole, darker, cut]), prior).statistics[:, place]
+    assert dark == usual and 3 < missing - usual < np.log(101)
 
 
 @pytest.mark.parametrize("held_out", [0, 3])

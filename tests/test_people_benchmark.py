@@ -77,8 +77,8 @@ def test_a_regression_reads_the_age_where_it_shows():
     assert "ridge_64_mae" not in found
 
 
-@pytest.mark.parametrize(("share", "spilt"), [(1.0, 0.0), (0.5, 0.0), (1.0, 0.02)])
-def test_counterfactuals_are_measured_against_what_age_does(monkeypatch, share, spilt):
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_counterfactuals_are_measured_against_what_age_does(monkeypatch, share):
     """Age darkens one half of the brain, and nothing else in people: as far as it is asked for, or half as far."""
     generator = np.random.default_rng(0)
     pattern = torch.zeros(1, 4, 4, 4)
@@ -94,8 +94,7 @@ def test_counterfactuals_are_measured_against_what_age_does(monkeypatch, share, 
             self.age = covariates[""]["age"]
 
         def __call__(self, scan, network, features, known):
-            moved = -0.005 * share * pattern + spilt * 0.005 * (pattern - 1)
-            return {"change": (self.age - known[0]["age"]) * moved[None]}
+            return {"change": (self.age - known[0]["age"]) * -0.005 * share * pattern[None]}
 
     monkeypatch.setattr("benchmarks.people.Counterfactual", Older)
     coding = CovariateCoding.learn({"age": "continuous"}, [{"age": age} for age in ages.tolist()])
@@ -108,7 +107,6 @@ def test_counterfactuals_are_measured_against_what_age_does(monkeypatch, share, 
     assert found["counterfactual_age_off_asked"] == pytest.approx(20 * (1 - share), abs=1)
     assert found["counterfactual_age_off_asked_before"] == pytest.approx(20, abs=1)
     assert found["counterfactual_age_off_own"] < 1
-    assert found["counterfactual_minimality"] == pytest.approx(spilt / share, abs=1e-4)
     assert found["counterfactual_reversibility"] < 1e-4
 
 

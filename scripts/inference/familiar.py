@@ -106,7 +106,10 @@ class Finding(NamedTuple):
                 "same way, so that it may be their scanner or protocol, which the job adapt learns from them"
             )
         if not self.steps:
-            return f"the network does not know such scans: {said}; no explanation helps"
+            return (
+                f"the network does not know such scans: {said}; no fault that is known explains it, so that it may be "
+                "the scanner, age or disease"
+            )
         words = "; then ".join(f"{step.words} ({step.gain:.2g} bits per dim better)" for step in self.steps)
         remedies = dict.fromkeys(REMEDIES[step.reason] for step in self.steps)
         return f"the network does not know such scans: {said}: {words}; {', '.join(remedies)}"

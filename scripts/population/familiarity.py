@@ -1,10 +1,10 @@
 """What a cohort's scans look like to its network, so that it can be said of another scan whether it is such a one.
 
 Of each scan a few numbers are taken from one pass of the network (:func:`statistics`): how badly each part of it is
-predicted, what the latents of each grid cost, how far its coordinates lie in the population prior. Over the people of
-a cohort these are nearly Gaussian, and their Mahalanobis distance says how unusual a scan is (density of states,
-Morningstar et al. 2021, arXiv:2006.09273): a likelihood alone does not, since what is smooth or dark is likely
-whatever it shows.
+predicted, what the latents of each grid cost, how much of the brain is missing, how far its coordinates lie in the
+population prior. Over the people of a cohort these are nearly Gaussian, and their Mahalanobis distance says how unusual
+a scan is (density of states, Morningstar et al. 2021, arXiv:2006.09273): a likelihood alone does not, since what is
+smooth or dark is likely whatever it shows.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-POPULATION = "population"  # the name of the number that a prior's coordinates give, the last one
+POPULATION = "population"  # the name of the number that a prior's coordinates give
+MISSING = "missing"  # the name of the share of the brain that is black
 FALSE_ALARMS = 0.01  # the share of people like those of the cohort who are said to be unlike them
 LEAST_ALIKE = 5  # scans that are unlike the cohort's, from which on they may be of a kind of their own: a scanner's
 QUANTILES = 33  # of a scan's tissue
 MOST_PEOPLE = 256  # of either kind whom what is familiar is taken from
 MASKED = 16  # people whose brains are masked otherwise, at least, and at most of those whom the network was trained on
+BLACK = 0.005  # of the range that scans are scaled to: darker than CSF or what a stroke leaves
+LEAST_MISSING = 0.01  # share of the brain that is added before its logarithm is taken
 LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
 LEAST_SPREAD = 0.003  # of a statistic: people may be alike by chance
 LEAST_NATS = 1.0  # likewise, of what the latents of a grid cost: those that hold next to nothing differ by thousandths
@@ -53,7 +56,7 @@ class Look(NamedTuple):
 
     Attributes:
         bits_per_dim: at the means of the posteriors, ``[batch]``.
-        statistics: ``[batch, numbers]``, see :func:`statistics`.
+        statistics: ``[batch, numbers]``, see :func:`statistics`; those that the prior's file compares, where it does.
     """
 
     bits_per_dim: Tensor
@@ -79,7 +82,8 @@ def parts(network: VDVAE) -> dict[str, Tensor]:
 def statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
     """Of the numbers of :func:`statistics`."""
     axes = [f"roughness {axis}" for axis in "xyz"[: network.spatial_dims]]
-    return [*parts(network), *axes, *_grids(network), *([] if prior is None else [POPULATION])]
+    population = [] if prior is None else [POPULATION]
+    return ["brain", "border", "background", *axes, *_grids(network), MISSING, *population]
 
 
 def _grids(network: VDVAE) -> list[str]:
@@ -116,7 +120,11 @@ def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) ->
 
     output, _ = network.infer(scans, 0.0, keep_posteriors=False, sampler=LatentSampler(rule=record))
     bits = bits_per_dim(negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1), scans)
-    return Look(bits, statistics(network, scans, output, innovations, prior))
+    found, known = statistics(network, scans, output, innovations, prior), Familiarity.of(prior)
+    if known is not None:
+        names = statistic_names(network, prior)
+        found = found[:, [names.index(name) for name in known.names]]
+    return Look(bits, found)
 
 
 def statistics(
@@ -129,8 +137,8 @@ def statistics(
     """What is compared of scans, ``[batch, numbers]``.
 
     The bits per dim of the voxels in the brain, its border and the background; the logarithms of neighbours'
-    differences along each axis, of what the latents of each grid cost, finest first, and of the distance from the
-    population's mean.
+    differences along each axis, of what the latents of each grid cost, finest first, of how much of the brain is
+    missing, and of the distance from the population's mean.
 
     Args:
         network: trained.
@@ -140,12 +148,16 @@ def statistics(
         prior: the population prior, without what is known of covariates.
     """
     log_density = torch.distributions.Normal(output.loc, output.scale).log_prob(scans)
-    numbers = [-(log_density * part).flatten(1).sum(1) for part in parts(network).values()]
+    where = parts(network)
+    numbers = [-(log_density * part).flatten(1).sum(1) for part in where.values()]
     numbers = [bits_per_dim(number, scans) for number in numbers]
     numbers += [values.log() for values in roughness(scans)]
     levels = torch.tensor(network.latent_levels, device=output.kl.device)
     of_grids = [output.kl[:, levels == level].sum(1) for level in sorted(set(network.latent_levels))]
     numbers += [kl.clamp_min(0).log1p() for kl in of_grids]
+    core, (low, high) = where["brain"], OUTPUT_RANGES[network.output_activation]
+    black = (scans <= low + BLACK * (high - low)).all(1)[:, core if core.any() else torch.ones_like(core)]
+    numbers.append((LEAST_MISSING + black.float().mean(1)).log())
     if prior is not None:
         numbers.append(prior.typicality(prior.coordinates(innovations))[0].log1p())
     return torch.stack([number.double() for number in numbers], dim=1)
@@ -246,27 +258,34 @@ class Familiarity(NamedTuple):
         """The distance of scans from a mean of so many people, in terms of the limit, which is that for the held-out
         ones' mean.
         """
-        apart = statistics[:, : len(self.names)].cpu().double() - mean.double()
+        apart = statistics.cpu().double() - mean.double()
         squares = (apart @ torch.linalg.inv(covariance.double()) * apart).sum(1).clamp_min(0)
         return (squares * (1 + 1 / self.people[0]) / (1 + 1 / people)).sqrt()
+
+    def _numbers(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of some of the numbers."""
+        places = [self.names.index(name) for name in names]
+        return self.mean[places], self.covariance[places][:, places]
 
     @classmethod
     def together(cls, cohorts: Sequence[Familiarity]) -> Familiarity:
         """That of several cohorts, each a kind of its own, but for coordinates: these are of each one's own prior."""
         first, *others = sorted(cohorts, key=lambda cohort: cohort.people, reverse=True)
-        size = len(first.names) - (first.names[-1] == POPULATION)
-        kinds = [(other.mean[:size], other.covariance[:size, :size], other.people[0]) for other in others]
+        shared = set.intersection(*(set(cohort.names) for cohort in cohorts)) - {POPULATION}
+        names = [name for name in first.names if name in shared]
+        (mean, covariance), *kinds = (cohort._numbers(names) for cohort in (first, *others))
+        added = [(*numbers, other.people[0]) for numbers, other in zip(kinds, others, strict=True)]
         weights = torch.tensor([cohort.people[0] for cohort in cohorts], dtype=torch.float64)
         weights /= weights.sum()
         bits = weights @ torch.tensor([cohort.bits_per_dim for cohort in cohorts], dtype=torch.float64)
         quantiles = torch.stack([cohort.quantiles for cohort in cohorts]).double()
         return first._replace(
-            names=first.names[:size],
-            mean=first.mean[:size],
-            covariance=first.covariance[:size, :size],
+            names=names,
+            mean=mean,
+            covariance=covariance,
             bits_per_dim=float(bits),
             quantiles=torch.tensordot(weights, quantiles, 1).float(),
-            added=kinds,
+            added=added,
         )
 
     def also(self, statistics: Tensor) -> Familiarity:
@@ -281,7 +300,6 @@ class Familiarity(NamedTuple):
 
     def alike(self, statistics: Tensor) -> Tensor:
         """Which scans would be usual if the others of them, two or more, were: ``[scans]``."""
-        statistics = statistics[:, : len(self.names)]
         others = (statistics.sum(0) - statistics) / (len(statistics) - 1)
         return self._apart(statistics, others, self.covariance, len(statistics) - 1) <= self.limit()
 
