@@ -46,6 +46,7 @@ BLACK = 0.005  # of the range that scans are scaled to: darker than CSF or what 
 LEAST_MISSING = 0.01  # share of the brain that is added before its logarithm is taken
 LEAST_STD = 0.05  # of a voxel over people, where a deviation is divided by it; the range is 2
 LEAST_SPREAD = 0.003  # of a statistic: people may be alike by chance
+LEAST_BLACK = 0.2  # likewise, of the logarithm of what is missing: what a stroke leaves may be black in places
 LEAST_NATS = 1.0  # likewise, of what the latents of a grid cost: those that hold next to nothing differ by thousandths
 EDGE = 0.5  # mm, standard deviation over a brain's surface of where another tool sees its edge
 EDGE_LENGTH = 15.0  # mm along the surface, on which that changes
@@ -56,7 +57,7 @@ class Look(NamedTuple):
 
     Attributes:
         bits_per_dim: at the means of the posteriors, ``[batch]``.
-        statistics: ``[batch, numbers]``, see :func:`statistics`; those that the prior's file compares, where it does.
+        statistics: ``[batch, numbers]``, see :func:`statistics`.
     """
 
     bits_per_dim: Tensor
@@ -99,8 +100,8 @@ def least_spread(names: Sequence[str], mean: Tensor, grids: Sequence[str]) -> Te
         mean: of people, ``[numbers]``.
         grids: those of the statistics that are logarithms of 1 and what the latents of a grid cost, in nats.
     """
-    of_cost = torch.tensor([name in grids for name in names])
-    return torch.where(of_cost, LEAST_NATS * (-mean).exp(), LEAST_SPREAD)
+    of_cost, of_black = (torch.tensor([name in these for name in names]) for these in (grids, [MISSING]))
+    return torch.where(of_cost, LEAST_NATS * (-mean).exp(), torch.where(of_black, LEAST_BLACK, LEAST_SPREAD))
 
 
 def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) -> Look:
@@ -120,11 +121,7 @@ def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) ->
 
     output, _ = network.infer(scans, 0.0, keep_posteriors=False, sampler=LatentSampler(rule=record))
     bits = bits_per_dim(negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1), scans)
-    found, known = statistics(network, scans, output, innovations, prior), Familiarity.of(prior)
-    if known is not None:
-        names = statistic_names(network, prior)
-        found = found[:, [names.index(name) for name in known.names]]
-    return Look(bits, found)
+    return Look(bits, statistics(network, scans, output, innovations, prior))
 
 
 def statistics(
@@ -134,7 +131,7 @@ def statistics(
     innovations: Sequence[Tensor],
     prior: PopulationPrior | None = None,
 ) -> Tensor:
-    """What is compared of scans, ``[batch, numbers]``.
+    """What is compared of scans, ``[batch, numbers]``: what the prior's file names, or all where it says nothing.
 
     The bits per dim of the voxels in the brain, its border and the background; the logarithms of neighbours'
     differences along each axis, of what the latents of each grid cost, finest first, of how much of the brain is
@@ -160,7 +157,11 @@ def statistics(
     numbers.append((LEAST_MISSING + black.float().mean(1)).log())
     if prior is not None:
         numbers.append(prior.typicality(prior.coordinates(innovations))[0].log1p())
-    return torch.stack([number.double() for number in numbers], dim=1)
+    found, known = torch.stack([number.double() for number in numbers], dim=1), Familiarity.of(prior)
+    if known is None:
+        return found
+    names = statistic_names(network, prior)
+    return found[:, [names.index(name) for name in known.names]]
 
 
 def roughness(scans: Tensor) -> list[Tensor]:
