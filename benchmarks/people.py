@@ -5,8 +5,7 @@
 `LIST.json` is a datalist with the sides training, validation and testing, and a `participants.tsv` beside its scans.
 Each figure is of the testing side, with the 95 % interval of its mean over people. `--mask_dir` has masks of lesions
 in MNI space, whose shapes are darkened into the testing people, and the bundle's `score` says how well they are found;
-and cut out of them as they are, and `impute` fills them in. Whom the network does not know are left out of the former,
-as `--unfamiliar refuse` does. `--counterfactual_years 20` says what counterfactuals of
+and cut out of them as they are, and `impute` fills them in. `--counterfactual_years 20` says what counterfactuals of
 the testing people keep and change. What needs no other model is in the bundle's own evaluation.
 """
 
@@ -368,7 +367,7 @@ def main(
         write_csv(at / "masks" / KINDS_FILE, ("scan", "kind"), kinds(known[1], ages[1]))
         masks = {"mask_dir": str(at / "masks"), "mask_pattern": "*_lesions.nii.gz", "scan_pattern": "*_T1w.nii.gz"}
         where = {"dataset_dir": str(at / "scans"), "output_dir": str(folder / "scores"), "batch_size": batch_size}
-        read_config(config_file, ckpt=ckpt, unfamiliar="refuse", figures=False, **where, **masks).get_parsed_content(
+        read_config(config_file, ckpt=ckpt, prior="network", figures=False, **where, **masks).get_parsed_content(
             "scoring"
         ).run()
     return numbers
