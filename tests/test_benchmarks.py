@@ -13,7 +13,6 @@ from benchmarks.jobs import main as jobs
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_job, estimate_step
 from benchmarks.memory import main as memory
-from benchmarks.roofline import Roofline, measure
 from benchmarks.throughput import forward_gflop
 from benchmarks.throughput import main as throughput
 from scripts.networks import VDVAE
@@ -40,24 +39,6 @@ def test_throughput_prints_rates_and_share(capsys):
     for line in lines[2:]:
         low, median, high = numbers(line)
         assert 0 <= low <= median <= high
-
-
-def test_a_kernel_takes_as_long_as_its_arithmetic_its_memory_or_its_launch():
-    x, weight = torch.rand(2, 3, 8, 8, 8), torch.rand(4, 3, 3, 3, 3)
-    flops, moved = 2 * 2 * 4 * 3 * 27 * 8**3, 4 * (x.numel() + weight.numel() + 2 * 4 * 8**3)
-    for rate, bandwidth, launch, expected in (
-        (1e3, 1e9, 0.0, flops / 1e3),
-        (1e12, 1e3, 0.0, moved / 1e3),
-        (1e12, 1e12, 9.0, 9.0),
-    ):
-        with Roofline([[8, 8, 8]], {4: rate}, bandwidth, launch) as roofline:
-            torch.nn.functional.conv3d(x, weight, padding=1)
-        kernels = roofline.kernels[(8, 8, 8), "convolution"]
-        assert (kernels.launches, kernels.flops, kernels.moved) == (1, flops, moved)
-        assert kernels.seconds == pytest.approx(expected)
-    kernels = measure(8, 2, "fp32")
-    convolutions = sum(k.flops for (_, kind), k in kernels.items() if kind == "convolution")
-    assert convolutions == pytest.approx(2e9 * forward_gflop(8))
 
 
 def test_measured_memory():
