@@ -8,8 +8,7 @@ import torch
 from conftest import ROOT, run_command_process
 
 from benchmarks import step_ops
-from benchmarks.common import TrainingStep, network_def, read_config
-from benchmarks.jobs import main as jobs
+from benchmarks.common import TrainingStep, network_def
 from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_job, estimate_step
 from benchmarks.memory import main as memory
@@ -123,13 +122,3 @@ def test_an_iteration_of_the_default_network_has_few_operations(capsys):
     assert found["ops"] == sum(found["parts"].values()) <= 3500
     assert found["ops"] - found["parts"]["forward"] - found["parts"]["backward"] <= 1000
     assert found["syncs"] <= 557  # counters on the host, which a GPU keeps itself: test_no_waiting.py
-
-
-def test_jobs_are_measured_per_scan(cohort, tmp_path, capsys):
-    torch.manual_seed(0)
-    configs = [str(ROOT / name) for name in ("configs/inference.json", "tests/tiny.json")]
-    torch.save(read_config(configs).get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
-    jobs(cohort, configs, jobs=("encode", "decode", "impute"), ckpt=str(tmp_path / "model.pt"), iterations=1, draws=2)
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == ["encode", "decode", "impute"]
-    assert all(float(row[1]) > 0 and 0.1 < float(row[3]) < 8 and float(row[4]) > 0 for row in rows)
