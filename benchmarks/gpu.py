@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.common import CONFIGS
+from benchmarks.common import CONFIGS, seconds, synchronize
 from benchmarks.memory import GIB
 from scripts.utils.files import write_text
 
@@ -100,24 +102,13 @@ def describe(device: str) -> dict[str, Any]:
     rates = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
+
+        def product(a: Tensor = a, b: Tensor = b) -> None:
             a @ b
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        rates[precision] = 2e-12 * size**3 / sorted(times)[len(times) // 2]
+            synchronize(a.device)
+
+        rates[precision] = 2e-12 * size**3 / statistics.median(seconds(product) for _ in range(10))
     return about | {"matmul": rates}
-
-
-def unpack(dataset_dir: str, folder: Path) -> str:
-    """The folder of the scans, which may be packed in a ZIP file."""
-    if not dataset_dir.endswith(".zip"):
-        return dataset_dir
-    with zipfile.ZipFile(dataset_dir) as archive:
-        archive.extractall(folder / "brains")
-    return str(folder / "brains")
 
 
 def make_masks(scans: str, folder: Path) -> str:
@@ -216,11 +207,6 @@ def tables(found: dict[str, Any]) -> str:
         share = row["tflops"] / about["matmul"][row["precision"]]
         memory = f"{row['peak'] / GIB:.2f}, {row['estimate'] / GIB:.2f}" if "peak" in row else ""
         text.append(f"{what}{row['scans_per_second']:.1f} | {share:.1%} | {memory} |")
-    text += ["", "| job, one scan | network | precision | seconds | peak, estimate (GiB) |", "|---|---|---|---|---|"]
-    for row in found["inference"]:
-        memory = f"{row['peak'] / GIB:.2f}, {row['estimate'] / GIB:.2f}" if "peak" in row else ""
-        seconds = row.get("error") or f"{row['seconds']:.3f}"
-        text.append(f"| {row['job']} | {row['network']} | {row['precision']} | {seconds} | {memory} |")
     text += ["", "| command, all side by side | exit status | seconds, start included | |", "|---|---|---|---|"]
     for name, run in {**found["jobs"], **found["runs"]}.items():
         off = run.get("largest_difference")
@@ -255,15 +241,17 @@ def main(
     """
     clock, target = Clock(minutes), Path(output_dir)
     target.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"about": describe(device), "training": [], "inference": []}
+    found: dict[str, Any] = {"about": describe(device), "training": []}
 
     def keep() -> None:
         write_text(target / "gpu.json", json.dumps(found, indent=1))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        scans = unpack(dataset_dir, folder)
-
+        scans = dataset_dir
+        if dataset_dir.endswith(".zip"):
+            scans = str(folder / "brains")
+            shutil.unpack_archive(dataset_dir, scans)
         found |= run_checks(clock, scans, folder, device, inference or {}, training or {})
         keep()
         for network in networks:
@@ -276,10 +264,6 @@ def main(
             ]
             found["training"] += run["lines"] + missing
             keep()
-        for network in networks:
-            asked = {"network": network, "precision": "bf16", "device": device}
-            found["inference"] += clock.run(MODULE, **asked)["lines"]
-        keep()
     text = tables(found)
     write_text(target / "gpu.md", text)
     print(text)

@@ -1,13 +1,12 @@
 """What one process of benchmarks.gpu does on a device.
 
     python -m benchmarks.gpu_process '{"network": "default", "settings": [["bf16", "graph"]], "dataset_dir": "brains"}'
-    python -m benchmarks.gpu_process '{"network": "default", "precision": "bf16", "device": "cuda"}'
     python -m benchmarks.gpu_process '{"run_id": "sample", "config_file": "configs/inference.json"}'
 
-The first times whole iterations of training, and prints a line of JSON for each setting; the second the network's part
-of each job, on random scans; the third runs a job of the bundle as ``python -m monai.bundle run`` does, which needs the
-package fire besides. Measured of training is the run that the configs describe, with its loss, optimizer,
-average, metrics and handlers, on batches in the host's memory: all but reading scans, validation and checkpoints.
+The first times whole iterations of training, and prints a line of JSON for each setting; the second runs a job of the
+bundle as ``python -m monai.bundle run`` does, which needs the package fire besides. Measured is the training run of the
+configs, with its loss, optimizer, average, metrics and handlers, on batches in the host's memory: all but reading
+scans, validation and checkpoints.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.common import network_def, synchronize, training_config
-from benchmarks.memory import JOBS, estimate_job, estimate_step
+from benchmarks.common import synchronize, training_config
+from benchmarks.memory import estimate_step
 from benchmarks.throughput import forward_gflop
-from scripts.networks import VDVAE
-from scripts.training.precision import autocast
 from scripts.training.trainer import VDVAETrainer
 
 PRECISIONS = {"fp32": (False, None), "bf16": (True, torch.bfloat16), "fp16": (True, torch.float16)}
@@ -169,45 +166,6 @@ def measure_training(
     return row
 
 
-@torch.no_grad()
-def measure_jobs(
-    network: int | str, precision: str, device: torch.device, seconds: float = 1.0
-) -> list[dict[str, Any]]:
-    """Time each job's inferer on one scan.
-
-    Returns:
-        for each ``job``: ``seconds`` of a scan and, where the device is a GPU, ``peak`` and ``estimate`` of the memory
-        in bytes; or ``error``.
-    """
-    torch.manual_seed(0)
-    amp, dtype = PRECISIONS[precision]
-    model = VDVAE(**network_def(network)).eval().to(device)
-    scan = torch.rand(1, 1, *model.spatial_shape, device=device) * 2 - 1
-    rows = []
-    for job, make in JOBS.items():
-        row: dict[str, Any] = {"network": network, "precision": precision, "job": job}
-        inferer, inputs = make(), 1 if job == "sample" else scan
-        try:
-            calls, start = -1, 0.0  # the first is not timed
-            while calls < 1 or time.perf_counter() - start < seconds:
-                if calls == 0:
-                    start = time.perf_counter()
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                with autocast(device, amp, dtype):
-                    inferer(inputs, model, mask=scan > 0)
-                synchronize(device)
-                calls += 1
-            row["seconds"] = (time.perf_counter() - start) / calls
-            if device.type == "cuda":
-                row |= {"peak": torch.cuda.max_memory_allocated()}
-                row |= {"estimate": estimate_job(job, network, "fp32" if precision == "fp32" else "bf16")}
-        except RuntimeError as error:  # memory that is not there
-            row["error"] = str(error).strip().split("\n")[0][:200]
-        rows.append(row)
-    return rows
-
-
 def train(
     network: int | str,
     settings: Sequence[Sequence[str]],
@@ -234,11 +192,8 @@ def main(**asked: Any) -> None:
         from monai.bundle import run  # takes seconds
 
         run(**asked)
-    elif "settings" in asked:
-        train(**asked)
     else:
-        for row in measure_jobs(**asked | {"device": torch.device(asked["device"])}):
-            print(json.dumps(row), flush=True)
+        train(**asked)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ def test_everything_runs_without_a_gpu(cohort, tmp_path, monkeypatch, capsys):
     assert len(found["jobs"]) == 8
     assert {name: run["rc"] for name, run in found["runs"].items()} == dict.fromkeys(found["runs"], 0), found["runs"]
     assert found["runs"]["resumed"]["largest_difference"] == 0
-    assert [row["job"] for row in found["inference"]] == ["reconstruct", "score", "impute", "sample"]
     assert json.loads((tmp_path / "out/gpu.json").read_text()) == found
     assert "| 8 | 8 | bf16, eager |" in capsys.readouterr().out
 
