@@ -1,4 +1,4 @@
-"""How fast scans come out of the loader, beside how fast the training step takes them.
+"""How fast scans come out of the loader; ``benchmarks.throughput`` says how fast the training step takes them.
 
     python -m benchmarks.loader --size 64
     python -m benchmarks.loader --size 128 --profile
@@ -9,7 +9,6 @@ keeps it on disk, and augments it; later ones read it from there and augment it.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,21 +19,15 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Compose
 
-from benchmarks.common import CONFIGS, TrainingStep, network_def, read_config, seconds
+from benchmarks.common import seconds, training_config
 from scripts.data.cache import ScanCache
 from scripts.data.find import find_scans
 from scripts.data.scan_grid import ScanGrid
-from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
 from scripts.training.seeding import SeededDataset
 from scripts.utils.command_line import run
 
-
-def transforms(size: int) -> ConfigParser:
-    """The training config, at a size; what is asked of it is made then."""
-    overlay = CONFIGS / f"size_{size}.json"
-    configs = [CONFIGS / "train.json", *([overlay] if overlay.is_file() else [])]
-    return read_config(configs, spatial_shape=[size] * 3, grid=ScanGrid())
+MEASURED = 0.5  # seconds, of each transform
 
 
 def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws: int, half: bool) -> tuple[float, ...]:
@@ -43,34 +36,14 @@ def loader_rates(scans: list[dict], parser: ConfigParser, cache_dir: Path, draws
     dataset = SeededDataset(cache, parser.get_parsed_content("train#preprocessing"))
     loader = DataLoader(dataset, batch_size=1, num_workers=1, shuffle=True, persistent_workers=True)
     epochs = max(1, draws // len(scans))
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    first = time.perf_counter()
-    for _ in range(epochs):
-        for _ in loader:
-            pass
-    return len(scans) / (first - start), epochs * len(scans) / (time.perf_counter() - first)
+    first, later = (seconds(lambda n=number: [sum(1 for _ in loader) for _ in range(n)]) for number in (1, epochs))
+    return len(scans) / first, epochs * len(scans) / later
 
 
-def step_rate(size: int, batch_size: int, updates: int) -> float:
-    """Scans per second of full training steps, the median of some after one that is not counted."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = VDVAE(**network_def(size)).train()
-        step = TrainingStep(network, torch.rand(batch_size, 1, *[size] * 3) * 2 - 1)
-    step()
-    return batch_size / statistics.median(seconds(step) for _ in range(updates))
-
-
-def milliseconds(call: Callable[[], object], at_least: float = 0.5) -> float:
-    """Mean CPU time of a call, which other programs change little, repeated for ``at_least`` seconds."""
+def milliseconds(call: Callable[[], object]) -> float:
+    """Mean CPU time of a call after the first, which other programs change little."""
     call()
-    start, count = time.process_time(), 0
-    while time.process_time() - start < at_least:
-        call()
-        count += 1
-    return 1000 * (time.process_time() - start) / count
+    return 1000 * seconds(call, MEASURED, time.process_time)
 
 
 def print_profile(scan: dict, parser: ConfigParser) -> None:
@@ -94,28 +67,20 @@ def print_profile(scan: dict, parser: ConfigParser) -> None:
 
 
 def main(
-    size: int = 32,
-    count: int = 8,
-    draws: int = 64,
-    batch_size: int = 1,
-    updates: int = 2,
-    half: bool = False,
-    profile: bool = False,
-    spacing: float = 1.0,
+    size: int = 32, count: int = 8, draws: int = 64, half: bool = False, profile: bool = False, spacing: float = 1.0
 ) -> None:
-    """Print scans per second of the loader and of the training step, and the loader's share of what the step takes.
+    """Print scans per second of the loader.
 
     Args:
-        size: voxels an axis: 8, 32, 64, 128 or 256.
+        size: voxels an axis: 8, 32, 64, 128 or 256, by whose transforms scans are read.
         count: scans read in an epoch.
         draws: augmented scans taken from the cache.
-        batch_size: of the training step.
-        updates: of the training step that are measured; 0 leaves it out.
         half: keep 16 bits per voxel in the cache.
         profile: print what each transform costs instead.
         spacing: of the scans, in mm.
     """
-    parser = transforms(size)
+    parser = training_config(size)
+    parser["grid"] = ScanGrid()
     with tempfile.TemporaryDirectory() as folder:
         make_brains(f"{folder}/scans", count, spacing=spacing)
         scans = [{"image": str(path)} for path in find_scans(f"{folder}/scans")]
@@ -127,11 +92,6 @@ def main(
     print(f"{size}³ from {spacing:g} mm, one worker, scans per second")
     print(f"{'first epoch':<32}{first:>10.2f}")
     print(f"{'cached, augmented':<32}{later:>10.2f}")
-    if updates:
-        step = step_rate(size, batch_size, updates)
-        print(f"{'training step':<32}{step:>10.3f}   ({torch.get_num_threads()} threads, batch {batch_size})")
-        print(f"{'first epoch / training step':<32}{first / step:>10.3f}")
-        print(f"{'cached / training step':<32}{later / step:>10.3f}")
 
 
 if __name__ == "__main__":
