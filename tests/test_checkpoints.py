@@ -352,6 +352,8 @@ def test_a_signal_ends_a_run_after_the_running_update(number, undisturbed, cohor
         result = run(cohort, tmp_path, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert f"Stopped by {number.name} after update 7; the checkpoint is saved" in result.stderr
+    if number == signal.SIGUSR1:  # what goes on from it goes on from the same
+        return
     result = run(cohort, tmp_path, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert "after epoch 1 and 2 batches, update 7" in result.stderr

@@ -108,14 +108,14 @@ def test_a_federated_client_trains_and_evaluates(cohort, tmp_path):
     assert any(value.abs().max() > 0 for value in difference.weights.values())
 
 
-def test_three_sites_train_one_model_and_fit_one_prior(tmp_path):
+def test_sites_train_one_model_and_fit_one_prior(tmp_path):
     spec = importlib.util.spec_from_file_location("federated", ROOT / "docs" / "examples" / "federated.py")
     federated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(federated)
-    for site in "ABC":
+    for site in "AB":
         make_brains(tmp_path / site, 12, spacing=8.0, workers=1, seed=ord(site), covariates=True, site=site)
     federated.main(
-        *(str(tmp_path / site) for site in "ABC"),
+        *(str(tmp_path / site) for site in "AB"),
         output_dir=str(tmp_path / "out"),
         rounds=2,
         covariates={"age": "continuous", "sex": "categorical"},
@@ -125,8 +125,8 @@ def test_three_sites_train_one_model_and_fit_one_prior(tmp_path):
     state = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state.values())
     content = torch.load(tmp_path / "out" / "population_prior.pt", weights_only=True)
-    assert content["cohorts"] == {"A": 12, "B": 12, "C": 12}
-    assert PopulationPrior.load(content).coding.variables["site"].categories == ("A", "B", "C")
+    assert content["cohorts"] == {"A": 12, "B": 12}
+    assert PopulationPrior.load(content).coding.variables["site"].categories == ("A", "B")
     one, other = ({"w": torch.tensor([value]), "n": torch.tensor(3)} for value in (1.0, 4.0))
     assert federated.average([one, other], [2, 1]) == {"w": torch.tensor([2.0]), "n": torch.tensor(3)}
 
