@@ -7,12 +7,15 @@ lie on the network's grid: scans and what the network makes of them from 0 (back
 from __future__ import annotations
 
 import inspect
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.image import imsave
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
@@ -29,9 +32,10 @@ from scripts.population.prior import PopulationPrior
 from scripts.utils.devices import on_device
 from scripts.utils.errors import BundleError, InputError, root_cause
 from scripts.utils.figures import peak_of
+from scripts.utils.formats import nifti_bytes
 from scripts.utils.names import image_files
+from scripts.utils.sheets import PLANES, as_array, middle, plane
 from scripts.webpage.cohort import SCORES, Cohort
-from scripts.webpage.images import painted, picture, volume
 from scripts.webpage.work import Result, Steps, request_key
 from torch import Tensor
 
@@ -184,7 +188,7 @@ class Jobs:
         channel = self._channel(channel)
         yield 0, 1
         image = self._unit(self._inputs(self._read(index)))[channel]
-        return Result(files={"thumbnail.png": picture(image)})
+        return Result(files={"thumbnail.png": _picture(image)})
 
     def score(self, indices: Sequence[int] | None = None) -> Steps:
         """Scores of scans, into their rows; of all that have none yet, where none are named."""
@@ -230,7 +234,7 @@ class Jobs:
             "largest_scale": float(files["scale"][channel].quantile(0.999)),
             "peak": (affine.numpy() @ [*place, 1])[:3].tolist(),  # mm: where the anomaly of the foreground is largest
         }
-        return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in files.items()})
+        return Result(content, {f"{name}.nii.gz": _volume(image[channel], affine) for name, image in files.items()})
 
     def deviation(self, index: int, channel: int = 0) -> Steps:
         """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
@@ -249,7 +253,7 @@ class Jobs:
             judged = {name: values[0].cpu() for name, values in results.items()}
             content["certificate"], maps["significant"] = certified.judge({**item, **judged})
         affine = item["image"].affine
-        return Result(content, {f"{name}.nii.gz": volume(image[channel], affine) for name, image in maps.items()})
+        return Result(content, {f"{name}.nii.gz": _volume(image[channel], affine) for name, image in maps.items()})
 
     def coordinates(self, index: int) -> Steps:
         """A scan's coordinates in the population prior."""
@@ -272,9 +276,9 @@ class Jobs:
         yield 0, 1
         images = [self._decoded(place)[channel] for place in places]
         affine = self.network.scan_affine
-        files = {"decoded.nii.gz": volume(images[0], affine)}
+        files = {"decoded.nii.gz": _volume(images[0], affine)}
         if start is not None:
-            files["difference.nii.gz"] = volume(images[0] - images[1], affine)
+            files["difference.nii.gz"] = _volume(images[0] - images[1], affine)
         return Result(files=files)
 
     def _place(self, coordinates: Any, factors: int) -> tuple[float, ...]:
@@ -319,8 +323,8 @@ class Jobs:
         for number in range(1, count + 1):
             drawn = job.compute([read_item(job.dataset, number - 1)])["sample"]
             image = self._unit(drawn)[channel].cpu()
-            files[f"sample_{number:04d}.nii.gz"] = volume(image, self.network.scan_affine)
-            files[f"sample_{number:04d}.png"] = picture(image)
+            files[f"sample_{number:04d}.nii.gz"] = _volume(image, self.network.scan_affine)
+            files[f"sample_{number:04d}.png"] = _picture(image)
             yield number, count
         return Result({"count": count}, files)
 
@@ -368,12 +372,12 @@ class Jobs:
         channel = self._channel(channel)
         yield 0, 1
         item = self._read(index)
-        return Result(files={"scan.nii.gz": volume(self._unit(self._inputs(item))[channel], item["image"].affine)})
+        return Result(files={"scan.nii.gz": _volume(self._unit(self._inputs(item))[channel], item["image"].affine)})
 
     def fill(self, index: int, mask: Sequence[int], draws: int = 4, channel: int = 0) -> Steps:
         """What is painted on a scan, see :func:`painted`, filled in given the rest, as the job ``impute`` does it."""
         channel = self._channel(channel)
-        missing = painted(mask, self.network.spatial_shape)
+        missing = _painted(mask, self.network.spatial_shape)
         if isinstance(draws, bool) or not isinstance(draws, int) or not 2 <= draws <= MOST_DRAWS:
             raise InputError(f"draws is {draws!r}: it must be a whole number from 2 to {MOST_DRAWS}.")
         total = draws * self._iterations
@@ -395,7 +399,9 @@ class Jobs:
         shown = {"scan": scan, "filled": mean, "spread": spread, "difference": mean - scan}
         shown |= {f"draw_{number:02d}": image for number, image in enumerate(images)}
         content = {"voxels": int(missing.sum()), "largest_spread": float(spread.max())}
-        return Result(content, {f"{name}.nii.gz": volume(image, item["image"].affine) for name, image in shown.items()})
+        return Result(
+            content, {f"{name}.nii.gz": _volume(image, item["image"].affine) for name, image in shown.items()}
+        )
 
     def _strip(
         self, frames: Sequence[tuple[str, Tensor]], image: MetaTensor, channel: int, content: dict[str, Any]
@@ -404,9 +410,9 @@ class Jobs:
         files = {}
         images = [self._unit(frame)[channel] for _, frame in frames]
         for number, shown in enumerate(images):
-            files[f"frame_{number:02d}.nii.gz"] = volume(shown, image.affine)
-            files[f"difference_{number:02d}.nii.gz"] = volume(shown - images[0], image.affine)
-            files[f"frame_{number:02d}.png"] = picture(shown)
+            files[f"frame_{number:02d}.nii.gz"] = _volume(shown, image.affine)
+            files[f"difference_{number:02d}.nii.gz"] = _volume(shown - images[0], image.affine)
+            files[f"frame_{number:02d}.png"] = _picture(shown)
         return Result(content | {"labels": [label for label, _ in frames]}, files)
 
 
@@ -423,3 +429,45 @@ def _values(variable: Continuous | Categorical) -> list[float] | list[str]:
 def _known(item: Mapping[str, Any]) -> dict[str, Any]:
     """The covariates that are known of a scan."""
     return {name: value for name, value in item["covariates"].items() if value is not None}
+
+
+def _volume(image: Tensor, affine: Any) -> bytes:
+    """A volume ``[*spatial]`` as the bytes of a ``.nii.gz``; one of 2D becomes a single slice."""
+    array = as_array(image)
+    return nifti_bytes(array if array.ndim == 3 else array[..., None], np.asarray(affine, np.float64), "aligned", 1)
+
+
+def _picture(image: Tensor) -> bytes:
+    """The axial slice through the middle of a scan ``[*spatial]``, from 0 to 1, as the bytes of a PNG."""
+    array = as_array(image)
+    _, axis = PLANES[array.ndim][0]
+    shown = plane(array, axis, 0 if axis is None else middle(array)[axis])
+    buffer = io.BytesIO()
+    imsave(buffer, shown, cmap="gray", vmin=0.0, vmax=1.0, format="png")
+    return buffer.getvalue()
+
+
+def _painted(runs: Any, shape: Sequence[int]) -> Tensor:
+    """A mask that was painted on a volume, bool ``[*shape]``.
+
+    Args:
+        runs: ``[start, length, start, length, ...]`` of painted voxels, in the order of a NIfTI file: the first axis
+            fastest.
+        shape: of the volume.
+
+    Raises:
+        ValueError: they are not such, or paint nothing or everything.
+    """
+    size = int(np.prod(shape))
+    whole = isinstance(runs, Sequence) and all(type(value) is int for value in runs) and len(runs) % 2 == 0
+    pairs = list(zip(runs[::2], runs[1::2], strict=True)) if whole else [(-1, 0)]
+    if any(start < 0 or length < 1 or start + length > size for start, length in pairs):
+        raise InputError(f"mask must be whole numbers, [start, length, ...], that lie in the scan's {size} voxels.")
+    mask = np.zeros(size, bool)
+    for start, length in pairs:
+        mask[start : start + length] = True
+    if not mask.any():
+        raise InputError("Nothing is painted: paint what is to be filled in first.")
+    if mask.all():
+        raise InputError("Everything is painted: leave some of the scan, from which the rest can be filled in.")
+    return torch.from_numpy(mask.reshape(tuple(shape), order="F").copy())
