@@ -40,16 +40,14 @@ def stack(items: Iterable[Any]) -> Tensor:
     return torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
 
 
-def seconds(
-    function: Callable[[], object], at_least: float = 0.0, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Time of one call; the mean over calls that take ``at_least`` so many seconds together, by a clock."""
+def seconds(function: Callable[[], object], at_least: float = 0.0) -> float:
+    """Time of one call; the mean over calls that take ``at_least`` so many seconds together."""
     calls = 0
-    start = clock()
+    start = time.perf_counter()
     while True:
         function()
         calls += 1
-        elapsed = clock() - start
+        elapsed = time.perf_counter() - start
         if elapsed >= at_least:
             return elapsed / calls
 

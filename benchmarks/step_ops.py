@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigParser
 from monai.engines.utils import IterationEvents
-from monai.utils import ensure_tuple
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import read_config
 from scripts.phantoms import make_brains
 from scripts.utils.command_line import run
 
@@ -137,8 +136,7 @@ def count(config_file: str | Sequence[str] = "configs/train.json", batch_size: i
 
 def measure(config_file: str | Sequence[str], batch_size: int, **changes: Any) -> OperationCounter:
     """What :func:`count` prints."""
-    parser = ConfigParser()
-    parser.read_config(list(ensure_tuple(config_file)))
+    parser = read_config(config_file)
     unknown = [key for key in changes if key not in parser]
     if unknown:
         raise SystemExit(f"Error: the config has no key '{unknown[0]}' to change.")

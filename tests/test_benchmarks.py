@@ -9,7 +9,6 @@ from conftest import ROOT, run_command_process
 
 from benchmarks import step_ops
 from benchmarks.common import TrainingStep, network_def
-from benchmarks.loader import main as loader
 from benchmarks.memory import PeakMemory, estimate_job, estimate_step
 from benchmarks.memory import main as memory
 from benchmarks.throughput import forward_gflop
@@ -95,25 +94,6 @@ def test_jobs_say_what_inference_needs(capsys):
 def test_unknown_precision():
     with pytest.raises(ValueError, match="choose fp32 or bf16"):
         memory(network=8, precision="fp8", estimate=True)
-
-
-def test_loader_prints_what_it_gives(capsys):
-    loader(size=8, count=3, draws=6, spacing=8)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "8³ from 8 mm, one worker, scans per second"
-    first, cached = [numbers(line)[0] for line in lines[1:]]
-    assert cached > first > 0
-
-
-def test_loader_profile_names_every_transform(capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.loader.MEASURED", 0.01)
-    loader(size=8, count=1, profile=True, spacing=8)
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[0] for line in lines[1:-1]]
-    assert names[:5] == ["LoadScand", "CheckScand", "Orientationd", "FitShaped", "RobustScaled"]
-    assert len(names) == 5 + 14
-    total = sum(numbers(line)[-1] for line in lines[6:-1])
-    assert numbers(lines[-1])[0] == pytest.approx(total, abs=1)
 
 
 def test_an_iteration_of_the_default_network_has_few_operations(capsys):
