@@ -31,7 +31,6 @@ from scripts.data.covariates import CovariateCoding
 from scripts.data.datalist import list_sides
 from scripts.inference.covariates import Counterfactual, CovariatePosterior, Deviation, need_covariates, summary
 from scripts.inference.inferers import Reconstruction, Sampling
-from scripts.inference.measures import information
 from scripts.inference.scoring import Scoring
 from scripts.networks import VDVAE
 from scripts.phantoms.anatomy import random_streams
@@ -42,13 +41,12 @@ from scripts.utils.command_line import run
 from scripts.utils.files import write_bytes
 from scripts.utils.formats import nifti_bytes
 
-KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}  # of what phantoms have
 YEARS = 20.0  # of a counterfactual
 BANDS = ((45, 58), (58, 72), (72, 86))  # of ages, years
 PROBED = 512  # training scans that the classifier of sites and the probe of coordinates are fitted to
 PENALTIES = np.logspace(-1, 5, 13)
 STILL = 0.02  # 1 % of the range: a difference between two ages that is none
-PARTS = ("counterfactuals", "axioms", "samples", "brain_ages", "coordinates", "information", "deviations", "sites")
+PARTS = ("counterfactuals", "axioms", "samples", "brain_ages", "coordinates", "deviations", "sites")
 Rows = list[tuple[str, str, str]]
 
 
@@ -296,18 +294,6 @@ class Measurement:
             largest = [v.abs().topk(v.shape[1] // 50, 1).values.mean(1) for v in (z, unusual_z)]
             area = roc_auc_score(labels, torch.cat(largest).numpy())
             results.append((f"AUROC of the 2 % largest |z|, {what}", f"{area:.3f}", ""))
-        return results
-
-    def information(self) -> Rows:
-        """Bits that a scan holds on each covariate, and on all of them."""
-        scores = self.batches(CovariatePosterior(self.prior), self.scans, self.known)["effect_scores"]
-        found, results = information(self.prior, scores, self.known), []
-        for name in (*KINDS, "covariates"):
-            value, low, high, most, chance = (
-                found[f"{name}_information{end}"] for end in ("", "_low", "_high", "_most", "_shuffled_95")
-            )
-            beside = f"at most {most:.2f}; dealt out at random below {chance:.2f}"
-            results.append((f"information on {name}, bits per scan", f"{value:.2f} ({low:.2f} to {high:.2f})", beside))
         return results
 
     def sites(self) -> Rows:
