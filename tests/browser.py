@@ -43,7 +43,7 @@ class Window:
     """
 
     def __init__(self, browser: Any, address: str) -> None:
-        self.page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+        self.page = browser.new_context(viewport={"width": 1280, "height": 560}).new_page()
         self.page.set_default_timeout(60_000)
         self.failures: list[str] = []
         self.elsewhere: list[str] = []
