@@ -20,7 +20,7 @@ from benchmarks.familiar import FAULTS
 from scripts.check import check
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.explanations import _movement_words
-from scripts.inference.familiar import Examiner, Finding
+from scripts.inference.familiar import Examiner, Finding, Step
 from scripts.layers.output import foreground
 from scripts.phantoms import make_brains
 from scripts.population.familiarity import LEAST_SPREAD, Familiarity, least_spread, look, masked_otherwise
@@ -85,6 +85,14 @@ def test_scans_that_nothing_explains_are_held_against_each_other(examiner):
     assert [finding.alike for finding in various] == [0] * 6
     assert "no fault that is known explains it" in various[0].sentence()
     assert not any(finding.alike for finding in network.compared(strangers[:4]))  # they are too few to tell
+
+
+def test_a_gain_is_said_where_there_is_one():
+    """A reason may bring a scan nearer to usual ones by its other numbers alone."""
+    steps = [Step("contrast", "its contrast is another", gain, np.eye(4)) for gain in (0.25, -0.014)]
+    said, silent = (Finding(False, 9.0, 5.0, -4.0, steps=(step,)).sentence() for step in steps)
+    assert "its contrast is another (0.25 bits per dim better); weights" in said
+    assert "its contrast is another; weights" in silent and "better" not in silent
 
 
 def test_a_header_of_larger_voxels_is_called_so():

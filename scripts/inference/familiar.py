@@ -110,7 +110,9 @@ class Finding(NamedTuple):
                 f"the network does not know such scans: {said}; no fault that is known explains it, so that it may be "
                 "the scanner, age or disease"
             )
-        words = "; then ".join(f"{step.words} ({step.gain:.2g} bits per dim better)" for step in self.steps)
+        words = "; then ".join(
+            step.words + (f" ({step.gain:.2g} bits per dim better)" if step.gain > 0 else "") for step in self.steps
+        )
         remedies = dict.fromkeys(REMEDIES[step.reason] for step in self.steps)
         return f"the network does not know such scans: {said}: {words}; {', '.join(remedies)}"
 
