@@ -22,6 +22,7 @@ from scripts.networks import VDVAE
 from scripts.population.content import OFFSETS
 from scripts.population.familiarity import also_familiar
 from scripts.population.prior import PopulationPrior, fingerprint, innovation
+from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_whole
 from scripts.utils.names import people_of
@@ -331,9 +332,13 @@ class Adaptation:
             rows = plane.coordinates(self._shifts(scans, known))
             return rows * (longest / rows.norm(dim=1, keepdim=True).clamp_min(longest))
 
+        def with_noise() -> tuple[list[float], float]:
+            mean, kept = private_mean(total, len(people), longest, self.epsilon)
+            return mean.tolist(), kept
+
         total, _ = self._sums(clipped, features, plane.size, people)
-        mean, kept = private_mean(total, len(people), longest, self.epsilon)
-        return idist.broadcast(plane.shift(mean), safe_mode=True), idist.broadcast(kept, safe_mode=True)
+        mean, kept = from_rank_zero(with_noise)
+        return plane.shift(torch.tensor(mean).to(total)), kept
 
     def _sums(
         self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int, places: Sequence[int]
