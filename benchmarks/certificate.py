@@ -123,7 +123,7 @@ def compute(evaluator: ScanEvaluator, labels: Tensor, sick: Sequence[tuple], pat
 def add_regression(
     rows: Sequence[Row], training: Iterable[tuple[Row, Sequence[float]]], coding: CovariateCoding
 ) -> None:
-    """Add to what is largest the z of regions' means by a regression on covariates.
+    """Add to what is largest the z of regions' means by a regression on covariates, and print which it is.
 
     People of whom a covariate is missing have 0.
 
@@ -135,6 +135,7 @@ def add_regression(
     given, values = zip(*((known, means) for known, means in training if None not in known.values()), strict=True)
     continuous = [name for name, each in coding.variables.items() if each.kind == "continuous"]
     regression = bayesian_regression if importlib.util.find_spec("pcntoolkit") else spline_regression
+    print(f"regions are judged by {'PCNtoolkit' if regression is bayesian_regression else 'splines'}, too")
     complete = [row for row in rows if None not in row["covariates"].values()]
     people = pd.DataFrame([row["covariates"] for row in complete])
     mean, std = regression(pd.DataFrame(given), np.array(values, float), people, continuous)
