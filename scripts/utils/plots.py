@@ -304,7 +304,9 @@ def unfamiliar(
         row[-1].barh(
             names, [gains[name] for name in names], color=["tab:blue" if gains[n] > 0 else "0.7" for n in names]
         )
-        row[-1].set_xscale("symlog", linthresh=0.01)
+        row[-1].locator_params(axis="x", nbins=4)
+        if max(map(abs, gains.values()), default=0.0) > 0.05:  # below, its ticks are odd numbers
+            row[-1].set_xscale("symlog", linthresh=0.01)
         row[-1].set_xlabel("gain of each alone, bits per dim", fontsize="small")
         row[-1].set_title(title, fontsize="small", parse_math=False, loc="right")
     return save(path, figure)
