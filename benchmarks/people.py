@@ -48,6 +48,7 @@ from scripts.utils.files import write_csv, write_text
 
 COMPONENTS = (4, 16, 64, 128, 256, 384, 512)  # of a PCA, from which to choose
 SCORES = (32, 64, 128)  # that a regression reads the age from
+PENALTIES = np.logspace(-2, 6, 17)  # of it
 SMOOTHING = 0.4  # voxels, of variances; what scripts.training.voxel_statistics says of it holds of PCA's residuals too
 FLUID = 10  # percentile of the brain that stands for CSF
 FILLINGS = 8  # draws of what is filled in
@@ -131,7 +132,7 @@ def age_by_regression(scores: Sequence[Tensor], ages: Sequence[np.ndarray]) -> d
     found: dict[str, float | None] = {}
     (train, test), (known, kept) = scores, [np.isfinite(values) for values in ages]
     for count in (count for count in SCORES if count <= train.shape[1]):
-        model = RidgeCV(np.logspace(-2, 6, 17)).fit(train[known, :count].numpy(), ages[0][known])
+        model = RidgeCV(PENALTIES).fit(train[known, :count].numpy(), ages[0][known])
         said = model.predict(test[kept, :count].numpy())
         ends = [{"mean": value, "low": value, "high": value} for value in said]
         numbers = value_numbers(f"ridge_{count}", ages[1][kept], ends, float(ages[0][known].mean()))
@@ -168,7 +169,7 @@ def counterfactuals(
     def scores(x: Tensor) -> np.ndarray:
         return ((x.flatten(1) - leading.mean) @ leading.axes).numpy()
 
-    told = RidgeCV(np.logspace(-2, 6, 17)).fit(scores(others), ages)
+    told = RidgeCV(PENALTIES).fit(scores(others), ages)
 
     def under(x: Tensor, now: np.ndarray, then: np.ndarray) -> Tensor:
         moved = []
@@ -337,8 +338,8 @@ def main(
         rows.append(row)
         scans.append(x)
     leading = PCA(training, min(SCORES[-1], len(training) - 2))
-    known = [Covariates(sides[side], dataset_dir).rows for side in ("training", testing)]
-    ages = [np.array([float(row.get("age") or "nan") for row in of_side]) for of_side in known]
+    tables = [Covariates(sides[side], dataset_dir) for side in ("training", testing)]
+    ages = [np.array([float(row.get("age") or "nan") for row in table.rows]) for table in tables]
     projected = [(x - leading.mean) @ leading.axes.flip(1) for x in (training.flatten(1), torch.cat(scans).flatten(1))]
     numbers: dict[str, Any] = {"people": len(rows), "pca_components": pca.axes.shape[1]}
     for name in rows[0]:
@@ -347,7 +348,7 @@ def main(
     numbers["brain_share"] = float(foreground(training, network).float().mean())
     if counterfactual_years is not None:
         prior, dated = need_covariates(parser.get_parsed_content("population_prior")), np.isfinite(ages[1])
-        values = Covariates(sides[testing], dataset_dir).values(prior.coding)
+        values = tables[1].values(prior.coding)
         some = torch.cat(scans)[dated], [row for row, has_age in zip(values, dated, strict=True) if has_age]
         others = training[np.isfinite(ages[0])], ages[0][np.isfinite(ages[0])]
         numbers |= counterfactuals(prior, network, *some, others, leading, counterfactual_years)
@@ -364,7 +365,7 @@ def main(
     if mask_dir is not None:
         at = folder / "strokes"
         write_strokes(sides[testing], mask_dir, at, seed, depth=lesion_depth)
-        write_csv(at / "masks" / KINDS_FILE, ("scan", "kind"), kinds(known[1], ages[1]))
+        write_csv(at / "masks" / KINDS_FILE, ("scan", "kind"), kinds(tables[1].rows, ages[1]))
         masks = {"mask_dir": str(at / "masks"), "mask_pattern": "*_lesions.nii.gz", "scan_pattern": "*_T1w.nii.gz"}
         where = {"dataset_dir": str(at / "scans"), "output_dir": str(folder / "scores"), "batch_size": batch_size}
         read_config(config_file, ckpt=ckpt, prior="network", figures=False, **where, **masks).get_parsed_content(

@@ -105,12 +105,11 @@ def resampled(sick: np.ndarray, repeats: int) -> np.ndarray:
 
 def by_kind(scans: Sequence[LesionCounts]) -> dict[str, list[bool]]:
     """Groups for :func:`detect`: the scans of each kind together with the healthy ones, and all of them."""
-    of_scans = [{kind.strip() for kind in scan.kind.split(";")} - {""} for scan in scans]
-    sick = [scan.mask == "lesions" for scan in scans]
-    kinds = sorted(set().union(*(own for own, with_lesions in zip(of_scans, sick, strict=True) if with_lesions)))
-    groups = {
-        k: [k in own or not with_lesions for own, with_lesions in zip(of_scans, sick, strict=True)] for k in kinds
-    }
+    of_scans = [
+        {kind.strip() for kind in scan.kind.split(";")} - {""} if scan.mask == "lesions" else None for scan in scans
+    ]
+    kinds = sorted(set().union(*(own for own in of_scans if own is not None)))
+    groups = {kind: [own is None or kind in own for own in of_scans] for kind in kinds}
     one_for_all = len(groups) == 1 and all(groups[kinds[0]])
     return groups if one_for_all else groups | {"all": [True] * len(scans)}
 
