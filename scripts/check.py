@@ -155,7 +155,7 @@ def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], p
     picture.unlink(missing_ok=True)
     for scan, files in tqdm(scans, "asking the network", unit="scan", file=sys.stderr):
         try:
-            found = examiner.examine(examiner.load([str(path) for path in files] if len(files) > 1 else str(files[0])))
+            found = examiner.examine(examiner.load([str(path) for path in files]))
         except Exception as error:  # whatever a scan holds, the others are asked about
             scan.flag("suspicious", f"the network could not be asked about it: {root_cause(error)}")
             continue

@@ -205,6 +205,12 @@ def test_results_among_the_scans_are_no_scans(tmp_path, caplog):
     assert [path.name for path in find_scans(tmp_path, "*_recon.nii.gz")] == ["a_recon.nii.gz"]
 
 
+def test_names_in_capitals_are_not_passed_over_silently(tmp_path, caplog):
+    make_files(tmp_path, ["a.nii.gz", "b.NII.GZ", "c.Nii", "d.PNG"])
+    assert [path.name for path in find_scans(tmp_path)] == ["a.nii.gz"]
+    assert "2 file(s) are left out, since their names end in capitals, such as 'b.NII.GZ': rename them" in caplog.text
+
+
 def test_neither_side_is_empty():
     assert [len(side) for side in split_by_subject(["a.nii", "b.nii"], 0.99)] == [1, 1]
     assert [len(side) for side in split_by_subject(["a.nii", "b.nii", "c.nii"], 0.01)] == [1, 2]

@@ -87,6 +87,24 @@ def test_scans_that_nothing_explains_are_held_against_each_other(examiner):
     assert not any(finding.alike for finding in network.compared(strangers[:4]))  # they are too few to tell
 
 
+def test_another_scanner_is_told_from_a_disease_by_where_a_scan_is_unlikely():
+    """All over the brain, or in places; what is unlikely as usual is neither."""
+    surprise = torch.stack([torch.linspace(-2, 0, 60), torch.full((60,), 0.1)])
+    known, generator = a_cohort()._replace(surprise=surprise), torch.Generator().manual_seed(0)
+    usual = surprise[0] + 0.1 * torch.randn(50, 60, generator=generator)
+    places = torch.cat([torch.full((4,), 5.0), torch.full((56,), 0.15)])
+    assert known.everywhere(usual + 0.3).all()
+    assert not known.everywhere(usual).any() and not known.everywhere(usual + places).any()
+    assert not a_cohort().everywhere(usual + 0.3).any()  # files of earlier versions do not tell
+    pooled = Familiarity.together([known, known._replace(surprise=surprise + torch.tensor([[0.4], [0.0]]))])
+    torch.testing.assert_close(pooled.surprise[0], surprise[0].double() + 0.2)
+    torch.testing.assert_close(pooled.surprise[1], torch.full((60,), 0.05, dtype=torch.float64).sqrt())
+    step = Step("contrast", "its contrast is another", 0.1, np.eye(4))
+    said = Finding(False, 9.0, 5.0, -4.0, steps=(step,), scanner=True).sentence()
+    assert "its contrast is another (0.1 bits per dim better); that is so all over the brain" in said
+    assert "another scanner or protocol, which the job adapt learns" in said
+
+
 def test_a_gain_is_said_where_there_is_one():
     """A reason may bring a scan nearer to usual ones by its other numbers alone."""
     steps = [Step("contrast", "its contrast is another", gain, np.eye(4)) for gain in (0.25, -0.014)]
@@ -303,6 +321,30 @@ def test_scores_say_whether_a_scan_is_familiar(known, tmp_path):
         rows = {row["image"]: row for row in csv.DictReader(file)}
     assert [rows[f"{name}.nii.gz"]["familiar"] for name in ("fine", "contrast")] == ["yes", "no"]
     assert float(rows["fine.nii.gz"]["unfamiliarity"]) < 1 < float(rows["contrast.nii.gz"]["unfamiliarity"])
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_another_scanner_is_told_and_not_refused(known, tmp_path, caplog, even):
+    """The same darker scan, by a prior for which it is unlikely in places, and by one of likelier brains."""
+    scan = nib.load(known / "brains" / "sub-0031_FLAIR.nii.gz")
+    image = scan.get_fdata(dtype=np.float32)
+    (tmp_path / "scans").mkdir()
+    nib.save(nib.Nifti1Image(image.max() * (image / image.max()) ** 2, scan.affine), tmp_path / "scans" / "dark.nii.gz")
+    content = torch.load(prior_path(known / "model.pt"), weights_only=True)
+    if even:
+        content["familiarity"]["surprise"][0] -= 5
+    torch.save(content, tmp_path / "prior.pt")
+    paths = {"dataset_dir": str(tmp_path / "scans"), "output_dir": str(tmp_path / "out"), "figures": False}
+    config = inference_config(
+        ckpt=str(known / "model.pt"), prior=str(tmp_path / "prior.pt"), unfamiliar="refuse", **paths
+    )
+    config.get_parsed_content("reconstruct")
+    assert any((tmp_path / "out").rglob("*dark*.nii.gz")) == even
+    assert ("it may be of another scanner or protocol" in caplog.text) == even
+    if not even:
+        with pytest.raises(SystemExit):
+            config.get_parsed_content("failures").finish()
+        assert "the network does not know such scans" in (tmp_path / "out" / "failed.csv").read_text(encoding="utf-8")
 
 
 def test_weights_that_cannot_tell_say_what_they_need(known):

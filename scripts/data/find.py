@@ -119,6 +119,12 @@ def find_by_wildcards(
     found = {key: name for name in names if (key := match(name)) is not None}
     if ".nii" in pattern and pattern.endswith("*"):  # no x.nii.gz.md5, x.nii.gz.part or x.nii.gz~
         found = {key: name for key, name in found.items() if name.lower().endswith(NIFTI_SUFFIXES)}
+    capitals = [name for name in names if match(name) is None and match(_small_suffix(name)) is not None]
+    if capitals:
+        logger.warning(
+            "%d file(s) are left out, since their names end in capitals, such as '%s': rename them.",
+            *(len(capitals), capitals[0]),
+        )
     scans = {key: name for key, name in found.items() if not RESULT.search(name)}
     if len(scans) < len(found) and not RESULT.search(pattern):
         logger.warning(
@@ -140,6 +146,11 @@ def find_by_wildcards(
             + (", for DICOM series to one of their folders, which ends in a slash, such as '*/'." if dicom else ".")
         )
     return found
+
+
+def _small_suffix(name: str) -> str:
+    """A name whose suffix of NIfTI is not in capitals."""
+    return re.sub(r"\.nii(\.gz)?$", lambda suffix: suffix[0].lower(), name, flags=re.IGNORECASE)
 
 
 def _walk(root: Path, folders: bool, kept: Collection[str]) -> Iterator[str]:

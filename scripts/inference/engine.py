@@ -24,6 +24,7 @@ from monai.transforms import Compose
 from scripts.data.scan_grid import field_of_view_differences, place_differences
 from scripts.data.transforms import ScanError
 from scripts.inference.common import Common, Failure
+from scripts.inference.familiar import ANOTHER_SCANNER, Examiner
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import ResultWriters, SaveFigured
@@ -408,20 +409,26 @@ class ScanEvaluator(Evaluator):
         values = results()
         for position, item in enumerate(items):
             # a copy: what is sent to another process would else be the whole batch
-            self._writers.add({**item, **{key: value[position].clone() for key, value in values.items()}})
+            item = {**item, **{key: value[position].clone() for key, value in values.items()}}
+            refused = self._refused(item)
+            if refused is None:
+                self._writers.add(item)
+            else:
+                self._fail(refused)
 
     def _write(self, item: Mapping[str, Any]) -> tuple[Failure | None, tuple[str, float] | None]:
         """Write the results of a scan, perhaps in another process: why that failed; or its name and unfamiliarity, if
         the network does not know such scans.
         """
         try:
-            stranger = self._stranger(item)
             self.results_of(item)
         except Exception as error:
-            files = image_files(item["image"]) if isinstance(item.get("image"), MetaTensor) else None
-            failure = Failure.of({"image": files or item["name"]}, error)
-            return failure._replace(image=item["name"]), None
-        return None, stranger
+            return self._failure(item, error), None
+        return None, (item["name"], float(item[UNFAMILIARITY])) if self._is_stranger(item) else None
+
+    def _failure(self, item: Mapping[str, Any], error: Exception) -> Failure:
+        files = image_files(item["image"]) if isinstance(item.get("image"), MetaTensor) else None
+        return Failure.of({"image": files or item["name"]}, error)._replace(image=item["name"])
 
     def _note(self, written: tuple[Failure | None, tuple[str, float] | None]) -> None:
         failure, stranger = written
@@ -446,18 +453,28 @@ class ScanEvaluator(Evaluator):
             for difference in [*place, *field_of_view_differences(grid, geometry)]:
                 logger.warning("'%s': %s.", image_path(image), difference)
 
-    def _stranger(self, item: Mapping[str, Any]) -> tuple[str, float] | None:
-        """The name and the unfamiliarity of a scan of a kind that the network does not know.
+    def _is_stranger(self, item: Mapping[str, Any]) -> bool:
+        """Whether the network does not know such scans as this one, where it is asked."""
+        return self.familiarity is not None and bool(item[UNFAMILIARITY] > 1)
 
-        Raises:
-            InputError: none such is wanted.
-        """
-        if self.familiarity is None or item[UNFAMILIARITY] <= 1:
+    def _refused(self, item: Mapping[str, Any]) -> Failure | None:
+        """Why a scan gets no results where strangers are refused; those of another scanner are not."""
+        if self.common.unfamiliar != "refuse" or not self._is_stranger(item):
             return None
         far = float(item[UNFAMILIARITY])
-        if self.common.unfamiliar == "refuse":
+        try:
+            if far <= ANOTHER_SCANNER:
+                found = self._examiner.examine(self._examiner.load(image_files(item["image"])))
+                if found.scanner:
+                    logger.warning("'%s': %s.", item["name"], found.sentence())
+                    return None
             raise InputError(f"{self._unknown(far)}; --unfamiliar warn makes results of it")
-        return item["name"], far
+        except Exception as error:
+            return self._failure(item, error)
+
+    @cached_property
+    def _examiner(self) -> Examiner:
+        return Examiner(self.network, self.common.prior, self.common.preprocessing)
 
     def _unknown(self, far: float) -> str:
         return (

@@ -18,7 +18,7 @@ from monai.utils import ensure_tuple
 from scripts.data.transforms import reading
 from scripts.inference.explanations import Hypotheses, Hypothesis, connected_brain
 from scripts.networks import VDVAE
-from scripts.population.familiarity import LEAST_ALIKE, Familiarity, look, reference
+from scripts.population.familiarity import LEAST_ALIKE, Familiarity, Look, look, reference
 from scripts.population.prior import FIT_IT, PopulationPrior
 from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import expand
@@ -40,6 +40,7 @@ ROUNDS = 3  # of what may have happened to one scan, one after the other
 NEARER = 0.8  # of the distance from what is usual: what explains a scan leaves less
 MUCH_NEARER = 0.5  # what leaves more, and not a familiar scan, explains less than that the scan is blurred, if it is
 ALIKE = 1.1  # the simplest hypothesis that leaves up to this times the least distance, or a usual one, is taken
+ANOTHER_SCANNER = 4.0  # times the limit, up to which a scan of the right kind may be of another scanner
 FARTHER = 0.5  # the share of people who lie farther than what is a usual distance in this
 
 
@@ -71,7 +72,10 @@ class Finding(NamedTuple):
         seen, undone: an unfamiliar scan as the network got it, and mended, ``[channels, *spatial]``; None where nothing
             mends it.
         statistics: what is compared, ``[numbers]``.
-        alike: how many scans that nothing explains, this one among them, are unlike the cohort in the same way.
+        scanner: whether it may be of another scanner: it is less likely than usual all over the brain, not in places
+            and not by much, and nothing explains it but perhaps its contrast.
+        alike: how many scans of which this may be so or that nothing explains, this one among them, are unlike the
+            cohort in the same way.
     """
 
     familiar: bool
@@ -83,6 +87,7 @@ class Finding(NamedTuple):
     seen: Tensor | None = None
     undone: Tensor | None = None
     statistics: Tensor | None = None
+    scanner: bool = False
     alike: int = 0
 
     @property
@@ -99,22 +104,24 @@ class Finding(NamedTuple):
 
     def sentence(self) -> str:
         """Half a sentence for people."""
-        said = f"it is {self.distance:.1f} from what is usual in training, and {self.limit:.1f} is the limit"
-        if self.alike:
-            return (
-                f"the network does not know such scans: {said}; {self.alike} of these scans are unlike those in the "
-                "same way, so that it may be their scanner or protocol, which the job adapt learns from them"
-            )
-        if not self.steps:
-            return (
-                f"the network does not know such scans: {said}; no fault that is known explains it, so that it may be "
-                "the scanner, age or disease"
-            )
-        words = "; then ".join(
+        said = (
+            f"the network does not know such scans: it is {self.distance:.1f} from what is usual in training, and "
+            f"{self.limit:.1f} is the limit"
+        )
+        found = "; then ".join(
             step.words + (f" ({step.gain:.2g} bits per dim better)" if step.gain > 0 else "") for step in self.steps
         )
+        found = found or "no fault that is known explains it"
+        learnt = "which the job adapt learns from some of its scans"
+        if self.alike:
+            alike = f"{self.alike} of these scans are unlike those in the same way"
+            return f"{said}; {found}; {alike}, so that it may be their scanner or protocol, {learnt}"
+        if self.scanner:
+            return f"{said}; {found}; that is so all over the brain: it may be of another scanner or protocol, {learnt}"
+        if not self.steps:
+            return f"{said}; {found}, so that it may be the scanner, age or disease"
         remedies = dict.fromkeys(REMEDIES[step.reason] for step in self.steps)
-        return f"the network does not know such scans: {said}: {words}; {', '.join(remedies)}"
+        return f"{said}: {found}; {', '.join(remedies)}"
 
 
 class Examiner:
@@ -178,35 +185,37 @@ class Examiner:
 
     def look(self, scans: Tensor) -> tuple[Tensor, Tensor]:
         """Bits per dim of scans, and how far they are from what is usual, ``[batch]`` each."""
-        bits, statistics = self._seen(scans)
-        return bits, self.familiarity.distance(statistics)
+        seen = self._seen(scans)
+        return seen.bits_per_dim, self.familiarity.distance(seen.statistics)
 
     @torch.no_grad()
-    def _seen(self, scans: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits per dim of scans, ``[batch]``, and what is compared of them, ``[batch, numbers]``."""
+    def _seen(self, scans: Tensor) -> Look:
+        """Scans as the network sees them, on the host, double precision."""
         device = next(self.network.parameters()).device
         with eval_mode(self.network):
             looks = [look(self.network, part.to(device), self.prior) for part in scans.split(self.batch_size)]
-        bits = torch.cat([seen.bits_per_dim.cpu().double() for seen in looks])
-        return bits, torch.cat([seen.statistics.cpu() for seen in looks])
+        return Look(*(torch.cat(values).cpu().double() for values in zip(*looks, strict=True)))
 
-    def load(self, image: str | list[str]) -> MetaTensor:
+    def load(self, files: str | Sequence[str]) -> MetaTensor:
         """A scan from its file, or from one for each channel, ``[channels, *spatial]``, upright."""
-        return self.read({"image": image})["image"]
+        files = ensure_tuple(files)
+        return self.read({"image": files[0] if len(files) == 1 else list(files)})["image"]
 
     def examine(self, image: MetaTensor) -> Finding:
         """What is found of a scan, ``[channels, *spatial]``, upright."""
         scan = self.scale(self.fit({"image": image}))["image"].as_tensor()
-        (bits,), statistics = self._seen(scan[None])
-        (distance,) = self.familiarity.distance(statistics)
-        found = Finding(
-            bool(distance <= self.limit), float(distance), self.limit, float(bits), statistics=statistics[0]
-        )
-        return found if found.familiar else self._explained(image, found._replace(seen=scan))
+        seen = self._seen(scan[None])
+        bits, distance = float(seen.bits_per_dim), float(self.familiarity.distance(seen.statistics))
+        found = Finding(distance <= self.limit, distance, self.limit, bits, statistics=seen.statistics[0])
+        if found.familiar:
+            return found
+        found = self._explained(image, found._replace(seen=scan))
+        right = {step.reason for step in found.steps} <= {"contrast"} and distance <= ANOTHER_SCANNER * self.limit
+        return found._replace(scanner=right and bool(self.familiarity.everywhere(seen.surprise)))
 
     def compared(self, findings: Sequence[Finding]) -> list[Finding]:
-        """What is found of scans that are seen side by side: whether those that nothing explains are alike."""
-        unknown = [place for place, found in enumerate(findings) if found.reason == "unknown"]
+        """What is found of scans that are seen side by side: whether those that may be of another scanner are alike."""
+        unknown = [place for place, found in enumerate(findings) if found.scanner or found.reason == "unknown"]
         result = list(findings)
         if len(unknown) >= LEAST_ALIKE:
             alike = self.familiarity.alike(torch.stack([findings[place].statistics for place in unknown]))

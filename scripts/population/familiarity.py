@@ -50,6 +50,10 @@ LEAST_BLACK = 0.2  # likewise, of the logarithm of what is missing: what a strok
 LEAST_NATS = 1.0  # likewise, of what the latents of a grid cost: those that hold next to nothing differ by thousandths
 EDGE = 0.5  # mm, standard deviation over a brain's surface of where another tool sees its edge
 EDGE_LENGTH = 15.0  # mm along the surface, on which that changes
+PLACE = 30.0  # mm, the edge of the cubes in which it is seen where in a brain a scan is unlikely
+LEAST_BRAIN = 1 / 3  # the share of a cube that is brain, from which on it counts
+BY_ONE = 0.5  # share of these cubes that are less likely than usual by a standard deviation, where all of a brain is
+MOST_IN_FEW = 0.35  # of what is lost there, the share that a tenth of the cubes may have where it is spread evenly
 
 
 class Look(NamedTuple):
@@ -58,10 +62,12 @@ class Look(NamedTuple):
     Attributes:
         bits_per_dim: at the means of the posteriors, ``[batch]``.
         statistics: ``[batch, numbers]``, see :func:`statistics`.
+        surprise: how unlikely the voxels of each cube of the brain are, ``[batch, cubes]``, see :func:`surprise`.
     """
 
     bits_per_dim: Tensor
     statistics: Tensor
+    surprise: Tensor
 
 
 def reference(network: VDVAE) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,27 @@ def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) ->
 
     output, _ = network.infer(scans, 0.0, keep_posteriors=False, sampler=LatentSampler(rule=record))
     bits = bits_per_dim(negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1), scans)
-    return Look(bits, statistics(network, scans, output, innovations, prior))
+    return Look(bits, statistics(network, scans, output, innovations, prior), surprise(network, scans, output))
+
+
+def surprise(network: VDVAE, scans: Tensor, output: VDVAEOutput) -> Tensor:
+    """The mean of the voxels' negative log densities in each cube that has enough brain, nats: ``[batch, cubes]``.
+
+    Args:
+        network: trained.
+        scans: ``[batch, channels, *spatial]``, in the network's range.
+        output: of a pass whose latents are the posteriors' means.
+    """
+    rank = network.spatial_dims
+    spacing = affine_to_spacing(network.scan_affine, rank).tolist()
+    sizes = [min(size, max(1, round(PLACE / mm))) for size, mm in zip(scans.shape[2:], spacing, strict=True)]
+    pool = Pool["AVG", rank](sizes, ceil_mode=True)
+    brain = parts(network)["brain"]
+    brain = (brain if brain.any() else torch.ones_like(brain)).to(scans)[None, None]
+    unlikely = -torch.distributions.Normal(output.loc, output.scale).log_prob(scans).mean(1, keepdim=True)
+    share = pool(brain)
+    enough = share >= torch.clamp(share.max(), max=LEAST_BRAIN)
+    return (pool(unlikely * brain) / share)[:, enough[0]].double()
 
 
 def statistics(
@@ -226,6 +252,7 @@ class Familiarity(NamedTuple):
         people: how many were held out, and how many the covariance is of.
         bits_per_dim: the usual ones, at the means of the posteriors.
         quantiles: the usual ones in the brain, ``[channels, QUANTILES]``, from 0 (background) to 1.
+        surprise: mean and standard deviation of :func:`surprise`, ``[2, cubes]``; None in files of before 0.18.0.
         added: scans of other kinds that were added later, such as another scanner's.
     """
 
@@ -235,6 +262,7 @@ class Familiarity(NamedTuple):
     people: tuple[int, int]
     bits_per_dim: float
     quantiles: Tensor
+    surprise: Tensor | None = None
     added: Sequence[tuple[Tensor, Tensor, int]] = ()
 
     @classmethod
@@ -280,14 +308,35 @@ class Familiarity(NamedTuple):
         weights /= weights.sum()
         bits = weights @ torch.tensor([cohort.bits_per_dim for cohort in cohorts], dtype=torch.float64)
         quantiles = torch.stack([cohort.quantiles for cohort in cohorts]).double()
+        surprise = None
+        if all(cohort.surprise is not None for cohort in cohorts):
+            means, stds = torch.stack([cohort.surprise for cohort in cohorts]).double().unbind(1)
+            middle = weights @ means
+            surprise = torch.stack([middle, (weights @ (stds.square() + (means - middle).square())).sqrt()])
         return first._replace(
             names=names,
             mean=mean,
             covariance=covariance,
             bits_per_dim=float(bits),
             quantiles=torch.tensordot(weights, quantiles, 1).float(),
+            surprise=surprise,
             added=added,
         )
+
+    def everywhere(self, surprise: Tensor) -> Tensor:
+        """Whether scans are less likely than usual all over their brains, as those of another scanner are: ``[batch]``.
+
+        What a disease does to a brain has its places.
+
+        Args:
+            surprise: of each scan, see :func:`surprise`.
+        """
+        if self.surprise is None:
+            return torch.zeros(len(surprise), dtype=torch.bool)
+        mean, std = self.surprise.double()
+        lost = surprise.cpu() - mean
+        most = lost.topk(math.ceil(lost.shape[1] / 10)).values.sum(1) / lost.clamp_min(0).sum(1)
+        return ((lost > std).double().mean(1) > BY_ONE) & (most < MOST_IN_FEW)
 
     def also(self, statistics: Tensor) -> Familiarity:
         """The same, with scans of another kind that are usual too, ``[scans, numbers]``.
@@ -345,24 +394,25 @@ def fit_familiarity(
     held_out, training = (Subset(dataset, spaced(len(dataset), MOST_PEOPLE)) for dataset in (held_out, training))
     loading = {"batch_size": batch_size, "num_workers": num_workers}
     rows, others = (_looks(network, prior, dataset, device, False, **loading) for dataset in (held_out, training))
-    to_mask, unmasked = held_out, rows
+    to_mask, unmasked = held_out, rows.statistics
     if len(held_out) < MASKED:
         some = spaced(len(training), MASKED)
-        to_mask, unmasked = Subset(training, some), others[some]
+        to_mask, unmasked = Subset(training, some), others.statistics[some]
     masked = _looks(network, prior, to_mask, device, True, **loading)
-    names = statistic_names(network, prior)
-    numbers, count = len(names), len(rows)
-    mean = rows[:, :numbers].mean(0)
-    apart = torch.cat([rows, others])[:, :numbers] - mean
+    names, count = statistic_names(network, prior), len(held_out)
+    mean = rows.statistics.mean(0)
+    apart = torch.cat([rows.statistics, others.statistics]) - mean
     covariance = apart.T @ apart / max(1, len(apart) - 1) + least_spread(names, mean, _grids(network)).square().diag()
     if count > 1:
         squares = (apart[:count] @ torch.linalg.inv(covariance) * apart[:count]).sum(1).mean()
-        covariance *= (squares / numbers * count / (count - 1)).clamp_min(1.0)
-    changed = (masked - unmasked)[:, :numbers]
+        covariance *= (squares / len(names) * count / (count - 1)).clamp_min(1.0)
+    changed = masked.statistics - unmasked
     covariance += changed.T @ changed / len(changed)
-    quantiles = rows[:, numbers + 1 :].mean(0).reshape(network.in_channels, QUANTILES)
-    people, bits = (count, len(apart)), rows[:, numbers].mean().item()
-    return Familiarity(names, mean, covariance, people, bits, quantiles)._asdict()
+    usual = rows.surprise.mean(0)
+    spread = (torch.cat([rows.surprise, others.surprise]) - usual).square().mean(0).sqrt().clamp_min(LEAST_SPREAD)
+    people, bits = (count, len(apart)), rows.bits_per_dim.mean().item()
+    quantiles, places = rows.quantiles.mean(0), torch.stack([usual, spread])
+    return Familiarity(names, mean, covariance, people, bits, quantiles, places)._asdict()
 
 
 @torch.no_grad()
@@ -387,7 +437,16 @@ def also_familiar(
     if known is None:
         return None
     seen = _looks(network, prior, dataset, device, False, batch_size=batch_size, num_workers=num_workers)
-    return known.also(seen[:, : len(known.names)])._asdict()
+    return known.also(seen.statistics)._asdict()
+
+
+class _Looks(NamedTuple):
+    """Of scans, in their order, double precision: each value of a :class:`Look`, and quantiles of the brain."""
+
+    bits_per_dim: Tensor
+    statistics: Tensor
+    surprise: Tensor
+    quantiles: Tensor
 
 
 def _looks(
@@ -397,8 +456,8 @@ def _looks(
     device: torch.device | str,
     otherwise: bool,
     **loading: int,
-) -> Tensor:
-    """Statistics, bits per dim and quantiles, ``[scans, numbers]``, in the data set's order; masked otherwise if so."""
+) -> _Looks:
+    """Of a data set, in its order; masked otherwise if so."""
     rank, size = idist.get_rank(), idist.get_world_size()
     places = range(rank, len(dataset), size)
     share, seeds = Subset(dataset, places), iter(places)
@@ -411,9 +470,9 @@ def _looks(
             scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(device)
             if otherwise:
                 scans = masked_otherwise(network, scans, itertools.islice(seeds, len(scans)))
-            seen = look(network, scans, prior)
-            quantiles = torch.stack([tissue_quantiles((s - low) / (high - low), core).flatten() for s in scans])
-            parts_ = (seen.statistics, seen.bits_per_dim[:, None], quantiles)
-            rows.append(torch.cat([part.cpu().double() for part in parts_], dim=1))
-    of_ranks = [list(itertools.chain(*map(torch.unbind, part))) for part in idist.all_gather(rows)]
-    return torch.stack([of_ranks[place % size][place // size] for place in range(len(dataset))])
+            quantiles = torch.stack([tissue_quantiles((scan - low) / (high - low), core) for scan in scans])
+            values = _Looks(*look(network, scans, prior), quantiles)
+            rows += zip(*(value.cpu().double() for value in values), strict=True)
+    of_ranks = idist.all_gather(rows)
+    ordered = [of_ranks[place % size][place // size] for place in range(len(dataset))]
+    return _Looks(*map(torch.stack, zip(*ordered, strict=True)))

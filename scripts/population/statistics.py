@@ -197,7 +197,8 @@ class CohortStatistics:
             f"{len(independent(self.gram)[0])} x {dimensions}; squares: 2 x {dimensions}",
             f"leading directions: {len(self.rows) - 1} x {dimensions}, 8 bits",
             f"held-out people: {held_out}; histograms of bits per dim and of distances; sums {known['sums']}",
-            f"what is familiar: mean and covariance of {_numbers(known)} numbers of held-out people",
+            f"what is familiar: mean and covariance of {_numbers(known)} numbers of held-out people, and how likely "
+            f"{_cubes(known)} places of their brains are",
             f"held-out gain in nats per factors: { {k: round(v, 1) for k, v in known['gains'].items()} }",
             f"weights {self.weights}; {', '.join(f'{name} {value}' for name, value in self.about.items())}",
         ]
@@ -205,6 +206,11 @@ class CohortStatistics:
 
 def _numbers(calibration: Mapping[str, Any]) -> int:
     return sum(len(cohort["names"]) for cohort in calibration.get("familiarity", []))
+
+
+def _cubes(calibration: Mapping[str, Any]) -> int:
+    surprises = (cohort.get("surprise") for cohort in calibration.get("familiarity", []))
+    return sum(surprise.shape[1] for surprise in surprises if surprise is not None)
 
 
 def independent(gram: Tensor) -> tuple[list[int], Tensor]:
