@@ -241,8 +241,8 @@ class _Stage:
 def _fixed(spacing: float) -> tuple[SimpleITK.Image, SimpleITK.Image]:
     """The template on voxels of ``spacing`` mm, and the mask of its brain with the rim."""
     image = _to_spacing(template(), spacing)
-    distance = SimpleITK.SignedMaurerDistanceMap(template_brain(), squaredDistance=False, useImageSpacing=True)
-    return image, SimpleITK.Resample(distance < RIM, image, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
+    rim = _full_distance() < RIM
+    return image, SimpleITK.Resample(rim, image, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
 
 
 def _to_spacing(image: SimpleITK.Image, spacing: float) -> SimpleITK.Image:
@@ -457,11 +457,16 @@ def _grid() -> SimpleITK.Image:
 
 
 @lru_cache(maxsize=1)
+def _full_distance() -> SimpleITK.Image:
+    """How far each of the template's voxels lies outside of its brain, mm; below 0 inside."""
+    return SimpleITK.SignedMaurerDistanceMap(template_brain(), squaredDistance=False, useImageSpacing=True)
+
+
+@lru_cache(maxsize=1)
 def _distance() -> np.ndarray:
-    """How far each voxel lies outside of the template's brain, mm; below 0 inside; ``[z, y, x]``."""
+    """The same on voxels of 2 mm, ``[z, y, x]``."""
     step = int(SPACING)
-    distance = SimpleITK.SignedMaurerDistanceMap(template_brain(), squaredDistance=False, useImageSpacing=True)
-    return SimpleITK.GetArrayFromImage(distance[::step, ::step, ::step])
+    return SimpleITK.GetArrayFromImage(_full_distance()[::step, ::step, ::step])
 
 
 @lru_cache(maxsize=1)
