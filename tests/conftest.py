@@ -43,7 +43,10 @@ TOGETHER = {
     "joblib": ("check", "cache", "phantoms", "parallel"),
 }
 # other files of more than ten seconds, the longest first: both workers then end at about the same time
-SLOW = ("prepare", "export", "training", "checkpoints", "slices_and_channels", "clients", "explore", "tour")
+SLOW = (
+    *("prepare", "docs_in_order", "covariates", "training", "export", "checkpoints", "explore"),
+    *("slices_and_channels", "clients", "tour"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,12 +30,12 @@ def start(output: Path, log: Path, *words: object) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | PROCESS, stdout=file, stderr=file)
 
 
-def wait_for(process: subprocess.Popen, happened: Callable[[], object]) -> None:
+def wait_for(process: subprocess.Popen, happened: Callable[[], object], interval: float) -> None:
     """Until something is true; the process must not end before."""
     until = time.monotonic() + LIMIT
     while not happened():
         assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.001)  # a file that is being written is there for some milliseconds
+        time.sleep(interval)
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -59,8 +59,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path):
         assert whole.returncode == 0, whole.stderr
     log = tmp_path / "killed.log"
     killed = start(tmp_path / "killed", log, *words)
-    wait_for(killed, lambda: log.read_text(errors="replace").count("Saved '") > 1)
-    wait_for(killed, lambda: list((tmp_path / "killed" / "checkpoints").glob(".*.checkpoint.pt")))
+    wait_for(killed, lambda: log.read_text(errors="replace").count("Saved '") > 1, 0.05)
+    # a file that is being written is there for some milliseconds
+    wait_for(killed, lambda: list((tmp_path / "killed" / "checkpoints").glob(".*.checkpoint.pt")), 0.001)
     os.kill(children(killed)[0], signal.SIGKILL)
     assert killed.wait(LIMIT) == 0, log.read_text(errors="replace")
     assert "Resuming from" in log.read_text(errors="replace")
