@@ -1,5 +1,6 @@
 """The benchmarks run on the smallest network; numbers are checked where they do not depend on the machine."""
 
+import functools
 import json
 import re
 
@@ -83,12 +84,14 @@ def test_table_says_which_cards_a_size_fits(capsys, monkeypatch):
     ]
 
 
-def test_jobs_say_what_inference_needs(capsys):
+def test_jobs_say_what_inference_needs(capsys, monkeypatch):
+    estimate = functools.cache(estimate_job)
+    monkeypatch.setattr("benchmarks.memory.estimate_job", estimate)
     memory(network=8, jobs=True)
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| `reconstruct`", "| `score`", "| `impute`", "| `sample`"]
     weights = sum(parameter.numel() for parameter in VDVAE(**network_def(8)).parameters()) * 4
-    assert weights < estimate_job("score", 8, "bf16") < estimate_job("score", 8, "fp32")
+    assert weights < estimate("score", 8, "bf16") < estimate("score", 8, "fp32")
 
 
 def test_unknown_precision():

@@ -3,14 +3,12 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, brain, save
+from conftest import brain, save
 from joblib import delayed
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
@@ -93,22 +91,14 @@ def test_reading_changes_no_name(items, tmp_path):
     assert ScanCache(items, transform, tmp_path / "cache").path(0) == name
 
 
+def name_of_the_first(items, folder):
+    return cache(items, folder).path(0)
+
+
 def test_every_process_finds_the_same_file(items, tmp_path):
-    dataset = cache(items, tmp_path)
-    dataset[0]
-    code = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from pathlib import Path
-from test_cache import cache
-print(cache([{{"image": {items[0]["image"]!r}}}], Path({str(tmp_path)!r})).path(0))
-"""
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # another than this process has
-    environment = os.environ | {"PYTHONHASHSEED": seed}
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=environment
-    )
-    assert found.stdout.strip() == str(dataset.path(0)), found.stderr
+    """Each of joblib's processes has a seed of its own for the hashes of strings."""
+    names = list(run_parallel([delayed(name_of_the_first)(items, tmp_path)] * 2, 2, "naming"))
+    assert names == [name_of_the_first(items, tmp_path)] * 2
 
 
 def test_half_precision_halves_the_file_and_keeps_the_image(items, tmp_path):
