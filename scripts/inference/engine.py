@@ -161,6 +161,7 @@ class ScanEvaluator(Evaluator):
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self._writers: ResultWriters | None = None
         self._strangers: dict[str, float] = {}
+        self._told: dict[str, str] = {}  # of strangers that are not refused, what they may be
         self._record: dict[str, Any] = {}
         self._bar = tqdm(disable=True)
 
@@ -417,9 +418,7 @@ class ScanEvaluator(Evaluator):
                 self._fail(refused)
 
     def _write(self, item: Mapping[str, Any]) -> tuple[Failure | None, tuple[str, float] | None]:
-        """Write the results of a scan, perhaps in another process: why that failed; or its name and unfamiliarity, if
-        the network does not know such scans.
-        """
+        """Write a scan's results, perhaps in another process: why that failed, or a stranger and its unfamiliarity."""
         try:
             self.results_of(item)
         except Exception as error:
@@ -434,7 +433,8 @@ class ScanEvaluator(Evaluator):
         failure, stranger = written
         if stranger is not None:
             self._strangers[stranger[0]] = stranger[1]
-            logger.warning("'%s': %s; no result of it means much.", stranger[0], self._unknown(stranger[1]))
+            said = self._told.pop(stranger[0], self._unknown(stranger[1]))
+            logger.warning("'%s': %s; no result of it means much.", stranger[0], said)
         if failure is not None:
             self._fail(failure)
         else:
@@ -463,12 +463,14 @@ class ScanEvaluator(Evaluator):
             return None
         far = float(item[UNFAMILIARITY])
         try:
+            said = self._unknown(far)
             if far <= ANOTHER_SCANNER:
                 found = self._examiner.examine(self._examiner.load(image_files(item["image"])))
+                said = found.sentence()
                 if found.scanner:
-                    logger.warning("'%s': %s.", item["name"], found.sentence())
+                    self._told[item["name"]] = said
                     return None
-            raise InputError(f"{self._unknown(far)}; --unfamiliar warn makes results of it")
+            raise InputError(f"{said}; --unfamiliar warn makes results of it")
         except Exception as error:
             return self._failure(item, error)
 
