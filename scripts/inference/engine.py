@@ -34,7 +34,7 @@ from scripts.population.familiarity import FALSE_ALARMS, LEAST_ALIKE, Familiarit
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
-from scripts.utils.errors import InputError
+from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import write_text
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
@@ -45,17 +45,6 @@ logger = logging.getLogger(__name__)
 UNFAMILIARITY = "unfamiliarity"  # in a scan's results: its distance from what is usual, over the limit
 # in errors of the machine, which end a job: no other scan would fare better
 MACHINES = ("out of memory", "not enough memory", "CUDA error")
-
-
-def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:
-    """Names for scans to be drawn, numbered from 1; their noise follows from the name.
-
-    Raises:
-        InputError: when ``count`` is less than 1.
-    """
-    if count < 1:
-        raise InputError(f"samples is {count}: set --samples to 1 or more.")
-    return [{"image": str(Path(output_dir) / f"{number:04d}")} for number in range(1, count + 1)]
 
 
 def scan_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -462,17 +451,18 @@ class ScanEvaluator(Evaluator):
         if self.common.unfamiliar != "refuse" or not self._is_stranger(item):
             return None
         far = float(item[UNFAMILIARITY])
-        try:
-            said = self._unknown(far)
-            if far <= ANOTHER_SCANNER:
+        said = self._unknown(far)
+        if far <= ANOTHER_SCANNER:
+            try:
                 found = self._examiner.examine(self._examiner.load(image_files(item["image"])))
+            except Exception as error:  # such as that of a preprocessing whose steps it does not know
+                said += f"; that could not be done here: {root_cause(error)}"
+            else:
                 said = found.sentence()
                 if found.scanner:
                     self._told[item["name"]] = said
                     return None
-            raise InputError(f"{said}; --unfamiliar warn makes results of it")
-        except Exception as error:
-            return self._failure(item, error)
+        return self._failure(item, InputError(f"{said}; --unfamiliar warn makes results of it"))
 
     @cached_property
     def _examiner(self) -> Examiner:

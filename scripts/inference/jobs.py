@@ -32,7 +32,7 @@ from scripts.inference.covariates import (
     stack_features,
     targets,
 )
-from scripts.inference.engine import ScanEvaluator, list_samples
+from scripts.inference.engine import ScanEvaluator
 from scripts.inference.imputation import (
     DrawImputation,
     FillInd,
@@ -55,7 +55,7 @@ from scripts.inference.inferers import (
 from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
 from scripts.inference.job_report import Report, deviation_report, prediction_report, score_report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
-from scripts.inference.layouts import SampleLayout
+from scripts.inference.layouts import SampleLayout, list_samples
 from scripts.inference.privacy import Privacy, privacy_sides
 from scripts.inference.scoring import ScoreSummary, Scoring
 from scripts.inference.tables import latent_tables, list_coordinates, row_table, stack_coordinates

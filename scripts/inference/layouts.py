@@ -310,3 +310,14 @@ class DatasetDescription:
         write_text(
             self.output_dir / ".bidsignore", "\n".join((*IGNORED, *(f"*_desc-{row}_*.json" for row in ROWS))) + "\n"
         )
+
+
+def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:
+    """Names for scans to be drawn, numbered from 1; their noise follows from the name.
+
+    Raises:
+        InputError: when ``count`` is less than 1.
+    """
+    if count < 1:
+        raise InputError(f"samples is {count}: set --samples to 1 or more.")
+    return [{"image": str(Path(output_dir) / f"{number:04d}")} for number in range(1, count + 1)]
