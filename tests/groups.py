@@ -8,11 +8,12 @@ import pickle
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import ROOT, bundle_words
@@ -39,16 +40,28 @@ def _keep_result(rank: int, folder: str, environment: dict[str, str], function: 
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))
 
 
-def run_bundle_group(*arguments: object, processes: int = 2, **settings) -> list[subprocess.CompletedProcess]:
-    """``torchrun -m monai.bundle run ...`` on one node, without torchrun; what came of each process."""
+def run_bundle_group(
+    *arguments: object, processes: int = 2, patches: Mapping[str, object] | None = None, **settings
+) -> list[subprocess.CompletedProcess]:
+    """``torchrun -m monai.bundle run ...`` on one node, without torchrun; what came of each process.
+
+    Args:
+        patches: what the processes have in place of something else, by the name of that.
+    """
     words = bundle_words(*arguments, **settings)
-    return run_group(_run_bundle, words, free_port(), processes, processes=processes)
+    return run_group(_run_bundle, words, free_port(), processes, patches or {}, processes=processes)
 
 
-def _run_bundle(rank: int, words: list[str], port: int, processes: int) -> subprocess.CompletedProcess:
+def _run_bundle(
+    rank: int, words: list[str], port: int, processes: int, patches: Mapping[str, object]
+) -> subprocess.CompletedProcess:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return run_module("monai.bundle", *words, cwd=ROOT, **address, **{key: str(value) for key, value in ranks.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in patches.items():
+            patch.setattr(name, value)
+        environment = address | {key: str(value) for key, value in ranks.items()}
+        return run_module("monai.bundle", *words, cwd=ROOT, **environment)
 
 
 def free_port() -> int:

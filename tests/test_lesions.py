@@ -23,7 +23,6 @@ from scripts.inference.detection import (
     dice,
     marked_bins,
     operating_points,
-    resampled,
     roc_area,
     sentences,
     table,
@@ -49,6 +48,8 @@ from scripts.phantoms.images import KINDS
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]
 PATTERNS = ("--scan_pattern", "*_FLAIR.nii.gz", "--mask_pattern", "*_lesions.nii.gz")
 RNG = np.random.default_rng(0)
+# 40 resampled cohorts instead of 1,000, of which each job takes ten seconds
+FEWER = {f"scripts.inference.detection.{function}.__defaults__": (40,) for function in ("detect", "operating_points")}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_cohorts():
-    """A job resamples 200 cohorts instead of 1,000, of which each takes ten seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scripts.inference.detection.resampled", lambda sick, count: resampled(sick, 200))
+        for name, value in FEWER.items():
+            patch.setattr(name, value)
         yield
 
 
@@ -183,9 +184,9 @@ def counted(name, found, intensity_finds=False):
 @pytest.mark.parametrize("intensity_finds", [False, True])
 def test_the_better_tool_is_named(intensity_finds):
     scans = [counted(str(number), number < 6, intensity_finds) for number in range(12)]
-    found = detect(scans, {"all": [True] * 12}, repeats=200)
+    found = detect(scans, {"all": [True] * 12})
     assert [(d.grid, d.what, d.order) for d in found] == [(g, *detector) for g in GRIDS for detector in DETECTORS]
-    again = detect(scans, {"all": [True] * 12}, repeats=200)
+    again = detect(scans, {"all": [True] * 12})
     for one, two in zip(found, again, strict=True):
         for name, numbers in one.numbers.items():
             low, high = one.interval(name)
@@ -411,7 +412,7 @@ def test_two_processes_say_the_same_of_lesions(sick, weights, scored, tmp_path):
     folders = ("--dataset_dir", sick / "scans", "--mask_dir", sick / "masks", "--output_dir", tmp_path)
     configs = [*CONFIGS, "configs/multi_gpu_inference.json"]
     words = (*folders, *PATTERNS, "--ckpt", weights)
-    for result in run_bundle_group(*words, run_id="score", configs=configs):
+    for result in run_bundle_group(*words, run_id="score", configs=configs, patches=FEWER):
         assert result.returncode == 0, result.stderr
     one, two = (rows_of(folder / "lesions.csv") for folder in (scored[0], tmp_path))
     assert len(one) == len(two)
