@@ -39,13 +39,16 @@ PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), 
 # Files that stay together on one of pytest-xdist's workers, since they share processes that take seconds to start: that
 # of groups.py from which others are forked, and joblib's (test_parallel comes last: it kills some).
 TOGETHER = {
-    "forked": ("killed_runs", "distributed", "benchmarks", "inference", "evaluate", "lesions", "impute_interpolate"),
-    "joblib": ("check", "cache", "phantoms", "parallel"),
+    "forked": (
+        *("killed_runs", "distributed", "benchmarks", "inference", "evaluate", "lesions", "impute_interpolate"),
+        *("population_prior", "no_waiting", "collectives"),
+    ),
+    "joblib": ("check", "cache", "phantoms", "errors", "parallel"),
 }
 # other files of more than ten seconds, the longest first: both workers then end at about the same time
 SLOW = (
-    *("prepare", "docs_in_order", "covariates", "training", "export", "checkpoints", "explore"),
-    *("slices_and_channels", "clients", "tour"),
+    *("prepare", "docs_in_order", "covariates", "training", "export", "checkpoints", "published_sizes", "familiar"),
+    *("explore", "slices_and_channels", "clients", "gpu_benchmark", "tour"),
 )
 
 

@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import PROCESS, ROOT, STARTUP, brain, bundle_words, run_bundle, run_command, run_command_process, save
-from joblib import Parallel, delayed
+from joblib import delayed
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 from scripts.data.transforms import CheckScand, ScanError
 from scripts.utils.errors import is_refusal, root_cause, sentence, show_root_cause
+from scripts.utils.parallel import run_parallel
 
 
 def raised(function, *arguments, **keywords):
@@ -174,11 +175,15 @@ def test_a_training_that_is_refused_says_so_before_it_reads_scans_and_leaves_not
     assert [path.name for path in output.glob("*")] == []
 
 
+def in_processes(jobs):
+    return list(run_parallel(jobs, 2, "checking"))
+
+
 def test_a_refusal_in_a_process_of_joblibs_is_one_too():
-    error = raised(Parallel(n_jobs=2), [delayed(CheckScand)("image", spacing=-1.0)] * 2)
+    error = raised(in_processes, [delayed(CheckScand)("image", spacing=-1.0)] * 2)
     assert is_refusal(error)
     assert sentence(error) == "expected_spacing is -1.0: give one number of mm above 0, or one per axis."
-    assert not is_refusal(raised(Parallel(n_jobs=2), [delayed(int)("x")] * 2))
+    assert not is_refusal(raised(in_processes, [delayed(int)("x")] * 2))
 
 
 def test_an_expected_size_of_too_few_axes_is_named(cohort, tmp_path):

@@ -37,7 +37,7 @@ class Loaded:
         return len(self.batches)
 
 
-def train(rank: int, folder: str, dataset_dir: str, changes: dict) -> dict[str, object]:
+def train(folder: str, dataset_dir: str, changes: dict) -> dict[str, object]:
     """Four iterations of a run; after the first nothing may wait."""
     trainers.check_graph = lambda *args, **kwargs: changes.get("cuda_graph", False)  # as on a real one
     parser = ConfigParser(ConfigParser.load_config_files(TINY))
@@ -67,21 +67,20 @@ def train(rank: int, folder: str, dataset_dir: str, changes: dict) -> dict[str, 
         return {"updates": trainer.state.updates, "counter": steps.device.type, "known": trainer.state.numbers}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"amp": True, "network_def#batch_norm": True},
-        {"amp": True, "amp_dtype": torch.float16, "accumulation_steps": 2},
-        {"cuda_graph": True},
-    ],
-    ids=["default", "bfloat16", "float16", "graph"],
-)
-def test_a_training_step_does_not_wait(cohort, tmp_path, changes):
-    found = run_group(train, str(tmp_path), str(cohort), changes, processes=1)[0]
-    assert found["updates"] == 4 // changes.get("accumulation_steps", 1)
-    assert found["counter"] == "gpu"
-    assert found["known"] == {}
+RUNS = {
+    "default": {},
+    "bfloat16": {"amp": True, "network_def#batch_norm": True},
+    "float16": {"amp": True, "amp_dtype": torch.float16, "accumulation_steps": 2},
+    "graph": {"cuda_graph": True},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_training_step_does_not_wait(found, name):
+    run = found["runs"][name]
+    assert run["updates"] == 4 // RUNS[name].get("accumulation_steps", 1)
+    assert run["counter"] == "gpu"
+    assert run["known"] == {}
 
 
 def prior_of(network: VDVAE) -> PopulationPrior:
@@ -109,7 +108,7 @@ JOBS = {
 }
 
 
-def infer(rank: int, arguments: dict) -> dict[str, str]:
+def infer(arguments: dict) -> dict[str, str]:
     """What each job says, ``done`` if it did not have to wait."""
     with torch.device("meta"):
         network = VDVAE(**arguments).eval()
@@ -130,10 +129,8 @@ def infer(rank: int, arguments: dict) -> dict[str, str]:
     return found
 
 
-def test_no_inference_job_waits():
-    arguments = inference_config().get_parsed_content("network_def").arguments
-    found = run_group(infer, arguments, processes=1)[0]
-    assert found == dict.fromkeys(JOBS, "done")
+def test_no_inference_job_waits(found):
+    assert found["jobs"] == dict.fromkeys(JOBS, "done")
 
 
 class Pairs(Loaded):
@@ -149,7 +146,7 @@ class Pairs(Loaded):
             yield batch
 
 
-def prefetch(rank: int) -> list[tuple]:
+def prefetch() -> list[tuple]:
     """What each batch is on the GPU, and how many the loader had given by then."""
     found = []
     with fake_gpu() as watch:
@@ -164,11 +161,10 @@ def prefetch(rank: int) -> list[tuple]:
     return found
 
 
-def test_batches_are_copied_one_ahead_without_waiting():
+def test_batches_are_copied_one_ahead_without_waiting(found):
     expected = [(f"sub-{i}", "gpu:0", (2, 1), [i]) for i in range(3)]
     taken = [2, 3, 3, 5, 6, 6]
-    found = run_group(prefetch, processes=1)[0]
-    assert found == [(*batch, count) for batch, count in zip(expected * 2, taken, strict=True)]
+    assert found["batches"] == [(*batch, count) for batch, count in zip(expected * 2, taken, strict=True)]
 
 
 def test_on_a_cpu_a_loader_is_left_as_it_is():
@@ -178,7 +174,7 @@ def test_on_a_cpu_a_loader_is_left_as_it_is():
     assert to_host(values)()["a"] is values["a"]
 
 
-def waits(rank: int) -> list[str]:
+def waits() -> list[str]:
     """What the fake GPU says to code that would wait."""
     said = []
     with fake_gpu() as watch:
@@ -198,7 +194,18 @@ def waits(rank: int) -> list[str]:
     return said
 
 
-def test_the_fake_gpu_sees_what_would_wait():
-    said = run_group(waits, processes=1)[0]
-    assert said[:2] == ["DataDependentOutputException", "DynamicOutputShapeException"]
-    assert said[2:] == ["AssertionError", "NotImplementedError", "FakeTensorDeviceMismatchError"]
+def test_the_fake_gpu_sees_what_would_wait(found):
+    assert found["waits"][:2] == ["DataDependentOutputException", "DynamicOutputShapeException"]
+    assert found["waits"][2:] == ["AssertionError", "NotImplementedError", "FakeTensorDeviceMismatchError"]
+
+
+def on_a_fake_gpu(rank: int, folder: str, dataset_dir: str, arguments: dict) -> dict[str, object]:
+    runs = {name: train(f"{folder}/{name}", dataset_dir, changes) for name, changes in RUNS.items()}
+    return {"runs": runs, "jobs": infer(arguments), "batches": prefetch(), "waits": waits()}
+
+
+@pytest.fixture(scope="module")
+def found(cohort, tmp_path_factory) -> dict[str, object]:
+    """What came of all of it in one process that has such a GPU."""
+    arguments = inference_config().get_parsed_content("network_def").arguments
+    return run_group(on_a_fake_gpu, str(tmp_path_factory.mktemp("gpu")), str(cohort), arguments, processes=1)[0]
