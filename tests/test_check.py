@@ -195,7 +195,7 @@ def test_a_parallel_run_gives_the_same_report(dataset, tmp_path):
 
 
 def test_ellipsoids_differ_from_each_other_and_are_all_good(tmp_path):
-    folder = make_ellipsoids(tmp_path / "ellipsoids", 40, size=16, workers=1)
+    folder = make_ellipsoids(tmp_path / "ellipsoids", 20, size=16, workers=1)
     report = check(folder, output_dir=tmp_path / "report", workers=1, strict=True)
     assert report.passed, [scan.reasons for scan in report.scans]
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
@@ -66,13 +67,13 @@ def test_affine_is_true(cohort):
     assert image[0, 0, 0] == image[-1, -1, -1] == 0
 
 
-@pytest.mark.parametrize(("spacing", "shape"), [(8.0, (25, 30, 24)), (7.3, (27, 32, 26)), (4.0, (50, 59, 48))])
+@pytest.mark.parametrize(("spacing", "shape"), [(7.3, (27, 32, 26)), (4.0, (50, 59, 48))])
 def test_spacing_changes_the_grid_and_not_the_anatomy(spacing, shape):
     image, affine, _ = brain_phantom(1, spacing=spacing)
     assert image.shape == shape
     np.testing.assert_array_equal(affine[:3, 3], (-98, -134, -72))
     litres = (image > 0).sum() * spacing**3 / 1e6
-    assert litres == pytest.approx((brain_phantom(1, spacing=6.0).image > 0).sum() * 6.0**3 / 1e6, rel=0.03)
+    assert litres == pytest.approx((brain_phantom(1, spacing=SPACING).image > 0).sum() * SPACING**3 / 1e6, rel=0.03)
     assert 1.2 < litres < 2.6
 
 
@@ -109,10 +110,16 @@ def test_lesions_are_bright_and_in_the_brain():
     assert ((image != without) & (mask == 0)).sum() < 30 * mask.sum()
 
 
-def with_and_without(kind, index=1):
+@cache
+def with_and_without(kind):
     """A phantom's healthy image, the one with lesions, and their mask, at 4 mm."""
-    image, _, mask = brain_phantom(index, seed=3, spacing=4.0, lesions=1.0, lesion_kinds=kind)
-    return brain_phantom(index, seed=3, spacing=4.0).image.astype(float), image.astype(float), mask > 0
+    image, _, mask = brain_phantom(1, seed=3, spacing=4.0, lesions=1.0, lesion_kinds=kind)
+    return healthy_phantom(), image.astype(float), mask > 0
+
+
+@cache
+def healthy_phantom():
+    return brain_phantom(1, seed=3, spacing=4.0).image.astype(float)
 
 
 @pytest.mark.parametrize("kind", KINDS)
