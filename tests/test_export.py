@@ -137,10 +137,15 @@ def test_the_model_zoo_takes_the_default_network(tmp_path):
 # --------------------------------------------------------------------------------------------------- what can be built
 
 VARIANTS = [
-    {"template": True, "spatial_shape": [8, 8, 8], "shared": True, "latents_off": [2], "num_latents": [2, 2, 2]},
-    {"spatial_dims": 2, "in_channels": 2, "strided": True, "rezero": True, "output_activation": "sigmoid"},
-    {"patch_size": 2, "template": True, "spatial_shape": [8, 16, 8]},
-    {"batch_norm": True, "separate_heads": True, "std_form": "exp", "plain_encoder": True, "predict_scale": False},
+    {
+        **{"template": True, "spatial_shape": [8, 8, 8], "shared": True, "latents_off": [2], "num_latents": [2, 2, 2]},
+        **{"batch_norm": True, "separate_heads": True, "std_form": "exp", "plain_encoder": True},
+        "predict_scale": False,
+    },
+    {
+        **{"spatial_dims": 2, "in_channels": 2, "strided": True, "rezero": True, "output_activation": "sigmoid"},
+        "patch_size": 2,
+    },
     {
         **{"num_latents": [0, 0, 3], "decoder_channels": [3, 10, 7], "hidden_channels": [5, 7, 9]},
         **{"output_activation": "identity", "template": True, "spatial_shape": [4, 8, 12], "checkpoint_levels": 3},
