@@ -151,9 +151,6 @@ def test_a_checkpoint_with_a_wrong_field_gives_way_to_the_one_before(edit, words
     torch.save(content, folder / "checkpoint.pt")
     assert newest_checkpoint(folder, resume=True).name == "checkpoint_1.pt"
     assert words in caplog.text and "The checkpoint before it is looked at" in caplog.text
-    torch.save(content, folder / "checkpoint_1.pt")
-    with pytest.raises(CheckpointError, match="All checkpoints"):
-        newest_checkpoint(folder, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -338,22 +335,19 @@ def test_weights_of_another_size_name_the_overlay_that_they_need(tmp_path):
         load_weights(VDVAE(2, 1, [4, 6], [1, 1], [2, 3], [3, 2]), tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_run_after_the_running_update(number, undisturbed, cohort, tmp_path, monkeypatch):
+def test_a_signal_ends_a_run_after_the_running_update(undisturbed, cohort, tmp_path, monkeypatch):
     batch = VDVAETrainer.batch
 
     def interrupted(trainer, *args, **kwargs):
         if trainer.state.updates == 6:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
         return batch(trainer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(VDVAETrainer, "batch", interrupted)
         result = run(cohort, tmp_path, "--resume", "auto")
     assert result.returncode == 0, result.stderr
-    assert f"Stopped by {number.name} after update 7; the checkpoint is saved" in result.stderr
-    if number == signal.SIGUSR1:  # what goes on from it goes on from the same
-        return
+    assert "Stopped by SIGTERM after update 7; the checkpoint is saved" in result.stderr
     result = run(cohort, tmp_path, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert "after epoch 1 and 2 batches, update 7" in result.stderr
