@@ -33,16 +33,17 @@ def tiny_weights(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def bundle(tmp_path, tiny_weights) -> Path:
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory, tiny_weights) -> Path:
     """A copy of the bundle whose default network is the tiny one, with weights, tracked by git."""
-    root = tmp_path / "bundle"
+    root = tmp_path_factory.mktemp("tiny") / "bundle"
     root.mkdir()
     for folder in ("configs", "scripts"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("README.md", "LICENSE", "docs/README.md", "docs/data_license.txt", "tests/tiny.json"):
         (root / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, root / file)
+    (root / "scripts/webpage/static/niivue/niivue.umd.js").write_text("")  # of megabytes
     (root / "large_files.yml").write_text("# what is too large\nlarge_files: []\n")
     (root / "models").mkdir()
     shutil.copy(tiny_weights, root / "models/model.pt")
@@ -66,6 +67,12 @@ def bundle(tmp_path, tiny_weights) -> Path:
     for command in (["init", "--quiet"], ["add", "--all"]):
         subprocess.run(["git", *command], cwd=root, check=True)
     return root
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path) -> Path:
+    """One of a test's own."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 def simple_versions(metadata: dict) -> None:
@@ -182,7 +189,6 @@ def test_a_hub_gets_a_card_with_front_matter_and_weights_without_pickle(bundle, 
 
 def test_a_large_file_is_listed_not_shipped(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(release, "SIZE_LIMIT", (bundle / "models/model.pt").stat().st_size - 1)
-    (bundle / "scripts/webpage/static/niivue/niivue.umd.js").write_text("")  # larger than these weights
     message = refused(bundle, tmp_path / "releases")
     assert message.startswith("'models/model.pt' has ") and "say where by --url" in message
 
