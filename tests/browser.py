@@ -85,6 +85,16 @@ def viewer(view: str) -> str:
 
 
 @contextmanager
+def pages(browser: Any) -> Iterator[None]:
+    """Pages of a browser, which are closed at the end."""
+    try:
+        yield
+    finally:
+        for context in browser.contexts:
+            context.close()
+
+
+@contextmanager
 def chromium() -> Iterator[Any]:
     """A browser; the test is skipped where there is none."""
     if CHROMIUM is None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from browser import Window, chromium, viewer
+from browser import Window, chromium, pages, viewer
 from conftest import ROOT, fitted_scans, inference_config, informative_network, run_command
 from starlette.testclient import TestClient
 from test_covariates import KINDS, prior_with_effects
@@ -554,6 +554,12 @@ def served(jobs):
     thread.join(timeout=20)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
 def slow(**arguments):
     """A job of half a minute."""
     for done in range(300):
@@ -562,8 +568,8 @@ def slow(**arguments):
     return Result()
 
 
-def test_the_page_shows_what_is_significant(certified_jobs):
-    with served(certified_jobs) as address, chromium() as browser:
+def test_the_page_shows_what_is_significant(certified_jobs, browser):
+    with served(certified_jobs) as address, pages(browser):
         window = Window(browser, address)
         window.page.locator("#scans tbody tr").nth(3).click()
         window.page.get_by_label("Overlay").first.select_option("significant")
@@ -575,8 +581,8 @@ def test_the_page_shows_what_is_significant(certified_jobs):
         assert not window.failures
 
 
-def test_the_page_in_a_browser(jobs, tmp_path, monkeypatch):
-    with served(jobs) as address, chromium() as browser:
+def test_the_page_in_a_browser(jobs, browser, tmp_path, monkeypatch):
+    with served(jobs) as address, pages(browser):
         window = Window(browser, address)
         page, holds, drawn = window.page, window.holds, window.drawn
 
@@ -804,8 +810,8 @@ def test_a_picture_that_nobody_waits_for_is_not_made(jobs, monkeypatch):
         assert given_up.wait(10)
 
 
-def test_two_people_at_once(jobs, monkeypatch):
-    with served(jobs) as address, chromium() as browser:
+def test_two_people_at_once(jobs, browser, monkeypatch):
+    with served(jobs) as address, pages(browser):
         first, second = windows = [Window(browser, address) for _ in range(2)]
         for window in windows:
             window.page.wait_for_selector("#scans tbody tr img")
@@ -831,7 +837,7 @@ def test_two_people_at_once(jobs, monkeypatch):
         assert window.elsewhere == [] and window.failures == []
 
 
-def test_the_channel_that_is_shown_is_chosen(folder, tmp_path):
+def test_the_channel_that_is_shown_is_chosen(folder, browser, tmp_path):
     for number, path in enumerate(sorted(folder.glob("sub-0*.nii.gz"))[:2]):
         scan = nib.load(path)
         flair = scan.get_fdata(dtype=np.float32)
@@ -846,7 +852,7 @@ def test_the_channel_that_is_shown_is_chosen(folder, tmp_path):
         views = [ask(client, "view", index=0, channel=channel) for channel in (0, 1)]
         expected = [volume(client, view, "scan").get_fdata() for view in views]
     assert np.abs(expected[0] - expected[1]).max() > 0.1
-    with served(jobs) as address, chromium() as browser:
+    with served(jobs) as address, pages(browser):
         window = Window(browser, address)
         page = window.page
         page.locator("#scans tbody tr").first.press("Enter")
