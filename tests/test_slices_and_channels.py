@@ -86,7 +86,17 @@ def test_a_run_trains_and_draws_figures(trained):
     assert (run / "figures" / "reconstructions_epoch=0002.png").stat().st_size > 3000
 
 
-@pytest.mark.parametrize("job", ["reconstruct", "encode", "sample", "score", "interpolate"])
+JOBS = ("reconstruct", "encode", "sample", "score", "interpolate")
+
+
+@pytest.mark.parametrize(
+    ("trained", "job"),
+    [
+        *((kind, job) for kind in ("slices", "channels") for job in JOBS),
+        *(("slices of two channels", job) for job in ("reconstruct", "sample")),
+    ],
+    indirect=["trained"],
+)
 def test_every_job_takes_them(trained, job, tmp_path):
     kind, scans, run = trained
     words = ("--dataset_dir", scans, "--output_dir", tmp_path, "--ckpt", run / "checkpoints" / "model.pt")
@@ -107,7 +117,7 @@ def test_every_job_takes_them(trained, job, tmp_path):
     assert all(np.isfinite(nib.load(path).get_fdata()).all() for path in results)
 
 
-JOBS = {"join": ("--join_channels", True), "bids": ("--bids_derivatives", True)}
+NAMING = {"join": ("--join_channels", True), "bids": ("--bids_derivatives", True)}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +126,7 @@ def decoded(two_channels, tmp_path_factory):
     scans, run = two_channels
     words = ("--ckpt", run / "checkpoints" / "model.pt", *KINDS["channels"])
     folder = tmp_path_factory.mktemp("decoded")
-    for name, more in {"plain": (), **JOBS}.items():
+    for name, more in {"plain": (), **NAMING}.items():
         for job in ("reconstruct", "encode", "decode"):
             source = folder / name / "encode" if job == "decode" else scans
             output = folder / name / job
