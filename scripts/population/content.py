@@ -163,7 +163,7 @@ def _check_familiarity(plain: Any) -> None:
     _check_covariance(plain, size, place)
     if _tensor(plain, "quantiles", place).ndim != 2 or not _is_number(plain.get("bits_per_dim")):
         raise _WrongError(f"the quantiles or the bits per dim of {place} are missing")
-    if plain.get("surprise") is not None and _tensor(plain, "surprise", place).ndim != 2:
+    if plain.get("surprise") is not None and tuple(_tensor(plain, "surprise", place).shape[:-1]) != (2,):
         raise _WrongError(f"how unlikely the places of a brain are in {place} is no table")
     people = plain.get("people")
     if not isinstance(people, list | tuple) or len(people) != 2 or not all(type(n) is int and n > 0 for n in people):

@@ -86,6 +86,11 @@ def parts(network: VDVAE) -> dict[str, Tensor]:
     return {"brain": surely, "border": inside & ~surely, "background": ~inside}
 
 
+def _or_all(mask: Tensor) -> Tensor:
+    """A mask; where it is empty, that of all voxels."""
+    return mask if mask.any() else torch.ones_like(mask)
+
+
 def statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
     """Of the numbers of :func:`statistics`."""
     axes = [f"roughness {axis}" for axis in "xyz"[: network.spatial_dims]]
@@ -142,8 +147,7 @@ def surprise(network: VDVAE, scans: Tensor, output: VDVAEOutput) -> Tensor:
     spacing = affine_to_spacing(network.scan_affine, rank).tolist()
     sizes = [min(size, max(1, round(PLACE / mm))) for size, mm in zip(scans.shape[2:], spacing, strict=True)]
     pool = Pool["AVG", rank](sizes, ceil_mode=True)
-    brain = parts(network)["brain"]
-    brain = (brain if brain.any() else torch.ones_like(brain)).to(scans)[None, None]
+    brain = _or_all(parts(network)["brain"]).to(scans)[None, None]
     unlikely = -torch.distributions.Normal(output.loc, output.scale).log_prob(scans).mean(1, keepdim=True)
     share = pool(brain)
     enough = share >= torch.clamp(share.max(), max=LEAST_BRAIN)
@@ -179,7 +183,7 @@ def statistics(
     of_grids = [output.kl[:, levels == level].sum(1) for level in sorted(set(network.latent_levels))]
     numbers += [kl.clamp_min(0).log1p() for kl in of_grids]
     core, (low, high) = where["brain"], OUTPUT_RANGES[network.output_activation]
-    black = (scans <= low + BLACK * (high - low)).all(1)[:, core if core.any() else torch.ones_like(core)]
+    black = (scans <= low + BLACK * (high - low)).all(1)[:, _or_all(core)]
     numbers.append((LEAST_MISSING + black.float().mean(1)).log())
     if prior is not None:
         numbers.append(prior.typicality(prior.coordinates(innovations))[0].log1p())
@@ -204,7 +208,7 @@ def tissue_quantiles(scan: Tensor, inside: Tensor) -> Tensor:
         inside: ``[*spatial]``; where it is empty, all voxels count.
     """
     at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device=scan.device)
-    values = scan.double()[:, inside if inside.any() else torch.ones_like(inside)]
+    values = scan.double()[:, _or_all(inside)]
     return torch.stack([torch.quantile(channel[:: 1 + len(channel) // 2**20], at) for channel in values]).float()
 
 
