@@ -246,6 +246,11 @@ def test_impossible_numbers_are_refused(wrong):
         Imputation(**wrong)
 
 
+def test_no_draws_are_not_the_usual_number(damaged, weights, tmp_path):
+    with pytest.raises(ValueError, match="draws is 0: it must be 2 or more"):
+        impute(damaged, tmp_path, weights, draws=0)
+
+
 # Imputing: scans and masks
 
 

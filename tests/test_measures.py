@@ -16,6 +16,7 @@ from sklearn.metrics import explained_variance_score, roc_auc_score
 from scripts.inference.measures import (
     NormativeErrors,
     category_numbers,
+    distance_ratio,
     file_bits,
     fit_predictor,
     frechet_distance,
@@ -67,6 +68,9 @@ def test_copies_are_seen(cohort):
     distances, places = nearest_training(training[:300] + 0.01 * draw(300), training)
     assert float(distances.median() / usual) < 0.1
     assert places.tolist() == list(range(300))
+    near, far = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 4.0, 5.0])
+    assert distance_ratio(near, far) == 0.5
+    assert distance_ratio(near, torch.tensor([0.0, 0.0, 5.0])) is None  # held-out scans that were trained on
 
 
 def test_an_interval_is_students():

@@ -401,7 +401,7 @@ class CertifiedEvaluator:
         content = self.certificate.content(read) | {"forming_threshold": FORMING, "level": level}
         write_text(self.output_dir / "certificate.json", json.dumps(content, indent=2) + "\n")
         names = ("people", "scans", "smallest_p", "expected", "observed")
-        rows = [[group, *(f"{row[name]:.4g}" for name in names)] for group, row in content["groups"].items()]
+        rows = [[group, *(_shown(row[name]) for name in names)] for group, row in content["groups"].items()]
         write_csv(self.output_dir / "certificate.csv", ("group", *names), rows)
         self.columns.write(self.output_dir / "findings.csv", self._rows(read))
         legend = f"{self.certificate.sentence()} {self.scans.report.legend}"
@@ -443,3 +443,8 @@ class CertifiedEvaluator:
                 if (values != 0).any() and (np.abs(values[values != 0]) < least).any():
                     kept = torch.from_numpy(np.where(np.abs(values) >= least, values, 0)[None])
                     save_nifti(path, kept, torch.from_numpy(image.affine), int(image.header["sform_code"]))
+
+
+def _shown(number: float) -> str:
+    """A number of people or of scans in full, a share or an expectation to four digits."""
+    return str(number) if isinstance(number, int) else f"{number:.4g}"

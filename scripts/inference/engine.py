@@ -34,7 +34,7 @@ from scripts.population.familiarity import FALSE_ALARMS, LEAST_ALIKE, Familiarit
 from scripts.training.precision import autocast
 from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
-from scripts.utils.errors import InputError, root_cause
+from scripts.utils.errors import BundleError, InputError, root_cause
 from scripts.utils.files import write_text
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
@@ -455,7 +455,7 @@ class ScanEvaluator(Evaluator):
         if far <= ANOTHER_SCANNER:
             try:
                 found = self._examiner.examine(self._examiner.load(image_files(item["image"])))
-            except Exception as error:  # such as that of a preprocessing whose steps it does not know
+            except BundleError as error:  # such as that of a preprocessing whose steps it does not know
                 said += f"; that could not be done here: {root_cause(error)}"
             else:
                 said = found.sentence()

@@ -273,7 +273,7 @@ def impute(
         known_truth: scans are whole under their masks: measure how good the filling is, ``imputed.csv``.
     """
     scans = common.cohort.with_masks(mask_dir, mask_pattern, masked_only=True)
-    inferer = Imputation(iterations, draws or 4, voxel_noise=voxel_noise)
+    inferer = Imputation(iterations, 4 if draws is None else draws, voxel_noise=voxel_noise)
     layout, images = common.layout(common.cohort.root), inferer.images()
     results = [*images, "imputed_mean", "imputed_std"]
     settings = {"mask_dir": mask_dir, "mask_pattern": mask_pattern, "voxel_noise": voxel_noise}
@@ -409,7 +409,7 @@ def deviation(
     labels = covariate_results.fit_atlas(atlas, common.grid, network.spatial_shape, network.scan_affine)
     regions, row = layout("regions", ".json"), layout("deviationscore", ".json")
     scans = common.cohort.with_covariates(prior)
-    inferer, images = Deviation(prior, draws or 32, labels), ["expected", "spread", "deviation"]
+    inferer, images = Deviation(prior, 32 if draws is None else draws, labels), ["expected", "spread", "deviation"]
     if inferer.draws < FEW_DRAWS:
         logger.warning(
             "draws is %d: the spread of so few is poorly known, and deviations look larger than they are; set --draws "

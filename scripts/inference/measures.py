@@ -9,6 +9,7 @@ import gzip
 import importlib.util
 import io
 import itertools
+import logging
 import lzma
 import math
 from collections import Counter
@@ -22,6 +23,8 @@ from scripts.data.covariates import Value
 from scripts.population.fit import SHARPNESSES
 from scripts.population.prior import PopulationPrior
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Numbers = dict[str, float | None]
 BANDS = ((0, 5), (5, 20), (20, 50), (50, 100))  # of principal components, leading first
@@ -79,6 +82,21 @@ def nearest_training(images: Tensor, training: Tensor) -> Tensor:
         images, training: ``[images, channels, *spatial]``.
     """
     return torch.cdist(images.flatten(1).double(), training.flatten(1).double()).min(1)
+
+
+def distance_ratio(of_samples: Tensor, of_scans: Tensor) -> float | None:
+    """The median of the samples' distances to their nearest training scan over that of held-out scans.
+
+    None, with a warning, where most of the held-out scans are training scans.
+    """
+    usual = float(of_scans.median())
+    if usual == 0:
+        logger.warning(
+            "Half of the held-out scans or more are the same as training scans: no distance from these is usual, and "
+            "no figure of held-out scans is one. Leave copies out."
+        )
+        return None
+    return float(of_samples.median()) / usual
 
 
 def spectrum(

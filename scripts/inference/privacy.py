@@ -14,7 +14,7 @@ import ignite.distributed as idist
 import torch
 from scripts.data.datalist import check_sides, list_sides
 from scripts.inference.engine import ReadOrFail, ScanEvaluator, read_item
-from scripts.inference.measures import membership, nearest_training
+from scripts.inference.measures import distance_ratio, membership, nearest_training
 from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError
 from scripts.utils.files import write_csv, write_text
@@ -161,21 +161,21 @@ class Privacy:
         if idist.get_rank() > 0:
             return
         common = self.training.common
-        rows, medians = [], []
+        rows, nearest = [], []
         names = [Path(item["image"]).name for item in self.sampling.dataset.data]
         for kind, images, of in (
             ("sample", samples, names),
             ("held-out scan", held_out.images, [item_path(item) for item in held_out.items]),
         ):
             distances, places = nearest_training(images, training.images)
-            medians.append(float(distances.median()))
+            nearest.append(distances)
             rows += [
                 (kind, name, item_path(training.items[place]), f"{distance:.6g}")
                 for name, place, distance in zip(of, places.tolist(), distances.tolist(), strict=True)
             ]
         numbers = {"training_scans": len(training.items), "held_out_scans": len(held_out.items)}
         numbers |= {"samples": len(samples), **membership_numbers(training, held_out, common.seed)}
-        numbers["nearest_training_ratio"] = medians[0] / medians[1]
+        ratio = numbers["nearest_training_ratio"] = distance_ratio(*nearest)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_csv(self.output_dir / "privacy.csv", ("kind", "image", "nearest_training", "distance"), rows)
         write_text(self.output_dir / "privacy.json", json.dumps(numbers, indent=2) + "\n")
@@ -185,8 +185,9 @@ class Privacy:
         logger.info(
             "A scan that was trained on is likelier than a held-out one in %.1f %% of pairs (95 %% interval %.1f to "
             "%.1f; 50: the model keeps nothing of single people), by %.4f bits per dim in the mean. Samples lie at "
-            "%.2f of the distance from their nearest training scan that held-out scans have from theirs (copies: far "
+            "%s of the distance from their nearest training scan that held-out scans have from theirs (copies: far "
             "below 1). Results: '%s'.",
             *(100 * numbers[f"membership_{name}"] for name in ("auroc", "auroc_low", "auroc_high")),
-            *(numbers["membership_gap"], numbers["nearest_training_ratio"], self.output_dir / "privacy.json"),
+            *(numbers["membership_gap"], "an unknown share" if ratio is None else f"{ratio:.2f}"),
+            self.output_dir / "privacy.json",
         )

@@ -15,7 +15,14 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
-from scripts.inference.measures import frechet_distance, nearest_training, precision_recall, region_distance, spectrum
+from scripts.inference.measures import (
+    distance_ratio,
+    frechet_distance,
+    nearest_training,
+    precision_recall,
+    region_distance,
+    spectrum,
+)
 from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError, NotFoundError
 from torch import Tensor, nn
@@ -72,8 +79,8 @@ def compare_images(
     few = len(scans) < 2
     found |= dict.fromkeys(("precision", "recall")) if few else precision_recall(samples[: len(scans)], scans)
     if training is not None:
-        distances = [float(nearest_training(images, training)[0].median()) for images in (samples, scans)]
-        found["nearest_training_ratio"] = distances[0] / distances[1]
+        distances = [nearest_training(images, training)[0] for images in (samples, scans)]
+        found["nearest_training_ratio"] = distance_ratio(*distances)
         found |= {} if few else spectrum(samples, scans, training)
     return found
 
