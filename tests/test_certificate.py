@@ -250,6 +250,16 @@ def test_a_group_calibrates_once(people, tmp_path):
     ):
         done = certified(people, tmp_path / "other", "--error_rate", 0.1, "--calibration", file, *change)
         assert done.returncode == 1 and message in done.stderr, done.stderr
+    for words, changed in (
+        (("--error_rate", 0.2, "--calibration", file), "error_rate"),
+        ((), "error_rate, correction, calibration_people"),
+    ):
+        done = certified(people, tmp_path / "second", *words)
+        assert done.returncode == 1 and f"of 'deviation' made with another {changed}:" in done.stderr, done.stderr
+    done = certified(people, tmp_path / "second", "--overwrite", True)
+    assert done.returncode == 0, done.stderr
+    left = [path.name for path in (tmp_path / "second").iterdir()]
+    assert not [name for name in left if any(word in name for word in ("certificate", "findings", "significant"))]
     file.write_text(text.replace('"cluster"', '"clusters"'), encoding="utf-8")
     done = certified(people, tmp_path / "other", "--error_rate", 0.1, "--calibration", file)
     assert done.returncode == 1 and "is damaged, or of another version" in done.stderr

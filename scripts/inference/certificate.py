@@ -24,6 +24,7 @@ from scripts.utils.command_line import check_number
 from scripts.utils.errors import InputError
 
 CORRECTIONS = ("family", "discovery")
+SETTINGS = ("error_rate", "correction", "calibration_people")  # in the record of results
 SITE = "site"
 FAMILIES = ("cluster", "region")
 LEAST_SCANS = 10  # from which weights are estimated
@@ -168,6 +169,10 @@ class Certificate:
         people = self.members[group]
         larger = sum(w for largest, w in people if largest[kind] >= size)
         return (weight + larger) / (weight + sum(w for _, w in people))
+
+    def settings(self) -> dict[str, Any]:
+        """On which p values and what is significant depend."""
+        return dict(zip(SETTINGS, (self.error_rate, self.correction, self.digest()), strict=True))
 
     def digest(self) -> str:
         """What tells this calibration from others."""

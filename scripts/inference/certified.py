@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -41,6 +42,7 @@ FORMING = 2.5  # a cluster's voxels deviate by more standard deviations
 MOST_CLUSTERS = 20  # of a scan in the table, the largest ones; all count
 FORMAT = 1  # of calibration.json
 CALIBRATION = "calibration.json"
+TABLES = ("certificate.json", "certificate.csv", "findings.csv")
 
 
 def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -292,6 +294,19 @@ def certify(
     return CertifiedEvaluator(common, inferer, certificate, calibration, regions, settings)
 
 
+def certified_layouts(common: Common) -> list[ScanLayout]:
+    """Of what a certificate adds to each scan's results: its findings, and the map of the significant clusters."""
+    layout = common.layout(common.cohort.root)
+    return [layout("findings", ".json"), layout("significant")]
+
+
+def remove_certified(common: Common, scans: Sequence[str]) -> None:
+    """Remove what an earlier run with a certificate left beside results that were made without one."""
+    left = (layout.paths({"image": scan}) for layout in certified_layouts(common) for scan in scans)
+    for path in (*itertools.chain(*left), *(common.output_dir / name for name in TABLES)):
+        path.unlink(missing_ok=True)
+
+
 class CertifiedEvaluator:
     """The job ``deviation`` with a certificate: first the calibration's people, then the scans.
 
@@ -321,9 +336,9 @@ class CertifiedEvaluator:
             self._compute_people(common, inferer, calibration, settings)
         else:
             certificate.refuse_few(len(self.known))
-        layout = common.layout(given.root)
-        self.findings, self.maps, self.columns = layout("findings", ".json"), layout("significant"), given.columns
-        self.output_dir, self.layouts = common.output_dir, [self.findings, self.maps]
+        self.layouts = certified_layouts(common)
+        self.findings, self.maps = self.layouts
+        self.columns, self.output_dir = given.columns, common.output_dir
         self.scans: ScanEvaluator | None = None
         self.steps = [FindClusters(common.network), SaveFindings(self.findings, certificate, regions)]
 
@@ -357,7 +372,7 @@ class CertifiedEvaluator:
     def run(self) -> None:
         """Compute what is missing of both."""
         self.calibrate()
-        self.scans.settings |= {"calibration_people": self.certificate.digest()}
+        self.scans.settings |= self.certificate.settings()
         self.scans.run()
 
     def calibrate(self) -> None:

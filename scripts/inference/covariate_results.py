@@ -264,7 +264,10 @@ def region_table(
     found = {
         scan: json.loads(file.read_text(encoding="utf-8")) for scan in scans if (file := layout.path(scan)).exists()
     }
+    folder = Path(output_dir)
     if not found:
+        for name in ("deviation.csv", "deviation_z.csv", "regions.png"):  # of an earlier run with an atlas
+            (folder / name).unlink(missing_ok=True)
         return
     names = ("value", "expected", "std", "z")
 
@@ -278,7 +281,6 @@ def region_table(
                 centile = 50 * (1 + math.erf(values[3] / math.sqrt(2)))
                 yield scan, {"region": region, **numbers, "centile": f"{centile:.4g}", "q": f"{q:.4g}"}
 
-    folder = Path(output_dir)
     columns.write(folder / "deviation.csv", rows())
     z = ((scan, {name: f"{values[3]:.6g}" for name, values in regions.items()}) for scan, regions in found.items())
     columns.write(folder / "deviation_z.csv", z)

@@ -73,8 +73,9 @@ def deviation_report(prior: PopulationPrior, certified: bool) -> Report:
     """The page of ``deviation``, with a certificate or without."""
     scores = prior.deviation_scores
     usual = {"deviation_score": _middle(scores)} if len(scores) else {}
+    certificate = ("certificate.csv", "findings.csv") if certified else ()
     return Report(
-        ("deviation_scores.csv", "certificate.csv", "findings.csv", "deviation_z.csv", "deviation.csv"),
+        ("deviation_scores.csv", *certificate, "deviation_z.csv", "deviation.csv"),
         ("regions.png",),
         DEVIATIONS + (CERTIFICATES if certified else "") + " The scans that deviate most come first.",
         ("deviation_score", "unfamiliarity"),

@@ -19,7 +19,8 @@ from scripts.data.datalist import common_root
 from scripts.data.scan_grid import ToScand
 from scripts.data.transforms import reading, unclipped
 from scripts.inference import covariate_results, lesions, outputs
-from scripts.inference.certified import CertifiedEvaluator, certify
+from scripts.inference.certificate import SETTINGS as CERTIFICATE_SETTINGS
+from scripts.inference.certified import CertifiedEvaluator, certify, remove_certified
 from scripts.inference.common import Common
 from scripts.inference.covariate_results import RegionCurves
 from scripts.inference.covariates import (
@@ -423,6 +424,8 @@ def deviation(
     curves = RegionCurves(inferer, network, scans, common.seed, common.loading["batch_size"])
 
     def tables(done: Sequence[str]) -> None:
+        if certificate is None:
+            remove_certified(common, done)
         row_table(common.output_dir / "deviation_scores.csv", row, common.cohort.columns, done)
         covariate_results.region_table(common.output_dir, regions, common.cohort.columns, curves, done)
 
@@ -446,7 +449,7 @@ def deviation(
             *([regions] if atlas else []),
             *([] if certificate is None else certificate.layouts),
         ],
-        {**settings, "regions": names},
+        {**settings, "regions": names, **dict.fromkeys(CERTIFICATE_SETTINGS)},
         arguments=partial(stack_features, prior),
         asks=True,
         summary=tables if certificate is None else partial(certificate.summary, tables),

@@ -43,6 +43,7 @@ LEAST_DEVIATION = 0.02  # of the range that scans are scaled to: no voxel is kno
 logger = logging.getLogger(__name__)
 MOST_UNUSUAL = 12  # scans in the picture
 NAMED = 3  # in the log
+LESION_TABLES = ("lesions.csv", "lesions_thresholds.csv", "lesions.md")
 
 
 class Scoring(Inferer):
@@ -327,6 +328,8 @@ class ScoreSummary:
             )
         if self.figures:
             self._draw({scan: scores[scan] for scan in highest})
+        for name in LESION_TABLES:  # of an earlier run, with masks or of other scans
+            (self.output_dir / name).unlink(missing_ok=True)
         if any("mask" in item for item in self.items.values()):
             self._find_lesions(scans)
 
