@@ -404,8 +404,14 @@ def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
     halves[: len(halves) // 2] = 2
     nib.save(nib.Nifti1Image(halves, scan.affine), tmp_path / "atlas.nii.gz")
     words = (*words, "--samples", 0, "--draws", 2, "--atlas", tmp_path / "atlas.nii.gz")
+    configs = ["configs/train.json", "configs/evaluate.json"]
+    refused = run_bundle(*words, run_id=None, configs=configs)
+    assert refused.returncode == 0, refused.stderr
+    assert "1 scan(s) can't be read and are left out" in refused.stderr
+    assert "no training scan has site 'D'" in refused.stderr
+    left = pd.read_csv(tmp_path / "evaluation" / "evaluation.csv", index_col="image")
     words = (*words, "--unseen_categories", "unknown")
-    result = run_bundle(*words, run_id=None, configs=["configs/train.json", "configs/evaluate.json"])
+    result = run_bundle(*words, run_id=None, configs=configs)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert {"age_mae", "sex_accuracy", "mace", "msll", "mace_voxels", "region_mace_regions"} <= found.keys()
@@ -418,6 +424,8 @@ def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
     assert "age_information" in result.stderr
     assert "Categories that no training scan has count as not known: site 'D' (1 scan(s))" in result.stderr
     assert found["held_out_scans"] == 6
+    rows = pd.read_csv(tmp_path / "evaluation" / "evaluation.csv", index_col="image")
+    assert len(left) == 5 and left["nll"].equals(rows["nll"][left.index])
     assert "Not known is the age" not in result.stderr  # of those who were trained on, in another folder, neither
 
 

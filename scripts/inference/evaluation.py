@@ -231,6 +231,7 @@ def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int
 
 def _rows(common: Common, table: ELBOTable, held_out: Measured, trained: Measured | None) -> list[dict[str, float]]:
     """What is known of each held-out scan."""
+    drawn = [table.numbers[place] for place in held_out.places]
     scored = [{name: v for name, v in row.items() if name.startswith(SCORED)} for row in held_out.numbers]
     low, high = common.value_range
 
@@ -246,7 +247,7 @@ def _rows(common: Common, table: ELBOTable, held_out: Measured, trained: Measure
         return [{f"file_{name}": float(np.mean([c[name] for c in scan])) for name in scan[0]} for scan in channels]
 
     files = shared_out(len(held_out.items), 1, sizes, "sizes of lossless files")
-    return [own | more | size for own, more, size in zip(table.numbers, scored, files, strict=True)]
+    return [own | more | size for own, more, size in zip(drawn, scored, files, strict=True)]
 
 
 def _covariate_numbers(

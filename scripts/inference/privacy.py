@@ -32,11 +32,13 @@ class Measured(NamedTuple):
         items: of the data set, those that could be read.
         images: ``[scans, channels, *spatial]``.
         numbers: see :class:`scripts.inference.scoring.Scoring`.
+        places: of these scans among all that were to be measured.
     """
 
     items: list[dict[str, Any]]
     images: Tensor
     numbers: list[dict[str, float]]
+    places: list[int]
 
     def column(self, name: str) -> list[float]:
         """A number of all scans."""
@@ -80,7 +82,7 @@ def measure(scoring: ScanEvaluator, what: str) -> Measured | None:
     if not kept:
         return None
     images, numbers = zip(*(found[place] for place in kept), strict=True)
-    return Measured([items[place] for place in kept], torch.stack(images), list(numbers))
+    return Measured([items[place] for place in kept], torch.stack(images), list(numbers), kept)
 
 
 def draw_samples(sampling: ScanEvaluator) -> Tensor:
