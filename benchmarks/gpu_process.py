@@ -162,7 +162,7 @@ def measure_training(
         # a graph's own memory counts as free between two of its parts
         peak = torch.cuda.memory_reserved if "graph" in mode else torch.cuda.max_memory_allocated
         row |= {"peak": peak(), "free_after": torch.cuda.mem_get_info()[0]}
-        row["estimate"] = estimate_step(network, size, fewer, None, ema=True)["peak"]
+        row["estimate"] = estimate_step(network, size, fewer, None)["peak"]
     return row
 
 

@@ -9,7 +9,7 @@ from scripts.population.effects import Effects, shrunk_mean
 
 
 def fitted(features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    effects = Effects(features.shape[1])
+    effects = Effects(features.shape[1], values.shape[1:])
     for part in range(0, len(features), 7):
         effects.add(features[part : part + 7], values[part : part + 7])
     return effects.fit()
@@ -64,7 +64,7 @@ def test_the_order_of_covariates_does_not_matter_and_what_has_no_effect_gets_non
     values = sex * torch.randn(5000, generator=generator) + 3 * torch.randn(200, 5000, generator=generator)
     fits = []
     for columns in ((age, sex), (sex, age)):
-        effects = Effects(2, [slice(0, 1), slice(1, 2)])
+        effects = Effects(2, [5000], [slice(0, 1), slice(1, 2)])
         effects.add(torch.cat(columns, dim=1), values)
         fits.append(effects.fit())
     torch.testing.assert_close(fits[0], fits[1].flip(0), rtol=1e-4, atol=1e-5)

@@ -478,7 +478,7 @@ def test_drawn_scans_differ_by_covariates_as_people_do(network, coding, tmp_path
     people = [{"image": (cohort.training[k] @ means.flatten(1)).view(1, 8, 8, 8)} for k in range(42)]
     fit = PopulationFit(network, Dataset(people), Dataset([]), tmp_path / "p.pt", covariates=cohort)
     fit._add_offsets(prior, means, fit.training)
-    draws = Effects(coding.size)
+    draws = Effects(coding.size, [1, 8, 8, 8])
     for seed in range(1000, 1020):
         drawn = []
         for features in (cohort.training, torch.zeros(42, coding.size)):

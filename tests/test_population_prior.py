@@ -240,6 +240,15 @@ def test_processes_fit_one_prior_together(network, fitted, tmp_path, monkeypatch
     assert together["gain"] == pytest.approx(alone["gain"], rel=0.2) and alone["gain"] > 10
 
 
+def test_processes_without_a_held_out_scan_fit_with_the_others(network, fitted, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    people = [{"image": scan} for scan in fitted[2][:5]]  # one of whom is held out
+    first, second = run_group(fit_of_both, str(tmp_path), network, people, [])
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert len(first["distances"]) == 1 and all(part.isfinite().all() for part in first.values())
+
+
 def test_the_training_scans_that_are_held_out_are_of_people_of_their_own(network, fitted, tmp_path, monkeypatch):
     """Another session of a person who is fitted to would make factors, and all that is measured, look too good."""
     items = [{"image": scan, "subject": f"sub-{place // 3}"} for place, scan in enumerate(fitted[2][:15])]

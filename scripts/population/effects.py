@@ -48,24 +48,25 @@ class Effects:
 
     Args:
         features: how many they are.
+        shape: of the quantities of a scan.
         covariates: which features belong to each covariate; None: all to one.
     """
 
-    def __init__(self, features: int, covariates: Sequence[slice] | None = None) -> None:
+    def __init__(self, features: int, shape: Sequence[int], covariates: Sequence[slice] | None = None) -> None:
         self.covariates = [slice(0, features)] if covariates is None else list(covariates)
+        self.shape, quantities = tuple(shape), math.prod(shape)
         self.gram = torch.zeros(features + 1, features + 1, dtype=torch.float64)
-        self.moments, self.squares = torch.zeros(()), torch.zeros(())
-        self.shape: tuple[int, ...] = ()
+        self.moments, self.squares = torch.zeros(features + 1, quantities), torch.zeros(quantities)
 
     def add(self, features: Tensor, values: Tensor) -> None:
         """Take in some scans.
 
         Args:
             features: ``[batch, features]``, of mean 0 over the cohort.
-            values: the quantities, ``[batch, ...]``.
+            values: the quantities, ``[batch, *shape]``.
         """
         design = torch.cat([torch.ones(len(features), 1), features], dim=1)
-        self.shape, flat = tuple(values.shape[1:]), values.flatten(1)
+        flat = values.flatten(1)
         self.gram += design.double().T @ design.double()
         self.moments = self.moments + design.T @ flat
         self.squares = self.squares + flat.square().sum(0)

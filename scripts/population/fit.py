@@ -182,6 +182,7 @@ class PopulationFit:
         features = 0 if self.coding is None else self.coding.size
         per_dimension = fit_bytes(self.factors, features, self.batch_size, held_out)
         memory = memory_to_use() if self.memory is None else self.memory * 2**30
+        memory = idist.all_reduce(memory, "MIN")  # all must take the same latents
         self.latents = latents_within(self.network, memory, per_dimension)
         left_out = [grid for i, grid in enumerate(self.network.latent_grids()) if i not in self.latents]
         if left_out and idist.get_rank() == 0:
@@ -303,7 +304,13 @@ class PopulationFit:
             HeldOut(v.innovations(), shifts_and_ratios(v.posteriors.values())[0], v.bits_per_dim, v.features)
             for v in self._vectors(dataset, "choosing the number of factors")
         ]
-        return HeldOut(*map(torch.cat, zip(*parts, strict=True)))
+        none = torch.zeros(0, self._dimensions())
+        empty = HeldOut(none, none, torch.zeros(0), torch.zeros(0, self.training.features.shape[1]))
+        return HeldOut(*map(torch.cat, zip(empty, *parts, strict=True)))
+
+    def _dimensions(self) -> int:
+        """Of the latents that are taken."""
+        return sum(map(math.prod, self._grids().values()))
 
     def _effects(self, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
         """The regressions of the shifts, and of the scans themselves, on the covariates.
@@ -314,7 +321,9 @@ class PopulationFit:
         if self.coding is None:
             return None, None
         covariates = list(self.coding.slices().values())
-        latents, images = (Effects(self.coding.size, covariates) for _ in range(2))
+        network, size = self.network, self.coding.size
+        latents = Effects(size, (self._dimensions(),), covariates)
+        images = Effects(size, (network.in_channels, *network.spatial_shape), covariates)
         for vectors in self._vectors(dataset, "regression on the covariates"):
             latents.add(vectors.features, shifts_and_ratios(vectors.posteriors.values())[0])
             images.add(vectors.features, vectors.scans)
@@ -361,7 +370,7 @@ class PopulationFit:
         """What drawn scans gain from a feature: a regression of draws under training people's covariates, each less
         the same draw under none.
         """
-        responses = Effects(self.coding.size)
+        responses = Effects(self.coding.size, (self.network.in_channels, *self.network.spatial_shape))
         world = idist.get_world_size()
         places = spaced(len(self.training), max(DRAWN_SCANS, world))[idist.get_rank() :: world]
         batches = [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]

@@ -190,9 +190,8 @@ class _Fitted(NamedTuple):
         gram, moments = design.T @ union.gram @ design, (design.T @ union.moments.double()).float()
         effects = None
         if coding is not None:
-            regression = Effects(coding.size, list(coding.slices().values()))
+            regression = Effects(coding.size, union.squares.shape, list(coding.slices().values()))
             regression.gram, regression.moments, regression.squares = gram, moments, union.squares
-            regression.shape = union.squares.shape
             effects = regression.fit()
         model = torch.zeros_like(moments) if effects is None else torch.cat([torch.zeros_like(moments[:1]), effects])
         model[0] = (moments[0] - gram[0].float() @ model) / union.count
