@@ -42,7 +42,7 @@ def evaluator(scans, network, output, **changes) -> ScanEvaluator:
 
 
 def failed(job: ScanEvaluator) -> dict[str, str]:
-    return dict(job.common.failures.gather())
+    return {failure.image: failure.reason for failure in job.common.failures.gather()}
 
 
 def test_an_error_that_nobody_foresaw_is_the_scans(scans, network, tmp_path):
@@ -186,8 +186,9 @@ def people(scans, **ages):
     (scans / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex\tsite", *rows]) + "\n")
 
 
-def score(scans, network, prior, output) -> ScanEvaluator:
-    config = inference_config(network=network, population_prior=prior, dataset_dir=str(scans), output_dir=str(output))
+def score(scans, network, prior, output, **changes) -> ScanEvaluator:
+    changes |= {"population_prior": prior, "dataset_dir": str(scans), "output_dir": str(output)}
+    config = inference_config(network=network, **changes)
     job = jobs.score(config.get_parsed_content("common"))
     job.run()
     return job
@@ -256,13 +257,39 @@ def test_a_scan_that_fails_now_keeps_no_result_of_an_earlier_run(scans, network,
     """Neither one that became unreadable nor one whose covariates are refused has a row."""
     output, (first, second, third) = tmp_path / "out", sorted(path.name for path in scans.iterdir())
     people(scans)
-    score(scans, network, prior, output)
+    score(scans, network, prior, output, figures=True)
     assert images(output) == [first, second, third]
     (scans / first).write_bytes(b"broken")
     people(scans, **{second[4:8]: "89+"})
     job = score(scans, network, prior, output)
     assert images(output) == [third] and set(failed(job)) == {first, second}
     assert {path.name for path in output.glob("*_anomaly.nii.gz")} == {third.replace(".nii", "_anomaly.nii")}
+    (picture,) = output.glob("*_anomaly.png")
+    assert picture.name == third.replace(".nii.gz", "_anomaly.png")
+    picture.unlink()
+    score(scans, network, prior, output, figures=True)
+    assert picture.is_file()
+
+
+def test_failures_of_another_job_stay_in_the_list(scans, network, tmp_path):
+    broken = sorted(scans.iterdir())[0]
+    content = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    output, listed = tmp_path / "out", []
+    for word in ("score", "encode"):
+        config = inference_config(network=network, dataset_dir=str(scans), output_dir=str(output))
+        job = getattr(jobs, word)(config.get_parsed_content("common"))
+        job.run()
+        with contextlib.suppress(SystemExit):
+            job.common.failures.finish()
+        broken.write_bytes(content)
+        with (output / "failed.csv").open(encoding="utf-8") as file:
+            listed.append([(row["image"], row["job"]) for row in csv.DictReader(file)])
+    assert listed == [[(broken.name, "score")]] * 2
+    job = jobs.score(config.get_parsed_content("common"))
+    job.run()
+    job.common.failures.finish()
+    assert not (output / "failed.csv").exists()
 
 
 def test_a_job_that_was_stopped_while_it_wrote_over_others_leaves_none_of_these(scans, network, tmp_path):

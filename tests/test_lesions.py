@@ -229,6 +229,8 @@ def test_scans_with_lesions_are_grouped_by_kind_each_with_the_healthy():
     assert by_kind(scans) == {"dark": [True, False, True], "all": [True] * 3}
     assert by_kind([scans[0], scans[2]]) == {"dark": [True, True]}
     assert by_kind(scans[1:]) == {"all": [True, True]}
+    scans[1] = scans[1]._replace(kind="none")
+    assert by_kind(scans) == {"dark": [True, False, True], "all": [True] * 3}
     scans[1] = scans[1]._replace(kind="dark; above 60")
     assert by_kind(scans) == {"above 60": [False, True, True], "dark": [True] * 3, "all": [True] * 3}
 
@@ -238,6 +240,11 @@ def test_kinds_are_found_by_what_the_scans_names_begin_with(tmp_path):
     assert read_kinds(tmp_path, scans) == dict.fromkeys(scans, "")
     (tmp_path / "kinds.csv").write_text("scan,kind\nsub-1,dark\nsub-1_ses-2,mass\nsub-2,none\n")
     assert list(read_kinds(tmp_path, scans).values()) == ["mass", "", "none"]
+    (tmp_path / "kinds.csv").write_text("scan;kind\nsub-1;dark\n")
+    assert list(read_kinds(tmp_path, scans).values()) == ["dark", "", ""]
+    (tmp_path / "kinds.csv").write_text("Scan,Kind\nsub-1,dark\n")
+    with pytest.raises(ValueError, match=r"kinds.csv' has no column 'scan': its first line"):
+        read_kinds(tmp_path, scans)
 
 
 def test_where_neither_finds_anything_that_is_said():

@@ -20,6 +20,7 @@ from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.datalist import common_root, list_sides
 from scripts.data.reading import as_reason
 from scripts.data.scan_grid import ScanGrid
+from scripts.data.tables import read_table
 from scripts.data.transforms import FitShaped, RobustScaled
 from scripts.inference.layouts import DatasetDescription, ScanLayout
 from scripts.inference.lesions import pair_masks
@@ -38,10 +39,13 @@ UNFAMILIAR = ("warn", "refuse", "allow")
 
 
 class Failure(NamedTuple):
-    """A scan without results, and why, as half a sentence; ``image`` is relative to the data set in the end."""
+    """A scan of which a job has no results, and why, as half a sentence; ``image`` is relative to the data set in the
+    end.
+    """
 
     image: str
     reason: str
+    job: str = ""
 
     @classmethod
     def of(cls, item: Mapping[str, Any], error: BaseException) -> Failure:
@@ -61,12 +65,17 @@ class Failures:
     """The scans of this run of which nothing came, with their reasons.
 
     Args:
-        path: of a CSV file that lists them.
+        path: of a CSV file that lists them, with those of other jobs in the same folder.
+
+    Attributes:
+        found: by this process.
+        jobs: of this run.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.found: list[Failure] = []
+        self.jobs: set[str] = set()
 
     def add(self, failure: Failure) -> None:
         self.found.append(failure)
@@ -83,16 +92,23 @@ class Failures:
         """
         failed = self.gather()
         if idist.get_rank() == 0:
-            if failed:
-                write_csv(self.path, Failure._fields, failed)
-                image, reason = failed[0]
-                reason = reason.removeprefix(f"'{image}': ").rstrip(".")
-                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, image, reason)
+            listed = [*(failure for failure in self._listed() if failure.job not in self.jobs), *failed]
+            if listed:
+                write_csv(self.path, Failure._fields, listed)
             else:
                 self.path.unlink(missing_ok=True)
+            if failed:
+                image, reason, _ = failed[0]
+                reason = reason.removeprefix(f"'{image}': ").rstrip(".")
+                logger.error("%d scan(s) failed, see '%s'. The first, '%s': %s.", len(failed), self.path, image, reason)
         distributed.stop()
         if failed:
             sys.exit(1)
+
+    def _listed(self) -> list[Failure]:
+        """What the file has of earlier runs; nothing of versions that did not say of which job."""
+        columns, rows = read_table(self.path) if self.path.exists() else ([], [])
+        return [Failure(**row) for row in rows] if set(columns) == set(Failure._fields) else []
 
 
 @dataclass

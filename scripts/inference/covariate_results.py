@@ -92,19 +92,17 @@ class ScoreDeviation(Transform):
 
 
 class SavePosteriors(Transform):
-    """Write what a scan says of its covariates as JSON, and draw it as curves.
+    """Write what a scan says of its covariates as JSON, and add it as ``posteriors``.
 
     Args:
         layout: says where the JSON goes.
-        picture: says where the PNG goes; None draws nothing.
         coding: of the covariates.
     """
 
-    def __init__(self, layout: ScanLayout, picture: ScanLayout | None, coding: CovariateCoding) -> None:
-        self.layout, self.picture, self.coding = layout, picture, coding
+    def __init__(self, layout: ScanLayout, coding: CovariateCoding) -> None:
+        self.layout, self.coding = layout, coding
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        name = image_path(data["image"])
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         content = {}
         for covariate, variable in self.coding.variables.items():
             likely = torch.as_tensor(data[f"posterior_{covariate}"]).as_subclass(Tensor)
@@ -114,10 +112,13 @@ class SavePosteriors(Transform):
                 "own": data["covariates"][covariate],
                 "summary": summary(self.coding, covariate, likely),
             }
-        write_text(self.layout.filename(name), json.dumps(content) + "\n")
-        if self.picture is not None:
-            plots.posteriors(self.picture.filename(name), content, ", ".join(file_names(data["image"])))
-        return data
+        write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
+        return {**data, "posteriors": content}
+
+
+def draw_posteriors(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+    """What a scan says of its covariates, as curves."""
+    plots.posteriors(path, data["posteriors"], ", ".join(file_names(data["image"])))
 
 
 def covariate_table(

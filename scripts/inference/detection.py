@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scripts.inference.lesions import DETECTORS, GRIDS, LesionCounts, edges, ordered
+from scripts.inference.lesions import DETECTORS, GRIDS, NO_KIND, LesionCounts, edges, ordered
 
 FALSE_SHARE = 1e-3  # of the healthy scans' voxels that a threshold marks
 NUMBERS = {"average_precision": "average precision of voxels", "dice": "Dice of voxels", "auroc": "AUROC of scans"}
@@ -106,7 +106,8 @@ def resampled(sick: np.ndarray, repeats: int) -> np.ndarray:
 def by_kind(scans: Sequence[LesionCounts]) -> dict[str, list[bool]]:
     """Groups for :func:`detect`: the scans of each kind together with the healthy ones, and all of them."""
     of_scans = [
-        {kind.strip() for kind in scan.kind.split(";")} - {""} if scan.mask == "lesions" else None for scan in scans
+        {kind.strip() for kind in scan.kind.split(";")} - {"", NO_KIND} if scan.mask == "lesions" else None
+        for scan in scans
     ]
     kinds = sorted(set().union(*(own for own in of_scans if own is not None)))
     groups = {kind: [own is None or kind in own for own in of_scans] for kind in kinds}

@@ -172,10 +172,18 @@ class ScanEvaluator(Evaluator):
 
     def _result_paths(self, item: Mapping[str, Any]) -> list[Path]:
         """The paths of all results of a scan; none where it has no place, as will be said when it is its turn."""
+        return self._paths(item, [*self.layouts, *self._pictures(enabled=True)])
+
+    def _paths(self, item: Mapping[str, Any], layouts: Sequence[ScanLayout]) -> list[Path]:
         try:
-            return [path for layout in self.layouts for path in layout.paths(item)]
+            return [path for layout in layouts for path in layout.paths(item)]
         except ScanError:
             return []
+
+    def _pictures(self, enabled: bool) -> list[ScanLayout]:
+        """Of a scan's figures, as far as they are drawn, or of all that an earlier run may have drawn."""
+        drawn = [step for step in self.results_of.transforms if isinstance(step, SaveFigured)]
+        return [step.layout for step in drawn if step.enabled or not enabled]
 
     def _has_results(self, item: Mapping[str, Any]) -> bool:
         paths = self._result_paths(item)
@@ -223,6 +231,7 @@ class ScanEvaluator(Evaluator):
             InputError: when results of two scans would have one name.
         """
         self.check_names()
+        self.common.failures.jobs.add(self.job)
         # one process says what is left to do: another might begin to write while this one still looks
         pending = distributed.from_rank_zero(self._begin)
         total, share = len(self.dataset.data), pending[idist.get_rank() :: idist.get_world_size()]
@@ -236,7 +245,7 @@ class ScanEvaluator(Evaluator):
             )
         if share:
             self._go_over(share)
-        failed = self.common.failures.gather()  # a barrier, too
+        failed = [failure for failure in self.common.failures.gather() if failure.job == self.job]  # a barrier, too
         strangers = dict(itertools.chain(*idist.all_gather([*self._strangers.items()])))
         if idist.get_rank() == 0:
             items = [item for item in self.dataset.data if self._has_results(item)]
@@ -250,8 +259,9 @@ class ScanEvaluator(Evaluator):
                     "scripts.check says whether they are unlike it in the same way, which the job adapt learns.",
                     *(len(strangers), len(scans)),
                 )
-            drawn = [t.layout for t in self.results_of.transforms if isinstance(t, SaveFigured) and t.enabled]
-            write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, failed, strangers)
+            reasons = [(failure.image, failure.reason) for failure in failed]
+            drawn = self._pictures(enabled=True)
+            write_job_report(self.job, self.report, self.layouts, drawn, scans, self.settings, reasons, strangers)
             logger.info("Results of %d of %d scan(s): '%s'.", total - len(failed), total, self.common.output_dir)
 
     def _go_over(self, indices: Sequence[int]) -> None:
@@ -328,7 +338,8 @@ class ScanEvaluator(Evaluator):
         items = [self.dataset.data[i] for i in pending]
         # results of other files, covariates or settings: they would pass for these, should this run fail or be stopped
         again = [item for item in items if self._has_results(item)]
-        for path in itertools.chain(*map(self._result_paths, items)):
+        layouts = [*self.layouts, *self._pictures(enabled=False)]
+        for path in itertools.chain(*(self._paths(item, layouts) for item in items)):
             path.unlink(missing_ok=True)
         if again and not self.common.overwrite:
             logger.warning(
@@ -430,7 +441,7 @@ class ScanEvaluator(Evaluator):
             self._bar.update()
 
     def _fail(self, failure: Failure) -> None:
-        self.common.failures.add(failure._replace(image=self.relative(failure.image)))
+        self.common.failures.add(failure._replace(image=self.relative(failure.image), job=self.job))
         self._bar.update()
 
     def _warn_of_place(self, image: Any) -> None:

@@ -57,7 +57,6 @@ class Report(NamedTuple):
         legend: what the columns mean.
         first, worst: of the first table, see :class:`scripts.utils.report.ShownTable`; its order is that of the scans.
         usual: likewise.
-        pictures: of each scan, beside those that a ``SaveFigured`` draws.
     """
 
     tables: Sequence[str] = ()
@@ -66,7 +65,6 @@ class Report(NamedTuple):
     first: Sequence[str] = ()
     worst: str = ""
     usual: Mapping[str, str] = {}
-    pictures: Sequence[ScanLayout] = ()
 
 
 def deviation_report(prior: PopulationPrior, certified: bool) -> Report:
@@ -104,7 +102,7 @@ def score_report(prior: PopulationPrior | None) -> Report:
     )
 
 
-def prediction_report(coding: CovariateCoding, picture: ScanLayout | None) -> Report:
+def prediction_report(coding: CovariateCoding) -> Report:
     """The page of ``predict_covariates``: scans whose first number is told least rightly come first."""
     first, worst, usual = [], "", {}
     for name, variable in coding.variables.items():
@@ -112,8 +110,7 @@ def prediction_report(coding: CovariateCoding, picture: ScanLayout | None) -> Re
             worst = worst or f"{name}_gap_corrected"
             first += [f"{name}_{end}" for end in ("gap_corrected", "gap", "own", "mean", "low", "high")]
             usual[f"{name}_own"] = "from _low to _high in 90 %"
-    pictures = [] if picture is None else [picture]
-    return Report(("covariates.csv",), (), PREDICTIONS, first, worst, usual, pictures)
+    return Report(("covariates.csv",), (), PREDICTIONS, first, worst, usual)
 
 
 def _usual_scores(prior: PopulationPrior | None) -> dict[str, str]:
@@ -173,7 +170,7 @@ def write_job_report(
         [_shown(layout, scan) for scan in scans for layout in layouts if _kind(layout)],
         report.legend,
         f"report_{job}.html",
-        [layout.path(scan) for scan in scans for layout in (*figures, *report.pictures)],
+        [layout.path(scan) for scan in scans for layout in figures],
     )
 
 

@@ -95,7 +95,6 @@ def reconstruct(
     """Each scan as the network reconstructs it: ``_recon``, ``_scale``, ``_zscore`` on the scan's grid, a picture.
 
     Args:
-        common: what all jobs share.
         inferer: says from which latents.
         postprocessing: of the results; None: :func:`reconstruction_outputs`.
         dataset: of preprocessed scans; None: the cohort's.
@@ -117,7 +116,6 @@ def encode(common: Common, temperature: Temperature = 0.0, levels: int | str | N
     """The latents of each scan, ``_latents.npz``, with tables of the coarsest and of the prior's coordinates.
 
     Args:
-        common: what all jobs share.
         temperature, levels: see :class:`scripts.inference.inferers.Encoding`.
     """
     inferer = Encoding(temperature, common.prior, levels)
@@ -141,7 +139,6 @@ def decode(common: Common, dataset_dir: str | os.PathLike, temperature: Temperat
     """``_recon`` and ``_scale`` from latents' files, on the grids of the scans that they were encoded from.
 
     Args:
-        common: what all jobs share.
         dataset_dir: a folder or a datalist of ``_latents.npz``.
         temperature: of latents that are left out of a file.
     """
@@ -233,7 +230,6 @@ def interpolate(
     """Scans between two, ``a_to_b_step00`` and so on, and a film strip.
 
     Args:
-        common: what all jobs share.
         scans_between: paths of the two; None: the cohort's first two.
         steps, levels_between: see :class:`scripts.inference.inferers.Interpolation`.
     """
@@ -268,7 +264,6 @@ def impute(
     """What a mask marks of each scan, filled in: ``_imputed_00``, ..., their mean and spread, a picture.
 
     Args:
-        common: what all jobs share.
         mask_dir, mask_pattern: see :func:`scripts.inference.lesions.pair_masks`.
         iterations, draws, voxel_noise: see :class:`scripts.inference.inferers.Imputation`.
         known_truth: scans are whole under their masks: measure how good the filling is, ``imputed.csv``.
@@ -314,7 +309,6 @@ def score(
     """How likely each scan is and where it is not: ``scores.csv``, ``_anomaly`` maps, and how well they find lesions.
 
     Args:
-        common: what all jobs share.
         importance_samples, anomaly_smoothing, restore: see :class:`scripts.inference.scoring.Scoring`; by default maps
             are smoothed by a voxel of a grid of 128.
         mask_dir, mask_pattern: of masks of lesions, see :func:`scripts.inference.lesions.pair_masks`; None: there are
@@ -461,20 +455,23 @@ def deviation(
 def predict_covariates(common: Common) -> ScanEvaluator:
     """What each scan itself says of its covariates, such as its age: ``covariates.csv`` and curves."""
     prior, layout = need_covariates(common.prior), common.layout(common.cohort.root)
-    content, picture = layout("covariates", ".json"), layout("covariates", ".png") if common.figures else None
+    content = layout("covariates", ".json")
     table = common.output_dir / "covariates.csv"
     return ScanEvaluator(
         common,
         "predict_covariates",
         Dataset(common.cohort.with_covariates(prior), common.preprocessing),
         CovariatePosterior(prior),
-        covariate_results.SavePosteriors(content, picture, prior.coding),
+        [
+            covariate_results.SavePosteriors(content, prior.coding),
+            common.figure(layout("covariates", ".png"), covariate_results.draw_posteriors),
+        ],
         [content],
         {"population_prior": common.prior_file},
         arguments=partial(stack_features, prior),
         asks=True,
         summary=partial(covariate_results.covariate_table, table, content, common.cohort.columns, prior.coding),
-        report=prediction_report(prior.coding, picture),
+        report=prediction_report(prior.coding),
     )
 
 

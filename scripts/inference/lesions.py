@@ -7,7 +7,6 @@ on its size, and :py:mod:`scripts.inference.detection` needs no more than that.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import logging
 import os
@@ -24,6 +23,7 @@ from monai.utils import ensure_tuple
 from scipy import ndimage
 from scripts.data.find import compile_pattern, fill_pattern, find_by_wildcards
 from scripts.data.scan_grid import Fit
+from scripts.data.tables import read_table
 from scripts.data.transforms import FitShape, LoadScand, ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
@@ -239,6 +239,7 @@ class SaveCounts(Transform):
 logger = logging.getLogger(__name__)
 
 KINDS_FILE = "kinds.csv"  # in the folder of the masks
+NO_KIND = "none"  # of a scan whose cell says so, or is empty
 
 
 def pair_masks(
@@ -307,12 +308,18 @@ def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, s
 
     Returns:
         The kind of each of them; an empty text where nothing is said of it.
+
+    Raises:
+        InputError: the table lacks one of the columns, or cannot be read.
     """
     path = Path(mask_dir).expanduser() / KINDS_FILE
     if not path.is_file():
         return dict.fromkeys(scans, "")
-    with path.open(newline="", encoding="utf-8") as file:
-        known = {row.get("scan"): row.get("kind") or "" for row in csv.DictReader(file)}
+    columns, rows = read_table(path)
+    lacking = [name for name in ("scan", "kind") if name not in columns]
+    if lacking:
+        raise InputError(f"'{path}' has no column '{lacking[0]}': its first line must name the columns scan and kind.")
+    known = {row["scan"]: row["kind"] or NO_KIND for row in rows}
     kinds = {}
     for scan in scans:
         parts = without_image_suffix(Path(scan).name).split("_")

@@ -309,7 +309,8 @@ class ScoreSummary:
         self.output_dir, self.figures, self.columns = common.output_dir, common.figures, common.cohort.columns
         self.items = {item_path(item): item for item in scans}
         self.layout, self.read = layout, read
-        self.mask_dir, self.unmasked_healthy = mask_dir, unmasked_healthy
+        self.kinds = read_kinds(mask_dir, list(self.items)) if mask_dir is not None else {}
+        self.unmasked_healthy = unmasked_healthy
 
     def __call__(self, scans: Sequence[str]) -> None:
         """Write all, given the paths of the scans, in the order of the tables."""
@@ -350,9 +351,8 @@ class ScoreSummary:
 
     def _find_lesions(self, scans: Sequence[str]) -> None:
         layout = self.layout("lesions", ".npz")
-        kinds = read_kinds(self.mask_dir, scans)
         counts = [
-            LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan])
+            LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=self.kinds[scan])
             for scan in scans
             if layout.path(scan).exists()
         ]
