@@ -134,6 +134,14 @@ def test_a_merged_prior_says_which_scans_are_usual(network, cohorts, tmp_path):
     assert len(Familiarity.of(merge({**cohorts, "A": few})[0]).added) == 1
 
 
+def test_samples_of_a_merged_prior_have_the_ages_of_its_people(cohorts):
+    age = merge(cohorts)[0].coding.variables["age"]
+    ages = torch.tensor([person(index)["age"] for index in range(72)])
+    drawn = torch.tensor([age.quantile(share / 100) for share in range(101)])
+    assert drawn.mean().item() == pytest.approx(ages.mean().item(), abs=1)
+    assert drawn.std().item() == pytest.approx(ages.std().item(), rel=0.15)
+
+
 def test_columns_become_the_features_of_any_coding(pooled):
     coding = _Fitted.to([pooled]).coding
     values = [person(3), {"age": 71.0, "sex": None}, {"age": None, "sex": "M"}, {}]

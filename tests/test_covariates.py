@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -439,6 +440,24 @@ def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():
     assert (age.quantile(0), age.quantile(1)) == (ages.min(), ages.max())
     assert [site.quantile(share) for share in (0, 0.69, 0.71, 1)] == ["A", "A", "B", "B"]
     assert Continuous.learn("dose", [0.0, 1.0, 1.0, 2.0]).quantile(0.5) == pytest.approx(1, abs=0.5)
+
+
+@pytest.mark.parametrize("knots", [[50, 55, 60, 65], [20, 50, 80], [20, 40, 60, 80]])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_samples_have_the_cohorts_ages_wherever_the_knots_are(knots, earlier):
+    """Of a file of an earlier version, which has no quantiles, by its mean, standard deviation and range."""
+    ages = np.random.default_rng(0).beta(1.3, 1.1, 500) * 40 + 45
+    age = Continuous.learn("age", ages.tolist(), knots)
+    age = replace(age, quantiles=()) if earlier else age
+    drawn = np.array([age.quantile(share) for share in (np.arange(1000) + 0.5) / 1000])
+    assert (np.diff(drawn) >= 0).all() and drawn.min() >= ages.min() and drawn.max() <= ages.max()
+    assert drawn.mean() == pytest.approx(ages.mean(), abs=1) and drawn.std() == pytest.approx(ages.std(), rel=0.1)
+    assert age.interval(age.quantile(0.3)) == pytest.approx((0.3, 0.3))
+
+
+def test_quantiles_of_an_earlier_file_are_its_knots():
+    age = Continuous.learn("age", (np.random.default_rng(0).gamma(4, 8, 2000) + 18).tolist())
+    assert replace(age, quantiles=())._distribution() == age._distribution()
 
 
 def test_covariates_of_samples_go_together_as_the_cohorts_do():

@@ -402,7 +402,7 @@ def test_mean_differences_of_fine_grids_are_kept_on_a_coarse_one():
         ("content['covariates'][0]['std'] = 0.0", "'covariates' cannot be read|make no sense"),
         ("content['covariates'][0]['mean'] = nan", "does not become numbers"),
         ("content['covariates'][0]['centre'] = (0.0,) * 9", "'covariates' cannot be read"),
-        ("content['covariates'][0]['low'] = 1e9", "the range or the knots of its covariate 'age'"),
+        ("content['covariates'][0]['low'] = 1e9", "the range, the quantiles or the knots of its covariate 'age'"),
         ("content['covariates'].pop()", "its covariates become"),
         ("del content['covariates']", "and does not say of which"),
         ("content['offset'] = torch.zeros(99, 1, 8, 8, 8)", "'offset' is not that of"),

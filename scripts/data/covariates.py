@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.special import betaincinv
 from scripts.utils.errors import InputError
 from torch import Tensor
 
 Value = float | str | None  # of a covariate; None: not known
 
 KINDS = ("continuous", "categorical")
-KNOTS = (0.05, 0.35, 0.65, 0.95)  # quantiles of the training side, after Harrell
+SHARES = (0.05, 0.35, 0.65, 0.95)  # of the training side below the quantiles that are kept, after Harrell
 MOST_CATEGORIES = 64
+KNOTS_OFF = 0.1  # standard deviations: so far the mean that knots imply as quantiles may be from the cohort's
 BEYOND = 0.25  # of the width of a number's range: what is asked for may lie so far outside of it
 # what tables write where they know nothing, in small letters: BIDS, R, pandas, spreadsheets, SAS
 MISSING = ("", "n/a", "na", "nan", "none", "null", "<na>", "#n/a", "-", ".")
@@ -35,6 +37,7 @@ class Continuous:
         low, high: its range there.
         knots: of the spline, in the covariate's unit; fewer than 3: the effect is a straight line.
         centre: means of the numbers that it becomes, over the training side.
+        quantiles: of the training side, at the shares of ``SHARES``; empty in a file of an earlier version.
     """
 
     name: str
@@ -44,16 +47,19 @@ class Continuous:
     high: float
     knots: tuple[float, ...]
     centre: tuple[float, ...]
+    quantiles: tuple[float, ...] = ()
     kind: ClassVar[str] = "continuous"
 
     @classmethod
     def learn(cls, name: str, values: Sequence[float], knots: Sequence[float] | None = None) -> Continuous:
         """From the values of the training side, by default with knots at their quantiles."""
         mean, std = float(np.mean(values)), float(np.std(values)) or 1.0
-        curved = knots is not None or len(set(values)) > len(KNOTS)
-        knots = np.unique(np.quantile(values, KNOTS) if knots is None else np.array(knots, float)).tolist()
+        quantiles = np.quantile(values, SHARES).tolist()
+        curved = knots is not None or len(set(values)) > len(SHARES)
+        knots = np.unique(quantiles if knots is None else np.array(knots, float)).tolist()
         curved = curved and len(knots) > 2
-        plain = cls(name, mean, std, min(values), max(values), tuple(knots) if curved else (), ())
+        knots = tuple(knots) if curved else ()
+        plain = cls(name, mean, std, min(values), max(values), knots, (), tuple(quantiles))
         centre = np.mean([plain._curve(value) for value in values], axis=0)
         return cls(**{**asdict(plain), "centre": tuple(centre.tolist())})
 
@@ -93,20 +99,25 @@ class Continuous:
         return number
 
     def quantile(self, share: float) -> float:
-        """The value below which this share of the training side lies, between its range and the knots."""
+        """The value below which this share of the training side lies."""
         return float(np.interp(share, *self._distribution()))
 
     def interval(self, value: Value) -> tuple[float, float]:
-        """The shares of the training side between which a value lies: twice that below it."""
+        """The shares of the training side between which a value lies: twice that below it, but for a frequent one."""
         shares, values = self._distribution()
-        share = float(np.interp(float(value), values, shares))
-        return share, share
+        equal = [share for share, quantile in zip(shares, values, strict=True) if quantile == float(value)]
+        equal = equal or [float(np.interp(float(value), values, shares))]
+        return equal[0], equal[-1]
 
     def _distribution(self) -> tuple[list[float], list[float]]:
         """Some shares of the training side, and the values below which they lie."""
-        knots = self.knots or (self.mean,)
-        shares = KNOTS if len(knots) == len(KNOTS) else np.linspace(0, 1, len(knots) + 2)[1:-1]
-        return [0.0, *shares, 1.0], [self.low, *knots, self.high]
+        shares, quantiles = [0.0, *SHARES, 1.0], self.quantiles
+        if not quantiles:  # of an earlier version, whose knots are the quantiles unless somebody gave others
+            quantiles, values = self.knots, [self.low, *self.knots, self.high]
+            usual = len(values) == len(shares) and values == sorted(values)
+            if not usual or abs(np.trapezoid(values, shares) - self.mean) > KNOTS_OFF * self.std:
+                quantiles = quantiles_of_moments(self.mean, self.std, self.low, self.high)
+        return shares, [self.low, *quantiles, self.high]
 
     def outside(self, value: Value) -> bool:
         """Whether a value lies outside of the range of the training side."""
@@ -305,6 +316,15 @@ class CovariateCoding:
         """From what :meth:`plain` gave."""
         classes = {"continuous": Continuous, "categorical": Categorical}
         return cls([classes[item["kind"]](**{k: v for k, v in item.items() if k != "kind"}) for item in content])
+
+
+def quantiles_of_moments(mean: float, std: float, low: float, high: float) -> tuple[float, ...]:
+    """Quantiles at ``SHARES`` of a cohort of which no more is known: those of the beta distribution on its range."""
+    if not low < mean < high:
+        return (mean,) * len(SHARES)
+    share, width = (mean - low) / (high - low), high - low
+    weight = max(share * (1 - share) * (width / std) ** 2 - 1, 1e-2)
+    return tuple((low + width * betaincinv(share * weight, (1 - share) * weight, SHARES)).tolist())
 
 
 def check_kinds(kinds: Any) -> dict[str, Any]:

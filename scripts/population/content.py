@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from monai.networks.layers.factories import Pool
-from scripts.data.covariates import Continuous, CovariateCoding
+from scripts.data.covariates import SHARES, Continuous, CovariateCoding
 from scripts.training.checkpoints import CheckpointError
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -189,9 +189,12 @@ def _coding(plain: Any) -> CovariateCoding:
             numbers = [*variable.numbers(middle), *variable.numbers(None)]
             if isinstance(variable, Continuous):
                 numbers += [*variable.numbers(variable.high), variable.mean, variable.std, variable.low, variable.high]
-                ordered = variable.low <= variable.high and list(variable.knots) == sorted(set(variable.knots))
-                if not ordered or variable.std <= 0:
-                    raise _WrongError(f"the range or the knots of its covariate {variable.name!r} make no sense")
+                numbers += variable.quantiles
+                values = [variable.low, *variable.quantiles, variable.high]
+                ordered = values == sorted(values) and list(variable.knots) == sorted(set(variable.knots))
+                if not ordered or variable.std <= 0 or len(variable.quantiles) not in (0, len(SHARES)):
+                    which = f"its covariate {variable.name!r}"
+                    raise _WrongError(f"the range, the quantiles or the knots of {which} make no sense")
             elif not all(isinstance(category, str) for category in variable.categories):
                 raise _WrongError(f"the categories of its covariate {variable.name!r} are no texts")
             if not isinstance(variable.name, str) or not all(map(_is_number, numbers)):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from scripts.data.covariates import Categorical, Continuous, CovariateCoding
+from scripts.data.covariates import Categorical, Continuous, CovariateCoding, quantiles_of_moments
 from scripts.population.effects import Effects, rows_of
 from scripts.population.familiarity import Familiarity
 from scripts.population.fit import RANKS, SHARPNESSES, SHRINKAGES
@@ -116,7 +116,8 @@ def pooled_coding(union: CohortStatistics) -> CovariateCoding | None:
         means = [value[name, f"{name}:{place}"] / value[name, name] for place in range(len(knots) - 1)]
         std = (value[f"{name}:0", f"{name}:0"] / value[name, name] - means[0] ** 2) ** 0.5 or 1.0
         centre = (0.0, *(mean / std for mean in means[1:]))
-        variables.append(Continuous(name, means[0], std, *union.ranges[name], tuple(knots), centre))
+        quantiles = quantiles_of_moments(means[0], std, *union.ranges[name])
+        variables.append(Continuous(name, means[0], std, *union.ranges[name], tuple(knots), centre, quantiles))
     coding = CovariateCoding(variables)
     return coding if coding.size else None
 
