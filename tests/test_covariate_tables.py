@@ -11,6 +11,7 @@ import pytest
 
 from scripts.data.covariate_tables import Covariates, read_cohort
 from scripts.data.covariates import Categorical, CovariateCoding
+from scripts.data.datalist import list_sides, make_datalist, write_datalist
 from scripts.data.tables import read_table
 
 TABLES = Path(__file__).parent / "tables"  # as people have them
@@ -328,6 +329,16 @@ def test_a_datalist_in_the_home_folder_keeps_its_covariates(tmp_path, monkeypatc
     entries = [{"image": Path(item["image"]).name, "subject": "x", "age": 50} for item in items]
     (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
     assert Covariates(items, "~/list.json").rows == [{"age": 50}, {"age": 50}]
+
+
+def test_covariates_of_a_datalist_are_in_that_of_the_run(tmp_path):
+    """Jobs with ``--run_dir`` read it."""
+    entries = [{"image": f"sub-{k}.nii", "age": 50 + k, "sex": "F", "label": "no.nii", "box": [1]} for k in range(4)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    write_datalist(make_datalist(tmp_path / "list.json", train_fraction=0.5), tmp_path / "run" / "datalist.json")
+    sides = list_sides(tmp_path / "run" / "datalist.json")[0]
+    known = Covariates([*sides["training"], *sides["validation"]], tmp_path / "run" / "datalist.json")
+    assert known.names == ["age", "sex"] and sorted(row["age"] for row in known.rows) == [50, 51, 52, 53]
 
 
 def test_a_table_of_participants_without_their_names_is_not_joined(tmp_path, caplog):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scripts.data.covariates import CovariateCoding, Value, check_kinds, missing, parse_number, shortened
-from scripts.data.datalist import common_root
+from scripts.data.datalist import common_root, covariate_fields
 from scripts.data.tables import ScanName, ScanTable
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 OTHER_TABLE = "; name a table by --covariates_file"
 
 PARTICIPANTS = "participants.tsv"
-NO_COVARIATES = ("image", "label", "mask", "subject", "session", "channel_files")  # of a datalist's item
 FAR = 5  # times the distance between its quartiles: how far from these a value still lies among the others
 MOST_NAMED = 8  # categories of a covariate, in a message
 
@@ -420,7 +419,5 @@ def _datalist_fields(path: Path) -> dict[str, dict[str, Any]]:
             if isinstance(entry, dict) and entry.get("image"):
                 first = entry["image"] if isinstance(entry["image"], str) else entry["image"][0]
                 absolute = os.path.normpath(path.parent.absolute() / expand(first))
-                found[absolute] = {
-                    k: v for k, v in entry.items() if isinstance(v, str | int | float) and k not in NO_COVARIATES
-                }
+                found[absolute] = covariate_fields(entry)
     return found

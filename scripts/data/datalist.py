@@ -28,6 +28,7 @@ SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?
 # folders is taken for a site, or for the folder of all images.
 SESSIONS = 6
 MOST_SHOWN = 80  # characters of a datalist's item in a message
+NO_COVARIATES = ("image", "label", "mask", "subject", "session", "channel_files")  # of an item
 SIDES = ("training", "validation", "testing")
 
 
@@ -57,7 +58,8 @@ def make_datalist(
 
     Returns:
         ``{"training": [{"image": path, "subject": name}, ...], "validation": [...]}``, and ``testing`` if there is one.
-        Items have a ``session`` where their names tell it; ``image`` is a list for several channels.
+        Items have a ``session`` where their names tell it, and the covariates of a datalist; ``image`` is a list for
+        several channels.
 
     Raises:
         FileNotFoundError: when ``dataset_dir`` does not exist, or nothing in it matches.
@@ -331,14 +333,16 @@ def _with_entities(sides: dict[str, list[dict]], root: Path) -> tuple[dict[str, 
         session = session_name(name)
         entities.append({"subject": subject, **({"session": session} if session else {})})
     known = iter(entities)
-    kept = ("image", "subject", "session")
     named = {
-        side: [
-            {"image": item["image"], **next(known), **{k: item[k] for k in kept if k in item}} for item in side_items
-        ]
+        side: [{"image": item["image"], **next(known), **_kept(item)} for item in side_items]
         for side, side_items in sides.items()
     }
     return named, rule
+
+
+def _kept(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays of a datalist's item beside its paths: the subject, the session, and covariates."""
+    return {k: v for k, v in item.items() if k in ("subject", "session") or k in covariate_fields(item)}
 
 
 def _relative_name(item: dict, root: Path) -> str:
@@ -387,6 +391,11 @@ def _read_datalist(path: Path) -> dict[str, list[dict]]:
             if count > 1:
                 raise InputError(f"The '{side}' of dataset_dir '{path}' names '{scan}' {count} times: leave one.")
     return sides
+
+
+def covariate_fields(item: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """The fields of a datalist's item that are covariates of the scan: texts and numbers."""
+    return {k: v for k, v in item.items() if isinstance(v, str | int | float) and k not in NO_COVARIATES}
 
 
 def check_item(item: Any, place: str) -> None:
