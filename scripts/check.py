@@ -82,7 +82,7 @@ def check(
     """
     if channels is None:
         channels = 1 if isinstance(scan_pattern, str) else len(scan_pattern)
-    _check_arguments(scan_pattern, workers, spacing, field_of_view, orientation, channels, spatial_dims, strict)
+    _check_arguments(scan_pattern, workers, spacing, field_of_view, orientation, channels, spatial_dims)
     root = Path(expand(dataset_dir))
     files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
     output = _output_folder(output_dir, root)
@@ -216,15 +216,12 @@ def _check_arguments(
     orientation: Any,
     channels: Any,
     spatial_dims: Any,
-    strict: Any,
 ) -> None:
     if workers is not None:
         check_integer("workers", workers, 1)
     check_integer("channels", channels, 1)
     if spatial_dims not in (2, 3):
         raise InputError(f"spatial_dims is {spatial_dims!r}, but must be 2 or 3.")
-    if not isinstance(strict, bool):
-        raise InputError(f"strict is {strict!r}, but must be True or False.")
     for name, value in (("spacing", spacing), ("field_of_view", field_of_view)):
         sizes = value if isinstance(value, list | tuple) else [value]
         if value is not None and not (

@@ -58,8 +58,6 @@ def explore(
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
         raise InputError(f"port is {port!r}: it must be a whole number from 0 to 65535.")
-    if not isinstance(browser, bool):
-        raise InputError(f"browser is {browser!r}: it must be True or False.")
 
     import uvicorn
     from monai.bundle import ConfigParser

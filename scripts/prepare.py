@@ -104,8 +104,8 @@ def prepare(
     settings = {
         "method": METHOD,
         "spacing": float(spacing),
-        "keep_skull": bool(keep_skull),
-        "bias_correction": bool(bias_correction),
+        "keep_skull": keep_skull,
+        "bias_correction": bias_correction,
     }
     masks = _masks(names, mask_dir) if mask_dir is not None else [None] * len(names)
     jobs, failures = [], {}

@@ -336,7 +336,6 @@ def test_suspicious_scans_fail_only_a_strict_check(dataset, tmp_path):
         {"workers": 0},
         {"channels": 1.5},
         {"spatial_dims": 4},
-        {"strict": "yes"},
         {"spacing": -1},
         {"spacing": (1, 1)},
         {"field_of_view": "large"},

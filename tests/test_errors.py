@@ -224,6 +224,20 @@ def test_a_command_refuses_without_a_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("scripts.prepare", ("raw", "--output_dir", "out", "--bias_correction", "false")),
+        ("scripts.phantoms", ("brains", "--output_dir", "out", "--count", 1, "--covariates", "false")),
+    ],
+)
+def test_a_text_is_no_truth_value(tmp_path, monkeypatch, module, words):
+    monkeypatch.chdir(tmp_path)
+    result = run_command(module, *words)
+    assert result.returncode == 1 and f"{words[-2][2:]} is 'false': it must be True or False" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def modules_after(program):
     """The modules that a process of its own has imported at the end of a program."""
     result = subprocess.run(

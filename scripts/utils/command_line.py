@@ -47,6 +47,10 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
     if not isinstance(request, list):
         sys.exit(f"Say which of {', '.join(commands)}; --help says more.")
     function, args, kwargs = request
+    signature = inspect.signature(function)
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].annotation in (bool, "bool") and not isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}: it must be True or False.")  # any text would count as true
     return function(*args, **kwargs)
 
 
