@@ -39,17 +39,21 @@ RENAMED = {"covariates": "predict_covariates"}  # jobs, by their names in earlie
 NO_JOBS = ("imports", "initialize", "finalize")
 # whole numbers, and the least that makes sense
 LEAST = {
+    "accumulation_steps": 1,
     "batch_size": 1,
     "epochs": 0,
     "figure_interval": 0,
-    "figure_scans": 0,
+    "figure_scans": 1,
+    "max_skips": 1,
     "num_workers": 0,
     "prior_factors": 0,
     "seed": 0,
+    "skip_warmup": 0,
     "val_interval": 1,
 }
 OBJECTS = {"device": "$torch.device('cuda:0')", "amp_dtype": "$torch.bfloat16"}
 NOT_NEGATIVE = ("anomaly_smoothing", "learning_rate", "sample_temperature", "temperature", "weight_penalty")
+ABOVE_ZERO = ("max_grad_norm", "skip_grad_norm")
 
 
 def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -178,6 +182,10 @@ def _check_values(config: dict[str, Any]) -> None:
         value = config.get(key)
         if _is_text(value) or (isinstance(value, int | float) and value < 0):
             raise InputError(f"{key} is {value!r}, but must be a number, 0 or more.")
+    for key in ABOVE_ZERO:
+        value = config.get(key)
+        if _is_text(value) or (isinstance(value, int | float) and not value > 0):
+            raise InputError(f"{key} is {value!r}, but must be a number above 0.")
     for key, example in OBJECTS.items():
         if _is_text(config.get(key)):
             raise InputError(f"{key} is '{config[key]}': write it as Python's, such as \"{example}\".")
