@@ -154,7 +154,7 @@ def remove_leftovers(folder: str | os.PathLike, alone: bool = False) -> None:
     with contextlib.suppress(OSError):
         for path in Path(folder).glob(".[0-9]*.*"):
             found = TEMPORARY.match(path.name)
-            if alone or (found is not None and _is_left(path, *found.groups())):
+            if found is not None and (alone or _is_left(path, *found.groups())):
                 path.unlink(missing_ok=True)
 
 
