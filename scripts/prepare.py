@@ -84,6 +84,8 @@ def prepare(
     check_number("spacing (mm)", spacing, 0.5, 8)
     if workers is not None:
         check_integer("workers", workers, 1)
+    if not isinstance(scan_pattern, str):
+        raise InputError(f"scan_pattern is {scan_pattern!r}: name one pattern, since each head is prepared by itself.")
     scans = find_scans(dataset_dir, scan_pattern)
     root, folder = Path(expand(dataset_dir)), Path(expand(output_dir))
     inner, outer = folder.resolve(), root.resolve()
@@ -117,7 +119,9 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     failures |= _run([job for job in jobs if read_record(job) is None], workers, len(jobs))
     records = {job.name: read_record(job) for job in jobs if job.name not in failures}
-    rows = flag_alignments([record["row"] for record in records.values()])
+    changed = [name for name, record in records.items() if record is None]
+    failures |= dict.fromkeys(changed, "it changed while it was prepared: run this again")
+    rows = flag_alignments([record["row"] for record in records.values() if record is not None])
     _report(folder, rows, failures, {job.name: job for job in jobs}, {"dataset_dir": str(dataset_dir), **settings})
     return Prepared(rows, failures)
 

@@ -358,6 +358,23 @@ def test_only_what_is_missing_or_changed_is_made(tmp_path, quick):
     assert json.loads((out / "sub-1.json").read_text())["settings"]["keep_skull"]
 
 
+def test_a_scan_that_changes_meanwhile_fails_alone(tmp_path, quick, monkeypatch):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    save_brain(raw / "a.nii.gz")
+    save_brain(raw / "b.nii.gz")
+    run_jobs = module._run
+
+    def run_and_change(*arguments):
+        failures = run_jobs(*arguments)
+        save_brain(raw / "b.nii.gz", 2)
+        return failures
+
+    monkeypatch.setattr(module, "_run", run_and_change)
+    done = prepare(raw, out, spacing=8.0, bias_correction=False, workers=1)
+    assert [row["scan"] for row in done.rows] == ["a.nii.gz"]
+    assert done.failures == {"b.nii.gz": "it changed while it was prepared: run this again"}
+
+
 def test_a_scan_that_breaks_later_leaves_no_old_result(tmp_path, quick):
     raw, out = tmp_path / "raw", tmp_path / "out"
     save_brain(raw / "a.nii.gz")
@@ -426,6 +443,7 @@ def test_names_never_collide():
         ({"output_dir": "raw/out"}, "within each other"),
         ({"mask_dir": "nowhere"}, "mask_dir"),
         ({"scan_pattern": "*.mgz"}, "scan_pattern"),
+        ({"scan_pattern": ["*_T1w.nii.gz", "*_FLAIR.nii.gz"]}, "scan_pattern is .* name one pattern"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_made(tmp_path, monkeypatch, arguments, message):
