@@ -67,13 +67,13 @@ def test_a_changed_file_is_read_again_even_at_the_same_size_and_time(items, tmp_
 def test_a_changed_slice_of_a_series_and_changed_voxels_beside_a_header_are_seen(tmp_path):
     series = tmp_path / "series"
     series.mkdir()
-    for name in ("series/1.dcm", "series/2.dcm", "scan.mhd", "scan.raw"):
+    for name in ("series/1.dcm", "series/2.dcm", "scan[1].mhd", "scan[1].raw"):
         (tmp_path / name).write_text(name)
-    items = [{"image": str(series)}, {"image": str(tmp_path / "scan.mhd")}]
+    items = [{"image": str(series)}, {"image": str(tmp_path / "scan[1].mhd")}]
     before = [cache(items, tmp_path).path(i) for i in range(2)]
     assert [cache(items, tmp_path).path(i) for i in range(2)] == before
     (series / "2.dcm").write_text("another")
-    (tmp_path / "scan.raw").write_text("another")
+    (tmp_path / "scan[1].raw").write_text("another")
     assert not set(before) & {cache(items, tmp_path).path(i) for i in range(2)}
 
 

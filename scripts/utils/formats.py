@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import os
 import zlib
@@ -82,7 +83,7 @@ def file_states(path: Path) -> list[tuple[str, int, int, int]]:
     if path.is_dir():
         files: Sequence[Path] = sorted(entry for entry in path.iterdir() if entry.is_file())
     elif path.suffix in (*DETACHED_HEADERS, ".img"):
-        files = sorted(path.parent.glob(f"{path.stem}.*"))
+        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
     else:
         files = [path]
     status = [(file.name, file.stat()) for file in files if file.exists()]
