@@ -273,9 +273,13 @@ def test_what_is_no_table_is_refused_by_name(tmp_path, content, message):
         read_table(tmp_path / "t.csv")
 
 
-def test_short_rows_and_empty_files_are_read(tmp_path):
+def test_short_rows_are_read_with_a_warning_and_empty_files(tmp_path, caplog):
     (tmp_path / "t.csv").write_text("a, b \n1\n\n")
     assert read_table(tmp_path / "t.csv").rows == [{"a": "1", "b": ""}]
+    assert "1 row(s) have fewer cells than there are columns, such as that of '1'" in caplog.text
+    caplog.clear()
+    (tmp_path / "t.csv").write_text("a,b\n1,\n")
+    assert read_table(tmp_path / "t.csv").rows == [{"a": "1", "b": ""}] and not caplog.text
     (tmp_path / "t.csv").write_text("")
     assert read_table(tmp_path / "t.csv") == ([], [])
 
@@ -345,6 +349,15 @@ def test_a_table_of_participants_without_their_names_is_not_joined(tmp_path, cap
     (tmp_path / "participants.tsv").write_text("id\tage\n1\t63\n")
     assert Covariates(scans(tmp_path, "sub-1"), tmp_path).rows == [{}]
     assert "has no column participant_id" in caplog.text
+
+
+def test_participants_of_another_data_set_above_are_not_taken(tmp_path, caplog):
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t63\n")
+    (tmp_path / "mine").mkdir()
+    assert Covariates(scans(tmp_path / "mine", "sub-01"), tmp_path / "mine").rows == [{"age": "63"}]
+    assert [r.levelname for r in caplog.records if "above the data set" in r.message] == ["WARNING"]
+    (tmp_path / "mine" / "dataset_description.json").write_text("{}")
+    assert Covariates(scans(tmp_path / "mine", "sub-01"), tmp_path / "mine").rows == [{}]
 
 
 def test_participants_are_found_above_a_few_scans(tmp_path):

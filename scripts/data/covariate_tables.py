@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 OTHER_TABLE = "; name a table by --covariates_file"
 
-PARTICIPANTS = "participants.tsv"
+PARTICIPANTS, DESCRIPTION = "participants.tsv", "dataset_description.json"
 FAR = 5  # times the distance between its quartiles: how far from these a value still lies among the others
 MOST_NAMED = 8  # categories of a covariate, in a message
 
@@ -378,9 +378,16 @@ def _scan_name(item: Mapping[str, Any], path: str, root: Path) -> ScanName:
 
 def _read_participants(root: Path) -> ScanTable | None:
     """The ``participants.tsv`` of a data set, or of one that the folder of a few scans lies in; None without."""
-    path = next((f / PARTICIPANTS for f in (root, *root.parents[:3]) if (f / PARTICIPANTS).is_file()), None)
+    folders = [root, *root.parents[:3]]
+    top = next((folder for folder in folders if (folder / DESCRIPTION).is_file()), None)
+    inside = folders if top is None else folders[: folders.index(top) + 1]  # above it are other data sets
+    path = next((f / PARTICIPANTS for f in inside if (f / PARTICIPANTS).is_file()), None)
     if path is not None and path.parent != root:
-        logger.info("'%s', above the data set, says what is known of its scans.", path)
+        logger.log(
+            logging.INFO if path.parent == top else logging.WARNING,
+            "'%s', above the data set, says what is known of its scans.",
+            path,
+        )
     table = None if path is None else ScanTable(path)
     if table is not None and not table.named:
         logger.warning("'%s' has no column participant_id, and is not read.", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import difflib
 import io
 import logging
@@ -50,20 +51,24 @@ def read_table(path: Path) -> Table:
     import pandas  # takes half a second to import, and most jobs read no table
 
     text, usual = _decoded(path), "\t" if path.suffix.lower() == ".tsv" else ","
+    mark = next((mark for mark in (usual, *"\t;,") if mark in text.partition("\n")[0]), usual)
     try:
-        frame = pandas.read_csv(
-            io.StringIO(text),
-            sep=next((mark for mark in (usual, *"\t;,") if mark in text.partition("\n")[0]), usual),
-            header=None,
-            dtype=str,
-            na_filter=False,
-        )
+        frame = pandas.read_csv(io.StringIO(text), sep=mark, header=None, dtype=str, na_filter=False)
     except pandas.errors.EmptyDataError:
         return Table([], [])
     except pandas.errors.ParserError as error:
         reason = str(error).strip().rpartition("C error: ")[2]
         raise InputError(f"'{path}' cannot be read as a table ({reason}): correct that line.") from error
     columns, *rows = ([cell.strip() for cell in row] for row in frame.itertuples(index=False, name=None))
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    lines = csv.reader(io.StringIO(text), delimiter=mark)  # pandas fills rows up without a word
+    short = [line for line in lines if 0 < len(line) < len(columns)]
+    if short:
+        logger.warning(
+            "'%s': %d row(s) have fewer cells than there are columns, such as that of '%s': the last ones count as "
+            "missing.",
+            *(path, len(short), short[0][0]),
+        )
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
         raise InputError(f"'{path}' has several columns '{twice[0]}': give each a name of its own.")
