@@ -300,6 +300,14 @@ def test_two_dimensions(dataset, tmp_path):
     assert (report.folder / "contact_sheet.png").is_file()
 
 
+def test_results_that_are_left_out_are_named_once(tmp_path, caplog):
+    image, affine, _ = brain_phantom(0, spacing=SPACING)
+    for name in ("a.nii.gz", "a_recon.nii.gz"):
+        save(tmp_path / name, image, affine)
+    report = check(tmp_path, output_dir=tmp_path / "report", workers=1)
+    assert caplog.text.count("are left out, since they are named as results") == 1 and not report.passed_over
+
+
 def test_images_that_the_pattern_passes_over_are_listed_but_not_accused(dataset, tmp_path):
     for name in ("sub-0000_FLAIR.nii.gz", "sub-0000_T1w.nii.gz"):
         shutil.copy(dataset[0] / "sub-0000_FLAIR.nii.gz", tmp_path / name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from joblib import delayed
-from scripts.data.find import find_scans
+from scripts.data.find import all_files
 from scripts.data.quality import MIN_COHORT, VERDICTS, Scan, scan_picture
 from scripts.data.scan_grid import find_alignment
 from scripts.utils import figures
@@ -183,12 +183,8 @@ def find_unmatched(root: Path, scans: set[str]) -> tuple[Counter, list[Scan]]:
     """
     suffixes, rows, dicom = Counter(), [], Counter()
     companions = {str(Path(name).with_suffix("")) for name in scans if name.endswith(DETACHED_HEADERS)}
-    try:
-        everything = find_scans(root, "*")
-    except FileNotFoundError:  # only folders
-        everything = []
-    for path in everything:
-        name = path.relative_to(root).as_posix()
+    for name in all_files(root):
+        path = root / name
         folder = name.rpartition("/")[0]
         if name.endswith(READ):
             continue

@@ -148,6 +148,11 @@ def find_by_wildcards(
     return found
 
 
+def all_files(root: Path) -> list[str]:
+    """The posix path, relative to a folder, of each file under it but results of this bundle, without a warning."""
+    return sorted(name for name in _walk(root, False, ()) if not RESULT.search(name))
+
+
 def _small_suffix(name: str) -> str:
     """A name whose suffix of NIfTI is not in capitals."""
     return re.sub(r"\.nii(\.gz)?$", lambda suffix: suffix[0].lower(), name, flags=re.IGNORECASE)
