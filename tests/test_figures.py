@@ -159,17 +159,8 @@ HISTORY = {
 @pytest.mark.parametrize("names", [["loss"], ["bits_per_dim", "skipped"], list(HISTORY)])
 def test_curves(tmp_path, names):
     path = tmp_path / "c.png"
-    references = {"loss": {"mean scan": 300.0, "Gaussian": -20.0}, "other": {"unused": 1.0}}
-    plots.curves(path, {name: HISTORY[name] for name in names}, references)
+    plots.curves(path, {name: HISTORY[name] for name in names})
     check_picture(path)
-
-
-def test_a_reference_line_is_drawn_where_the_curve_never_goes(tmp_path):
-    history = {"bits_per_dim": HISTORY["bits_per_dim"]}
-    plots.curves(tmp_path / "without.png", history)
-    without = imread(tmp_path / "without.png")
-    plots.curves(tmp_path / "with.png", history, {"bits_per_dim": {"published": -3.0}})
-    assert (without != imread(tmp_path / "with.png")).any()
 
 
 @pytest.mark.parametrize("time", [1, 2, 50])

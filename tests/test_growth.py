@@ -86,31 +86,6 @@ def test_patches_start_from_what_was_predicted_of_one_voxel(coarse):
         grow_network(VDVAE(**COARSE | {"spatial_shape": [16] * 3, "patch_size": 2, "channels": [3, 6, 8]}), weights)
 
 
-LATENT_OF_THE_FINEST = {"num_latents": [1, 2, 1], "decoder_channels": [6, 6, 8]}
-
-
-def test_the_finest_level_gets_a_latent_that_shows_nothing_at_first(coarse):
-    network, weights = coarse
-    fine = grow_network(VDVAE(**COARSE | LATENT_OF_THE_FINEST), weights)
-    fine.set_voxel_gaussian(*(buffer[0] for buffer in network.voxel_gaussian()))
-    x = torch.rand(2, 1, 8, 8, 8) * 2 - 1
-    with torch.no_grad():
-        known, found = network.infer(x, 0.0)[0], fine.eval().infer(x, 0.0)[0]
-    torch.testing.assert_close(found.loc, known.loc, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.scale, known.scale, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.kl[:, :-1], known.kl)
-    output = fine.train()(x)
-    (output.loc.sum() + output.kl.sum()).backward()
-    latent = fine.decoder.groups[-1][0]
-    assert latent.z_projection.weight.grad.abs().max() > 0 and latent.posterior.mean.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("change", [{"num_latents": [2, 2, 1]}, {"decoder_channels": [5, 6, 8]}])
-def test_a_latent_of_the_finest_level_that_would_change_what_is_predicted_is_refused(coarse, change):
-    with pytest.raises(ValueError, match="no latents on its finest level: give num_latents 1"):
-        grow_network(VDVAE(**COARSE | LATENT_OF_THE_FINEST | change), coarse[1])
-
-
 @pytest.mark.parametrize(
     "change",
     [

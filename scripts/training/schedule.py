@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 FEW_SCANS = 300
 ENOUGH_UPDATES = 2000  # below, networks of 32³ still get better fast: docs/training.md
 
-FIRST_BATCHES = 100  # of a long epoch, after which it is known how long the run takes
 UNITS = ((2 * 86400, 86400, "days"), (5400, 3600, "h"), (90, 60, "min"))  # from how many seconds on each is used
 
 
@@ -116,7 +115,7 @@ def log_plan(
 
 
 class TimeEstimate:
-    """Log, on rank 0, how long a run will take: after its first epoch, and in a long one after 100 batches too."""
+    """Log, on rank 0, how long a run will take, after its first epoch."""
 
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None  # seconds, batches
@@ -125,39 +124,22 @@ class TimeEstimate:
         """Attach after all that takes time at the end of an epoch: validation, figures, checkpoints."""
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_STARTED, self._start)
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
 
     def _start(self, engine: VDVAETrainer) -> None:
         if self._begun is None:
-            self._begun = self._first = (time.monotonic(), engine.state.iteration)
+            self._begun = (time.monotonic(), engine.state.iteration)
             self._epoch = engine.state.epoch
-
-    def _after_batch(self, engine: VDVAETrainer) -> None:
-        state, batches = engine.state, engine.state.iteration - self._begun[1]
-        if batches == 1:
-            self._first = (time.monotonic(), state.iteration)  # what starts once is over
-        elif batches == 1 + FIRST_BATCHES and state.epoch == self._epoch and state.epoch_length > 2 * FIRST_BATCHES:
-            seconds, left = self._left(engine, *self._first)
-            logger.info(
-                "%d batches took %s: about %s to go, without validation.",
-                *(FIRST_BATCHES, duration(seconds), duration(left)),
-            )
 
     def _after_epoch(self, engine: VDVAETrainer) -> None:
         if engine.state.epoch == self._epoch < engine.state.max_epochs:
-            seconds, left = self._left(engine, *self._begun)
+            state, (since, batches) = engine.state, self._begun
+            seconds = time.monotonic() - since
+            left = state.max_epochs * state.epoch_length - state.iteration
             logger.info(
                 "Epoch %d took %s, with all that is done at its end: about %s to go.",
-                *(self._epoch, duration(seconds), duration(left)),
+                *(self._epoch, duration(seconds), duration(seconds / (state.iteration - batches) * left)),
             )
-
-    @staticmethod
-    def _left(engine: VDVAETrainer, since: float, batches: int) -> tuple[float, float]:
-        """Seconds that have passed since so many batches were done, and those to the end of the run."""
-        state, seconds = engine.state, time.monotonic() - since
-        left = state.max_epochs * state.epoch_length - state.iteration
-        return seconds, seconds / (state.iteration - batches) * left
 
 
 def duration(seconds: float) -> str:

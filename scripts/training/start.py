@@ -8,13 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import ignite.distributed as idist
 import torch
-from monai.transforms import Transform
-from scripts.data.augmentations import try_augmentations
-from scripts.data.datalist import check_channels
 from scripts.data.scan_grid import ScanGrid
 from scripts.layers.blocks import RefiningBlock, ResidualBlock
 from scripts.layers.levels import grid_name
@@ -34,24 +31,6 @@ ENTRIES = ("encoder.levels.0.0.convs.0.weight", "encoder.levels.0.0.skip.weight"
 # those that give latents or take them, and those of a posterior that see two parts
 LATENTS = re.compile(r"\.(mean|std|z_projection)\.(weight|bias)$")
 POSTERIOR = re.compile(r"^decoder\.groups\.(\d+)\..*posterior\.(std_)?trunk\.convs\.0\.weight$")
-
-
-def check_inputs(
-    datalist: Mapping[str, Sequence[Mapping]], network: VDVAE, augmentation: Mapping[str, Transform]
-) -> None:
-    """Refuse scans and augmentation that a network cannot train on, before anything is read or written.
-
-    Args:
-        datalist: see :func:`scripts.data.datalist.make_datalist`.
-        network: says the number of channels and of spatial axes.
-        augmentation: the random transforms by name; none where nothing is augmented.
-
-    Raises:
-        ValueError: the sentence names the scan or the transform.
-    """
-    check_channels(datalist, network.in_channels)
-    if augmentation:
-        try_augmentations(augmentation, network.in_channels, network.spatial_dims)
 
 
 def start_network(
@@ -139,8 +118,7 @@ def grow_network(network: VDVAE, weights: str | os.PathLike, renew_template: boo
     there and gets some.
 
     A network of as many levels takes all of them. With patches where the weights have voxels, a patch is seen as the
-    mean of its voxels, each of which starts from what was predicted of all. Its finest level may get a latent, which
-    shows nothing at first, where it had none and its decoder is as wide as the next level's.
+    mean of its voxels, each of which starts from what was predicted of all.
 
     A level may be wider than in the weights (Net2Net: Chen et al. 2016, arXiv:1511.05641): what is added starts as
     features that nothing looks at, so that the same is predicted.
@@ -201,8 +179,7 @@ def _add_levels(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.P
 def _take_all(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike, renew_template: bool) -> None:
     """See :func:`grow_network`: all is taken, of a coarser grid without its Gaussian, the two ends for each voxel."""
     tensors = network.state_dict(keep_vars=True)
-    state, gained = _with_finest_latent(network, state, weights)
-    lacking = [name for name in tensors if name not in state and not name.startswith((*OF_THE_GRID, *gained))]
+    lacking = [name for name in tensors if name not in state and not name.startswith(OF_THE_GRID)]
     if lacking:
         raise InputError(
             f"grow_from '{weights}' lacks {lacking[0]}: give all levels the kernels and latents that they were trained "
@@ -225,26 +202,6 @@ def _take_all(network: VDVAE, state: Mapping[str, Tensor], weights: str | os.Pat
         elif name in ENTRIES:
             tensor = tensor.repeat_interleave(voxels, 1) / voxels
         _take(network, state, tensors.get(name), name, tensor, weights)
-
-
-def _with_finest_latent(
-    network: VDVAE, state: Mapping[str, Tensor], weights: str | os.PathLike
-) -> tuple[Mapping[str, Tensor], list[str]]:
-    """The weights by their names where the finest level gets a latent, and what the names of its weights begin with.
-
-    The block that was the level's only one follows the latent's, which hands on what it gets.
-    """
-    finest = f"decoder.groups.{network.levels - 1}."
-    if _has_latents(state, finest) or not _has_latents(network.state_dict(), finest):
-        return state, []
-    latent, *others = network.decoder.groups[-1]
-    if len(others) > 1 or not isinstance(latent.skip, torch.nn.Identity):
-        raise InputError(
-            f"grow_from '{weights}' has no latents on its finest level: give num_latents 1 there at most, and "
-            "decoder_channels that are equal there and on the next level."
-        )
-    latent.z_projection.weight.zero_()
-    return {name.replace(f"{finest}0.", f"{finest}1."): tensor for name, tensor in state.items()}, [f"{finest}0."]
 
 
 def _has_latents(state: Mapping[str, Tensor], level: str) -> bool:

@@ -21,10 +21,8 @@ UNITS = {
     "loss": "nats per scan",
     "nll": "nats per scan",
     "kl": "nats per scan",
-    "elbo": "nats per scan",
     "bits_per_dim": "bits per voxel and channel",
     "mse": "squared intensity",
-    "psnr": "dB",
     "grad_norm": "nats per scan",
     "skipped": "updates",
     "beta": "weight of the KL",
@@ -36,9 +34,6 @@ TITLES = {
     "mse": "mean squared error",
     "grad_norm": "gradient norm",
     "skipped": "skipped updates",
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "elbo": "ELBO",
 }
 LINEAR = {"beta", "skipped"}
 COLOURS = {"training": "tab:blue", "validation": "tab:orange"}
@@ -46,11 +41,7 @@ CENTILES = {-1.645: ":", -0.674: "--", 0.0: "-", 0.674: "--", 1.645: ":"}  # z s
 KL_FLOOR = 1e-4  # nats per dimension; a latent below is inactive
 
 
-def curves(
-    path: str | os.PathLike,
-    history: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
-    references: Mapping[str, Mapping[str, float]] | None = None,
-) -> Path:
+def curves(path: str | os.PathLike, history: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Path:
     """Plot every quantity of a training run against the number of updates, each in a panel of its own.
 
     A positive quantity that spans more than a factor of 20 gets a logarithmic axis. On a linear one, the first 5 % of
@@ -59,7 +50,6 @@ def curves(
     Args:
         path: of the PNG.
         history: quantity -> ``{"training": [(update, value), ...], "validation": [...]}``, either may be missing.
-        references: quantity -> label -> value of a horizontal line to compare with.
     """
     panels = {
         name: {side: np.asarray(points, float).reshape(-1, 2) for side, points in sides.items() if len(points)}
@@ -73,7 +63,7 @@ def curves(
     figure = Figure((5.2 * across, 3.1 * down), dpi=DPI, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
     for axes, (name, sides) in zip(grid, panels.items(), strict=False):
-        _curve(axes, name, sides, (references or {}).get(name, {}))
+        _curve(axes, name, sides)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for axes in grid[max(0, len(panels) - across) : len(panels)]:
@@ -82,7 +72,7 @@ def curves(
     return save(path, figure)
 
 
-def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mapping[str, float]) -> None:
+def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray]) -> None:
     for side, points in sides.items():
         updates, values = points[np.isfinite(points).all(1)].T
         colour = COLOURS.get(side)
@@ -95,8 +85,6 @@ def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mappin
         sums = np.cumsum(np.insert(values, 0, 0.0))
         smooth = (sums[window:] - sums[:-window]) / window
         axes.plot(updates[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.4, label=side)
-    for (label, value), style in zip(lines.items(), ("--", ":", "-.", (0, (6, 2))) * len(lines), strict=False):
-        axes.axhline(value, color="0.25", linestyle=style, linewidth=1, label=f"{label}: {value:g}")
     points = np.concatenate(list(sides.values()))
     points = points[np.isfinite(points).all(1)]
     if len(points):
@@ -104,7 +92,7 @@ def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mappin
         if name not in LINEAR and values.min() > 0 and values.max() > 20 * values.min():
             axes.set_yscale("log")
         elif name not in LINEAR and len(points) >= 20:
-            shown = np.concatenate([values[points[:, 0] >= 0.05 * points[:, 0].max()], list(lines.values())])
+            shown = values[points[:, 0] >= 0.05 * points[:, 0].max()]
             margin = 0.06 * (np.ptp(shown) or abs(shown[0]) or 1.0)
             axes.set_ylim(shown.min() - margin, shown.max() + margin)
     axes.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=11)
@@ -112,7 +100,7 @@ def _curve(axes: Axes, name: str, sides: Mapping[str, np.ndarray], lines: Mappin
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(sides) + len(lines) > 1 or "training" not in sides:
+    if len(sides) > 1 or "training" not in sides:
         axes.legend(fontsize=8, framealpha=0.7)
 
 
