@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader
 
 from scripts.networks import VDVAE
+from scripts.training.checkpoint_content import REQUIRED
 from scripts.training.checkpoints import (
     CheckpointError,
     CheckpointHandler,
@@ -92,7 +93,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, earlier, undistu
         newest.write_bytes(b"")
     else:
         newest.unlink()
-    leftover = earlier / "checkpoints" / ".4711.checkpoint.pt"
+    leftover = earlier / "checkpoints" / ".4711-0badcafe.checkpoint.pt"
     leftover.write_bytes(content[:1000])
     found = newest_checkpoint(earlier / "checkpoints", resume="auto")
     assert found.name == "checkpoint_1.pt"
@@ -112,7 +113,7 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
     # the one before it, which is read whenever the damage is seen, may be small
     empty = {"weight": torch.zeros(0)}
     small = {"network": empty, "average": empty, "optimizer": {"state": {}, "param_groups": []}}
-    small |= {"epoch": 0, "scans_into_epoch": 0}
+    small |= dict.fromkeys(REQUIRED[3:], 0)
     torch.save(small, earlier / "checkpoints" / "checkpoint_1.pt")
     places = torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist()
     seen = 0
@@ -130,18 +131,9 @@ def test_a_flipped_byte_anywhere_is_seen_or_harmless(earlier):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda c: c.update(epoch="two"), "its 'epoch' is not a whole number"),
-        (lambda c: c.update(updates=-1), "its 'updates' is not a whole number"),
-        (lambda c: c.update(scans_into_epoch=2.5), "its 'scans_into_epoch' is not"),
-        (lambda c: c.update(batches=0), "its 'batches' is not a number above 0"),
-        (lambda c: c.update(network=[1, 2]), "its 'network' is not a table of weights"),
         (lambda c: next(iter(c["network"].values())).fill_(float("nan")), "in its 'network' '"),
         (lambda c: c["average"].update(scan_grid=torch.zeros(2)), "in its 'average' 'scan_grid' is [2]"),
-        (lambda c: c.update(optimizer={"state": {}}), "its 'optimizer' is not the state of an optimizer"),
-        (lambda c: c.update(scaler=3), "its 'scaler' is not a table"),
-        (lambda c: c.update(datalist={"training": [{"image": 3}]}), "its 'datalist' is not a datalist"),
-        (lambda c: c.update(history={"rows": [("training", "loss", 1)]}), "its 'history' is not a table of numbers"),
-        (lambda c: c.update(best_metric="good"), "its 'best_metric' is not a number"),
+        (lambda c: c.pop("updates"), "was not written by this bundle's training"),
     ],
 )
 def test_a_checkpoint_with_a_wrong_field_gives_way_to_the_one_before(edit, words, earlier, caplog):
@@ -158,11 +150,8 @@ def test_a_checkpoint_with_a_wrong_field_gives_way_to_the_one_before(edit, words
     [
         (lambda c: c["optimizer"]["param_groups"][0].update(lr="fast"), "its learning rate is no number"),
         (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), "has other parameters than this network"),
-        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), r"'exp_avg' of its state is \[3\]"),
         (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(float("nan")), "'exp_avg' of its state is not finite"),
-        (lambda c: c["optimizer"]["state"][0].update(step="many"), "other parameters|'step' of its state"),
-        (lambda c: c.pop("updates"), "KeyError: 'updates'"),
-        (lambda c: c.pop("average_updates"), "KeyError: 'average_updates'"),
+        (lambda c: c.update(optimizer={"state": {}}), "KeyError|other parameters"),
     ],
 )
 def test_what_a_run_cannot_take_in_is_a_sentence(edit, words, undisturbed, tmp_path):
