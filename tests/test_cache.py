@@ -128,36 +128,6 @@ def test_a_damaged_file_is_computed_anew(items, tmp_path, damage):
     assert torch.equal(dataset[0]["image"].as_tensor(), before.as_tensor())
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda entry: entry.clear(),
-        lambda entry: entry.update(image=3),
-        lambda entry: entry.update(image=torch.zeros(8, 8, 8).long()),
-        lambda entry: entry["image"].fill_(float("nan")),
-        lambda entry: entry.update(affine=None),
-        lambda entry: entry.update(affine=torch.zeros(4, 4)),
-        lambda entry: entry.update(name=5),
-        lambda entry: entry.update(geometry={}),
-        lambda entry: entry.update(geometry="LPS"),
-        lambda entry: entry["geometry"].update(spacing="wide"),
-        lambda entry: entry.update(differences=7),
-    ],
-)
-def test_a_file_with_other_content_is_computed_anew(items, tmp_path, edit):
-    dataset = cache(items, tmp_path)
-    before, notes = dataset[0]["image"], dataset.notes(0)
-    entry = torch.load(dataset.path(0), weights_only=True)
-    edit(entry)
-    torch.save(entry, dataset.path(0))
-    with pytest.warns(UserWarning, match="is damaged; it is computed again"):
-        assert torch.equal(dataset[0]["image"].as_tensor(), before.as_tensor())
-    assert dataset.notes(0) == notes
-    torch.save([entry], dataset.path(0))
-    with pytest.warns(UserWarning, match="is damaged; it is computed again"):
-        assert dataset.notes(0) == notes
-
-
 def write_half_and_die(items, tmp_path):
     """What a killed process leaves: half of the bytes of a file that it was writing."""
 

@@ -107,9 +107,7 @@ class ScanCache(PersistentDataset):
             try:
                 if not mmap:  # notes alone are read without the voxels
                     check_archive(path)
-                entry = torch.load(path, weights_only=True, mmap=mmap)
-                _check_entry(entry, voxels=not mmap)
-                return entry
+                return torch.load(path, weights_only=True, mmap=mmap)
             except DAMAGE:
                 warnings.warn(f"The cached scan '{path}' is damaged; it is computed again.", stacklevel=2)
         entry = self._compute(index)
@@ -129,32 +127,6 @@ class ScanCache(PersistentDataset):
             "geometry": image.meta["geometry"],
             "differences": image.meta["differences"],
         }
-
-
-def _check_entry(entry: Any, voxels: bool) -> None:
-    """Refuse what no :py:class:`ScanCache` has written, with one of the errors of ``DAMAGE``.
-
-    Args:
-        entry: the content of a file.
-        voxels: look at them too.
-    """
-    image, affine = entry["image"], entry["affine"]
-    notes = geometry.describe(MetaTensor(torch.zeros(1, *[1] * (image.ndim - 1)), affine=torch.eye(4))).keys()
-    whole = (
-        image.is_floating_point()
-        and image.ndim in (3, 4)
-        and image.numel() > 0
-        and affine.shape in ((3, 3), (4, 4))
-        and bool(affine.isfinite().all() and torch.linalg.det(affine.double()))
-        and isinstance(entry["name"], str)
-        and entry["geometry"].keys() >= notes
-        and all(float(number) >= 0 for name in ("spacing", "field_of_view") for number in entry["geometry"][name])
-        and all(isinstance(text, str) for text in entry["differences"])
-        and isinstance(entry["differences"], list)
-        and (not voxels or bool(image.isfinite().all()))
-    )
-    if not whole:
-        raise ValueError("it holds something else than a scan")
 
 
 def describe_transforms(transform: Compose) -> list[Any]:
