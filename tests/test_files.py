@@ -44,33 +44,20 @@ def writer(path: Path) -> subprocess.Popen:
     return process
 
 
-def test_what_a_killed_process_left_is_gone_at_the_next_start(tmp_path):
+@pytest.mark.parametrize("name", [".4711-0badcafe-01234567.score.json", ".4711-01234567.score.json"])
+def test_what_a_killed_process_left_is_gone_a_day_later(tmp_path, name):
     process = writer(tmp_path / "score.json")
-    (left,) = tmp_path.iterdir()
-    write_text(tmp_path / "score.json", "{}")
-    assert left.exists()  # its process lives
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    write_text(tmp_path / "score.json", "{}")
-    assert left.exists()  # this one has looked before
-    files._cleared.clear()
-    write_text(tmp_path / "score.json", "{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
-
-
-@pytest.mark.parametrize("name", [".{dead}-0badcafe-01234567.score.json", ".{dead}-01234567.score.json"])
-def test_of_other_machines_a_day_is_waited_for(tmp_path, name):
-    """Of containers that share a folder none sees the other's processes."""
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    left = tmp_path / name.format(dead=ended.pid)
+    (writing,) = tmp_path.iterdir()
+    left = tmp_path / name
     left.write_text("half")
-    write_text(tmp_path / "a.txt", "")
-    assert left.exists()
     os.utime(left, (time.time() - 90000,) * 2)
     files._cleared.clear()
     write_text(tmp_path / "a.txt", "")
-    assert not left.exists()
+    assert writing.exists() and not left.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    files.remove_leftovers(tmp_path, alone=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_other_hidden_files_stay(tmp_path):

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import functools
 import io
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from typing import Any
 from scripts.utils.errors import InputError, NotAFolderError, ResourceError
 
 MOST_KEPT = 40  # characters of a file's name in that of a temporary one
-TEMPORARY = re.compile(r"\.(\d+)-(?:([0-9a-f]{8})-)?[0-9a-f]{8}\.")  # how its name begins: process, machine, chance
-KEPT_SECONDS = 86400  # of one whose process may live on another machine
+TEMPORARY = re.compile(r"\.\d+-([0-9a-f]{8}-)?[0-9a-f]{8}\.")  # how its name begins: process, and chance
+KEPT_SECONDS = 86400  # no file takes as long to be written
 OF_THE_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)  # not of the file in it
 
 _cleared: set[Path] = set()  # folders in which this process has looked for leftovers
@@ -62,7 +59,7 @@ def write_whole(
     # the suffix stays, since writers such as nibabel and matplotlib choose the format by it
     # processes of several containers that share the folder may have one number
     # and the name may be as long as a file system allows
-    temporary = path.with_name(f".{os.getpid()}-{_here()}-{secrets.token_hex(4)}.{path.name[-MOST_KEPT:]}")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name[-MOST_KEPT:]}")
     try:
         temporary.touch()  # where that is not allowed Python says so, and some libraries an error of their own
         write(str(temporary))
@@ -145,7 +142,7 @@ def as_folder(name: str, path: str | os.PathLike) -> Path:
 def remove_leftovers(folder: str | os.PathLike, alone: bool = False) -> None:
     """Remove the temporary files of :py:func:`write_whole` that killed processes left in a folder.
 
-    Those of processes that live stay, and for a day those of other machines and containers, of which that is not known.
+    They stay for a day, since a process that lives, here or on another machine, may still write one.
 
     Args:
         folder: that files are written to; a process does this before it writes its first there.
@@ -153,35 +150,9 @@ def remove_leftovers(folder: str | os.PathLike, alone: bool = False) -> None:
     """
     with contextlib.suppress(OSError):
         for path in Path(folder).glob(".[0-9]*.*"):
-            found = TEMPORARY.match(path.name)
-            if found is not None and (alone or _is_left(path, *found.groups())):
+            old = alone or time.time() - path.stat().st_mtime > KEPT_SECONDS
+            if old and TEMPORARY.match(path.name):
                 path.unlink(missing_ok=True)
-
-
-def _is_left(path: Path, number: str, place: str | None) -> bool:
-    """Whether the process that wrote a temporary file has ended."""
-    if place != _here() or os.name != "posix":
-        return time.time() - path.stat().st_mtime > KEPT_SECONDS
-    try:
-        os.kill(int(number), 0)  # asks alone
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
-
-
-@functools.cache
-def _here() -> str:
-    """What tells this machine or container from others, whose processes may have the same numbers."""
-    parts = [platform.node()]
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
-        lambda: str(Path("/proc/self/ns/pid").readlink()),
-    ):
-        with contextlib.suppress(OSError):
-            parts.append(read())
-    return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
