@@ -25,6 +25,8 @@ from scripts.utils.errors import InputError, ResourceError
 
 logger = logging.getLogger(__name__)
 
+INFERENCE = str(Path(__file__).parents[1] / "configs" / "inference.json")
+
 
 def explore(
     ckpt: str | os.PathLike | None = None,
@@ -35,7 +37,7 @@ def explore(
     covariates_file: str | os.PathLike | None = None,
     error_rate: float | None = None,
     calibration: str | os.PathLike | None = None,
-    config_file: str | Sequence[str] = "configs/inference.json",
+    config_file: str | Sequence[str] = INFERENCE,
     bundle_root: str | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
@@ -47,7 +49,7 @@ def explore(
         ckpt, run_dir, dataset_dir, scan_pattern, prior, covariates_file, error_rate, calibration, bundle_root: keys of
             configs/inference.json; those that are not given stay as they are there. The calibration is a
             ``calibration.json``.
-        config_file: configs/inference.json, or that and overlays.
+        config_file: configs/inference.json of this bundle, or that and overlays.
         host: the address to listen at. One that other machines reach is used with a warning.
         port: to listen at; 0 takes one that is free.
         browser: open the page in the browser.

@@ -358,6 +358,8 @@ def test_participants_of_another_data_set_above_are_not_taken(tmp_path, caplog):
     assert [r.levelname for r in caplog.records if "above the data set" in r.message] == ["WARNING"]
     (tmp_path / "mine" / "dataset_description.json").write_text("{}")
     assert Covariates(scans(tmp_path / "mine", "sub-01"), tmp_path / "mine").rows == [{}]
+    (tmp_path / "mine" / "dataset_description.json").write_text('{"DatasetType": "derivative"}')
+    assert Covariates(scans(tmp_path / "mine", "sub-01"), tmp_path / "mine").rows == [{"age": "63"}]
 
 
 def test_participants_are_found_above_a_few_scans(tmp_path):

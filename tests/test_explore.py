@@ -210,6 +210,7 @@ def test_errors_are_sentences(client, kind, arguments, said):
 
 def test_the_table_is_scored_sorted_and_searched(client):
     assert ask(client, "score")["state"] == "done"
+    assert ask(client, "score")["result"] == {"scored": 1}  # the one that is broken: its file may be mended by now
     page = client.get("/api/scans?sort=bits_per_dim&descending=true&limit=5").json()
     assert (page["total"], page["scored"], page["broken"], len(page["rows"])) == (13, 12, 1, 5)
     assert {"image", "age", "site", "bits_per_dim", "anomaly_score", "typicality"} <= set(page["columns"])
@@ -523,10 +524,10 @@ def test_the_command_prints_its_address(folder, network, tmp_path, monkeypatch, 
     monkeypatch.setattr(uvicorn.Server, "run", serve)
     # by a file of the user's own: what a command line says is seen by others
     monkeypatch.setattr(command.webbrowser, "open", lambda uri: opened.append(own_file(uri)))
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    given = {"ckpt": tmp_path / "model.pt", "dataset_dir": folder, "prior": "network"}
-    given["config_file"] = ["configs/inference.json", "tests/tiny.json"]
+    given = {"ckpt": tmp_path / "model.pt", "dataset_dir": folder, "prior": "network", "bundle_root": str(ROOT)}
+    given["config_file"] = [command.INFERENCE, str(ROOT / "tests" / "tiny.json")]
     with caplog.at_level(logging.INFO):
         command.explore(**given, browser=True)
     (app, (host, port)), (address,) = served[0], opened

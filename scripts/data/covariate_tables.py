@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from scripts.data.covariates import CovariateCoding, Value, check_kinds, missing
 from scripts.data.datalist import common_root, covariate_fields
 from scripts.data.tables import ScanName, ScanTable
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import expand
+from scripts.utils.files import expand, read_json
 from scripts.utils.names import item_path
 from torch import Tensor
 
@@ -379,7 +380,7 @@ def _scan_name(item: Mapping[str, Any], path: str, root: Path) -> ScanName:
 def _read_participants(root: Path) -> ScanTable | None:
     """The ``participants.tsv`` of a data set, or of one that the folder of a few scans lies in; None without."""
     folders = [root, *root.parents[:3]]
-    top = next((folder for folder in folders if (folder / DESCRIPTION).is_file()), None)
+    top = next((folder for folder in folders if _is_raw_data_set(folder)), None)
     inside = folders if top is None else folders[: folders.index(top) + 1]  # above it are other data sets
     path = next((f / PARTICIPANTS for f in inside if (f / PARTICIPANTS).is_file()), None)
     if path is not None and path.parent != root:
@@ -393,6 +394,16 @@ def _read_participants(root: Path) -> ScanTable | None:
         logger.warning("'%s' has no column participant_id, and is not read.", path)
         return None
     return table
+
+
+def _is_raw_data_set(folder: Path) -> bool:
+    """Whether it is the folder of a BIDS data set, and not of derivatives, whose people the one above describes."""
+    path = folder / DESCRIPTION
+    if not path.is_file() or folder.parent.name == "derivatives":
+        return False
+    with contextlib.suppress(InputError):  # whatever else it holds
+        return read_json(path, "the description of a BIDS data set").get("DatasetType") != "derivative"
+    return True
 
 
 def _read_sessions(root: Path, subject: str) -> ScanTable | None:

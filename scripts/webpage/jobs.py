@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -76,6 +77,7 @@ class Jobs:
         if any(self._promised[name] is not None for name in ("error_rate", "calibration")):
             _ = self._deviation  # what is wrong with it is said at the start
         self._iterations = config.get_parsed_content("iterations")
+        self._requests = itertools.count()
         self._decoded = lru_cache(maxsize=8)(self._decode)
         self.kinds: dict[str, Callable[..., Steps]] = {
             "thumbnail": self.thumbnail,
@@ -128,7 +130,9 @@ class Jobs:
             inspect.signature(job).bind(**arguments)
         except TypeError as error:
             raise InputError(f"The job '{kind}' was asked for wrongly: {error}.") from error
-        return request_key(kind, arguments), job(**arguments)
+        # scores go into the scans' rows, and are computed anew each time: files may have changed
+        request = {**arguments, "request": next(self._requests)} if kind == "score" else arguments
+        return request_key(kind, request), job(**arguments)
 
     @cached_property
     def _reconstruction(self) -> ScanEvaluator:
