@@ -37,8 +37,10 @@ from scripts.inference.covariates import (
 from scripts.inference.inferers import Sampling
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.tables import ScanColumns
+from scripts.layers.gaussian import LatentSampler
 from scripts.phantoms import make_brains
 from scripts.population import effects
+from scripts.population.deviations import deviations
 from scripts.population.effects import Adaptation, EffectPlane, Effects, mechanism_std, private_mean, rows_of
 from scripts.population.familiarity import Familiarity
 from scripts.population.fit import PopulationFit
@@ -276,10 +278,10 @@ def test_curves_of_regions_do_not_depend_on_the_batch(network, coding, capsys):
         found.append(RegionCurves(deviation, network, [], seed=3, batch_size=batch_size).moments("age", [50.0, 70.0]))
         assert passes == {1: [1] * 10, 2: [2, 2, 1] * 2, 9: [5, 5]}[batch_size]
     hook.remove()
-    for means, deviations in found:
-        assert means.shape == deviations.shape == (2, 2) and (deviations > 0).all()
+    for means, spreads in found:
+        assert means.shape == spreads.shape == (2, 2) and (spreads > 0).all()
         torch.testing.assert_close(means, found[0][0])
-        torch.testing.assert_close(deviations, found[0][1])
+        torch.testing.assert_close(spreads, found[0][1])
     assert "regions over age: 100%" in capsys.readouterr().err
     other = RegionCurves(deviation, network, [], seed=4).moments("age", [50.0, 70.0])
     assert not torch.allclose(other[0], found[0][0])
@@ -428,6 +430,18 @@ def test_evaluation_measures_what_scans_say_of_covariates(fitted, tmp_path):
     rows = pd.read_csv(tmp_path / "evaluation" / "evaluation.csv", index_col="image")
     assert len(left) == 5 and left["nll"].equals(rows["nll"][left.index])
     assert "Not known is the age" not in result.stderr  # of those who were trained on, in another folder, neither
+
+
+@torch.no_grad()
+def test_how_far_a_scan_deviates_does_not_depend_on_its_batch(network, coding):
+    prior, scans = prior_with_effects(network, coding), torch.rand(3, 1, 8, 8, 8) * 2 - 1
+    features = torch.stack([coding.numbers({"age": age}) for age in (45, 60, 75)])
+
+    def scores(*places: int) -> torch.Tensor:
+        noise = LatentSampler([torch.Generator().manual_seed(place) for place in places])
+        return deviations(network, prior, scans[list(places)], features[list(places)], noise).scores
+
+    torch.testing.assert_close(scores(0, 1, 2), torch.cat([scores(place) for place in range(3)]))
 
 
 def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():

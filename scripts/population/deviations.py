@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from monai.networks.layers.factories import Pool
+from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground, foreground_percentile
 from scripts.networks import VDVAE
 from scripts.population.prior import PopulationPrior
@@ -29,7 +30,9 @@ class Deviations(NamedTuple):
     scores: Tensor
 
 
-def deviations(network: VDVAE, prior: PopulationPrior, scans: Tensor, features: Tensor) -> Deviations:
+def deviations(
+    network: VDVAE, prior: PopulationPrior, scans: Tensor, features: Tensor, sampler: LatentSampler
+) -> Deviations:
     """How far scans deviate, in standard deviations of draws for their covariates.
 
     Of voxels, and of the means of blocks of an eighth of the grid, which stand for regions; of those that are brain in
@@ -40,10 +43,11 @@ def deviations(network: VDVAE, prior: PopulationPrior, scans: Tensor, features: 
         prior: with covariates.
         scans: ``[batch, channels, *spatial]``.
         features: what their covariates become, ``[batch, features]``.
+        sampler: draws the noise.
     """
     pool = Pool["AVG", network.spatial_dims](max(1, min(network.spatial_shape) // 8))
     squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    drawn = [prior.sample(network, features) for _ in range(DRAWS)]
+    drawn = [prior.sample(network, features, sampler) for _ in range(DRAWS)]
     means = torch.stack([loc.cpu() for loc, _ in drawn])
     noise = torch.stack([scale.cpu().square() for _, scale in drawn]).mean(0)
     brain = foreground(means, network).float().mean(0)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -288,15 +288,16 @@ class PopulationFit:
                         kept[index] = Posterior(*(part if part is None else part.cpu() for part in q))
                     return q.z
 
-                sampler = LatentSampler([self._generator(scan) for scan in batch["image"]], record)
+                sampler = self._sampler(batch["image"], record)
                 output, _ = self.network.infer(scans, temperature, keep_posteriors=False, sampler=sampler)
                 nats = negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1)
                 bits = bits_per_dim(nats, scans).cpu()
                 yield ScanVectors(dict(sorted(posteriors.items())), bits, batch["features"].cpu(), batch["image"].cpu())
 
-    def _generator(self, scan: Tensor) -> torch.Generator:
-        """Noise of a scan's own, by what it holds: it gives the same numbers in any cohort, batch and process."""
-        return torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(scan.cpu().numpy().tobytes()))
+    def _sampler(self, scans: Tensor, rule: Callable[[int, Posterior], Tensor] | None = None) -> LatentSampler:
+        """Noise of each scan's own, by what it holds: it gives the same numbers in any cohort, batch and process."""
+        seeds = (self.seed + zlib.crc32(scan.cpu().numpy().tobytes()) for scan in scans)
+        return LatentSampler([torch.Generator(self.device).manual_seed(seed) for seed in seeds], rule)
 
     def _held_out(self, dataset: Dataset) -> HeldOut:
         """What is kept of held-out scans; of each its latents are drawn once."""
@@ -451,7 +452,7 @@ class PopulationFit:
         """Those of some scans, of all processes."""
         some = Subset(dataset, spaced(len(dataset), DISPERSION_SCANS))
         found = [
-            deviations(self.network, prior, vectors.scans, vectors.features)
+            deviations(self.network, prior, vectors.scans, vectors.features, self._sampler(vectors.scans))
             for vectors in self._vectors(some, "how far scans deviate", temperature=0.0, latents=())
         ]
         squares, counts = (
