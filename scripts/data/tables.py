@@ -61,7 +61,7 @@ def read_table(path: Path) -> Table:
         raise InputError(f"'{path}' cannot be read as a table ({reason}): correct that line.") from error
     columns, *rows = ([cell.strip() for cell in row] for row in frame.itertuples(index=False, name=None))
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    lines = csv.reader(io.StringIO(text), delimiter=mark)  # pandas fills rows up without a word
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark)  # pandas fills rows up without a word
     short = [line for line in lines if 0 < len(line) < len(columns)]
     if short:
         logger.warning(
