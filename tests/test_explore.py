@@ -859,11 +859,11 @@ def test_the_channel_that_is_shown_is_chosen(folder, browser, tmp_path):
         page.locator("#scans tbody tr").first.press("Enter")
         window.drawn("#scans")
         np.testing.assert_allclose(window.volume("#scans"), expected[0], atol=1e-6)
-        assert "channel=0" in page.get_attribute("#scans td img", "src")
+        page.wait_for_selector("#scans td img[src*='channel=0']", state="attached")
         page.get_by_label("Channel").select_option("FLAIR")
         window.drawn("#scans", 2)
         np.testing.assert_allclose(window.volume("#scans"), expected[1], atol=1e-6)
-        assert "channel=1" in page.get_attribute("#scans td img", "src")
+        page.wait_for_selector("#scans td img[src*='channel=1']", state="attached")
         # it counts for the other views too, and changing it draws them anew
         page.get_by_role("tab", name="Sample").click()
         window.drawn("#sample", place=1)

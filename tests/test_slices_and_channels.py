@@ -15,6 +15,7 @@ import torch
 from conftest import TINY, run_bundle, save
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import Compose
 
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator
@@ -244,6 +245,7 @@ def test_channels_whose_results_would_have_one_name_are_refused(tmp_path):
     same = [str(tmp_path / "sub-01.nii.gz"), str(tmp_path / "sub-01.mha")]
     evaluator = ScanEvaluator.__new__(ScanEvaluator)  # of which nothing else is asked
     evaluator.layouts, evaluator.dataset = [layout], SimpleNamespace(data=[{"image": same}])
+    evaluator.results_of = Compose([])
     with pytest.raises(ValueError, match="would both be written to"):
         evaluator.check_names()
     evaluator.layouts = [ScanLayout(tmp_path, tmp_path / "out", "recon", join_channels=True)]
