@@ -68,8 +68,8 @@ class Effects:
         design = torch.cat([torch.ones(len(features), 1), features], dim=1)
         flat = values.flatten(1)
         self.gram += design.double().T @ design.double()
-        self.moments = self.moments + design.T @ flat
-        self.squares = self.squares + flat.square().sum(0)
+        self.moments += design.T @ flat
+        self.squares += flat.square().sum(0)
 
     def fit(self) -> Tensor:
         """The effects, ``[features, ...]``, from the scans of all processes, which all have to call this."""
