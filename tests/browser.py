@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,13 +52,17 @@ class Window:
         self.page.on("request", lambda r: None if r.url.startswith(own) else self.elsewhere.append(r.url))
         self.page.goto(address)
 
-    def holds(self, expression: str) -> None:
-        """Wait until a JavaScript expression is true."""
+    def until(self, true: Callable[[], bool], what: str = "") -> None:
+        """Wait until something is true that the page draws or computes."""
         for _ in range(900):
-            if self.page.evaluate(expression):
+            if true():
                 return
             self.page.wait_for_timeout(100)
-        raise AssertionError(expression)
+        raise AssertionError(what or true)
+
+    def holds(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        self.until(lambda: self.page.evaluate(expression), expression)
 
     def drawn(self, view: str, times: int = 1, place: int = 0) -> None:
         """Wait until a viewer of a view has drawn so many times."""

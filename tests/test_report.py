@@ -111,12 +111,11 @@ def test_volumes_are_in_the_page_and_can_be_moved_through(tmp_path):
         frame.scroll_into_view_if_needed()
         canvas = frame.content_frame.locator("canvas").first
         canvas.wait_for()
-        before, mapped = canvas.evaluate(SEEN)
-        assert mapped > 100  # voxels of the map are on the scan
+        window.until(lambda: canvas.evaluate(SEEN)[1] > 100)  # voxels of the map are on the scan
+        before = canvas.evaluate(SEEN)[0]
         box = canvas.bounding_box()
         window.page.mouse.click(box["x"] + box["width"] * 0.12, box["y"] + box["height"] * 0.6)
-        window.page.wait_for_timeout(300)
-        assert canvas.evaluate(SEEN)[0] != before
+        window.until(lambda: canvas.evaluate(SEEN)[0] != before)
     assert window.elsewhere == [] and window.failures == []
 
 
