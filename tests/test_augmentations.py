@@ -70,7 +70,7 @@ def test_geometry_and_contrast_leave_the_background_empty(name):
 
 
 def test_haircut_shaves_the_edge_and_nothing_else():
-    image = torch.zeros(2, 16, 16, 16)
+    image = MetaTensor(torch.zeros(2, 16, 16, 16))
     image[:, 3:13, 3:13, 3:13] = 1
     image[:, 8, 8, 8] = 0  # enclosed, as a dark ventricle is: not an edge
     after = RandHaircutd("image", prob=1, width=(2, 2))({"image": image})["image"]
@@ -84,16 +84,16 @@ def test_haircut_shaves_the_edge_and_nothing_else():
 
 
 def test_haircut_works_on_any_background_in_2d_and_without_background():
-    image = torch.full((1, 12, 12), -1.0)
+    image = MetaTensor(torch.full((1, 12, 12), -1.0))
     image[:, 3:9, 3:9] = 0.5
     assert (RandHaircutd("image", prob=1, width=(1, 1))({"image": image})["image"] > 0).sum() == 16
-    full = 1 + torch.rand(1, 8, 8, 8)
+    full = MetaTensor(1 + torch.rand(1, 8, 8, 8))
     full[0, 4, 4, 4] = 0
     assert torch.equal(RandHaircutd("image", prob=1)({"image": full})["image"], full)
 
 
 def test_haircut_cuts_through_the_faint_rim_that_resampling_leaves():
-    image = torch.zeros(1, 16, 16, 16)
+    image = MetaTensor(torch.zeros(1, 16, 16, 16))
     image[:, 3:13, 3:13, 3:13] = 0.02
     image[:, 4:12, 4:12, 4:12] = 1
     after = RandHaircutd("image", prob=1, width=(1, 1))({"image": image})["image"]

@@ -19,14 +19,16 @@ from scripts.data.cache import read_cohort
 from scripts.data.check_report import summary
 from scripts.data.geometry import fill_outside, foreground_place
 from scripts.data.scan_grid import (
+    Fit,
     ScanGrid,
     _Scan,
     choose_grid,
     field_of_view_differences,
     find_alignment,
     place_differences,
+    to_scan,
 )
-from scripts.data.transforms import CheckScand, FitShape, FitShaped, LoadScand, ScanError
+from scripts.data.transforms import CheckScand, FitShape, FitShaped, LoadScand, RobustScaled, ScanError
 from scripts.networks import VDVAE
 from scripts.training.start import stored_grid
 
@@ -165,8 +167,9 @@ def test_in_2d(tmp_path):
 
 def test_what_the_grid_does_not_reach_is_background_in_results():
     image = MetaTensor(torch.cat([brain(16).as_tensor() + 3, 100 * brain(16).as_tensor() - 7]))
-    fit = FitShaped("image", 8, box=[[5.5, 7.5, 7.5], [8.0, 8.0, 8.0]])
-    back = fit.inverse(fit({"image": image}))["image"]
+    fitted = FitShaped("image", 8, box=[[5.5, 7.5, 7.5], [8.0, 8.0, 8.0]])({"image": image})
+    fitted = RobustScaled("image", 0, 100)(fitted)["image"]
+    back = to_scan(fitted, Fit.of(fitted), "intensity")
     assert back.shape == image.shape
     inside = torch.zeros(16, 16, 16, dtype=torch.bool)
     inside[2:10, 4:12, 4:12] = True

@@ -20,6 +20,9 @@ from scripts.utils.errors import InputError
 TRIAL_SIZE = 16  # voxels along each axis of the image that each augmentation is tried on: all together take 0.4 s
 NAMED_ALONE = ("mirror",)  # transforms that are not taken unless they are named
 PUBLISHED = 128  # voxels along each axis of the grid
+# Resampling leaves a faint rim around the brain. What lies so little above the lowest value, as a share of the image's
+# range, still counts as background, or a haircut would remove only that rim.
+RIM = 0.05
 
 
 def chosen(augmentation: Mapping[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:
@@ -69,7 +72,6 @@ class RandElasticd(RandomizableTransform, MapTransform):
         prob: probability that a scan is bent.
         sigma_range: of the Gaussian, in voxels.
         magnitude_range: of the displacement, in voxels before smoothing.
-        mode: the interpolation, ``bilinear`` (trilinear in 3D) or ``nearest``.
     """
 
     def __init__(
@@ -78,17 +80,15 @@ class RandElasticd(RandomizableTransform, MapTransform):
         prob: float = 0.1,
         sigma_range: tuple[float, float] = (1, 3),
         magnitude_range: tuple[float, float] = (3, 5),
-        mode: str = "bilinear",
-        allow_missing_keys: bool = False,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
+        MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.sigma_range = sigma_range
         self.magnitude_range = magnitude_range
         # in single precision: 5e-6 of the range from double, in 0.8 of the time
-        self.resample = Resample(mode=mode, padding_mode="zeros", dtype=torch.float32)
+        self.resample = Resample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         self.randomize(None)
         if not self._do_transform:
@@ -117,29 +117,19 @@ class RandHaircutd(RandomizableTransform, MapTransform):
         keys: the keys that hold skull-stripped scans.
         prob: probability that a scan is shaved.
         width: the fewest and the most voxels to shave off.
-        threshold: how far above the lowest value, as a share of the image's range, still counts as background.
-            Resampling leaves a faint rim around the brain; with 0, the haircut would remove only that rim.
 
     Raises:
         ValueError: when ``width`` is not a pair of whole numbers, the first at least 1 and at most the second.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        prob: float = 0.1,
-        width: tuple[int, int] = (1, 3),
-        threshold: float = 0.05,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, prob: float = 0.1, width: tuple[int, int] = (1, 3)) -> None:
+        MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         if len(width) != 2 or not 1 <= width[0] <= width[1]:
             raise InputError(f"width is {width}: it must be the fewest and the most voxels to shave, from 1 up.")
         self.width = (int(width[0]), int(width[1]))
-        self.threshold = threshold
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         self.randomize(None)
         if not self._do_transform:
@@ -149,10 +139,10 @@ class RandHaircutd(RandomizableTransform, MapTransform):
             d[key] = self._shave(d[key], width)
         return d
 
-    def _shave(self, image: torch.Tensor, width: int) -> torch.Tensor:
-        pixels = image.as_tensor() if isinstance(image, MetaTensor) else image
+    def _shave(self, image: MetaTensor, width: int) -> MetaTensor:
+        pixels = image.as_tensor()
         lowest = pixels.amin()
-        dark = pixels <= lowest + self.threshold * (pixels.amax() - lowest)
+        dark = pixels <= lowest + RIM * (pixels.amax() - lowest)
         brain = ~reaching_border(dark.all(dim=0).cpu().numpy())
         # Steps to neighbours that share a face or an edge shave a ball more evenly than a cross or a cube would.
         # Nothing is known beyond the border of the volume, so a brain that is cut off there keeps that face.
@@ -183,16 +173,14 @@ class RandTorchIOScand(RandomizableTransform, MapTransform):
         self.name = name
         self.torchio = RandTorchIOd(keys, name=name, p=1.0, **kwargs)
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         self.randomize(None)
         images = {key: d[key] for key in self.key_iterator(d) if d[key].ndim == 4}
         if not self._do_transform or not images:
             return d
-        bare = {key: image.as_tensor() if isinstance(image, MetaTensor) else image for key, image in images.items()}
-        for key, changed in self.torchio(bare).items():
-            image = images[key]
-            d[key] = MetaTensor(changed).copy_meta_from(image) if isinstance(image, MetaTensor) else changed
+        for key, changed in self.torchio({key: image.as_tensor() for key, image in images.items()}).items():
+            d[key] = MetaTensor(changed).copy_meta_from(images[key])
         return d
 
 

@@ -170,7 +170,6 @@ def differences(
     spacing: Sequence[float] | float | None = None,
     field_of_view: Sequence[float] | float | None = None,
     orientation: str | None = None,
-    tolerance: float = TOLERANCE,
 ) -> list[str]:
     """Say where a scan's geometry is not what is expected. What is None is not compared.
 
@@ -179,7 +178,6 @@ def differences(
         spacing: the voxel size in mm along each axis (right, anterior, superior), or one for all.
         field_of_view: the extent of the scan in mm, likewise.
         orientation: of the stored axes, such as ``RAS``.
-        tolerance: the relative difference of sizes that still counts as equal.
 
     Returns:
         Half sentences, for people.
@@ -192,7 +190,7 @@ def differences(
         actual = geometry[name]
         if expected is not None:
             expected = per_axis(f"expected_{name}", expected, len(actual))
-            if not np.allclose(actual, expected, rtol=tolerance, atol=0):
+            if not np.allclose(actual, expected, rtol=TOLERANCE, atol=0):
                 what = "voxels" if name == "spacing" else "a field of view"
                 found.append(f"it has {what} of {_millimetres(actual)} where {_millimetres(expected)} are expected")
     if orientation is not None and geometry["orientation"] != orientation:

@@ -52,7 +52,6 @@ class LoadScand(LoadImaged):
 
     Args:
         keys: the keys that hold a path, a list of paths (one for each channel) or a DICOM folder.
-        ensure_channel_first: put the channel axis first; adds one where there is none.
         max_gib: a scan that takes more memory than that, by its header or when it is unzipped, is refused before it is
             read.
         kwargs: what else ``LoadImaged`` takes.
@@ -62,10 +61,8 @@ class LoadScand(LoadImaged):
             is too large, damaged, or a DICOM folder that does not hold one whole series.
     """
 
-    def __init__(
-        self, keys: KeysCollection, ensure_channel_first: bool = True, max_gib: float = 2.0, **kwargs: Any
-    ) -> None:
-        super().__init__(keys, image_only=True, ensure_channel_first=ensure_channel_first, **kwargs)
+    def __init__(self, keys: KeysCollection, max_gib: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
         self.max_gib = max_gib
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:

@@ -19,10 +19,10 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
 from monai.transforms import MapTransform, SpatialResample
-from monai.utils import ImageMetaKey, TraceKeys, ensure_tuple
+from monai.utils import ImageMetaKey, ensure_tuple
 from scipy.stats import median_abs_deviation
 from scripts.data.geometry import differences, fill_outside, grid_box, world_axes
-from scripts.data.transforms import OUTSIDE, RobustScaled, ScanError, per_channel, unscaled
+from scripts.data.transforms import FIT, SCALING, ScanError, per_channel, unscaled
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
 from scripts.utils.formats import SPACE_CODE
@@ -295,21 +295,14 @@ class Fit(NamedTuple):
 
     @classmethod
     def of(cls, scan: MetaTensor) -> Fit:
-        """That of a preprocessed scan, from its metadata and the trace of its transforms."""
-        steps = scan.applied_operations
-        (fit,) = (step for step in steps if OUTSIDE in step)
-        (scaling,) = (
-            step[TraceKeys.EXTRA_INFO] for step in steps if step[TraceKeys.CLASS_NAME] == RobustScaled.__name__
-        )
+        """That of a preprocessed scan, from its metadata."""
+        fit, scaling = scan.meta[FIT], scan.meta[SCALING]
         # the file's own grid; without CheckScand, which notes it, that from which the scan was fitted
-        geometry = scan.meta.get("geometry") or {
-            "affine": fit[TraceKeys.EXTRA_INFO]["src_affine"],
-            "shape": fit[TraceKeys.ORIG_SIZE],
-        }
+        geometry = scan.meta.get("geometry") or fit
         grids = np.asarray(scan.affine), np.asarray(geometry["affine"]), tuple(geometry["shape"])
         numbers = scaling["gain"], scaling["offset"], float(scaling["b_min"])
         code = int(scan.meta.get(SPACE_CODE, 0)) or int(scan.meta.get("qform_code", 0)) or None
-        return cls(*grids, fit[OUTSIDE], *numbers, image_files(scan), code)
+        return cls(*grids, fit["background"], *numbers, image_files(scan), code)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All but the files, as arrays by name."""

@@ -1,4 +1,4 @@
-"""Checking a scan that was read, fitting it to the network's grid and scaling it; and the inverse of that."""
+"""Checking a scan that was read, fitting it to the network's grid and scaling it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.transforms import Compose, InvertibleTransform, MapTransform, SpatialResample
-from monai.utils import TraceKeys, ensure_tuple
+from monai.transforms import Compose, MapTransform, SpatialResample, Transform
+from monai.utils import ensure_tuple
 from scipy import ndimage
 from scripts.data.geometry import (
-    TOLERANCE,
     box_margins,
     describe,
     differences,
-    fill_outside,
     foreground_extent,
     foreground_place,
     grid_box,
@@ -37,10 +35,7 @@ __all__ = ["CheckScand", "FitShape", "FitShaped", "LoadScand", "RobustScaled", "
 MOST_VOXELS = 2**31  # of a scan with the zeros that are put around it
 # share of the range by which resampled tissue may dip below the background at an edge
 DIP = 0.05
-# in the trace of FitShape: what each channel of the inverse gets where the network's grid does not reach
-OUTSIDE = "outside"
-
-
+FIT, SCALING = "fit", "scaling"  # keys of the metadata, see FitShape and RobustScaled
 # the axis of the body that a letter of an orientation names
 _AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
@@ -72,7 +67,6 @@ class CheckScand(MapTransform):
             stored in), or one for all. None expects nothing.
         field_of_view: the extent in mm expected, likewise.
         orientation: the stored axes expected, such as ``RAS``. None expects nothing.
-        tolerance: the relative difference of sizes that still counts as equal.
 
     Raises:
         ScanError: when the scan is refused.
@@ -87,10 +81,8 @@ class CheckScand(MapTransform):
         spacing: Sequence[float] | float | None = None,
         field_of_view: Sequence[float] | float | None = None,
         orientation: str | None = None,
-        tolerance: float = TOLERANCE,
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         for name, sizes in (("spacing", spacing), ("field_of_view", field_of_view)):
             if not all(isinstance(size, int | float) and size > 0 for size in ensure_tuple(sizes or ())):
                 raise InputError(f"expected_{name} is {sizes!r}: give one number of mm above 0, or one per axis.")
@@ -99,14 +91,9 @@ class CheckScand(MapTransform):
             raise InputError(f"expected_orientation is {orientation!r}: give one letter per axis, such as RAS or LPI.")
         self.channels = channels
         self.spatial_dims = spatial_dims
-        self.expected = {
-            "spacing": spacing,
-            "field_of_view": field_of_view,
-            "orientation": orientation,
-            "tolerance": tolerance,
-        }
+        self.expected = {"spacing": spacing, "field_of_view": field_of_view, "orientation": orientation}
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key]
@@ -114,14 +101,13 @@ class CheckScand(MapTransform):
             files = image_files(image)
             self._check_shape(image.shape, name, len(files))
             self._check_voxels(image, files if len(files) == len(image) > 1 else [name] * len(image))
-            if isinstance(image, MetaTensor):
-                self._check_affine(image, name)
-                geometry = describe(image)
-                image.meta["geometry"] = geometry | {"foreground": foreground_place(image)}
-                image.meta["differences"] = [
-                    *image.meta.get("header_problems", []),
-                    *differences(geometry, **self.expected),
-                ]
+            self._check_affine(image, name)
+            geometry = describe(image)
+            image.meta["geometry"] = geometry | {"foreground": foreground_place(image)}
+            image.meta["differences"] = [
+                *image.meta.get("header_problems", []),
+                *differences(geometry, **self.expected),
+            ]
         return d
 
     def _check_shape(self, shape: torch.Size, name: str, files: int) -> None:
@@ -145,8 +131,8 @@ class CheckScand(MapTransform):
                 f"expected: {ADVICE}."
             )
 
-    def _check_voxels(self, image: torch.Tensor, names: Sequence[str]) -> None:
-        pixels = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
+    def _check_voxels(self, image: MetaTensor, names: Sequence[str]) -> None:
+        pixels = image.as_tensor()
         extremes = pixels.flatten(1).amin(1).tolist(), pixels.flatten(1).amax(1).tolist()
         for name, channel, lowest, highest in zip(names, pixels, *extremes, strict=True):
             if not (math.isfinite(lowest) and math.isfinite(highest)):  # NaN and infinity both show in these
@@ -172,42 +158,37 @@ class CheckScand(MapTransform):
             raise ScanError(f"'{name}' has a singular affine in its header, so its voxel size is unknown: {ADVICE}.")
 
 
-class FitShape(SpatialResample):
+class FitShape(Transform):
     """Fit a scan to a grid of ``spatial_shape`` voxels along the world's axes, without distorting the anatomy.
 
     The new voxels are cubes, as small as lets a box into the grid's centre: the box of the scan's own voxels, or one of
     the world, so that the same place is the same voxel in all scans. What lies outside the scan takes the channel's
     lowest value, which is the background's. A scan that was acquired at an angle is turned upright, and the voxels for
-    its own box grow only if its foreground would not fit otherwise. The scan is resampled once, and MONAI's
-    ``SpatialResample`` keeps track of it: the affine stays true (a voxel keeps its place in the world) and ``inverse``
-    returns the scan's own grid, with background where the network's grid does not reach. Where an axis loses resolution
-    the scan is smoothed along it first, against aliasing.
+    its own box grow only if its foreground would not fit otherwise. The scan is resampled once, and the affine stays
+    true: a voxel keeps its place in the world. Where an axis loses resolution the scan is smoothed along it first,
+    against aliasing.
 
-    Input: ``[channels, *spatial]``. Output: ``[channels, *spatial_shape]``, float32, its axes in the input's order.
+    Input: ``[channels, *spatial]``. Output: ``[channels, *spatial_shape]``, float32, its axes in the input's order; in
+    its metadata, under ``fit``, ``affine`` and ``shape`` of the input and ``background``, the lowest value of each
+    channel, for :class:`scripts.data.scan_grid.Fit`.
 
     Args:
         spatial_shape: voxels along each axis of the result, or one number for all.
-        mode: the interpolation, ``bilinear`` (trilinear in 3D) or ``nearest``.
         keep_aspect: False stretches each axis by itself to fill the grid, as the published code does.
         box: centre and size of the box along the axes of the world (right, anterior, superior), ``[2, rank]``, in mm,
             see :class:`scripts.data.scan_grid.ScanGrid`. None: each scan's own.
     """
 
     def __init__(
-        self,
-        spatial_shape: Sequence[int] | int,
-        mode: str = "bilinear",
-        keep_aspect: bool = True,
-        box: Sequence[Sequence[float]] | None = None,
+        self, spatial_shape: Sequence[int] | int, keep_aspect: bool = True, box: Sequence[Sequence[float]] | None = None
     ) -> None:
         # zeros outside, on an image shifted to a minimum of zero, is the only padding without streaks
-        super().__init__(mode=mode, padding_mode="zeros")
+        self.resample = SpatialResample(mode="bilinear", padding_mode="zeros")
         self.spatial_shape = spatial_shape
         self.keep_aspect = keep_aspect
         self.box = box
 
-    def __call__(self, img: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        image = img if isinstance(img, MetaTensor) else MetaTensor(img)
+    def __call__(self, image: MetaTensor) -> MetaTensor:
         rank = image.ndim - 1
         shape = np.array(per_axis("spatial_shape", self.spatial_shape, rank))
         background = image.as_tensor().flatten(1).amin(1).reshape(-1, *[1] * rank)  # each channel has its own
@@ -215,16 +196,18 @@ class FitShape(SpatialResample):
         affine, zoom = self._destination(shifted, shape)
         # Each new voxel spans ``zoom`` old ones; (zoom - 1) / 2 is the width scikit-image and MONAI's Resize use.
         sigma = np.maximum((zoom - 1) / 2, 0)
-        if sigma.any() and self.mode != "nearest":
+        if sigma.any():
             # SciPy's is separable and ten times faster here than MONAI's convolution, which runs on one channel.
             pixels, moved = self._pad(shifted.float().cpu().numpy(), image, np.ceil(3 * sigma) + 1)
             pixels = ndimage.gaussian_filter(pixels, (0, *sigma), mode="nearest", truncate=3)
             shifted = MetaTensor(torch.from_numpy(pixels).to(image.device)).copy_meta_from(image)
             shifted.affine = moved
-        fitted = super().__call__(shifted, dst_affine=affine, spatial_size=shape.tolist()) + background
-        trace = fitted.applied_operations[-1]  # the size and affine of the scan without what was padded
-        trace.update({OUTSIDE: background.flatten().tolist(), TraceKeys.ORIG_SIZE: tuple(image.shape[1:])})
-        trace[TraceKeys.EXTRA_INFO]["src_affine"] = to_affine_nd(rank, image.affine)
+        fitted = self.resample(shifted, dst_affine=affine, spatial_size=shape.tolist()) + background
+        fitted.meta[FIT] = {
+            "affine": to_affine_nd(rank, image.affine).tolist(),
+            "shape": list(image.shape[1:]),
+            "background": background.flatten().tolist(),
+        }
         return fitted
 
     def _pad(self, pixels: np.ndarray, image: MetaTensor, most: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
@@ -262,22 +245,9 @@ class FitShape(SpatialResample):
         new[:rank, rank] = centre - new[:rank, :rank] @ ((shape - 1) / 2)
         return new, new_spacing / spacing
 
-    def inverse(self, data: torch.Tensor) -> torch.Tensor:
-        # The scan's edge, within half a voxel of the grid's, must not fade to zero.
-        trace, affine, shape = data.applied_operations[-1], data.affine.numpy(), data.shape[1:]
-        trace[TraceKeys.EXTRA_INFO]["padding_mode"] = "border"
-        return fill_outside(super().inverse(data), affine, shape, trace[OUTSIDE])
 
-
-class FitShaped(MapTransform, InvertibleTransform):
+class FitShaped(MapTransform):
     """Dictionary form of :py:class:`FitShape`.
-
-    Args:
-        keys: the keys that hold ``[channels, *spatial]`` scans.
-        spatial_shape: voxels along each axis of the result, or one number for all.
-        mode: the interpolation, ``bilinear`` or ``nearest``.
-        keep_aspect: False stretches each axis by itself to fill the grid.
-        box: of the world, the same for all scans; None: each scan's own.
 
     Raises:
         ScanError: when there is nothing of a scan in the box of the world.
@@ -287,15 +257,13 @@ class FitShaped(MapTransform, InvertibleTransform):
         self,
         keys: KeysCollection,
         spatial_shape: Sequence[int] | int,
-        mode: str = "bilinear",
         keep_aspect: bool = True,
         box: Sequence[Sequence[float]] | None = None,
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.fit = FitShape(spatial_shape, mode, keep_aspect, box)
+        super().__init__(keys)
+        self.fit = FitShape(spatial_shape, keep_aspect, box)
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.fit(d[key])
@@ -306,46 +274,32 @@ class FitShaped(MapTransform, InvertibleTransform):
                 )
         return d
 
-    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.fit.inverse(d[key])
-        return d
 
+class RobustScaled(MapTransform):
+    """Clip each channel to two of its percentiles and scale these to a range.
 
-class RobustScaled(MapTransform, InvertibleTransform):
-    """Clip each channel to two of its percentiles and scale these to a range. All but the clipping can be inverted.
-
-    Input and output: ``[channels, *spatial]``, float32. ``inverse`` gives the scan's own units back, for any image that
-    has the trace of this transform (a reconstruction, say).
+    Input and output: ``[channels, *spatial]``, float32. Under ``scaling`` of the output's metadata is what
+    :py:func:`unscaled` needs. With the attribute ``clip`` False, what lies outside the percentiles stays as it is.
 
     Args:
         keys: the keys that hold scans.
         lower, upper: the percentiles, 0 to 100. Background becomes ``b_min`` exactly where more than ``lower`` percent
             of a scan's voxels are background.
         b_min, b_max: what the percentiles become.
-        clip: False leaves what lies outside the percentiles as it is.
 
     Raises:
         ScanError: when the two percentiles of a channel are equal.
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        lower: float = 0.05,
-        upper: float = 99.95,
-        b_min: float = 0.0,
-        b_max: float = 1.0,
-        allow_missing_keys: bool = False,
-        clip: bool = True,
+        self, keys: KeysCollection, lower: float = 0.05, upper: float = 99.95, b_min: float = 0.0, b_max: float = 1.0
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         self.lower, self.upper = lower, upper
         self.b_min, self.b_max = b_min, b_max
-        self.clip = clip
+        self.clip = True  # see unclipped
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key].float()
@@ -365,18 +319,8 @@ class RobustScaled(MapTransform, InvertibleTransform):
                 )
             if self.clip:
                 image = torch.minimum(torch.maximum(image, per_channel(low, image)), per_channel(high, image))
-            scaled = (image - per_channel(offset, image)) * per_channel(gain, image) + self.b_min
-            info = {"gain": gain.tolist(), "offset": offset.tolist(), "b_min": self.b_min}
-            self.push_transform(scaled, extra_info=info)
-            d[key] = scaled
-        return d
-
-    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            image = d[key]
-            info = self.pop_transform(image)[TraceKeys.EXTRA_INFO]
-            d[key] = unscaled(image, info)
+            d[key] = (image - per_channel(offset, image)) * per_channel(gain, image) + self.b_min
+            d[key].meta[SCALING] = {"gain": gain.tolist(), "offset": offset.tolist(), "b_min": self.b_min}
         return d
 
 
