@@ -116,8 +116,8 @@ def draw_levels(path: str, data: Mapping[Hashable, Any], value_range: tuple[floa
     dims = data["image"].ndim - 1
     grids = [key.removeprefix("recon_to").split("x") for key in keys]
     labels = [f"to {grid_name(grid if len(grid) > 1 else grid * dims)}" for grid in grids]
-    titles = file_names(data["image"])
-    figures.progressive(path, data["image"], [data[key] for key in keys], labels, value_range, titles)
+    scans, guide = [*(data[key] for key in keys), data["image"]], data["image"]
+    figures.strip(path, scans, [*labels, "scan"], value_range, guide, file_names(guide))
 
 
 def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:

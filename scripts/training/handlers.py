@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SHOWN = 8  # scans
+TEMPERATURES = (0.4, 0.7, 1.0)  # of the samples, 3 each
 DRAWS = 8  # of each augmentation, of which the strongest is shown
 
 
@@ -251,7 +252,6 @@ class Figures:
         dataset: of held-out scans, of which the first ``figure_scans`` are drawn.
         history: the run's record.
         log_dir: of TensorBoard; None leaves it out.
-        temperatures: of the samples; 3 each.
         device: to run the network on.
     """
 
@@ -264,7 +264,6 @@ class Figures:
         value_range: Sequence[float],
         figure_interval: int = 1,
         figure_scans: int = 4,
-        temperatures: Sequence[float] = (0.4, 0.7, 1.0),
         device: torch.device | str = "cpu",
         seed: int = 0,
         log_dir: str | os.PathLike | None = None,
@@ -278,7 +277,6 @@ class Figures:
         self.value_range = tuple(value_range)
         self.figure_interval = figure_interval
         self.figure_scans = figure_scans
-        self.temperatures = tuple(temperatures)
         self.device = torch.device(device)
         self.seed = seed
 
@@ -344,17 +342,18 @@ class Figures:
             count = sum(other >= level for other in levels)
             recons.append(self.network.decode(latents[:count], temperature=0.0)[0][0].cpu())
             labels.append(f"to {grid_name(grids[level])}")
-        figures.progressive(self._path("progressive", suffix), scans[0], recons, labels, value_range=self.value_range)
+        path = self._path("progressive", suffix)
+        figures.strip(path, [*recons, scans[0]], [*labels, "scan"], self.value_range, guide=scans[0])
 
     def _draw_samples(self, suffix: str) -> None:
         affine = getattr(self.dataset[0]["image"], "affine", torch.eye(4)).cpu().numpy()
-        samples = {}
-        for temperature in self.temperatures:
-            drawn = [self.network.decode([], temperature)[0][0].cpu() for _ in range(3)]
-            samples[temperature] = torch.stack(drawn)
-            for index, sample in enumerate(drawn):
-                save_nifti(self.output_dir / f"sample_temperature={temperature:g}_{index}.nii.gz", sample, affine)
-        figures.samples(self._path("samples", suffix), samples, value_range=self.value_range)
+        samples, labels = [], []
+        for temperature, index in itertools.product(TEMPERATURES, range(3)):
+            samples.append(self.network.decode([], temperature)[0][0].cpu())
+            labels.append(f"temperature {temperature:g}")
+            path = self.output_dir / f"sample_temperature={temperature:g}_{index}.nii.gz"
+            save_nifti(path, samples[-1], affine)
+        figures.strip(self._path("samples", suffix), samples, labels, self.value_range)
 
     def _draw_record(self, suffix: str) -> None:
         series = self.history.series()
@@ -393,15 +392,7 @@ def save_previews(
     cache: Dataset,
     augmentation: Mapping[str, RandomizableTransform],
 ) -> None:
-    """Save training scans as NIfTI and as ``preview.png``, and what augmentation does, see :func:`save_augmentations`.
-
-    Args:
-        output_dir: made if needed.
-        dataset: with augmentation; its items hold ``image``, ``[channels, *spatial]``, in ``value_range``.
-        value_range: of its scans.
-        cache: the same scans without augmentation, in [0, 1].
-        augmentation: the random transforms by name.
-    """
+    """Save training scans, augmented, as NIfTI and ``preview.png``, and each augmentation of those in ``cache``."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     items = [dataset[i]["image"] for i in range(min(SHOWN, len(dataset)))]
@@ -420,12 +411,7 @@ def save_augmentations(
     """Save one scan under each augmentation alone at its strongest, then under all at once: ``augmentations.png``.
 
     The strongest is the one of eight draws that changes the scan most (by its mean absolute difference). The transforms
-    themselves are left as they are.
-
-    Args:
-        output_dir: made if needed.
-        dataset: without augmentation, of scans in [0, 1]; its first scan is shown.
-        augmentation: the random transforms by name.
+    themselves are left as they are; the data set has none, and its scans lie in [0, 1].
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,28 +12,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap
-from scripts.utils.errors import InputError
 from scripts.utils.sheets import (
-    GAP,
-    LINE,
-    MARGIN,
-    MAX_PANEL,
-    MAX_WIDTH,
     PLANES,
     Group,
-    Sheet,
     as_array,
     columns,
     contact_sheet,
     foreground_box,
-    longest_axis,
     marks_of,
     middle,
     plane,
@@ -66,7 +58,6 @@ def reconstructions(
         names: of each scan, or of its channels.
         value_range: what black and white stand for.
     """
-    _check_same_length(images=images, locs=locs, scales=scales, names=names)
     images, locs, scales = ([as_array(values) for values in scans] for scans in (images, locs, scales))
     box = foreground_box([volume for image in images for volume in image])
     groups = []
@@ -78,28 +69,6 @@ def reconstructions(
         styles[column]["vmax"] = _robust_max([row[column] for _, row, _ in groups])
     headings = ["scan", "reconstruction", "predicted standard deviation", "absolute difference"]
     return save(path, columns(groups, headings, styles, bars={2: headings[2], 3: headings[3]}))
-
-
-def progressive(
-    path: str | os.PathLike,
-    image: Any,
-    recons: Sequence,
-    labels: Sequence[str],
-    value_range: tuple[float, float],
-    titles: Sequence[str] = (),
-) -> Path:
-    """Draw reconstructions of one scan from more and more of its latents, then the scan itself.
-
-    Args:
-        path: of the PNG.
-        image: the scan, ``[channels, *spatial]``.
-        recons: the reconstructions, shaped like ``image``, from the fewest latents (the coarsest level only) on.
-        labels: what each was made from, say "to 4³".
-        value_range: what black and white stand for.
-        titles: of the channels.
-    """
-    _check_same_length(recons=recons, labels=labels)
-    return strip(path, [*recons, image], [*labels, "scan"], value_range, guide=image, titles=titles)
 
 
 def strip(
@@ -120,7 +89,6 @@ def strip(
         guide: the scan whose foreground is shown; if not given, that of all is shown, cut where the first one says.
         titles: of the channels; without, they are numbered where there are several.
     """
-    _check_same_length(scans=scans, labels=labels)
     scans = [as_array(scan) for scan in scans]
     guides = scans if guide is None else [as_array(guide)]
     box = foreground_box([volume for scan in guides for volume in scan])
@@ -211,47 +179,6 @@ def _mark(place: int, shape: Sequence[int]) -> np.ndarray:
     return volume
 
 
-def samples(
-    path: str | os.PathLike, samples_by_temperature: Mapping[float, Sequence], value_range: tuple[float, float]
-) -> Path:
-    """Draw samples from the prior: one row per temperature, each sample in an axial and a sagittal slice.
-
-    Args:
-        path: of the PNG.
-        samples_by_temperature: temperature -> samples ``[n, channels, *spatial]``; the first channel is shown.
-        value_range: what black and white stand for.
-    """
-    rows = {t: [as_array(sample)[0] for sample in batch] for t, batch in samples_by_temperature.items()}
-    volumes = [volume for row in rows.values() for volume in row]
-    if not volumes:
-        raise InputError("samples_by_temperature is empty: there is nothing to draw.")
-    box = foreground_box(volumes)
-    rows = {t: [v[box] for v in row] for t, row in rows.items()}
-    volumes = [v[box] for v in volumes]
-    low, high = _finite_range(value_range, volumes)
-    cuts = [cut for cut in PLANES[volumes[0].ndim] if cut[0] != "coronal"]
-    across = max(map(len, rows.values()))
-    extent = longest_axis(volumes)
-    widths = [max(plane(v, axis).shape[1] for v in volumes) for _, axis in cuts]
-    height = max(plane(v, axis).shape[0] for v in volumes for _, axis in cuts)
-    left = MARGIN + 0.25
-    space = MAX_WIDTH - left - MARGIN - across * GAP * 3
-    inch = min(MAX_PANEL / extent, space / (across * sum(widths)))  # of a voxel
-    cell = sum(widths) * inch + GAP * 3
-    sheet = Sheet(left + across * cell + MARGIN, len(rows) * (height * inch + GAP) + 2 * LINE)
-    for r, (temperature, row) in enumerate(rows.items()):
-        y = LINE / 2 + r * (height * inch + GAP)
-        sheet.text(left / 2, y + height * inch / 2, f"temperature {temperature:g}", rotation=90)
-        for column, volume in enumerate(row):
-            x, centre = left + column * cell, middle(volume)
-            for (_, axis), width in zip(cuts, widths, strict=True):
-                picture = plane(volume, axis, 0 if axis is None else centre[axis])
-                sheet.picture(x, y, (width * inch, height * inch), inch, picture, cmap="gray", vmin=low, vmax=high)
-                x += width * inch
-    sheet.footnote(volumes[0].ndim)
-    return save(path, sheet.figure)
-
-
 def batch(
     path: str | os.PathLike, images: Sequence, names: Sequence[str], value_range: tuple[float, float] | None = None
 ) -> Path:
@@ -263,7 +190,6 @@ def batch(
         names: of the scans.
         value_range: what black and white stand for; by default the smallest and largest value.
     """
-    _check_same_length(images=images, names=names)
     images = [as_array(image) for image in images]
     box = foreground_box([volume for image in images for volume in image])
     images = [image[(slice(None), *box)] for image in images]
@@ -294,7 +220,6 @@ def anomalies(path: str | os.PathLike, scans: Iterable[tuple[Any, Any]], titles:
         cells.append([_planes(volume[box], place) for volume in (shown, score[channel])])
         marks.append(marks_of(place, shown[box].shape))
         channels.append((channel, len(image)))
-    _check_same_length(scans=cells, titles=titles)
     names = [_channel_titles(title, count)[c] for title, (c, count) in zip(titles, channels, strict=True)]
     styles = [{"cmap": "gray", "vmin": 0.0, "vmax": 1.0}, ANOMALY_STYLE]
     return save(path, contact_sheet(cells, names, styles, ANOMALY_LABEL, marks))
@@ -349,11 +274,3 @@ def _robust_max(volumes: Sequence[np.ndarray]) -> float:
     values = np.concatenate([v.ravel() for v in volumes])
     values = values[np.isfinite(values)]
     return float(np.quantile(values, 0.998)) or 1e-6 if len(values) else 1.0
-
-
-def _check_same_length(**lists: Sequence) -> None:
-    lengths = {name: len(values) for name, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError("there must be as many of each: " + ", ".join(f"{n} {name}" for name, n in lengths.items()))
-    if 0 in lengths.values():
-        raise InputError(f"{next(iter(lengths))} is empty: there is nothing to draw.")

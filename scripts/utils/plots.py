@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from scripts.utils.errors import InputError
 from scripts.utils.sheets import DPI, as_array, middle, plane, save
 
 # label of a curve's y axis
@@ -56,8 +55,6 @@ def curves(path: str | os.PathLike, history: Mapping[str, Mapping[str, Sequence[
         for name, sides in history.items()
     }
     panels = {name: sides for name, sides in panels.items() if sides}
-    if not panels:
-        raise InputError("history holds no values: there is nothing to draw.")
     across = min(len(panels), 3)
     down = math.ceil(len(panels) / across)
     figure = Figure((5.2 * across, 3.1 * down), dpi=DPI, layout="constrained")
@@ -117,14 +114,7 @@ def kl_per_latent(
         levels: of each latent by its grid, such as "4³", ``[latents]``; latents of one level are bracketed.
     """
     updates, kl = np.asarray(updates, float), as_array(kl)
-    time, latents = kl.shape
-    if time == 0 or latents == 0:
-        raise InputError(f"kl has shape {list(kl.shape)}: there is nothing to draw.")
-    if len(updates) != time or len(dims) != latents or len(levels) != latents:
-        raise InputError(
-            f"kl has shape {list(kl.shape)}, but there are {len(updates)} updates, {len(dims)} dims and {len(levels)} "
-            "levels: kl is [time, latents]."
-        )
+    latents = kl.shape[1]
     density = kl / np.asarray(dims, float)
     starts = [i for i in range(latents) if i == 0 or levels[i] != levels[i - 1]]
     bounds = [*starts, latents]
