@@ -15,18 +15,17 @@ import math
 import numbers
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import delayed
-from scripts.data.datalist import session_name, subject_names
+from scripts.data.datalist import session_name, subject_rule
 from scripts.data.find import bids_others, find_scans
 from scripts.utils.command_line import check_integer, run
 from scripts.utils.errors import InputError, root_cause
-from scripts.utils.files import as_folder, expand, reserve
+from scripts.utils.files import as_folder, expand
 from scripts.utils.names import printable
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -101,8 +100,8 @@ def check(
     suffixes, passed_over = find_unmatched(root, {name for scan in names for name in scan})
     workers = workers or choose_workers(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
-    subjects = subject_names([scan[0] for scan in names])
-    scans = _inspect(files, names, subjects, checks, workers, output)
+    subjects, _ = subject_rule([scan[0] for scan in names])
+    scans = _inspect(files, names, subjects, checks, workers)
     usable = [(scan, paths) for scan, paths in zip(scans, files, strict=True) if scan.verdict != "unusable"]
     if len(usable) >= MIN_COHORT:
         compare_geometry([scan for scan, _ in usable], spacing, field_of_view, orientation)
@@ -123,26 +122,18 @@ def check(
 
 
 def _inspect(
-    files: Sequence[list[Path]],
-    names: Sequence[list[str]],
-    subjects: Sequence[str],
-    checks: CheckScand,
-    workers: int,
-    output: Path,
+    files: Sequence[list[Path]], names: Sequence[list[str]], subjects: Sequence[str], checks: CheckScand, workers: int
 ) -> list[Scan]:
     """The rows of all scans, each read once, and how those that are usable look beside each other."""
     from scripts.data.quality import MIN_COHORT, THUMBNAIL, compare_looks, inspect_scan
 
     shape = (len(files), checks.channels, *(THUMBNAIL,) * checks.spatial_dims)
-    with tempfile.TemporaryFile(dir=output) as file:
-        reserve(file, 2 * math.prod(shape), output)
-        thumbnails = np.memmap(file, np.float16, "w+", shape=shape)
-        jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
-        scans = _note(run_parallel(jobs, workers, "reading scans"), names, subjects, thumbnails)
-        usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
-        if len(usable) >= MIN_COHORT:
-            compare_looks([scans[i] for i in usable], thumbnails, usable)
-        del thumbnails
+    thumbnails = np.empty(shape, np.float16)
+    jobs = [delayed(inspect_scan)(scan, checks) for scan in files]
+    scans = _note(run_parallel(jobs, workers, "reading scans"), names, subjects, thumbnails)
+    usable = [i for i, scan in enumerate(scans) if scan.verdict != "unusable"]
+    if len(usable) >= MIN_COHORT:
+        compare_looks([scans[i] for i in usable], thumbnails, usable)
     return scans
 
 

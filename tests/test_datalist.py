@@ -15,7 +15,6 @@ from scripts.data.datalist import (
     make_datalist,
     session_name,
     split_by_subject,
-    subject_names,
     subject_rule,
     write_datalist,
 )
@@ -102,12 +101,12 @@ SUBJECTS = [
 
 @pytest.mark.parametrize(("name", "subject"), SUBJECTS)
 def test_subject_name(name, subject):
-    assert subject_names([name]) == [subject]
+    assert subject_rule([name])[0] == [subject]
 
 
 def test_sessions_of_a_subject_stay_together(tmp_path):
     datalist = make_datalist(make_files(tmp_path, BIDS), train_fraction=0.7)
-    sides = [set(subject_names(names_of(datalist[s], tmp_path))) for s in ("training", "validation")]
+    sides = [set(subject_rule(names_of(datalist[s], tmp_path))[0]) for s in ("training", "validation")]
     assert [len(side) for side in sides] == [7, 3]
     assert not sides[0] & sides[1]
     assert len(datalist["training"]) == 14
@@ -125,7 +124,8 @@ def test_split_depends_on_the_seed_and_the_names_alone(tmp_path):
 
 
 def test_one_name_for_all_files_makes_the_folder_the_subject():
-    training, validation = split_by_subject([f"cohort/{s}/v{v}/T1.nii.gz" for s in (101, 102) for v in (1, 2)], 0.5)
+    names = [f"cohort/{s}/v{v}/T1.nii.gz" for s in (101, 102) for v in (1, 2)]
+    training, validation = split_by_subject(names, subject_rule(names)[0], 0.5)
     assert sorted([training, validation]) == [[0, 1], [2, 3]]
 
 
@@ -212,8 +212,8 @@ def test_names_in_capitals_are_not_passed_over_silently(tmp_path, caplog):
 
 
 def test_neither_side_is_empty():
-    assert [len(side) for side in split_by_subject(["a.nii", "b.nii"], 0.99)] == [1, 1]
-    assert [len(side) for side in split_by_subject(["a.nii", "b.nii", "c.nii"], 0.01)] == [1, 2]
+    assert [len(side) for side in split_by_subject(["a.nii", "b.nii"], "ab", 0.99)] == [1, 1]
+    assert [len(side) for side in split_by_subject(["a.nii", "b.nii", "c.nii"], "abc", 0.01)] == [1, 2]
 
 
 @pytest.mark.parametrize("train_fraction", [0, 1, -0.1, 1.5])

@@ -80,7 +80,7 @@ def make_datalist(
     else:
         items = _keep(sorted(training, key=lambda item: _relative_name(item, root)), max_scans, generator)
         names, subjects = [_relative_name(item, root) for item in items], [item["subject"] for item in items]
-        split = split_by_subject(names, train_fraction, seed, subjects)
+        split = split_by_subject(names, subjects, train_fraction, seed)
         training, validation = ([items[i] for i in side] for side in split)
     if batch_size is not None:
         check_batch_size(training, batch_size, of=len(training) + len(validation))
@@ -94,11 +94,6 @@ def make_datalist(
             "One subject alone is held out, of whom numbers say little: --train_fraction 0.8 holds out %d.", fifth
         )
     return datalist
-
-
-def subject_names(names: Sequence[str]) -> list[str]:
-    """The subject of each scan of a cohort, see :func:`subject_rule`."""
-    return subject_rule(names)[0]
 
 
 def subject_rule(names: Sequence[str]) -> tuple[list[str], str]:
@@ -156,7 +151,7 @@ def session_name(name: str) -> str | None:
 
 
 def split_by_subject(
-    names: Sequence[str], train_fraction: float = 0.95, seed: int = 0, subjects: Sequence[str] | None = None
+    names: Sequence[str], subjects: Sequence[str], train_fraction: float, seed: int = 0
 ) -> tuple[list[int], list[int]]:
     """Split scans in two so that no subject is on both sides and neither side is empty.
 
@@ -164,20 +159,17 @@ def split_by_subject(
 
     Args:
         names: the scans' relative posix paths.
+        subjects: of each scan.
         train_fraction: the share of subjects to train on, between 0 and 1.
         seed: chooses the split.
-        subjects: of each scan, by default what :func:`subject_names` finds.
 
     Returns:
         Indices into ``names``: of the training scans and of the validation scans, each in order of name.
 
     Raises:
-        ValueError: ``train_fraction`` is not between 0 and 1, or there are fewer than two subjects.
+        ValueError: there are fewer than two subjects.
     """
-    if not 0 < train_fraction < 1:
-        raise InputError(f"train_fraction is {train_fraction}: it must lie between 0 and 1, both excluded.")
     order = sorted(range(len(names)), key=names.__getitem__)
-    subjects = subject_names(names) if subjects is None else subjects
     all_subjects = sorted(set(subjects))
     if len(all_subjects) < 2:
         raise InputError(
@@ -225,7 +217,8 @@ def list_sides(
     if root.suffix == ".json" and root.is_file():
         folder = Path(os.path.normpath(root.parent))
         return *_with_entities(_read_datalist(root), folder), folder
-    items = [{"image": as_text(found)} for found in find_scans(root, scan_pattern)]
+    found = find_scans(root, scan_pattern)  # a path of each scan, or a list of its channels
+    items = [{"image": list(map(str, paths)) if isinstance(paths, list) else str(paths)} for paths in found]
     return *_with_entities({"training": items}, root), root
 
 
@@ -253,16 +246,7 @@ def check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
 
 
 def check_batch_size(training: list, batch_size: int, of: int | None = None) -> None:
-    """Refuse a training side that cannot fill one batch.
-
-    Args:
-        training: the training side of a datalist.
-        batch_size: scans in a batch; with several processes, in one batch of each.
-        of: how many scans both sides hold, for the message.
-
-    Raises:
-        ValueError: when ``training`` holds fewer than ``batch_size`` scans.
-    """
+    """Refuse a training side that cannot fill one batch (of each process); both sides hold ``of`` scans."""
     if len(training) < batch_size:
         total = f" of the {of} scans" if of is not None else " scan(s)"
         raise InputError(
@@ -310,11 +294,6 @@ def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> 
 
 def _each_path(change: Callable[[str], str], image: str | list[str]) -> str | list[str]:
     return [change(path) for path in image] if isinstance(image, list) else change(image)
-
-
-def as_text(found: Path | list[Path]) -> str | list[str]:
-    """What :py:func:`find_scans` finds, as the items of a datalist hold it."""
-    return [str(path) for path in found] if isinstance(found, list) else str(found)
 
 
 def _with_entities(sides: dict[str, list[dict]], root: Path) -> tuple[dict[str, list[dict]], str]:

@@ -32,7 +32,7 @@ from scripts.utils.formats import NIFTI_SUFFIXES
 
 # A share of voxels at the very maximum. Scaling to 8 bits clips 0.1 % to 1 %; a clipped head or a mask has more.
 CLIPPED = 0.03
-THUMBNAIL = 24  # voxels along each axis of what is compared; 27 kB per scan, on disk
+THUMBNAIL = 24  # voxels along each axis of what is compared; 27 kB per scan and channel
 PICTURE = 64  # voxels along each axis of what the contact sheet shows
 
 VERDICTS = ("unusable", "suspicious", "passed over", "good")  # worst first
@@ -252,7 +252,7 @@ def compare_looks(scans: list[Scan], thumbnails: np.ndarray, indices: list[int])
 
     Args:
         scans: at least one; their ``similarity`` and ``contrast`` are filled in.
-        thumbnails: ``[n, channels, *spatial]``, in memory or on disk.
+        thumbnails: ``[n, channels, *spatial]``.
         indices: of the scans' thumbnails.
     """
     sample = sorted(random.Random(0).sample(indices, min(SAMPLE, len(indices))))

@@ -85,27 +85,6 @@ def write_whole(
     return path
 
 
-def reserve(file: Any, size: int, folder: str | os.PathLike) -> None:
-    """Take place on the disk for a file that will be mapped: a full disk is an error here, and ends a process later.
-
-    Args:
-        file: open to be written.
-        size: bytes.
-        folder: that it is in, for the message.
-
-    Raises:
-        ResourceError: the disk is full.
-    """
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if _is_full(error, Path(folder)):  # else the file system cannot do so
-            message = f"'{folder}' has no room for {size / 2**20:,.0f} MiB, since the disk is full: free some space"
-            raise ResourceError(errno.ENOSPC, message) from error
-
-
 def _flush(path: Path) -> None:
     """Flush a file's content, or a folder's list of files, to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
