@@ -277,19 +277,9 @@ def _check_layout(root: Path, files: Sequence[str]) -> None:
         if file not in files:
             state = "not tracked by git: add it" if (root / file).exists() else f"missing: {_advice(file)}"
             raise ReleaseError(f"'{file}', which every bundle has, is {state}.")
-    for file in files:
-        if not file.startswith(("configs/", "scripts/")):
-            continue
-        for module in re.findall(r"\bscripts((?:\.[a-z]\w*)+)", (root / file).read_text(encoding="utf-8")):
-            # a dotted name may end in a function of a module or a package, and stops at a module
-            parts = module[1:].split(".")
-            paths = ["/".join(["scripts", *parts[: n + 1]]) for n in range(len(parts))]
-            packages = [f"{path}/__init__.py" for path in paths[-2:]]
-            of_package = packages[0] in files and re.search(
-                rf"\b{parts[-1]}\b", (root / packages[0]).read_text("utf-8")
-            )
-            if not (any(f"{path}.py" in files for path in paths) or packages[-1] in files or of_package):
-                raise ReleaseError(f"'{file}' uses '{paths[-1]}.py', which git does not track: add it.")
+    for file in _git(root, "ls-files", "-z", "--others", "--exclude-standard", "configs", "scripts").split("\0"):
+        if file:
+            raise ReleaseError(f"'{file}' is not tracked by git, so that the bundle would lack it: add or remove it.")
 
 
 def _advice(file: str) -> str:

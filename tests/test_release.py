@@ -273,7 +273,7 @@ def test_a_missing_file_is_named(bundle, tmp_path):
 
 def test_a_script_that_git_does_not_track_is_named(bundle, tmp_path):
     subprocess.run(["git", "rm", "--quiet", "--cached", "scripts/training/losses.py"], cwd=bundle, check=True)
-    assert "uses 'scripts/training/losses.py', which git does not track" in refused(bundle, tmp_path / "releases")
+    assert "'scripts/training/losses.py' is not tracked by git" in refused(bundle, tmp_path / "releases")
 
 
 def test_a_folder_outside_git_is_refused(bundle, tmp_path):
