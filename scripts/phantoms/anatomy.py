@@ -14,7 +14,6 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scripts.phantoms.fields import CONTROL_SHAPE, CONTROL_SPACING, EXTENT, grid_points, sample_maps, smooth_fields
 from scripts.phantoms.people import Person
-from scripts.utils.command_line import check_integer, check_number
 
 # Length scale (Gaussian sigma, mm) and standard deviation (mm along each axis) of the parts of the random warp: the
 # shape of the head, of the lobes, of the gyri.
@@ -45,17 +44,6 @@ class _Atlas(NamedTuple):
     near_ventricles: torch.Tensor  # C = 1: 1 at the ventricles' wall, falling to 1/e in 8 mm
 
 
-def check_brain(index: int, seed: int, spacing: float) -> None:
-    """Refuse invalid arguments of :py:func:`brain_anatomy`.
-
-    Raises:
-        ValueError: one is outside the limits there.
-    """
-    check_integer("index", index, 0)
-    check_integer("seed", seed, 0)
-    check_number("spacing (mm)", spacing, 0.5, 16)
-
-
 class Streams(NamedTuple):
     """Where the random numbers of a phantom come from: independent generators, so that none affects the others."""
 
@@ -84,17 +72,11 @@ def brain_anatomy(
     """Brain mask and tissue fractions behind :py:func:`scripts.phantoms.images.brain_phantom`.
 
     Args:
-        index: number of the scan, 0 or more.
-        seed: seed of the cohort, 0 or more.
-        spacing: edge of a voxel in mm, between 0.5 and 16.
+        index, seed, spacing: of that phantom.
         person: whose brain it is; None: atrophy is drawn, and nothing depends on age or sex.
         displace: where in this brain the tissue of each voxel comes from, given where the voxel lies: both float32
             ``[N, 3]``, in ``grid_sample`` coordinates. The brain mask is not displaced.
-
-    Raises:
-        ValueError: an argument is outside the limits above.
     """
-    check_brain(index, seed, spacing)
     with one_thread():
         shape_stream = random_streams(index, seed).anatomy
         atlas = _atlas(_atlas_stride(spacing), spacing)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from scripts.phantoms.anatomy import Anatomy, brain_anatomy, check_brain, near_ventricles, one_thread, random_streams
+from scripts.phantoms.anatomy import Anatomy, brain_anatomy, near_ventricles, one_thread, random_streams
 from scripts.phantoms.fields import EXTENT, ORIGIN, grid_points, sample_maps, smooth_fields
 from scripts.phantoms.people import SITES, Cohort, Scanner, hyperintensities
 from scripts.utils.command_line import check_integer, check_number
@@ -212,32 +212,23 @@ def check_brain_phantom(
     cohort: Cohort | None = None,
     contrast: str = "FLAIR",
 ) -> tuple[str, ...]:
-    """Refuse invalid arguments of :py:func:`brain_phantom`.
-
-    Returns:
-        The kinds of lesions that ``lesion_kinds`` stands for.
-
-    Raises:
-        ValueError: one is outside the limits there.
-    """
-    check_brain(index, seed, spacing)
+    """Refuse invalid arguments of :py:func:`brain_phantom`; return the kinds of lesions, in their usual order."""
+    check_integer("index", index, 0)
+    check_integer("seed", seed, 0)
+    check_number("spacing (mm)", spacing, 0.5, 16)
     if contrast not in CONTRASTS:
         raise InputError(f"contrast is {contrast!r}: choose one of {', '.join(CONTRASTS)}.")
     check_number("lesions (a probability)", lesions, 0, 1)
     if cohort is not None:
         cohort.check()
-    return check_kinds(lesion_kinds)
+    given: Any = [lesion_kinds] if isinstance(lesion_kinds, str) else lesion_kinds
+    if not isinstance(given, list | tuple) or not given or any(kind not in KINDS for kind in given):
+        raise InputError(f"lesion_kinds is {lesion_kinds!r}: give one or more of {', '.join(KINDS)}.")
+    return tuple(kind for kind in KINDS if kind in given)
 
 
 def check_ellipsoid_phantom(index: int, seed: int, size: int | Sequence[int], spacing: float) -> tuple[int, ...]:
-    """Refuse invalid arguments of :py:func:`ellipsoid_phantom`.
-
-    Returns:
-        The shape that ``size`` stands for.
-
-    Raises:
-        ValueError: one is outside the limits there.
-    """
+    """Refuse invalid arguments of :py:func:`ellipsoid_phantom`; return the shape that ``size`` stands for."""
     check_integer("index", index, 0)
     check_integer("seed", seed, 0)
     check_number("spacing (mm)", spacing, 1e-3, 1e3)
@@ -255,29 +246,8 @@ def _affine(spacing: float, origin: np.ndarray) -> np.ndarray:
     return affine
 
 
-def check_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
-    """Kinds of lesions in their usual order.
-
-    Args:
-        kinds: some of ``KINDS``, or one.
-
-    Raises:
-        ValueError: there are none, or others.
-    """
-    given: Any = [kinds] if isinstance(kinds, str) else kinds
-    if not isinstance(given, list | tuple) or not given or any(kind not in KINDS for kind in given):
-        raise InputError(f"lesion_kinds is {kinds!r}: give one or more of {', '.join(KINDS)}.")
-    return tuple(kind for kind in KINDS if kind in given)
-
-
 def lesion_kind(index: int, seed: int, lesions: float, kinds: Sequence[str]) -> str | None:
-    """The kind of a phantom's lesions; None for a healthy one.
-
-    Args:
-        index, seed: of the phantom.
-        lesions: probability of lesions.
-        kinds: one of these is drawn, all being as likely.
-    """
+    """The kind of a phantom's lesions, one of ``kinds``; None for a healthy one."""
     streams = random_streams(index, seed)
     return str(streams.kind.choice(kinds)) if streams.lesions.random() < lesions else None
 
@@ -356,11 +326,6 @@ def grow_mass(
 
 def shrink_tissue(rng: np.random.Generator, anatomy: Anatomy, spacing: float) -> tuple[Anatomy, np.ndarray]:
     """Local atrophy: within some 3 cm tissue gives way to CSF where sulci or ventricles border on it.
-
-    Args:
-        rng: where its place and size come from.
-        anatomy: the brain without it.
-        spacing: edge of a voxel in mm.
 
     Returns:
         The brain with it, and what a reader would outline, bool ``[N]``: where CSF fills at least 0.4 of a voxel more
