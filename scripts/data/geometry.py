@@ -62,12 +62,7 @@ def describe(image: MetaTensor) -> dict[str, Any]:
 
 
 def grid_box(affine: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The box that a grid's voxels fill: its centre in the world, and its size along the stored axes, in mm.
-
-    Args:
-        affine: ``[rank + 1, rank + 1]``.
-        shape: of the grid, ``rank`` numbers.
-    """
+    """The box that a grid's voxels fill: its centre in the world, and its size along the stored axes, in mm."""
     rank, shape = len(shape), np.array(shape)
     return affine[:rank, :rank] @ ((shape - 1) / 2) + affine[:rank, rank], shape * affine_to_spacing(affine, r=rank)
 
@@ -149,15 +144,10 @@ def fill_outside(image: MetaTensor, affine: np.ndarray, shape: Sequence[int], va
 
 
 def per_axis(name: str, sizes: Sequence[float] | float, rank: int) -> tuple[float, ...]:
-    """A number for each axis of a scan.
-
-    Args:
-        name: of the setting that holds the numbers, for the message.
-        sizes: one for each axis, or one for all.
-        rank: how many axes a scan has.
+    """A number for each of a scan's ``rank`` axes: ``sizes`` is one of each, or one for all.
 
     Raises:
-        ValueError: there are neither one nor ``rank``.
+        ValueError: there are neither one nor ``rank``; the sentence calls the setting ``name``.
     """
     numbers = ensure_tuple(sizes)
     if len(numbers) not in (1, rank):

@@ -339,15 +339,7 @@ def unclipped(preprocessing: Compose) -> Compose:
 
 
 def unscaled(image: torch.Tensor, info: Mapping[str, Any]) -> torch.Tensor:
-    """Undo :py:class:`RobustScaled`.
-
-    Args:
-        image: ``[channels, *spatial]``, scaled.
-        info: ``gain`` and ``offset``, one per channel, and ``b_min``.
-
-    Returns:
-        The image in the scan's own units.
-    """
+    """Undo :py:class:`RobustScaled` on ``[channels, *spatial]``: ``info`` is what it notes in the metadata."""
     return (image - float(info["b_min"])) / per_channel(info["gain"], image) + per_channel(info["offset"], image)
 
 

@@ -18,22 +18,15 @@ from scripts.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the encoder and the decoder.
+    """One level of the encoder and the decoder. What is not said here: see :class:`scripts.networks.VDVAE`.
 
     Attributes:
         number: 0 is the finest.
-        spatial_dims: 2 or 3.
         in_channels: what the level's first encoder block takes.
-        channels, hidden_channels, kernel_size: of the encoder's blocks.
-        encoder_blocks: their number.
         decoder_in_channels: what the level's first decoder block takes: the width of the next coarser level.
-        decoder_channels, decoder_hidden_channels, decoder_kernel_size: of the decoder's blocks.
         latents: the level's latents, each with its index among all enabled ones of the network, or None where it is
             disabled.
-        latent_channels: channels of each.
         coarsest: whether this is the level on which the decoder starts.
-        shared, plain_encoder, rezero, batch_norm, separate_heads, std_form, kl_floor: see
-            :class:`scripts.networks.VDVAE`.
         init_scale: the published factor of a block's last convolution at the start, ``sqrt(1 / depth)``.
         recompute: whether activations are recomputed in the backward pass.
     """

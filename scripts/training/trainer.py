@@ -9,7 +9,6 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import EventEnum, Events
-from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
@@ -276,8 +275,7 @@ class VDVAETrainer(SupervisedTrainer):
 
 def _names(batchdata: dict[str, Any], count: int) -> list[str]:
     """The files that the scans of a batch came from, as far as they say."""
-    scans = batchdata[Keys.IMAGE]
-    names = scans.meta.get("filename_or_obj") if isinstance(scans, MetaTensor) else None
+    names = getattr(batchdata[Keys.IMAGE], "meta", {}).get("filename_or_obj")
     return [str(name) for name in names] if isinstance(names, list | tuple) else ["(unnamed)"] * count
 
 
@@ -289,7 +287,6 @@ class VDVAEEvaluator(SupervisedEvaluator):
     Args:
         device, val_data_loader, network: see MONAI's.
         seed: of that noise.
-        temperature: of the posterior; 1 gives the ELBO.
         amp, amp_dtype: mixed precision, see :class:`VDVAETrainer`.
         kwargs: further arguments of MONAI's ``SupervisedEvaluator``: inferer, metrics, handlers.
     """
@@ -300,7 +297,6 @@ class VDVAEEvaluator(SupervisedEvaluator):
         val_data_loader: DataLoader,
         network: torch.nn.Module,
         seed: int = 0,
-        temperature: float = 1.0,
         amp: bool = False,
         amp_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -318,7 +314,6 @@ class VDVAEEvaluator(SupervisedEvaluator):
         )
         self.data_loader = on_device(self.data_loader, self.state.device)
         self.seed = seed
-        self.temperature = temperature
         self.amp_dtype = amp_dtype
 
     def _iteration(self, engine: VDVAEEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
@@ -328,7 +323,7 @@ class VDVAEEvaluator(SupervisedEvaluator):
         with torch.random.fork_rng(devices), engine.mode(engine.network):
             torch.manual_seed(engine.seed + state.iteration)
             with autocast(state.device, engine.amp, engine.amp_dtype):
-                output = engine.inferer(scans, engine.network, engine.temperature)
+                output = engine.inferer(scans, engine.network)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         nll = negative_log_likelihood(output.loc, output.scale, scans)
         state.output = {Keys.IMAGE: scans, Keys.PRED: output} | step_quantities(output, nll, scans)

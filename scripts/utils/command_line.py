@@ -55,15 +55,7 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
 
 
 def check_options(commands: Callable | dict[str, Callable], words: Sequence[str]) -> None:
-    """End the program, with exit code 2, at an option that the function lacks; Fire names it in words of its own.
-
-    Args:
-        commands: see :func:`run`.
-        words: of the command line.
-
-    Raises:
-        SystemExit: there is such an option; the sentence names those that are alike, or all.
-    """
+    """End the program, with exit code 2, at an option that the function lacks; Fire names it in words of its own."""
     function = commands if callable(commands) else commands.get(next(iter(words), ""))
     if function is None or "--" in words:  # what follows is Fire's own
         return
@@ -102,15 +94,6 @@ def check_integer(name: str, value: Any, least: int) -> None:
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Refuse what is not a number within limits.
-
-    Args:
-        name: of the argument, for the message.
-        value: what was given.
-        least, most: the limits, both allowed.
-
-    Raises:
-        ValueError: ``value`` is no number, or outside the limits.
-    """
+    """Refuse what is not a number from ``least`` to ``most``; the message calls it ``name``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:
         raise InputError(f"{name} is {value!r}, but must be a number from {least} to {most}.")

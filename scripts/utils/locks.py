@@ -29,16 +29,13 @@ def claim_output_dir(
     that is refused after this leaves no file of its own, and no folder that is empty.
 
     Args:
-        output_dir: created if needed.
-        ckpt_dir: of the checkpoints; its parent is created if needed.
+        output_dir, ckpt_dir: created if needed, the latter by its first checkpoint.
         resume: as the config has it; False refuses a ``ckpt_dir`` that holds a checkpoint.
         timeout: seconds to wait for another run in ``ckpt_dir`` to end.
 
     Raises:
-        NotADirectoryError: a folder is a file.
-        PermissionError: a folder cannot be made or written to.
-        FileExistsError: ``ckpt_dir`` holds the checkpoint of a run, and this one does not resume it.
-        BlockingIOError: another run is using ``ckpt_dir``.
+        OSError: a folder is a file or cannot be written to, another run is using ``ckpt_dir``, or it holds the
+            checkpoint of a run that this one does not resume.
     """
     output_dir = Path(output_dir)
     if not output_dir.exists():

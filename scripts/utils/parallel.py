@@ -19,12 +19,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def choose_workers(jobs: int, workers: int | None = None) -> int:
-    """How many processes to start for a number of short jobs.
-
-    Args:
-        jobs: how many there are.
-        workers: the most processes; as many as there are cores if not given.
-    """
+    """How many processes to start for so many short jobs, at most ``workers``; None: as many as there are cores."""
     return max(1, min(workers or cpu_count(), cpu_count(), 1 + jobs // JOBS_PER_PROCESS))
 
 
@@ -61,12 +56,9 @@ def run_parallel(
 
 
 def die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent ends, however that happens. Other systems do nothing.
+    """Let Linux kill this process when its parent, which may have ended already, does. Other systems do nothing.
 
     Neither Python nor joblib has a call for it; that of PyTorch is private.
-
-    Args:
-        parent: process ID of the parent, which may have ended before this call.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

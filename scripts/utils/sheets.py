@@ -209,9 +209,6 @@ def middle(volume: np.ndarray) -> tuple[int, ...]:
     """Indices of the middle of a scan's foreground, one per axis.
 
     The foreground is what exceeds the darkest value by more than 5 % of the range; a scan without any gives its centre.
-
-    Args:
-        volume: ``[*spatial]``.
     """
     return tuple((start + stop) // 2 for start, stop in _foreground_ends(np.asarray(volume)))
 
