@@ -75,15 +75,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def contact_sheet(path: Path, scans: list[Scan], files: list[list[Path]], spatial_dims: int, workers: int) -> None:
-    """Draw the suspicious scans and some good ones; without any, remove the sheet of an earlier report.
-
-    Args:
-        path: of the PNG.
-        scans: of the report.
-        files: of each scan, one per channel.
-        spatial_dims: 2 or 3.
-        workers: processes to use.
-    """
+    """Draw the suspicious scans and some good ones; without any, remove the sheet of an earlier report."""
     shown = _choose(scans)
     jobs = [delayed(scan_picture)(files[i], spatial_dims) for i in shown]
     pictures = list(run_parallel(jobs, min(workers, 1 + len(shown) // 8), "drawing scans"))

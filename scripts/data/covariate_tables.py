@@ -150,16 +150,7 @@ class Covariates:
         )
 
     def values_of(self, place: int, coding: CovariateCoding, without: Iterable[str] = ()) -> dict[str, Value]:
-        """The values of one scan, by its place among the items.
-
-        Args:
-            place: of the scan.
-            coding: of the covariates.
-            without: names of covariates that are None whatever is written.
-
-        Raises:
-            InputError: as :meth:`values`.
-        """
+        """The values of one scan by its place among the items, as :meth:`values`; those ``without`` are None."""
         left_out = set(without)
         return {
             name: None if name in left_out else self._parsed(place, name, variable.parse)

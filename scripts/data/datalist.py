@@ -157,12 +157,6 @@ def split_by_subject(
 
     The split depends on the set of names and on the seed, not on the order of the names.
 
-    Args:
-        names: the scans' relative posix paths.
-        subjects: of each scan.
-        train_fraction: the share of subjects to train on, between 0 and 1.
-        seed: chooses the split.
-
     Returns:
         Indices into ``names``: of the training scans and of the validation scans, each in order of name.
 
@@ -277,11 +271,8 @@ def check_channels(datalist: Mapping[str, Sequence[Mapping[str, Any]]], channels
 def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> None:
     """Write a datalist as JSON, whole or not at all, so that a run can be repeated on the same scans.
 
-    Paths are written absolute: relative ones would be read as relative to the JSON's own folder.
-
-    Args:
-        datalist: what :py:func:`make_datalist` returns.
-        path: the file to write; its folder is created if needed.
+    Paths are written absolute: relative ones would be read as relative to the JSON's own folder, which is created if
+    needed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -380,12 +371,8 @@ def covariate_fields(item: Mapping[str, Any]) -> dict[str, str | int | float]:
 def check_item(item: Any, place: str) -> None:
     """Refuse what is no item of a datalist; subjects and sessions that are numbers become texts.
 
-    Args:
-        item: of a side of the datalist.
-        place: where it stands, as the beginning of a sentence.
-
     Raises:
-        InputError: it names no file, or a subject or session that is no text.
+        InputError: it names no file, or a subject or session that is no text; the sentence begins with ``place``.
     """
     image = item.get("image") if isinstance(item, dict) else None
     paths = image if isinstance(image, list) else [image]

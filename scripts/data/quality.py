@@ -143,12 +143,7 @@ class Inspection(NamedTuple):
 
 
 def inspect_scan(paths: list[Path], checks: CheckScand) -> Inspection:
-    """Read one scan and note what is wrong with it; never raises.
-
-    Args:
-        paths: of its channels.
-        checks: what is asked for, under the key ``image``.
-    """
+    """Read one scan, the files of its channels, and note what is wrong with it; never raises."""
     scan = Scan("")
     try:
         # root can read such a file, and would find it good (measured); other users cannot train on it
@@ -298,12 +293,7 @@ def compare_geometry(
     field_of_view: float | Sequence[float] | None,
     orientation: str | None,
 ) -> None:
-    """Compare scans' geometry with what most of the cohort has, and flag what differs.
-
-    Args:
-        scans: at least one.
-        spacing, field_of_view, orientation: what is asked for; only what is None is compared here.
-    """
+    """Compare scans' geometry with what most of the cohort has, and flag what differs where nothing is asked for."""
     if orientation is None:
         usual, count = Counter(scan.orientation for scan in scans).most_common(1)[0]
         if count >= USUAL * len(scans):

@@ -268,12 +268,7 @@ def _same_size(affine: np.ndarray, zooms: Sequence[float]) -> bool:
 
 
 def as_reason(sentence: str, paths: Sequence[str | os.PathLike]) -> str:
-    """A sentence on a scan as half of one, without its file's path and without advice.
-
-    Args:
-        sentence: such as an error's.
-        paths: of the scan; of several, its channels, the file's name is kept.
-    """
+    """A sentence on a scan as half of one, without advice and path; of several channels the name is kept."""
     for path in paths:
         name = Path(path).name
         sentence = sentence.replace(f"'{path}'", "it" if len(paths) == 1 else f"'{name}'").replace(str(path), name)
@@ -281,12 +276,7 @@ def as_reason(sentence: str, paths: Sequence[str | os.PathLike]) -> str:
 
 
 def why_unreadable(paths: Sequence[Path], error: Exception) -> str:
-    """One sentence on files that no reader could read.
-
-    Args:
-        paths: of the scan's files, or of the broken one where that is known.
-        error: what a reader said.
-    """
+    """One sentence on a scan's files that no reader could read, or on the broken one where it is known."""
     names = ", ".join(f"'{path}'" for path in paths)
     if isinstance(error, HeaderError):
         return f"{names} {error}: {ADVICE}."

@@ -358,9 +358,7 @@ def align_head(image: SimpleITK.Image, head: SimpleITK.Image) -> tuple[Alignment
 def align_brain(image: SimpleITK.Image, transform: SimpleITK.AffineTransform) -> SimpleITK.AffineTransform:
     """Align the brain of a head alone, from where the head was aligned: its skull draws the template's rim outwards.
 
-    Args:
-        image: a scan with its skull, float32.
-        transform: maps points of the template to points of the scan (LPS, mm).
+    ``transform`` maps points of the template to points of the scan (LPS, mm).
     """
     brain = SimpleITK.Cast(brain_mask(image, transform), SimpleITK.sitkFloat32)
     inside = SimpleITK.Resample(brain, image, transform.GetInverse(), SimpleITK.sitkLinear) >= 0.5

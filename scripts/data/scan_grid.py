@@ -252,15 +252,7 @@ def place_differences(
 
 
 def field_of_view_differences(grid: ScanGrid | None, geometry: Mapping[str, Any]) -> list[str]:
-    """Say that a scan, fitted to its own box, has another one than the training scans had.
-
-    Args:
-        grid: of the training scans.
-        geometry: of the scan.
-
-    Returns:
-        Half sentences, for people.
-    """
+    """Half sentences on a scan that, fitted to its own box, has another one than the training scans had."""
     if grid is None or grid.box is not None or grid.field_of_view is None:
         return []
     expected = grid.field_of_view[: len(geometry["field_of_view"])]

@@ -27,12 +27,7 @@ FOREGROUND = 0.05  # of the range that scans are scaled to: background is below
 
 
 def foreground(scans: Tensor, network: Any) -> Tensor:
-    """Where scans exceed 5 % of the range that they are scaled to, shaped like them.
-
-    Args:
-        scans: any shape.
-        network: or what has its ``output_activation``.
-    """
+    """Where scans exceed 5 % of the range of ``network.output_activation``, shaped like them."""
     low, high = OUTPUT_RANGES[network.output_activation]
     return scans > low + FOREGROUND * (high - low)
 

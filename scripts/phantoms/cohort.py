@@ -133,11 +133,7 @@ def make_brains(
 def ensure_cohort(dataset_dir: str | os.PathLike, phantom_dir: str | os.PathLike, count: int, **cohort: Any) -> str:
     """The data set of a run, after making the default one: ``count`` brains, if ``dataset_dir`` is ``phantom_dir``.
 
-    Of several processes rank 0 makes them, and the others wait.
-
-    Args:
-        dataset_dir, phantom_dir, count: as said.
-        cohort: what else :py:func:`make_brains` takes.
+    Of several processes rank 0 makes them, and the others wait. ``cohort`` is what else :py:func:`make_brains` takes.
     """
     if expand(dataset_dir) != expand(phantom_dir):
         return expand(dataset_dir)

@@ -18,15 +18,9 @@ CONTROL_SHAPE = tuple(int(n) for n in EXTENT / CONTROL_SPACING + 1)  # 50, 59, 4
 
 
 def smooth_fields(rng: np.random.Generator, channels: int, scales: tuple[tuple[float, float], ...]) -> torch.Tensor:
-    """Gaussian random fields.
+    """Gaussian random fields, float32 ``[1, channels, *CONTROL_SHAPE]``.
 
-    Args:
-        rng: where the noise comes from.
-        channels: how many fields.
-        scales: what each field is a sum of: length scale (sigma of a Gaussian, mm) and standard deviation of each part.
-
-    Returns:
-        float32 ``[1, channels, *CONTROL_SHAPE]``.
+    Each is a sum of parts: ``scales`` has the length scale (sigma of a Gaussian, mm) and standard deviation of each.
     """
     noise = torch.from_numpy(rng.standard_normal((channels, *CONTROL_SHAPE), dtype=np.float32))
     spectrum = torch.fft.rfftn(noise, dim=(1, 2, 3)) * _spectrum(scales)
@@ -44,28 +38,12 @@ def _spectrum(scales: tuple[tuple[float, float], ...]) -> torch.Tensor:
 
 
 def grid_points(voxels: np.ndarray, spacing: float) -> torch.Tensor:
-    """Where voxels lie in the field of view.
-
-    Args:
-        voxels: ``[N, 3]``, indices on a grid that begins at ``ORIGIN``.
-        spacing: edge of a voxel in mm.
-
-    Returns:
-        float32 ``[N, 3]``, -1 to 1 along each axis.
-    """
+    """Where voxels ``[N, 3]`` of a grid from ``ORIGIN`` on lie in the field of view: -1 to 1 along each axis."""
     return torch.from_numpy((voxels * (2 * spacing / EXTENT) - 1).astype(np.float32))
 
 
 def sample_maps(maps: torch.Tensor, points: torch.Tensor) -> np.ndarray:
-    """Read maps of the field of view by trilinear interpolation.
-
-    Args:
-        maps: ``[1, channels, x, y, z]``.
-        points: ``[N, 3]``, -1 to 1 along each axis.
-
-    Returns:
-        ``[channels, N]``.
-    """
+    """Read maps ``[1, channels, x, y, z]`` at points ``[N, 3]`` by trilinear interpolation: ``[channels, N]``."""
     grid = points.flip(-1)[None, None, None]
     # Border padding: the template ends within the brain stem.
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=True)[0, :, 0, 0].numpy()

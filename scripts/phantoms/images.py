@@ -285,14 +285,8 @@ def grow_mass(
     """Put a mass of normal tissue into the white matter, which pushes what is around it aside.
 
     It is an ellipsoid of some 9 to 18 mm radius, a mixture of gray and white matter, which contrast alone does not tell
-    from the brain. Tissue is displaced the less the farther away it is, and not at all at the surface of the brain.
-
-    Args:
-        rng: where the mass's place, size and tissue come from.
-        anatomy: the brain without it.
-        displaced: makes the same brain with its points displaced, see
-            :py:func:`scripts.phantoms.anatomy.brain_anatomy`.
-        spacing: edge of a voxel in mm.
+    from the brain. Tissue is displaced the less the farther away it is, and not at all at the surface of the brain;
+    ``displaced`` makes the same brain with its points displaced, see :py:func:`scripts.phantoms.anatomy.brain_anatomy`.
 
     Returns:
         The brain with it, and what a reader would outline, bool ``[N]``: the mass, and the displaced tissue around it

@@ -86,13 +86,10 @@ class MovingAverage(EMAHandler):
 
 
 class HandlerGroup:
-    """Handlers that the config defines under names of their own, attached one after the other.
+    """Handlers that the config defines under names of their own, attached one after the other; None is one disabled.
 
     MONAI's check of a workflow reads the ``_target_`` of each entry of the trainer's list of handlers, so that a bare
     reference cannot stand there.
-
-    Args:
-        handlers: in the order in which they are attached; None stands for one that is disabled.
     """
 
     def __init__(self, handlers: Sequence[Any]) -> None:

@@ -77,13 +77,7 @@ def fake_parameters(network: nn.Module, device: torch.device | str = "cpu") -> N
 
 
 def update_bytes(arguments: Mapping[str, Any], batch_size: int, half: bool = False) -> int:
-    """Bytes at the peak of an update, from fake tensors: the moving average and the optimizer's state included.
-
-    Args:
-        arguments: of :class:`scripts.networks.VDVAE`.
-        batch_size: scans.
-        half: convolutions take 16 bits.
-    """
+    """Bytes at the peak of an update, from fake tensors: the moving average and the optimizer's state included."""
     with torch.device("meta"):
         network = VDVAE(**arguments)
     with FakeTensorMode():
@@ -105,14 +99,7 @@ def update_bytes(arguments: Mapping[str, Any], batch_size: int, half: bool = Fal
 def warn_of_memory(
     network: VDVAE, batch_size: int, device: torch.device, amp: bool = False, amp_dtype: torch.dtype | None = None
 ) -> None:
-    """Say, before anything is read, that an update will not fit into memory, and with which settings it would.
-
-    Args:
-        network: that is trained.
-        batch_size: of this process.
-        device: of the network.
-        amp, amp_dtype: see :class:`scripts.training.trainer.VDVAETrainer`.
-    """
+    """Say, before anything is read, that an update will not fit into memory, and with which settings it would."""
     device = torch.device(device)
     room = _room(device)
     if idist.get_rank() > 0 or room is None or _bound(network, batch_size) <= room:

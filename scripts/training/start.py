@@ -93,11 +93,8 @@ def starts_untrained(
 def stored_grid(weights: str | os.PathLike | None, checkpoint: str | os.PathLike | None = None) -> ScanGrid | None:
     """How scans were fitted to the network's grid when weights were trained; None for a run that starts untrained.
 
-    Weights of earlier versions, which do not say it, were trained with each scan fitted to its own box.
-
-    Args:
-        weights: a ``model.pt``.
-        checkpoint: of the run that is resumed, which counts alone.
+    Of a run that is resumed its ``checkpoint`` counts alone. Weights of earlier versions, which do not say it, were
+    trained with each scan fitted to its own box.
     """
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, mmap=True)["network"]
@@ -117,19 +114,12 @@ def grow_network(network: VDVAE, weights: str | os.PathLike, renew_template: boo
     refine it, and the output, are learnt anew; so is the decoder of what was the finest level, if it had no latents
     there and gets some.
 
-    A network of as many levels takes all of them. With patches where the weights have voxels, a patch is seen as the
-    mean of its voxels, each of which starts from what was predicted of all.
+    A network of as many levels takes all of them, but with ``renew_template`` not the voxel-wise Gaussian. With patches
+    where the weights have voxels, a patch is seen as the mean of its voxels, each of which starts from what was
+    predicted of all.
 
     A level may be wider than in the weights (Net2Net: Chen et al. 2016, arXiv:1511.05641): what is added starts as
     features that nothing looks at, so that the same is predicted.
-
-    Args:
-        network: at the start of its training.
-        weights: a ``model.pt``.
-        renew_template: do not take the voxel-wise Gaussian of weights of the same grid.
-
-    Returns:
-        the same network.
 
     Raises:
         ValueError: it has fewer levels than the weights, a level that both have differs in more than its width, or the

@@ -133,10 +133,6 @@ class Prefetched:
 
     MONAI's ``ThreadDataLoader`` copies in a thread, which PyTorch's loader has for pinning already, and ends an epoch
     without a word where the loader raises an error.
-
-    Args:
-        loader: of batches whose tensors lie on the host.
-        device: where they are needed.
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:

@@ -102,7 +102,7 @@ def start(multi_gpu: bool = True) -> None:
 
 
 def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
-    """A store without what an earlier start of these processes has left in it.
+    """A store, here under a prefix, without what an earlier start of these processes has left in it.
 
     torchrun keeps one store for all its restarts, in which a restarted process finds the addresses at which the others
     listened before they were killed. Here each process writes a new name, and rank 0 makes a prefix of all names, until
@@ -111,14 +111,6 @@ def own_store(store: dist.Store, rank: int, processes: int) -> dist.Store:
     Measured with two Gloo processes (PyTorch 2.13), one of them killed: with torchrun's store the restarted two never
     joined, with this one they did within 6 s. ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` does the same in 4 s, but only
     in the environment of torchrun itself, which nothing here can set.
-
-    Args:
-        store: the one of the rendezvous.
-        rank: of this process.
-        processes: how many there are.
-
-    Returns:
-        The same store under the prefix.
     """
     store.set_timeout(RANK_ZERO_TIMEOUT)
     name = uuid.uuid4().hex
@@ -217,16 +209,9 @@ def parallel_network(start_network: Callable[..., nn.Module], network: nn.Module
 
 
 def batch_share(count: int, batch_size: int) -> range:
-    """The scans of this process: consecutive ones, in the same batches as in a run of one process.
+    """Indices of this process's scans: consecutive ones, in the same batches as in a run of one process.
 
     No scan is in two shares, and none is left out. A share is empty where there are fewer batches than processes.
-
-    Args:
-        count: of all scans.
-        batch_size: of one process.
-
-    Returns:
-        Indices of scans.
     """
     batches, rank, processes = -(-count // batch_size), idist.get_rank(), idist.get_world_size()
     first, end = (batches * r // processes * batch_size for r in (rank, rank + 1))

@@ -233,14 +233,7 @@ def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
 def _groups(
     title: str | Sequence[str], scans: Sequence[np.ndarray], guide: np.ndarray, box: tuple[slice, ...]
 ) -> list[Group]:
-    """A group of rows for each channel of scans that stand side by side, cropped.
-
-    Args:
-        title: of each group, or one for all, see :func:`_channel_titles`.
-        scans: one per column, ``[channels, *spatial]``.
-        guide: ``[*spatial]``, whose foreground says where to cut.
-        box: what is shown of the scans.
-    """
+    """A group of rows for each channel of scans that stand side by side, cropped to a box, cut where ``guide`` says."""
     titles = _channel_titles(title, len(scans[0]))
     return [(name, [scan[c][box] for scan in scans], guide[box]) for c, name in enumerate(titles)]
 

@@ -237,11 +237,7 @@ def _foreground_ends(volume: np.ndarray) -> list[tuple[int, int]]:
 
 
 def foreground_box(volumes: Sequence[np.ndarray]) -> tuple[slice, ...]:
-    """A box around the foreground of all scans with a rim of background; everything, where their shapes differ.
-
-    Args:
-        volumes: at least one, ``[*spatial]``.
-    """
+    """A box around the foreground of all scans with a rim of background; everything, where their shapes differ."""
     shape = volumes[0].shape
     if any(v.shape != shape for v in volumes):
         return (slice(None),) * len(shape)
