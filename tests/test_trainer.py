@@ -237,7 +237,7 @@ def test_the_evaluator_weighs_every_scan_alike():
             "cpu",
             loader(count=5, batch_size=batch_size),
             network,
-            temperature=0.0,
+            inferer=lambda scans, network: network(scans, temperature=0.0),  # no noise, which is a batch's
             key_val_metric=key_metric(metrics),
             additional_metrics=additional_metrics(metrics),
         )
