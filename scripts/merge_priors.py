@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, expand, write_csv, write_whole
+from scripts.utils.files import as_folder, expand, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def merge_priors(*files: str, output: str = "population_prior.pt", describe: boo
         output: the prior; ``left_out.csv`` is written beside it.
         describe: print what the files hold, and merge nothing.
     """
+    from scripts.population.files import save_prior
     from scripts.population.merging import merge, refuse_shared_people
     from scripts.population.statistics import CohortStatistics
 
@@ -53,11 +54,7 @@ def merge_priors(*files: str, output: str = "population_prior.pt", describe: boo
     extras = {"scans": sum(c.count for c in cohorts.values()), "weights": first.weights, **chosen}
     extras["cohorts"] = {name: cohorts[name].count for name in sorted(cohorts)}
 
-    def write(path: str) -> None:
-        with Path(path).open("wb") as file:
-            prior.save(file, extras)
-
-    write_whole(expand(output), write)
+    save_prior(prior, expand(output), extras)
     rows = [(name, c.people, f"{c.gain:.1f}", f"{c.mean:.3f}", f"{c.spread:.3f}") for name, c in left_out.items()]
     write_csv(folder / REPORT, ("cohort", "people", "nats_gained", "coordinates_mean", "coordinates_spread"), rows)
     for row in rows:

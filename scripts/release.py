@@ -28,8 +28,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from scripts.networks import VDVAE
-from scripts.population.prior import PopulationPrior, fingerprint, prior_path
-from scripts.training.checkpoints import CheckpointError, load_weights, read_archive, read_weights
+from scripts.population.files import load_prior, prior_path, read_prior
+from scripts.population.prior import fingerprint
+from scripts.training.checkpoints import CheckpointError, load_weights, read_weights
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
 from scripts.utils.files import as_folder, expand, read_json, write_text, write_whole
@@ -359,8 +360,8 @@ def _check_prior(root: Path, file: str, weights: Sequence[str]) -> None:
     if own is None:
         raise ReleaseError(f"'{file}' is the population prior of weights that are not there: remove it.")
     try:
-        content = read_archive(root / file)
-        PopulationPrior.load(content)
+        content = read_prior(root / file)
+        load_prior(content)
     except CheckpointError as error:
         raise ReleaseError(f"'{file}' is no population prior ({error}): fit one by the run fit_prior.") from error
     if content["weights"] != fingerprint(_load_shipped(root, own)):

@@ -22,6 +22,7 @@ from scripts.inference.certified import find_clusters, people_to_calibrate
 from scripts.inference.common import Cohort
 from scripts.inference.training_run import TrainedScans
 from scripts.phantoms import make_brains
+from scripts.population.files import save_prior
 from scripts.population.prior import fingerprint
 
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
@@ -177,7 +178,7 @@ def people(cohort, tmp_path_factory):
     rows = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
     kinds = {"age": "continuous", "sex": "categorical", "site": "categorical"}
     prior = prior_with_effects(network, CovariateCoding.learn(kinds, rows), size=0.1)
-    prior.save(folder / "population_prior.pt", {"weights": fingerprint(network)})
+    save_prior(prior, folder / "population_prior.pt", {"weights": fingerprint(network)})
     make_brains(folder / "healthy", 9, spacing=8.0, workers=1, covariates=True)
     make_brains(folder / "scans", 3, spacing=8.0, workers=1, covariates=True, seed=1)
     path = folder / "scans" / "sub-0002_FLAIR.nii.gz"

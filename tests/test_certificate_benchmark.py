@@ -16,6 +16,7 @@ from test_covariates import prior_with_effects
 from benchmarks.certificate import KINDS, Splits, add_regression, cubes, lesion, main
 from scripts.data.covariates import CovariateCoding
 from scripts.phantoms import make_brains
+from scripts.population.files import save_prior
 from scripts.population.prior import fingerprint
 
 
@@ -27,7 +28,7 @@ def test_it_measures_certificates_of_phantoms(cohort, tmp_path, capsys):
     torch.save(network.state_dict(), tmp_path / "model.pt")
     rows = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
     prior = prior_with_effects(network, CovariateCoding.learn(KINDS_OF_COVARIATES, rows), size=0.1)
-    prior.save(tmp_path / "population_prior.pt", {"weights": fingerprint(network)})
+    save_prior(prior, tmp_path / "population_prior.pt", {"weights": fingerprint(network)})
     names = {"dataset_dir": "healthy", "output_dir": "out", "sick": "sick", "masks": "sick_masks", "ckpt": "model.pt"}
     settings = {name: str(tmp_path / path) for name, path in names.items()}
     sides = {"training": [{"image": str(path)} for path in sorted((tmp_path / "healthy").glob("*.nii.gz"))]}

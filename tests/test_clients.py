@@ -15,7 +15,7 @@ from monai.fl.utils.constants import ExtraItems, ModelType, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 
 from scripts.phantoms import make_brains
-from scripts.population.prior import PopulationPrior
+from scripts.population.files import load_prior
 
 HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
 
@@ -126,7 +126,7 @@ def test_sites_train_one_model_and_fit_one_prior(tmp_path):
     assert all(value.isfinite().all() for value in state.values())
     content = torch.load(tmp_path / "out" / "population_prior.pt", weights_only=True)
     assert content["cohorts"] == {"A": 12, "B": 12}
-    assert PopulationPrior.load(content).coding.variables["site"].categories == ("A", "B")
+    assert load_prior(content).coding.variables["site"].categories == ("A", "B")
     one, other = ({"w": torch.tensor([value]), "n": torch.tensor(3)} for value in (1.0, 4.0))
     assert federated.average([one, other], [2, 1]) == {"w": torch.tensor([2.0]), "n": torch.tensor(3)}
 

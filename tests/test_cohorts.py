@@ -13,8 +13,9 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import CovariateCoding
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look
+from scripts.population.files import load_prior, save_prior
 from scripts.population.merging import _Fitted, expectation, merge, refuse_shared_people, total
-from scripts.population.prior import PopulationPrior, innovation
+from scripts.population.prior import innovation
 from scripts.population.statistics import (
     CohortStatistics,
     StatisticsFit,
@@ -121,8 +122,8 @@ def test_order_does_not_matter_and_a_site_can_be_taken_out(cohorts):
 @torch.no_grad()
 def test_a_merged_prior_says_which_scans_are_usual(network, cohorts, tmp_path):
     """Each cohort is a kind of its own, by what it tells of its held-out people but their coordinates."""
-    merge(cohorts)[0].save(tmp_path / "prior.pt")
-    prior = PopulationPrior.load(torch.load(tmp_path / "prior.pt", weights_only=True))
+    save_prior(merge(cohorts)[0], tmp_path / "prior.pt")
+    prior = load_prior(torch.load(tmp_path / "prior.pt", weights_only=True))
     known = Familiarity.of(prior)
     assert "population" not in known.names and len(known.added) == 2 and known.people == (6, 26)
     people = torch.stack([scan(index)["image"] for index in range(100, 120)])
@@ -216,7 +217,7 @@ def test_sites_merge_as_users_type_it(cohort, tmp_path):
     assert done.returncode == 0, done.stderr
     content = torch.load(output, weights_only=True)
     assert content["cohorts"] == {"A": 12, "B": 12}
-    prior = PopulationPrior.load(content)
+    prior = load_prior(content)
     assert prior.coding.variables["site"].categories == ("A", "B")
     assert (tmp_path / "merged" / "left_out.csv").read_text(encoding="utf-8").count("\n") == 3
     words = ("--ckpt", tmp_path / "m.pt", "--prior", output, "--output_dir", tmp_path / "samples")

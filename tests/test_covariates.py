@@ -43,9 +43,10 @@ from scripts.population import effects
 from scripts.population.deviations import deviations
 from scripts.population.effects import Adaptation, EffectPlane, Effects, mechanism_std, private_mean, rows_of
 from scripts.population.familiarity import Familiarity
+from scripts.population.files import load_prior, save_prior
 from scripts.population.fit import PopulationFit
 from scripts.population.joint import correlation_of, draw_values
-from scripts.population.prior import PopulationPrior, fingerprint
+from scripts.population.prior import PopulationPrior, fingerprint, given_innovations
 
 KINDS = {"age": "continuous", "sex": "categorical", "site": "categorical"}
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
@@ -86,7 +87,7 @@ def save_weights_with_prior(cohort, scan, folder) -> None:
     torch.save(network.state_dict(), folder / "model.pt")
     rows = [{"age": 40.0 + k, "sex": "FM"[k % 2], "site": "ABC"[k % 3]} for k in range(42)]
     prior = prior_with_effects(network, CovariateCoding.learn(KINDS, rows), size=0.1)
-    prior.save(folder / "population_prior.pt", {"weights": fingerprint(network)})
+    save_prior(prior, folder / "population_prior.pt", {"weights": fingerprint(network)})
 
 
 def test_numbers_have_a_mean_of_zero_and_are_zero_where_nothing_is_known(coding):
@@ -159,8 +160,8 @@ def test_scores_say_all_of_the_likelihood(network, coding):
 def test_the_file_keeps_effects_and_coding(network, coding, tmp_path):
     prior = prior_with_effects(network, coding)
     prior.sharpness = 0.5
-    prior.save(tmp_path / "p.pt")
-    again = PopulationPrior.load(torch.load(tmp_path / "p.pt", weights_only=True))
+    save_prior(prior, tmp_path / "p.pt")
+    again = load_prior(torch.load(tmp_path / "p.pt", weights_only=True))
     assert again.coding.plain() == coding.plain() and again.sharpness == 0.5
     torch.testing.assert_close(again.effects_1, prior.effects_1, atol=0.01, rtol=0.05)
     with pytest.raises(ValueError, match="fitted with covariates"):
@@ -303,7 +304,7 @@ def test_training_fits_a_prior_that_knows_covariates(fitted):
     content = torch.load(fitted / "run" / "checkpoints" / "population_prior.pt", weights_only=True)
     assert [variable["name"] for variable in content["covariates"]] == list(KINDS)
     assert all("effects" in latent for latent in content["latents"].values())
-    prior = PopulationPrior.load(content)
+    prior = load_prior(content)
     assert prior.offset.shape == (prior.features, 1, 8, 8, 8)
     assert 0.3 < prior.dispersion < 3 and prior.dispersion != 1
     assert prior.region_dispersion == content["region_dispersion"] != prior.dispersion
@@ -522,8 +523,8 @@ def test_drawn_scans_differ_by_covariates_as_people_do(network, coding, tmp_path
     left, by_moving, without = ((gained + added - means).norm() for added in (prior.drawn_offset, prior.offset, 0.0))
     assert left < by_moving and left < 0.4 * without
     prior.correlation = torch.eye(3)
-    prior.save(tmp_path / "prior.pt")
-    again = PopulationPrior.load(torch.load(tmp_path / "prior.pt", weights_only=True))
+    save_prior(prior, tmp_path / "prior.pt")
+    again = load_prior(torch.load(tmp_path / "prior.pt", weights_only=True))
     for name in ("offset", "drawn_offset", "correlation"):
         torch.testing.assert_close(getattr(again, name), getattr(prior, name), atol=1e-3, rtol=1e-2)
 
@@ -551,7 +552,7 @@ def test_a_new_site_is_learnt_from_its_scans(fitted, tmp_path):
     content = torch.load(tmp_path / "population_prior.pt", weights_only=True)
     before = torch.load(fitted / "run" / "checkpoints" / "population_prior.pt", weights_only=True)
     assert content["covariates"][2]["categories"] == ("A", "B", "C", "D")
-    prior, old = PopulationPrior.load(content), PopulationPrior.load(before)
+    prior, old = load_prior(content), load_prior(before)
     assert prior.features == old.features + 1
     (seen,) = Familiarity.of(prior).added  # such scans are familiar, too
     assert seen[2] == 24 and seen[0].shape == Familiarity.of(old).mean.shape and not Familiarity.of(old).added
@@ -586,7 +587,7 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     def drawn(prior: PopulationPrior, count: int, **covariates: str) -> torch.Tensor:
         torch.manual_seed(count)
         features = prior.coding.numbers(covariates)[None].expand(count, -1)
-        sampler = prior.sampler(torch.randn(count, 2), 1.0, features)
+        sampler = given_innovations(prior.innovations(torch.randn(count, 2), 1.0, features))
         return network.decode([], batch_size=count, sampler=sampler)[0] + prior.added(features, drawn=True)
 
     scans = drawn(prior, 20) + torch.linspace(-0.2, 0.2, 8)  # a bias field from left to right
@@ -601,7 +602,7 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
         for usual, site in ((prior, None), (adapted, "D"))
     )
     assert after < 0.3 * before
-    again = PopulationPrior.load(torch.load(path, weights_only=True))
+    again = load_prior(torch.load(path, weights_only=True))
     for name in ("offset", "drawn_offset"):
         torch.testing.assert_close(getattr(again, name), getattr(adapted, name), atol=1e-3, rtol=1e-2)
     assert again.region_dispersion == prior.region_dispersion == 1.7
@@ -633,7 +634,8 @@ def test_a_site_is_learnt_privately_as_far_as_covariates_can_tell(network, codin
     prior.familiarity = {"names": ["as it was"]}
     torch.manual_seed(0)
     features = coding.numbers({"site": "B"})[None].expand(60, -1)
-    scans = network.decode([], batch_size=60, sampler=prior.sampler(torch.randn(60, 2), 1.0, features))[0]
+    sampler = given_innovations(prior.innovations(torch.randn(60, 2), 1.0, features))
+    scans = network.decode([], batch_size=60, sampler=sampler)[0]
     options = (network, prior, dataset_of(scans, tmp_path), {"site": "D"}, tmp_path)
     plane, place = EffectPlane(prior), prior.features
 

@@ -24,8 +24,8 @@ from scripts.inference.familiar import Examiner, Finding, Step
 from scripts.layers.output import foreground
 from scripts.phantoms import make_brains
 from scripts.population.familiarity import LEAST_SPREAD, Familiarity, least_spread, look, masked_otherwise
+from scripts.population.files import load_prior, prior_path
 from scripts.population.fit import PopulationFit
-from scripts.population.prior import PopulationPrior, prior_path
 from scripts.prepare import prepare
 
 REASONS = ("orientation", "skull", "alignment", "contrast", "voxel_size", "crop", "resolution", "range", "unknown")
@@ -185,7 +185,7 @@ def test_new_people_are_usual_where_few_are_held_out(known, tmp_path, held_out):
     scans = [preprocess({"image": str(path)}) for path in sorted((known / "brains").glob("*.nii.gz"))]
     training, validation, new = scans[: 27 - held_out], scans[27 - held_out : 27], scans[27:]
     PopulationFit(network, Dataset(training), Dataset(validation), tmp_path / "prior.pt", factors=12).run()
-    prior = PopulationPrior.load(torch.load(tmp_path / "prior.pt", weights_only=True))
+    prior = load_prior(torch.load(tmp_path / "prior.pt", weights_only=True))
     familiarity = Familiarity.of(prior)
     assert familiarity.people == ((3, 27) if held_out else (6, 27))
     statistics = look(network.eval(), torch.stack([item["image"].as_tensor() for item in new]), prior).statistics
@@ -260,7 +260,7 @@ def examiner(tmp_path_factory):
     images = torch.stack([item["image"].as_tensor() for item in scans])
     network.set_voxel_gaussian(images.mean(0), images.std(0), scans[0]["image"].affine)
     PopulationFit(network, Dataset(scans[:26]), Dataset(scans[26:]), folder / "prior.pt", factors=4).run()
-    prior = PopulationPrior.load(torch.load(folder / "prior.pt", weights_only=True))
+    prior = load_prior(torch.load(folder / "prior.pt", weights_only=True))
     return Examiner(network.eval(), prior, preprocessing), scan
 
 

@@ -24,9 +24,9 @@ from scripts.inference.scoring import Scoring
 from scripts.inference.tables import list_coordinates, scans_to_fit
 from scripts.layers.gaussian import LatentSampler
 from scripts.networks import VDVAE
-from scripts.population.content import coarse_offset, offset_on
+from scripts.population.files import coarse_offset, find_population_prior, load_prior, offset_on, save_prior
 from scripts.population.fit import PopulationFit
-from scripts.population.prior import PopulationPrior, find_population_prior, fingerprint, innovation
+from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation
 from scripts.population.sketch import FactorSketch, fit_bytes, latents_within, prior_from_sketch
 from scripts.training.checkpoints import CheckpointError
 from scripts.utils.names import UNUSABLE
@@ -103,10 +103,10 @@ def test_draws_have_the_covariance_of_the_model():
 
 def test_file_keeps_what_matters(tmp_path):
     prior = random_prior(distances=torch.tensor([2.0, 1.0]))
-    prior.save(tmp_path / "p.pt", {"scans": 7})
+    save_prior(prior, tmp_path / "p.pt", {"scans": 7})
     content = torch.load(tmp_path / "p.pt", weights_only=True)
     assert content["scans"] == 7
-    read = PopulationPrior.load(content)
+    read = load_prior(content)
     assert read.latents == prior.latents and read.distances.tolist() == [1.0, 2.0]
     u = [torch.randn(50, *shape) for shape in ((3, 1, 1, 1), (4, 1, 1, 1), (2, 2, 2, 2))]
     torch.testing.assert_close(read.log_ratio(u), prior.log_ratio(u), rtol=0.02, atol=0.1)
@@ -281,7 +281,7 @@ def test_latents_are_drawn_where_the_prior_says(network):
         {i: torch.zeros(1, *grid) for i, grid in enumerate(grids)},
     )
     with torch.no_grad():
-        loc = network.decode([], sampler=prior.sampler(torch.zeros(1, 1), 0.0))[0]
+        loc = network.decode([], sampler=given_innovations(prior.innovations(torch.zeros(1, 1), 0.0)))[0]
     # the same by hand: each latent at its prior's mean plus so many deviations
     latents = []
     with torch.no_grad():
@@ -366,48 +366,19 @@ def test_mean_differences_of_fine_grids_are_kept_on_a_coarse_one():
     ("edit", "words"),
     [
         ("content['population_prior'] = 99", "has format 99, and this version of the bundle reads format 1"),
-        ("content['population_prior'] = torch.ones(2)", "has format tensor"),
-        ("content['latents'] = [1, 2]", "'latents' are no table of latents"),
-        ("content['latents'] = {}", "'latents' are no table of latents"),
-        ("content['latents']['a'] = latent", "'latents' has latent 'a', which is none"),
-        ("content['latents'][99] = latent", "the mean of latent 99 is .* but the network's does not exist"),
-        ("del latent['mean']", "the mean of latent 0 is no tensor of numbers"),
-        ("latent['mean'] = 3.5", "the mean of latent 0 is no tensor of numbers"),
-        ("latent['mean'][..., 0] = nan", "the mean of latent 0 is not finite"),
-        ("latent['variance'][..., 0] = -1", "the variance of latent 0 is negative"),
-        ("latent['variance'][..., 0] = inf", "the variance of latent 0 is not finite"),
-        ("latent['variance'] = latent['variance'][:1, :1, :1]", "the variance of latent 0 is"),
+        ("del latent['mean']", "is damaged: take it from where it was made"),
+        ("content['latents'][99] = latent", "is damaged"),
+        ("latent['mean'][..., 0] = nan", "is damaged"),
         (
             "latent.update({k: latent[k][1:] for k in ('mean', 'variance')})\n"
             "latent.update({k: latent[k][:, 1:] for k in ('directions', 'effects')})",
-            "the mean of latent 0 is .* but the network's is",
+            "is damaged",
         ),
-        ("latent['directions'] = latent['directions'].float()", "the directions of latent 0 are no 8-bit numbers"),
-        ("latent['directions'] = latent['directions'][:, :1]", "the directions of latent 0 are no 8-bit numbers"),
-        ("latent['scale'][0] = nan", "the scale of latent 0 is not finite"),
-        ("latent['scale'] = latent['scale'][1:]", "the scale of latent 0 is"),
-        ("latent['scale'][:] = 1e38", "its numbers are too large to compute with"),
-        ("latent.update(directions=latent['directions'][1:], scale=latent['scale'][1:])", "its latents differ"),
-        ("latent['effects_scale'][0] = inf", "the effects_scale of latent 0 is not finite"),
-        ("del latent['effects']", "the effects of latent 0 are no 8-bit numbers"),
-        ("content['distances'] = 'far'", "the distances of the cohort is no tensor"),
-        ("content['bits_per_dim'] = torch.zeros(2, 2)", "'bits_per_dim' are no list of numbers"),
-        ("content['weights'] = 5", "'weights' are no checksum"),
-        ("content['spread'] = 0 * content['spread']", "'spread' has numbers that are not above 0"),
-        ("content['spread'] = content['spread'][1:]", "the spread of the cohort is"),
-        ("content['sharpness'] = nan", "'sharpness' is nan"),
-        ("content['dispersion'] = 'wide'", "'dispersion' is 'wide'"),
-        ("content['covariates'] = 5", "'covariates' cannot be read"),
-        ("content['covariates'][0]['kind'] = 'colour'", "'covariates' cannot be read"),
-        ("content['covariates'][0]['std'] = 0.0", "'covariates' cannot be read|make no sense"),
-        ("content['covariates'][0]['mean'] = nan", "does not become numbers"),
-        ("content['covariates'][0]['centre'] = (0.0,) * 9", "'covariates' cannot be read"),
-        ("content['covariates'][0]['low'] = 1e9", "the range, the quantiles or the knots of its covariate 'age'"),
-        ("content['covariates'].pop()", "its covariates become"),
-        ("del content['covariates']", "and does not say of which"),
-        ("content['offset'] = torch.zeros(99, 1, 8, 8, 8)", "'offset' is not that of"),
-        ("content['drawn_offset'] = torch.zeros(99, 1, 8, 8, 8)", "'drawn_offset' is not that of"),
-        ("content['correlation'] = torch.ones(2, 2)", "the correlation of its covariates is none"),
+        ("latent['scale'][:] = 1e38", "is damaged"),
+        ("latent.update(directions=latent['directions'][1:], scale=latent['scale'][1:])", "is damaged"),
+        ("content['covariates'] = 5", "is damaged"),
+        ("content['covariates'][0]['kind'] = 'colour'", "is damaged"),
+        ("content['offset'][0] = inf", "is damaged"),
         ("content['offset'] = content['offset'][..., 1:]", "of another grid than the network"),
     ],
 )
@@ -427,7 +398,7 @@ def test_a_prior_with_wrong_content_is_refused_in_a_sentence(network, tmp_path, 
         offset=torch.zeros(coding.size, 1, *network.spatial_shape),
         coding=coding,
     )
-    prior.save(path, {"weights": fingerprint(network)})
+    save_prior(prior, path, {"weights": fingerprint(network)})
     content = torch.load(path, weights_only=True)
     assert find_population_prior(None, tmp_path / "model.pt", network).features == coding.size
     edited(content, edit)
@@ -435,7 +406,7 @@ def test_a_prior_with_wrong_content_is_refused_in_a_sentence(network, tmp_path, 
     with pytest.raises(CheckpointError, match=words) as refused:
         find_population_prior(None, tmp_path / "model.pt", network)
     assert str(path) in str(refused.value)
-    assert "fit one by the run fit_prior" in str(refused.value).replace("Fit", "fit")
+    assert "fit one by the run fit_prior" in str(refused.value)
 
 
 @pytest.mark.parametrize("spelling", ["./p.pt", "~/p.pt", "../{name}/p.pt", "{folder}/p.pt", Path("p.pt")])
@@ -547,7 +518,7 @@ def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
     done = run_bundle(*words, run_id="fit_prior", configs=["configs/inference.json"])
     assert done.returncode == 0, done.stderr
     after = torch.load(path, weights_only=True)
-    assert after["weights"] == before["weights"] and PopulationPrior.load(after).factors <= 2
+    assert after["weights"] == before["weights"] and load_prior(after).factors <= 2
     done = infer(run_dir, "sample", tmp_path / "samples", "--samples", 1, "--prior", path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "samples" / "0001_sample.nii.gz").is_file()

@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser, download_large_files
 from packaging.requirements import Requirement
 
 from scripts import release
+from scripts.population.files import save_prior
 from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.release import ReleaseError, make_hub_folder, make_release, ship_weights
 from scripts.training.checkpoints import CheckpointError, load_weights
@@ -301,11 +302,11 @@ def test_population_prior_must_be_of_the_weights_beside_it(bundle, tmp_path, tin
     shape = network.latent_grids()[0]
     prior = PopulationPrior({0: torch.zeros(shape)}, {0: torch.ones(shape)}, {0: torch.zeros(1, *shape)})
     path = bundle / "models/population_prior.pt"
-    prior.save(path, {"weights": fingerprint(network)})
+    save_prior(prior, path, {"weights": fingerprint(network)})
     make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
     with zipfile.ZipFile(next((tmp_path / "releases").glob("*.zip"))) as archive:
         assert any(name.endswith("models/population_prior.pt") for name in archive.namelist())
-    prior.save(path, {"weights": "others"})
+    save_prior(prior, path, {"weights": "others"})
     with pytest.raises(ReleaseError, match="was fitted to other weights than"):
         make_release(str(tmp_path / "releases"), bundle_root=str(bundle))
     path.write_bytes(b"none")

@@ -19,7 +19,8 @@ from scripts.data.transforms import reading
 from scripts.inference.explanations import Hypotheses, Hypothesis, connected_brain
 from scripts.networks import VDVAE
 from scripts.population.familiarity import LEAST_ALIKE, Familiarity, Look, look, reference
-from scripts.population.prior import FIT_IT, PopulationPrior
+from scripts.population.files import FIT_IT
+from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import expand
 from scripts.utils.formats import save_nifti

@@ -18,7 +18,8 @@ from scripts.data.tables import read_table
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import read_row
 from scripts.inference.training_run import TrainingRun
-from scripts.population.prior import FIT_IT, PopulationPrior
+from scripts.population.files import FIT_IT
+from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import expand, write_csv
 from scripts.utils.names import UNUSABLE, item_path

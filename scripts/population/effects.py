@@ -19,12 +19,11 @@ from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import MOST_NAMED, Covariates
 from scripts.data.covariates import Categorical, CovariateCoding, missing
 from scripts.networks import VDVAE
-from scripts.population.content import OFFSETS
 from scripts.population.familiarity import also_familiar
-from scripts.population.prior import PopulationPrior, fingerprint, innovation
+from scripts.population.files import save_prior
+from scripts.population.prior import OFFSETS, PARTS, PopulationPrior, fingerprint, innovation
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
-from scripts.utils.files import write_whole
 from scripts.utils.names import people_of
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -111,7 +110,7 @@ def shrunk_mean(total: Tensor, squares: Tensor, scans: int) -> tuple[Tensor, flo
 
 def rows_of(prior: PopulationPrior, name: str) -> Tensor:
     """Its ``mean``, ``variance``, ``directions`` or ``effects``, all latents end to end: ``[rows, dimensions]``."""
-    parts = ((getattr(prior, f"{name}_{index}"), getattr(prior, f"mean_{index}")) for index in prior.latents)
+    parts = zip(prior.of_latents(name).values(), prior.of_latents("mean").values(), strict=True)
     return torch.cat([part.reshape(-1, of_one.numel()) for part, of_one in parts], dim=1)
 
 
@@ -281,26 +280,16 @@ class Adaptation:
 
     def _with_effect(self, row: Tensor, place: int) -> PopulationPrior:
         """The prior with one more feature at a place, of this effect, ``[dimensions]``, and of no offset."""
-        before = {index: getattr(self.prior, f"effects_{index}") for index in self.prior.latents}
+        mean, variance, directions, before = map(self.prior.of_latents, PARTS)
         rows = row.split([effects[0].numel() for effects in before.values()])
-        parts = (
-            {index: getattr(self.prior, f"{part}_{index}") for index in self.prior.latents}
-            for part in ("mean", "variance", "directions")
-        )
-        offsets = {name: getattr(self.prior, name) for name in OFFSETS if getattr(self.prior, name) is not None}
-        found = PopulationPrior(
-            *parts,
-            self.prior.distances,
-            self.prior.bits_per_dim,
-            effects={index: _inserted(before[index], place, new) for index, new in zip(before, rows, strict=True)},
-            **{name: _inserted(offset, place, torch.zeros_like(offset[0])) for name, offset in offsets.items()},
-            coding=self.coding,
-            sharpness=self.prior.sharpness,
-            dispersion=self.prior.dispersion,
-            region_dispersion=self.prior.region_dispersion,
-        )
-        found.spread = self.prior.spread
-        found.correlation, found.deviation_scores = self.prior.correlation, self.prior.deviation_scores
+        effects = {index: _inserted(before[index], place, new) for index, new in zip(before, rows, strict=True)}
+        found = PopulationPrior(mean, variance, directions, effects=effects)
+        found.take_measured(self.prior)
+        found.coding, found.spread = self.coding, self.prior.spread
+        for name in OFFSETS:
+            offset = getattr(self.prior, name)
+            if offset is not None:
+                setattr(found, name, _inserted(offset, place, torch.zeros_like(offset[0])))
         return found
 
     def _features(self) -> Tensor:
@@ -375,12 +364,8 @@ class Adaptation:
         if self.epsilon is not None:
             extras["epsilon"] = self.epsilon
 
-        def write(path: str) -> None:
-            with Path(path).open("wb") as file:
-                prior.save(file, extras)
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, write)
+        save_prior(prior, self.path, extras)
         if kept < LEAST_KEPT:
             logger.warning(
                 "Nothing was learnt of %s '%s': its %d scan(s) differ from others, in the mean, no more than by "

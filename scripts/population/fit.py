@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
@@ -24,23 +24,20 @@ from scripts.layers.levels import grid_name
 from scripts.population.deviations import Deviations, deviations
 from scripts.population.effects import Effects
 from scripts.population.familiarity import fit_familiarity
+from scripts.population.files import save_prior
 from scripts.population.joint import correlation_of
 from scripts.population.prior import PopulationPrior, fingerprint, given_innovations, innovation, ratio
 from scripts.population.sketch import FactorSketch, fit_bytes, latents_within, prior_from_sketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
-from scripts.training.trainer import TrainingEvents
+from scripts.training.trainer import TrainingEvents, VDVAETrainer
 from scripts.utils.devices import free_memory, on_device
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
-from scripts.utils.files import write_whole
 from scripts.utils.names import people_of
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from scripts.training.trainer import VDVAETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +48,6 @@ SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 DISPERSION_SCANS = 32  # held-out scans whose deviations are looked at, of each process
 OFFSET_SCANS = 32  # that are decoded for the mean differences, of each process
 DRAWN_SCANS = 64  # that are drawn for them, in all
-# what is measured of held-out scans, and what does not depend on which scans are taken
-KEPT = ("coding", "correlation", "sharpness", "dispersion", "region_dispersion")
-MEASURED = ("deviation_scores", "distances", "bits_per_dim")
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 
 
@@ -131,7 +125,6 @@ class PopulationFit:
         covariates: of the scans; None: there are none.
         memory: GiB that it may take of the host's, in each process; latents of the finest grids are left out where they
             would need more. None: half of what is free.
-        extras: what else the file holds, plain values.
     """
 
     def __init__(
@@ -147,7 +140,6 @@ class PopulationFit:
         seed: int = 0,
         covariates: CohortCovariates | None = None,
         memory: float | None = None,
-        extras: dict[str, Any] | None = None,
     ) -> None:
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0):
             raise InputError(f"prior_memory is {memory!r}: set it to a number of GiB above 0, or to None.")
@@ -158,8 +150,7 @@ class PopulationFit:
         self.training = _Scans(training, covariates and covariates.training)
         self.validation = _Scans(validation, covariates and covariates.validation)
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.device, self.seed, self.extras = torch.device(device), seed, extras or {}
-        self.memory = memory
+        self.device, self.seed, self.memory = torch.device(device), seed, memory
         self.latents: list[int] = []
         self.gains: dict[int, float] = {}  # nats per held-out scan, of each number of factors that was tried
 
@@ -257,8 +248,7 @@ class PopulationFit:
         """The same fitted to all training scans; what was measured of held-out ones stays as it was."""
         effects, means = self._effects(self.training)
         refitted = self._prior(self._sketch(self.training, effects), rank, shrinkage, effects)
-        for name in KEPT + MEASURED:
-            setattr(refitted, name, getattr(prior, name))
+        refitted.take_measured(prior)
         self._add_offsets(refitted, means, self.training)
         return refitted
 
@@ -472,14 +462,8 @@ class PopulationFit:
     def _save(self, prior: PopulationPrior, shrinkage: float, gain: float, scans: int) -> None:
         if idist.get_rank() > 0:
             return
-        extras = {"scans": scans, "shrinkage": shrinkage, "gain": gain, **self.extras}
-        extras["weights"] = fingerprint(self.network)
-
-        def write(path: str) -> None:
-            with Path(path).open("wb") as file:
-                prior.save(file, extras)
-
-        write_whole(self.path, write)
+        found = {"scans": scans, "shrinkage": shrinkage, "gain": gain, "weights": fingerprint(self.network)}
+        save_prior(prior, self.path, found)
         if gain <= 0:
             logger.warning(
                 "The population prior does not help: scans that were held out of its fit are no likelier by it. It "

@@ -16,8 +16,6 @@ a scan is a quadratic function of f.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,15 @@ import torch
 from scripts.data.covariates import CovariateCoding
 from scripts.layers.gaussian import LatentSampler, Posterior, gaussian_noise
 from scripts.networks import VDVAE
-from scripts.population.content import FIT_IT, FORMAT, OFFSETS, check_prior, coarse_offset, offset_on
-from scripts.training.checkpoints import CheckpointError, read_archive
-from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import expand
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
+PARTS = ("mean", "variance", "directions", "effects")  # of each latent
+OFFSETS = ("offset", "drawn_offset")
+MEASURED = (
+    *("coding", "correlation", "sharpness", "dispersion", "region_dispersion"),
+    *("deviation_scores", "distances", "bits_per_dim"),
+)
 
 
 def innovation(q: Posterior) -> Tensor:
@@ -136,8 +136,16 @@ class PopulationPrior(nn.Module):
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Mean, variance, directions and effects of each latent that is concerned."""
-        for index in self.latents:
-            yield tuple(getattr(self, f"{name}_{index}") for name in ("mean", "variance", "directions", "effects"))
+        return zip(*(self.of_latents(name).values() for name in PARTS), strict=True)
+
+    def of_latents(self, name: str) -> dict[int, Tensor]:
+        """Its ``mean``, ``variance``, ``directions`` or ``effects`` of each latent that it concerns, by index."""
+        return {index: getattr(self, f"{name}_{index}") for index in self.latents}
+
+    def take_measured(self, other: PopulationPrior) -> None:
+        """Take over what another prior's cohort is, and what was measured of held-out scans under it."""
+        for name in MEASURED:
+            setattr(self, name, getattr(other, name))
 
     def _projections(
         self, innovations: Sequence[Tensor], features: Tensor | None
@@ -260,7 +268,7 @@ class PopulationPrior(nn.Module):
         of_latents = temperature
         if isinstance(temperature, list):
             of_latents = [temperature[level] for level in network.latent_levels]
-        sampler = self.sampler(coordinates, of_latents, features, sampler)
+        sampler = given_innovations(self.innovations(coordinates, of_latents, features, sampler), sampler)
         loc, scale = network.decode([], temperature, batch_size=len(coordinates), sampler=sampler)
         added = self.added(features, drawn=True)
         return loc + (added.to(loc) if isinstance(added, Tensor) else added), scale
@@ -290,23 +298,6 @@ class PopulationPrior(nn.Module):
             for index, (mean, _, _, effects) in zip(self.latents, self._parts(), strict=True)
         }
 
-    def sampler(
-        self,
-        coordinates: Tensor,
-        temperature: float | Sequence[float] = 1.0,
-        features: Tensor | None = None,
-        sampler: LatentSampler | None = None,
-    ) -> LatentSampler:
-        """What lets ``network.decode([], ..., sampler=...)`` draw its latents from this prior, given the factors.
-
-        Args:
-            coordinates: ``[batch, factors]``; N(0, I) for samples.
-            temperature: of what the factors do not say, see :meth:`innovations`.
-            features: what the covariates become, ``[batch, features]``; None: they are not known.
-            sampler: whose generators draw all noise.
-        """
-        return given_innovations(self.innovations(coordinates, temperature, features, sampler), sampler)
-
     def moved(self, innovations: Sequence[Tensor], change: Tensor) -> dict[int, Tensor]:
         """Innovations of the same scans under other covariates: ``[batch, channels, *grid]`` each, by index.
 
@@ -318,83 +309,6 @@ class PopulationPrior(nn.Module):
         for index, (_, _, _, effects) in zip(self.latents, self._parts(), strict=True):
             moved[index] = shifted(innovations[index].float(), effects, change)
         return moved
-
-    def save(self, file: Any, extras: Mapping[str, Any] | None = None) -> None:
-        """Write tensors and plain values; directions as 8-bit numbers with a scale for each direction of a latent.
-
-        Args:
-            file: a path or a file that is open for writing.
-            extras: what else belongs to it, plain values by name.
-        """
-        latents = {}
-        for index, (mean, variance, directions, effects) in zip(self.latents, self._parts(), strict=True):
-            small, scale = as_bytes(directions)
-            latents[index] = {"mean": mean.half(), "variance": variance.half(), "directions": small, "scale": scale}
-            if self.features:
-                latents[index]["effects"], latents[index]["effects_scale"] = as_bytes(effects)
-        content = {
-            "population_prior": FORMAT,
-            "latents": latents,
-            "distances": self.distances,
-            "bits_per_dim": self.bits_per_dim,
-            "spread": self.spread,
-            **(extras or {}),
-        }
-        if self.familiarity is not None:
-            content["familiarity"] = self.familiarity
-        if self.coding is not None:
-            content |= {"covariates": self.coding.plain(), "sharpness": self.sharpness, "dispersion": self.dispersion}
-            content |= {name: getattr(self, name) for name in ("region_dispersion", "deviation_scores")}
-            for name in OFFSETS:
-                offset = getattr(self, name)
-                content |= {} if offset is None else {name: coarse_offset(offset).half()}
-            content |= {} if self.correlation is None else {"correlation": self.correlation}
-        torch.save(content, file)
-
-    @classmethod
-    def load(cls, content: Mapping[str, Any], name: str = "the file", network: VDVAE | None = None) -> PopulationPrior:
-        """From what :meth:`save` wrote, as ``torch.load`` reads it.
-
-        Args:
-            content: of the file.
-            name: of the file, for messages.
-            network: that it is for; None: any.
-
-        Raises:
-            CheckpointError: the content is no population prior, or none of this network.
-        """
-        check_prior(content, name, None if network is None else network.latent_grids())
-        parts: dict[str, dict[int, Tensor]] = {"mean": {}, "variance": {}, "directions": {}, "effects": {}}
-        for index, latent in content["latents"].items():
-            parts["mean"][index], parts["variance"][index] = latent["mean"], latent["variance"]
-            parts["directions"][index] = from_bytes(latent["directions"], latent["scale"])
-            if "effects" in latent:
-                parts["effects"][index] = from_bytes(latent["effects"], latent["effects_scale"])
-        coding = CovariateCoding.from_plain(content["covariates"]) if "covariates" in content else None
-        offsets = {part: content[part] for part in OFFSETS if content.get(part) is not None}
-        if network is not None:
-            offsets = {part: offset_on(network.spatial_shape, offset, name) for part, offset in offsets.items()}
-        try:
-            found = cls(
-                **parts,
-                distances=content["distances"],
-                bits_per_dim=content.get("bits_per_dim"),
-                **offsets,
-                coding=coding,
-                sharpness=content.get("sharpness", 1.0),
-                dispersion=content.get("dispersion", 1.0),
-                region_dispersion=content.get("region_dispersion"),
-            )
-        except torch.linalg.LinAlgError:
-            found = None
-        if found is None or not all(buffer.isfinite().all() for buffer in found.buffers()):
-            raise CheckpointError(
-                f"{name} is damaged: its numbers are too large to compute with. {FIT_IT.capitalize()}."
-            )
-        found.familiarity = content.get("familiarity")
-        found.spread, found.correlation = content.get("spread", found.spread).float(), content.get("correlation")
-        found.deviation_scores = content.get("deviation_scores", found.deviation_scores)
-        return found
 
 
 def given_innovations(innovations: Mapping[int, Tensor], sampler: LatentSampler | None = None) -> LatentSampler:
@@ -419,18 +333,6 @@ def shifted(mean: Tensor, effects: Tensor, features: Tensor | None) -> Tensor:
     return mean + (features.to(effects) @ effects.flatten(1)).unflatten(1, effects.shape[1:])
 
 
-def as_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit numbers, with a scale for each row."""
-    flat = rows.flatten(1)
-    scale = flat.abs().amax(1).clamp_min(1e-12) / 127
-    return (flat / scale[:, None]).round().to(torch.int8).reshape(rows.shape), scale
-
-
-def from_bytes(small: Tensor, scale: Tensor) -> Tensor:
-    """What :func:`as_bytes` was given, but for rounding."""
-    return small.float() * scale.reshape(-1, *[1] * (small.ndim - 1))
-
-
 def fingerprint(network: nn.Module) -> str:
     """What tells the weights of a network from all others: a checksum of its state dict."""
     checksum = hashlib.sha256()
@@ -438,63 +340,3 @@ def fingerprint(network: nn.Module) -> str:
         checksum.update(name.encode())
         checksum.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return checksum.hexdigest()
-
-
-logger = logging.getLogger(__name__)
-
-CHOICES = (None, "population", "network")
-
-
-def prior_path(weights: str | os.PathLike) -> Path:
-    """Where the population prior of weights is: ``population_prior.pt`` of ``model.pt``, in the same folder.
-
-    Of ``model_64.pt`` it is ``population_prior_64.pt``, of ``people.pt`` ``population_prior_people.pt``.
-    """
-    path = Path(weights)
-    name = path.stem.removeprefix("model").removeprefix("_")
-    return path.with_name(f"population_prior_{name}.pt" if name else "population_prior.pt")
-
-
-def prior_file(prior: str | None, ckpt: str | os.PathLike) -> Path:
-    """The file of the population prior: the one that ``prior`` names (``.pt``), else the one beside the weights."""
-    return Path(expand(prior)) if _names_file(prior) else prior_path(ckpt)
-
-
-def _names_file(prior: Any) -> bool:
-    return isinstance(prior, str | os.PathLike) and str(prior).endswith(".pt")
-
-
-def find_population_prior(prior: str | None, ckpt: str | os.PathLike, network: VDVAE) -> PopulationPrior | None:
-    """The population prior of a ``model.pt``.
-
-    Args:
-        prior: ``"population"`` for the one beside the weights, or its path; ``"network"`` for the network's own, which
-            needs no file; None takes the one beside the weights where there is one that was fitted to them.
-        ckpt: the weights.
-        network: with these weights.
-
-    Raises:
-        ValueError: ``prior`` is none of these.
-        FileNotFoundError: it is asked for, and there is none.
-        CheckpointError: its file is damaged; or, where it is asked for, of other weights.
-    """
-    path = prior_file(prior, ckpt)
-    if prior not in CHOICES and not _names_file(prior):
-        raise InputError(
-            f"prior is {prior!r}: set --prior to population, network or a population_prior.pt, or leave it out."
-        )
-    if prior == "network" or (prior is None and not path.is_file()):
-        return None
-    if not path.is_file():
-        raise NotFoundError(f"'{path}' does not exist: {FIT_IT}, or set --prior network.")
-    content = read_archive(path)
-    check_prior(content, f"'{path}'")
-    if content.get("weights") != fingerprint(network):
-        what = f"'{path}' was fitted to other weights than '{ckpt}'"
-        if prior is None:
-            logger.warning("%s, and is not used: %s.", what, FIT_IT)
-            return None
-        raise CheckpointError(f"{what}: {FIT_IT}, or set --prior network.")
-    found = PopulationPrior.load(content, f"'{path}'", network).to(next(network.parameters()).device)
-    found.path = path
-    return found

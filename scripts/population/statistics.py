@@ -27,8 +27,9 @@ from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Value
 from scripts.networks import VDVAE
 from scripts.population.deviations import Deviations
+from scripts.population.files import as_bytes, from_bytes
 from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
-from scripts.population.prior import PopulationPrior, as_bytes, fingerprint, from_bytes
+from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.population.sketch import FactorSketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError

@@ -20,7 +20,7 @@ from scripts.inference.inferers import Imputation, Reconstruction, Sampling
 from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import LatentSampler, gaussian_noise
 from scripts.networks import VDVAE
-from scripts.population.prior import find_population_prior
+from scripts.population.files import find_population_prior
 from scripts.training.checkpoints import load_weights
 from scripts.training.losses import ELBOLoss
 from scripts.training.trainer import VDVAETrainer
