@@ -123,14 +123,9 @@ def compute(evaluator: ScanEvaluator, labels: Tensor, sick: Sequence[tuple], pat
 def add_regression(
     rows: Sequence[Row], training: Iterable[tuple[Row, Sequence[float]]], coding: CovariateCoding
 ) -> None:
-    """Add to what is largest the z of regions' means by a regression on covariates, and print which it is.
+    """Add to what is largest in `rows` the z of regions' means by a regression on covariates, and print which it is.
 
-    People of whom a covariate is missing have 0.
-
-    Args:
-        rows: of people, see `compute`.
-        training: covariates and regions' means of others.
-        coding: of the covariates.
+    `training` are covariates and regions' means of others. People of whom a covariate is missing have 0.
     """
     given, values = zip(*((known, means) for known, means in training if None not in known.values()), strict=True)
     continuous = [name for name, each in coding.variables.items() if each.kind == "continuous"]
@@ -160,12 +155,10 @@ def lesion(mask: nib.Nifti1Image, affine: np.ndarray, shape: Sequence[int]) -> t
 
 
 class Splits:
-    """Random splits of people into those of a calibration and those who are judged by it.
+    """Random splits of people into `calibrate` at most of a calibration and those who are judged by it, `repeats`
+    times.
 
-    Args:
-        rows: of all people, see `compute`; `lesion` may say of what kind it is.
-        coding, error_rate: of the certificate.
-        calibrate, repeats: how many are drawn for a calibration, and judged, at most; how many splits.
+    `rows` are of all people, see `compute`; `lesion` may say of what kind it is.
     """
 
     def __init__(self, rows: Sequence[Row], coding: CovariateCoding, error_rate: float, calibrate: int, repeats: int):

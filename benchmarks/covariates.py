@@ -88,16 +88,7 @@ def in_batches(
     known: Sequence[Mapping[str, Any]],
     batch_size: int = 8,
 ) -> dict[str, Tensor]:
-    """What a job finds in scans, ``[scans, ...]`` by name.
-
-    Args:
-        job: an inferer that takes covariates.
-        network: for it.
-        coding: of the covariates.
-        scans: ``[scans, 1, *spatial]``.
-        known: the covariates of each.
-        batch_size: of a pass.
-    """
+    """What an inferer that takes covariates finds in scans, `[scans, 1, *spatial]`: `[scans, ...]` by name."""
     found = []
     for start in range(0, len(scans), batch_size):
         part = known[start : start + batch_size]
@@ -107,12 +98,8 @@ def in_batches(
 
 
 def brain_age(coding: CovariateCoding, likely: Tensor, ages: np.ndarray) -> tuple[float, float]:
-    """How far the ages that scans tell are off, years, and the share of the 90 % intervals that hold the truth.
-
-    Args:
-        coding: of the covariates.
-        likely: the posteriors of age, ``[scans, values]``.
-        ages: the true ones.
+    """How far the ages that scans tell, by their posteriors `[scans, values]`, are off in years, and the share of the
+    90 % intervals that hold the truth.
     """
     told = [summary(coding, "age", posterior) for posterior in likely]
     off = np.abs([float(t["age_mean"]) for t in told] - ages).mean()
@@ -133,14 +120,8 @@ def fluid(scans: Tensor, where: Tensor) -> np.ndarray:
 class Measurement:
     """What is measured; each method gives rows of the table: the measure, what is found, and what stands beside it.
 
-    Args:
-        network, prior: the prior knows age, sex and site.
-        training: scans of the fit, ``[scans, 1, *spatial]``.
-        rows: their covariates.
-        people: to measure on.
-        count: how many of these.
-        draws: of each expectation, and samples of each age.
-        batch_size: of all passes.
+    The prior knows age, sex and site. `training` are scans of the fit, `[scans, 1, *spatial]`, and `rows` their
+    covariates; measured is on `count` of `people`, with `draws` of each expectation.
     """
 
     def __init__(
@@ -361,10 +342,7 @@ def main(
 def spill(scans: Tensor, others: Tensor, changed: Tensor, brain: Tensor) -> tuple[float, float]:
     """The mean absolute change of counterfactuals where a person's own scans at both ages hardly differ, and elsewhere.
 
-    Args:
-        scans, others: of the same people at two ages, ``[people, 1, *spatial]``.
-        changed: the counterfactuals, likewise.
-        brain: bool ``[*spatial]``.
+    All scans are `[people, 1, *spatial]`, of the same people; `brain` is bool `[*spatial]`.
     """
     true, made = ((x - scans).abs()[:, 0][:, brain] for x in (others, changed))
     still = true < STILL

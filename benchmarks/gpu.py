@@ -43,11 +43,7 @@ MODULE = ["-m", "benchmarks.gpu_process"]
 
 
 class Clock:
-    """The time that is left, and the processes that are started within it.
-
-    Args:
-        minutes: for all of them.
-    """
+    """The minutes that are left, and the processes that are started within them."""
 
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes

@@ -66,15 +66,7 @@ class Batches:
 
 
 class Timer:
-    """Ends training when enough iterations after the first were timed.
-
-    Args:
-        device: that is trained on.
-        seconds: at least, of the timed iterations.
-
-    Attributes:
-        iterations, elapsed: how many were timed, and their seconds.
-    """
+    """Ends training when so many seconds of iterations after the first were timed: `iterations` in `elapsed` seconds."""
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
@@ -98,15 +90,8 @@ class Timer:
 def make_trainer(
     network: int | str, folder: str, dataset_dir: str, device: torch.device, batch_size: int | None, **changes: Any
 ) -> VDVAETrainer:
-    """The trainer of ``configs/train.json`` with one epoch of batches that does not end, and without what ends one.
-
-    Args:
-        network: see :func:`benchmarks.common.training_config`.
-        folder: for what it writes.
-        dataset_dir: scans.
-        device: to train on.
-        batch_size: scans of an update; None: the config's.
-        changes: other keys of the config.
+    """The trainer of `configs/train.json`, with changes, with one epoch of batches that does not end, and without what
+    ends one; `network` as in `benchmarks.common.training_config`.
     """
     parser: ConfigParser = training_config(network)
     settings = {"dataset_dir": dataset_dir, "output_dir": f"{folder}/run", "cache_dir": f"{folder}/cache"}
@@ -134,12 +119,8 @@ def measure_training(
     batch_size: int | None = None,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
-    """Time a setting.
-
-    Returns:
-        ``scans_per_second``; ``seconds`` of an iteration; ``gflop`` of a scan's forward pass; ``tflops``, three times
-        that for each scan; ``peak`` and ``estimate`` of the memory in bytes, where the device is a GPU. Instead of all
-        these ``error``, if it could not run.
+    """Time a setting: `scans_per_second`; `seconds` of an iteration; `gflop` of a scan's forward pass; `tflops`, three
+    times that for each scan; on a GPU `peak` and `estimate` of the memory in bytes. Or `error`, if it could not run.
     """
     amp, dtype = PRECISIONS[precision]
     row: dict[str, Any] = {"network": network, "precision": precision, "mode": mode}

@@ -113,10 +113,8 @@ def _resident() -> int:
 def measure_here(
     name: int | str, batch_size: int, precision: str, checkpoint_levels: int | None, threads: int
 ) -> dict[str, float]:
-    """Run one training step in this process.
-
-    Returns:
-        ``before`` and ``peak``, the most memory held before the network was made and at all, in bytes; ``seconds``.
+    """Run one training step in this process: bytes held at most `before` the network was made, and at its `peak`;
+    `seconds`.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -104,12 +104,8 @@ def fit_pca(scans: Tensor, validation: Tensor) -> PCA:
 
 
 def own_grid_psnr(scan: MetaTensor, preprocessed: MetaTensor, images: Mapping[str, Tensor]) -> dict[str, float]:
-    """PSNR (dB) of images on the network's grid against a scan on its own, of all voxels and in the brain.
-
-    Args:
-        scan: as it was loaded, `[1, *grid]`.
-        preprocessed: the same on the network's grid, whose range is the reference.
-        images: by name, in the network's range.
+    """PSNR (dB) of images on the network's grid, in its range, against a scan as it was loaded, `[1, *grid]`, of all
+    voxels and in the brain; `preprocessed` is the same scan on the network's grid, whose range is the reference.
     """
     fit = Fit.of(preprocessed)
     truth = fit.scaled(scan.as_tensor().float()).clamp(-1, 1)
@@ -125,9 +121,7 @@ def own_grid_psnr(scan: MetaTensor, preprocessed: MetaTensor, images: Mapping[st
 def age_by_regression(scores: Sequence[Tensor], ages: Sequence[np.ndarray]) -> dict[str, float | None]:
     """Ridge regression on principal components' scores: `ridge_32_mae` and so on, of the testing side.
 
-    Args:
-        scores: of training and testing, `[people, components]`, leading first.
-        ages: in years; NaN where they are not known.
+    Scores, `[people, components]`, leading first, and ages in years, NaN where not known, are of training and testing.
     """
     found: dict[str, float | None] = {}
     (train, test), (known, kept) = scores, [np.isfinite(values) for values in ages]
@@ -222,12 +216,7 @@ def fill_in(
 ) -> dict[str, float | None]:
     """How well lesions' shapes, cut out of people as they are, are filled in: means and intervals over people.
 
-    Args:
-        items: the people.
-        mask_dir: of masks in MNI space.
-        config: of the bundle, with its weights.
-        folder: for the holes, and `imputed.csv`.
-        seed: of the holes.
+    `mask_dir` has masks in MNI space; the folder gets the holes and `imputed.csv`, and the seed is of the holes.
     """
     write_strokes(items, mask_dir, folder, seed, healthy=False, darkened=False)
     places = {"dataset_dir": str(folder / "scans"), "output_dir": str(folder), "scan_pattern": "*_T1w.nii.gz"}

@@ -44,12 +44,7 @@ WITHIN = ("penalty", "optimizer", "average")  # parts of these parts
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations that reach a device, by the part that is under way.
-
-    Attributes:
-        operations: ``{(part, name): number}``.
-        part: to which what follows belongs.
-    """
+    """Counts the operations that reach a device: `{(part, name): number}`, by the part that is under way."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -166,17 +166,7 @@ class SaveFindings(Transform):
 def read_calibration(
     path: str | os.PathLike, settings: Mapping[str, Any], coding: CovariateCoding, atlas: bool
 ) -> list[dict[str, Any]] | None:
-    """The people of a ``calibration.json``; None where the path is of scans.
-
-    Args:
-        path: of a file, or of a folder or a datalist.
-        settings: with which the scans are computed.
-        coding: of the prior's covariates.
-        atlas: whether there are regions.
-
-    Raises:
-        InputError: the file is damaged, or of other settings.
-    """
+    """The people of a ``calibration.json``, of which these settings must be; None where the path is of scans."""
     if not Path(path).is_file():
         return None
     content = read_json(path, "a datalist or the calibration of another run")
@@ -226,13 +216,8 @@ def _same(path: str, other: str) -> bool:
 def people_to_calibrate(cohort: Cohort, given: Cohort, seed: int) -> list[dict[str, Any]]:
     """One scan of each person of a calibration, chosen at random: several of one would count as several people.
 
-    Args:
-        cohort: the calibration.
-        given: the scans that are to be judged.
-        seed: of the choice.
-
-    Raises:
-        InputError: one of the scans, or a copy of it, is to be judged, too, or is of a person who was trained on.
+    Refused is one of the ``given`` scans, which are to be judged, or a copy of it, and one of a person who was trained
+    on.
     """
     judged = defaultdict(list)
     for item in given.items:

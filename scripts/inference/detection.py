@@ -54,13 +54,8 @@ def interval(numbers: np.ndarray) -> tuple[float, float]:
 
 
 def average_precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """The average precision, as scikit-learn defines it, of counts in bins from the least to the most suspicious.
-
-    Args:
-        positive, negative: ``[..., bins]``.
-
-    Returns:
-        ``[...]``; NaN where nothing is positive.
+    """The average precision, as scikit-learn defines it, of counts ``[..., bins]`` from the least to the most
+    suspicious: ``[...]``, NaN where nothing is positive.
     """
     hits, alarms = (np.cumsum(counts[..., ::-1], -1, dtype=float) for counts in (positive, negative))
     precision = hits / np.maximum(hits + alarms, 1e-12)

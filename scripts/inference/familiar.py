@@ -46,13 +46,8 @@ FARTHER = 0.5  # the share of people who lie farther than what is a usual distan
 
 
 class Step(NamedTuple):
-    """Something that happened to a scan.
-
-    Attributes:
-        reason: a word.
-        words: half a sentence.
-        gain: bits per dim by which the scan is nearer to usual ones without it.
-        transform: the movement of the world that undoes it, or what was before.
+    """Something that happened to a scan: a word, half a sentence, by how many bits per dim the scan is nearer to usual
+    ones without it, and the movement of the world that undoes it, or what was before.
     """
 
     reason: str

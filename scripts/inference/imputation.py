@@ -150,12 +150,8 @@ class MeasureFilled(Transform):
 
 
 def filling_errors(draws: Tensor, truth: Tensor, missing: Tensor) -> dict[str, Tensor]:
-    """See :class:`MeasureFilled`.
-
-    Args:
-        draws: two or more, ``[draws, channels, *spatial]``, equal to the truth where nothing is missing.
-        truth: ``[channels, *spatial]``, from 0 to 1.
-        missing: bool ``[1, *spatial]``.
+    """See :class:`MeasureFilled`: of two or more draws, ``[draws, channels, *spatial]``, equal to the truth where
+    nothing is missing, both from 0 to 1; ``missing`` is bool ``[1, *spatial]``.
     """
     inside, mean, dims = missing.expand_as(truth), draws.mean(0), truth.ndim - 1
     errors = (mean - truth)[inside]

@@ -35,14 +35,9 @@ def latents_up_to(network: VDVAE, level: int) -> int:
 
 
 def level_temperatures(network: VDVAE, setting: str, temperature: Temperature) -> float | list[float]:
-    """A setting for a temperature as the network takes it.
+    """A temperature as the network takes it; ``setting`` is its name, for the message.
 
-    Args:
-        setting: its name, for the message.
-        temperature: one number, or numbers by the grids of the levels that they are for (``{4: 0.5}``); others get 1.
-
-    Raises:
-        ValueError: it is neither, or no level has such a grid.
+    One number, or numbers by the grids of the levels that they are for (``{4: 0.5}``), of which others get 1.
     """
     if isinstance(temperature, Mapping):
         grids = network.grids()

@@ -188,20 +188,11 @@ def channel_labels(scan_pattern: Sequence[str]) -> list[str]:
 
 
 def derivative_path(folder: str | os.PathLike, stem: str, result: str, extension: str) -> Path:
-    """The path of a scan's result in a derivative data set.
+    """The path of a scan's result in a derivative data set, by the scan's folder and its file name without suffix.
 
     ``sub-01/ses-1/anat/sub-01_ses-1_desc-recon_FLAIR.nii.gz`` for ``recon`` of ``sub-01_ses-1_FLAIR.nii.gz``, whatever
     folders that is in: the folder ``anat`` is the scan's own if that has the name of a BIDS data type. ``desc`` of the
     scan gives way, since a name has one.
-
-    Args:
-        folder: of the scan.
-        stem: the scan's file name without its suffix.
-        result: what it is; letters and digits of it become the label.
-        extension: of the result, with its dot.
-
-    Raises:
-        ValueError: the scan's name is not one of BIDS.
     """
     if not NAME.fullmatch(stem):
         raise InputError(

@@ -109,20 +109,11 @@ def edges(what: str, order: str) -> np.ndarray:
 def count_voxels(
     anomaly: np.ndarray, intensity: np.ndarray, lesion: np.ndarray, voxel_ml: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """Count a scan's voxels on one grid.
+    """Count a scan's voxels on one grid, as :py:class:`LesionCounts` has them.
 
     Counted are the foreground, where the intensity of a channel exceeds 5 % of the range, and lesions. Of several
-    channels the largest anomaly counts, and the mean intensity.
-
-    Args:
-        anomaly: ``[channels, *spatial]``.
-        intensity: shaped like it, as a share of the range that scans are scaled to, not clipped.
-        lesion: bool ``[1, *spatial]``.
-        voxel_ml: the size of a voxel.
-
-    Returns:
-        ``anomaly`` and ``intensity``, int32 ``[2, BINS]``, ``scores``, one for each of ``DETECTORS``, and ``lesions``;
-        as :py:class:`LesionCounts` has them.
+    channels the largest anomaly counts, and the mean intensity. Both are ``[channels, *spatial]``, the intensity as a
+    share of the range that scans are scaled to, not clipped; ``lesion`` is bool ``[1, *spatial]``.
     """
     foreground = (intensity > FOREGROUND).any(0)
     if not foreground.any():
@@ -149,15 +140,9 @@ def with_masks(preprocessing: Compose) -> Compose:
 
 
 class ReadLesionsd(MapTransform):
-    """Read a scan's mask of lesions, and keep a copy of the scan as it was loaded.
+    """Read a scan's mask of lesions, and keep a copy of the scan, ``[channels, *spatial]``, as it was loaded.
 
     Adds ``lesion``, bool ``[1, *spatial]``, all false where the path in ``mask`` is None, and ``measured``, the scan.
-
-    Args:
-        keys: of the loaded scan, ``[channels, *spatial]``.
-
-    Raises:
-        ScanError: when the mask cannot be read or lies on another grid than its scan.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -170,13 +155,10 @@ class ReadLesionsd(MapTransform):
 
 
 class FitLesionsd(MapTransform):
-    """Bring what :py:class:`ReadLesionsd` added to the network's grid.
+    """Bring what :py:class:`ReadLesionsd` added to the network's grid, on which the scan is now.
 
     Adds ``lesion_fitted``, bool ``[1, *spatial_shape]``, where the mask, interpolated at a voxel's centre, exceeds
     0.25.
-
-    Args:
-        keys: of the fitted and scaled scan.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

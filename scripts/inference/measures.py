@@ -288,13 +288,8 @@ class NormativeErrors:
 
 
 def _neighbours(volume: np.ndarray) -> np.ndarray:
-    """Of each voxel those of the cube of two before it, which a decoder knows; 0 outside.
-
-    Args:
-        volume: ``[depth, height, width]``, uint8.
-
-    Returns:
-        ``[7, depth, height, width]``, the three that share a face with the voxel last.
+    """Of each voxel of ``[depth, height, width]`` those of the cube of two before it, which a decoder knows, 0 outside:
+    ``[7, depth, height, width]``, the three that share a face with the voxel last.
     """
     offsets = sorted(itertools.product((0, 1), repeat=3), key=sum)[:-1]
     padded = np.pad(volume, [(1, 0)] * 3)

@@ -246,10 +246,6 @@ def ms_ssim_metric(spatial_shape: Sequence[int], value_range: Sequence[float]) -
     """MONAI's MS-SSIM with as many scales as a grid has room for: 3 at 32 voxels, 4 at 64, 5 from 112 on.
 
     At each scale the kernel fits into the grid. The weights are those of the finest scales, scaled to a sum of 1.
-
-    Args:
-        spatial_shape: of the scans.
-        value_range: lowest and highest intensity.
     """
     smallest = min(spatial_shape)
     kernel = min(MS_SSIM_KERNEL, smallest if smallest % 2 else smallest - 1)
@@ -270,10 +266,8 @@ def ms_ssim_metric(spatial_shape: Sequence[int], value_range: Sequence[float]) -
 
 
 def gaussian_kernel(dots: Tensor, reference: Sequence[int]) -> Tensor:
-    """``exp(-d^2 / (2 m^2))`` of images' distances d, where m is the median distance between those of ``reference``.
-
-    Args:
-        dots: dot products of all images with each other, ``[images, images]``.
+    """``exp(-d^2 / (2 m^2))`` of images' distances d, by all their dot products ``[images, images]``, where m is the
+    median distance between those of ``reference``.
     """
     squares = dots.diagonal()
     distances = (squares[:, None] + squares[None, :] - 2 * dots).clamp_min(0)

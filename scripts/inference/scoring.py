@@ -172,9 +172,8 @@ def _total(voxels: Tensor) -> Tensor:
 class LatentRecord:
     """What scores need of the latents of one pass: not these, which would take most of the memory.
 
-    Args:
-        prior: the population prior; innovations are kept of the latents that it concerns, others are left empty.
-        with_ratios: whether ``log_ratio`` is summed over the latents, see :func:`log_ratio`; else it is 0.
+    Innovations are kept of the latents that the population prior concerns, others are left empty; ``log_ratio`` is
+    summed over all latents if asked for, see :func:`log_ratio`, else it is 0.
     """
 
     def __init__(self, prior: PopulationPrior | None, with_ratios: bool = False) -> None:
@@ -207,15 +206,11 @@ def parts(q: Posterior) -> Iterator[tuple[slice, Posterior]]:
 
 
 def anomaly_map(scans: Tensor, loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:
-    """How many standard deviations scans are brighter (or darker, below 0) than expected, shaped like them.
+    """How many standard deviations scans, not clipped, are brighter (or darker, below 0) than expected, shaped like
+    them.
 
     The standard deviation is what was predicted, together with 2 % of the range that scans are scaled to: noise,
     resampling, and what the latents leave open, so that no voxel stands out that the network is all too sure of.
-
-    Args:
-        scans: not clipped.
-        loc, scale: mean and standard deviation that are expected of each voxel.
-        network: or what has its ``output_activation``.
     """
     low, high = OUTPUT_RANGES[network.output_activation]
     return (scans - loc) / (scale.square() + (LEAST_DEVIATION * (high - low)) ** 2).sqrt()

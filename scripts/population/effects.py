@@ -91,15 +91,10 @@ class Effects:
 
 
 def shrunk_mean(total: Tensor, squares: Tensor, scans: int) -> tuple[Tensor, float]:
-    """The mean of quantities over a few scans, shrunk as :class:`Effects` shrinks an effect.
+    """The mean of quantities over 2 scans or more, shrunk as :class:`Effects` shrinks an effect, and the share that is
+    kept.
 
-    Args:
-        total: the sum over the scans of each quantity.
-        squares: that of the squares of all quantities, ``[]``.
-        scans: how many, 2 or more.
-
-    Returns:
-        the mean, shaped like ``total``, and the share of it that is kept.
+    ``total`` is the sum over the scans of each quantity, and ``squares`` that of the squares of all quantities, ``[]``.
     """
     mean = total / scans
     size = mean.square().sum()
@@ -117,14 +112,8 @@ def rows_of(prior: PopulationPrior, name: str) -> Tensor:
 class EffectPlane:
     """The plane within which covariates move the latents: of few dimensions, and known before any scan of a new site.
 
-    A scan says of its covariates only where it lies in this plane. In its coordinates people whom the prior knows are
-    N(0, I), given their covariates.
-
-    Args:
-        prior: with covariates.
-
-    Attributes:
-        size: how many dimensions it has.
+    A scan says of its covariates only where it lies in this plane, of ``size`` dimensions. In its coordinates people
+    whom the prior knows are N(0, I), given their covariates.
     """
 
     def __init__(self, prior: PopulationPrior) -> None:
@@ -145,11 +134,7 @@ class EffectPlane:
 
 
 def mechanism_std(epsilon: float, delta: float) -> float:
-    """The standard deviation of the analytic Gaussian mechanism for a sensitivity of 1 (Balle and Wang, ICML 2018).
-
-    Args:
-        epsilon, delta: of differential privacy.
-    """
+    """The standard deviation of the analytic Gaussian mechanism for a sensitivity of 1 (Balle and Wang, ICML 2018)."""
 
     def exceeded(std: float) -> bool:
         # log ndtr: exp(epsilon) alone may overflow
@@ -168,15 +153,11 @@ def mechanism_std(epsilon: float, delta: float) -> float:
 
 
 def private_mean(total: Tensor, people: int, longest: float, epsilon: float) -> tuple[Tensor, float]:
-    """The mean of people's coordinates, differentially private towards the change of one of them, and shrunk.
+    """The mean of people's coordinates, differentially private towards the change of one of them, and shrunk; with the
+    share of it that is kept, the rest being taken for noise and chance.
 
-    Args:
-        total: the sum of the coordinates of each, which are N(0, I) about a mean, and no longer than ``longest``.
-        people: how many, which is no secret.
-        epsilon: of differential privacy; delta is 1e-5, and a tenth over the people where that is less.
-
-    Returns:
-        the mean, shaped like ``total``, and the share of it that is kept; the rest is taken for noise and chance.
+    ``total`` is the sum of the coordinates of each, which are N(0, I) about a mean, and no longer than ``longest``. How
+    many people there are is no secret. Delta is 1e-5, and a tenth over the people where that is less.
     """
     std = mechanism_std(epsilon, min(DELTA, 0.1 / people)) * 2 * longest / people
     noise = np.random.default_rng().normal(size=len(total))  # of the system's entropy: no seed may tell it
@@ -187,11 +168,7 @@ def private_mean(total: Tensor, people: int, longest: float, epsilon: float) -> 
 
 
 def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
-    """The coding with one more category of a covariate, which none of the cohort's scans had.
-
-    Raises:
-        ValueError: the covariate is not categorical, or has this category.
-    """
+    """The coding with one more category of a categorical covariate, which none of the cohort's scans had."""
     variable = coding.variables.get(name)
     if not isinstance(variable, Categorical):
         names = [other.name for other in coding.variables.values() if isinstance(other, Categorical)]

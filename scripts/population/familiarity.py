@@ -104,12 +104,9 @@ def _grids(network: VDVAE) -> list[str]:
 
 
 def least_spread(names: Sequence[str], mean: Tensor, grids: Sequence[str]) -> Tensor:
-    """By how much statistics of scans that are as usual may differ at least, ``[numbers]``.
+    """By how much statistics of scans that are as usual may differ at least, ``[numbers]``, by their means over people.
 
-    Args:
-        names: of the statistics.
-        mean: of people, ``[numbers]``.
-        grids: those of the statistics that are logarithms of 1 and what the latents of a grid cost, in nats.
+    ``grids`` names those that are logarithms of 1 and what the latents of a grid cost, in nats.
     """
     of_cost, of_black = (torch.tensor([name in these for name in names]) for these in (grids, [MISSING]))
     return torch.where(of_cost, LEAST_NATS * (-mean).exp(), torch.where(of_black, LEAST_BLACK, LEAST_SPREAD))
@@ -213,15 +210,11 @@ def tissue_quantiles(scan: Tensor, inside: Tensor) -> Tensor:
 
 
 def masked_otherwise(network: VDVAE, scans: Tensor, seeds: Iterable[int]) -> Tensor:
-    """The same scans as another tool might have taken the brain out of its skull: tighter in places, looser in others.
+    """The same scans, ``[batch, channels, *spatial]``, as another tool might have taken the brain out of its skull:
+    tighter in places, looser in others, by a seed for each scan.
 
-    Where the edge lies farther out there is a share of tissue in the voxels around the brain, where it lies farther
-    in there is less in the outermost ones.
-
-    Args:
-        network: that gets them.
-        scans: ``[batch, channels, *spatial]``, in the network's range.
-        seeds: one for each scan.
+    Where the edge lies farther out there is a share of tissue in the voxels around the brain, where it lies farther in
+    there is less in the outermost ones.
     """
     low, _ = OUTPUT_RANGES[network.output_activation]
     shape, rank = scans.shape[2:], scans.ndim - 2

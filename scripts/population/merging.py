@@ -28,10 +28,9 @@ CHUNK = 1 << 16  # dimensions that are multiplied in double precision at a time
 
 
 class LeftOut(NamedTuple):
-    """What the prior of all other cohorts says of one.
+    """What the prior of all other cohorts says of one of so many people.
 
     Attributes:
-        people: how many are in it.
         gain: nats per person that the others' prior gains over the network's own, in the mean.
         mean, spread: of its coordinates in the others' prior, in their standard deviations: 0 and 1 if it were like
             them; the root mean square over the coordinates.

@@ -52,9 +52,7 @@ MAKE_IT = "make it by fit_prior --statistics_only True"
 def shared_coding(kinds: Mapping[str, Any], values: Sequence[Mapping[str, Value]]) -> CovariateCoding:
     """A coding whose knots any cohort would choose: 0.2, 0.4, 0.6 and 0.8 of the power of ten above all values.
 
-    Args:
-        kinds: of the covariates; knots that are given there stay.
-        values: of the scans.
+    Knots that ``kinds`` gives stay.
     """
 
     def knots(name: str) -> list[float]:
@@ -364,12 +362,7 @@ class StatisticsFit(PopulationFit):
 
 
 def most_leverage(design: Tensor, people: Sequence[Sequence[int]]) -> float:
-    """The largest share of one person in any combination of the sums over rows, from 0 to 1.
-
-    Args:
-        design: ``[rows, columns]``.
-        people: the rows of each.
-    """
+    """The largest share of one person in any combination of the sums over rows, from 0 to 1, by the rows of each."""
     scaled = design / design.square().sum(0).sqrt().clamp_min(1e-300)
     values, vectors = torch.linalg.eigh(scaled.T @ scaled)
     kept = values > 1e-9 * values[-1]

@@ -47,12 +47,7 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
 
 
 class Endpoints:
-    """What answers each request of the page.
-
-    Args:
-        jobs: what can be asked for.
-        results: where they are kept.
-    """
+    """What answers each request of the page: what can be asked for, and where results are kept."""
 
     def __init__(self, jobs: Jobs, results: Results) -> None:
         self.jobs = jobs

@@ -454,13 +454,8 @@ def _picture(image: Tensor) -> bytes:
 def _painted(runs: Any, shape: Sequence[int]) -> Tensor:
     """A mask that was painted on a volume, bool ``[*shape]``.
 
-    Args:
-        runs: ``[start, length, start, length, ...]`` of painted voxels, in the order of a NIfTI file: the first axis
-            fastest.
-        shape: of the volume.
-
-    Raises:
-        ValueError: they are not such, or paint nothing or everything.
+    ``runs`` is ``[start, length, start, length, ...]`` of painted voxels, in the order of a NIfTI file: the first axis
+    fastest. Refused is what is not such, or paints nothing or everything.
     """
     size = int(np.prod(shape))
     whole = isinstance(runs, Sequence) and all(type(value) is int for value in runs) and len(runs) % 2 == 0
