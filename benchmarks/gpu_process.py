@@ -66,7 +66,9 @@ class Batches:
 
 
 class Timer:
-    """Ends training when so many seconds of iterations after the first were timed: `iterations` in `elapsed` seconds."""
+    """Ends training when so many seconds of iterations after the first were timed, which is `iterations` in
+    `elapsed`.
+    """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds

@@ -352,13 +352,13 @@ def test_a_restored_scan_is_the_reconstruction_of_one_without_what_is_unusual(
     rule = prior_where_missing(network, missing, 0.0)
     expected, _ = network.infer(torch.where(odd | missing, loc, x), 0.0, sampler=rule)
     torch.testing.assert_close(scored["restored"], expected.loc, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(scored["restored"], scored["recon"], atol=1e-4)
+    assert not torch.allclose(scored["restored"], loc, atol=1e-4)
     # more is unusual beside what is expected without that
     monkeypatch.setattr(scoring, "ROUNDS", 2)
     again = Scoring(restore=threshold, smoothing=1e-3)(x, network)
     assert not torch.allclose(again["restored"], scored["restored"], atol=1e-4)
     usual = Scoring(restore=1e6, smoothing=1e-3)(x, network)
-    torch.testing.assert_close(usual["restored"], usual["recon"])
+    torch.testing.assert_close(usual["restored"], loc)
 
 
 def test_the_map_is_of_the_scan_before_it_is_clipped_and_all_else_of_what_the_network_sees(scans, network):
@@ -368,7 +368,7 @@ def test_the_map_is_of_the_scan_before_it_is_clipped_and_all_else_of_what_the_ne
     bright = x.clone()
     bright[0, 0, 3, 3, 3] = high + 2
     clipped, unclipped = (Scoring(smoothing=1e-3)(scan, network) for scan in (x, bright))
-    assert all(torch.equal(clipped[name], unclipped[name]) for name in ("recon", "psnr", "ssim"))
+    assert all(torch.equal(clipped[name], unclipped[name]) for name in ("psnr", "ssim"))
     more = unclipped["anomaly"] - clipped["anomaly"]
     assert more.argmax() == 3 * 64 + 3 * 8 + 3
     assert more.max() > 1
@@ -453,8 +453,9 @@ def test_what_to_restore_must_be_more_than_nothing(threshold):
 
 
 def test_nothing_is_restored_where_that_is_asked_for(scans, network):
-    found = Scoring(restore=None)(upright(scans)[None], network)
-    assert torch.equal(found["restored"], found["recon"])
+    x = upright(scans)[None]
+    loc = network.infer(x.clamp(*OUTPUT_RANGES[network.output_activation]), temperature=0.0)[0].loc
+    assert torch.equal(Scoring(restore=None)(x, network)["restored"], loc)
 
 
 # Many scans

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import Dataset
-from monai.transforms import Transform
+from monai.transforms import Compose
 from scipy import ndimage
 from scripts.data.covariates import CovariateCoding
 from scripts.inference.certificate import FAMILIES, Certificate, discovery_level
@@ -26,6 +27,7 @@ from scripts.inference.common import Cohort, Common
 from scripts.inference.covariates import Deviation, stack_features
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.layouts import ScanLayout
+from scripts.inference.outputs import SaveJson, read_rows
 from scripts.inference.privacy import one_per_subject
 from scripts.inference.records import identity
 from scripts.layers.output import foreground
@@ -34,7 +36,7 @@ from scripts.utils import distributed
 from scripts.utils.errors import InputError
 from scripts.utils.files import read_json, write_csv, write_text
 from scripts.utils.formats import save_nifti
-from scripts.utils.names import UNUSABLE, image_path, item_path
+from scripts.utils.names import UNUSABLE, item_path
 
 logger = logging.getLogger(__name__)
 
@@ -80,54 +82,35 @@ def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tupl
     return sorted(found, key=lambda cluster: -cluster["mass"]), numbers
 
 
-class FindClusters(Transform):
-    """Add ``clusters`` and ``cluster_numbers``, see :func:`find_clusters`, to a scan's deviation on the network's grid.
-
-    Args:
-        network: says what scans are scaled to.
-    """
-
-    def __init__(self, network: VDVAE) -> None:
-        self.network = network
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        z, expected = (torch.as_tensor(data[key]) for key in ("deviation", "expected"))
-        # where no brain is expected, the spread is next to nothing, and edges would outweigh all else
-        inside = foreground(expected, self.network).numpy()
-        clusters, numbers = find_clusters(z.numpy(), inside, np.asarray(data["image"].affine, float))
-        return {**data, "clusters": clusters, "cluster_numbers": numbers}
+def add_clusters(network: VDVAE, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """Add ``clusters`` and ``cluster_numbers`` of a deviation on the network's grid, see :func:`find_clusters`."""
+    z, expected = (torch.as_tensor(data[key]) for key in ("deviation", "expected"))
+    # where no brain is expected, the spread is next to nothing, and edges would outweigh all else
+    inside = foreground(expected, network).numpy()
+    clusters, numbers = find_clusters(z.numpy(), inside, np.asarray(data["image"].affine, float))
+    return {**data, "clusters": clusters, "cluster_numbers": numbers}
 
 
-class SaveLargest(Transform):
-    """Write what is largest in a person of the calibration, by which findings in others are judged."""
-
-    def __init__(self, layout: ScanLayout) -> None:
-        self.layout = layout
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        clusters = data["clusters"]
-        largest = {"cluster": max((c["mass"] for c in clusters), default=0.0)}
-        largest["peak"] = max((c["peak"] for c in clusters), default=0.0)
-        if "regions" in data:
-            largest["region"] = float(torch.as_tensor(data["regions"])[:, 3].abs().max())
-        content = {"largest": largest, "covariates": data["covariates"]}
-        write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
-        return data
+def largest_of(data: Mapping[Hashable, Any]) -> dict[str, Any]:
+    """What is largest in a person of the calibration, by which findings in others are judged."""
+    clusters = data["clusters"]
+    largest = {"cluster": max((c["mass"] for c in clusters), default=0.0)}
+    largest["peak"] = max((c["peak"] for c in clusters), default=0.0)
+    if "regions" in data:
+        largest["region"] = float(torch.as_tensor(data["regions"])[:, 3].abs().max())
+    return {"largest": largest, "covariates": data["covariates"]}
 
 
-def judge(
-    certificate: Certificate, regions: Sequence[str], data: Mapping[Hashable, Any]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """The findings of a scan with their p values, and a map of those clusters that are significant.
+def judge(certificate: Certificate, regions: Sequence[str], data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """Add the findings of a scan with their p values, and a map of those clusters that are significant.
+
+    ``judged`` has ``group``, ``smallest_p``, which is the least that it could have, and ``findings``; ``significant``
+    is -log10 p in each voxel of a cluster with p at most the error rate, below 0 where it is darker, 0 elsewhere.
 
     Args:
         certificate: with the calibration's people.
         regions: names of the atlas's regions.
-        data: of the scan, with what :class:`FindClusters` adds.
-
-    Returns:
-        ``group``, ``smallest_p``, which is the least that it could have, and ``findings``; and -log10 p in each voxel
-        of a cluster with p at most the error rate, below 0 where it is darker, 0 elsewhere, ``[channels, *spatial]``.
+        data: of the scan, with what :func:`add_clusters` adds.
     """
     group, weight = certificate.group(data["covariates"]), certificate.weight(data["covariates"])
     p_of = partial(certificate.p, group, weight=weight)
@@ -143,24 +126,8 @@ def judge(
     for name, (*_, z) in zip(regions, torch.as_tensor(data.get("regions", [])).tolist(), strict=True):
         row = {"kind": "region", "name": name, "direction": "brighter" if z > 0 else "darker", "peak": abs(z)}
         findings.append({**row, "p": p_of("region", abs(z))})
-    return {"group": group, "smallest_p": p_of("cluster", math.inf), "findings": findings}, shown
-
-
-class SaveFindings(Transform):
-    """Write what was found in a scan, and add the map ``significant``, see :func:`judge`.
-
-    Args:
-        layout: of the JSON.
-        certificate, regions: see :func:`judge`.
-    """
-
-    def __init__(self, layout: ScanLayout, certificate: Certificate, regions: Sequence[str]) -> None:
-        self.layout, self.certificate, self.regions = layout, certificate, regions
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        content, shown = judge(self.certificate, self.regions, data)
-        write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
-        return {**data, "significant": torch.from_numpy(shown)}
+    judged = {"group": group, "smallest_p": p_of("cluster", math.inf), "findings": findings}
+    return {**data, "judged": judged, "significant": torch.from_numpy(shown)}
 
 
 def read_calibration(
@@ -325,7 +292,11 @@ class CertifiedEvaluator:
         self.findings, self.maps = self.layouts
         self.columns, self.output_dir = given.columns, common.output_dir
         self.scans: ScanEvaluator | None = None
-        self.steps = [FindClusters(common.network), SaveFindings(self.findings, certificate, regions)]
+        self.steps = [
+            partial(add_clusters, common.network),
+            partial(judge, certificate, regions),
+            SaveJson(self.findings, itemgetter("judged")),
+        ]
 
     def _compute_people(
         self, common: Common, inferer: Deviation, calibration: str | os.PathLike, settings: Mapping[str, Any]
@@ -343,7 +314,7 @@ class CertifiedEvaluator:
             "calibration",
             Dataset(cohort.with_covariates(common.prior), common.preprocessing),
             inferer,
-            [FindClusters(common.network), SaveLargest(self.largest)],
+            [partial(add_clusters, common.network), SaveJson(self.largest, largest_of)],
             [self.largest],
             settings,
             arguments=lambda items: stack_features(common.prior, items),
@@ -365,8 +336,7 @@ class CertifiedEvaluator:
         people = self.known
         if people is None:
             self.people.run()
-            files = (self.largest.path(item_path(item)) for item in self.people.dataset.data)
-            people = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
+            people = [row for _, row in read_rows(self.largest, map(item_path, self.people.dataset.data))]
             if idist.get_rank() == 0:
                 content = {"calibration": FORMAT, "settings": self.settings, "people": people}
                 write_text(self.output_dir / CALIBRATION, json.dumps(content) + "\n")
@@ -375,8 +345,8 @@ class CertifiedEvaluator:
 
     def judge(self, data: Mapping[Hashable, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """A scan that was computed, without files: what is said of its clusters, and the map, see :func:`judge`."""
-        content, shown = judge(self.certificate, self.regions, self.steps[0](data))
-        return {**content, "guarantee": self.certificate.sentence()}, torch.from_numpy(shown)
+        found = Compose(self.steps[:2])(data)
+        return {**found["judged"], "guarantee": self.certificate.sentence()}, found["significant"]
 
     def summary(self, tables: Callable[[Sequence[str]], object], scans: Sequence[str]) -> None:
         """Write ``findings.csv``, ``certificate.csv`` and ``certificate.json``; decide what is a discovery.
@@ -386,7 +356,7 @@ class CertifiedEvaluator:
             scans: paths of the scans that have results.
         """
         tables(scans)
-        read = {scan: json.loads(self.findings.path(scan).read_text(encoding="utf-8")) for scan in scans}
+        read = dict(read_rows(self.findings, scans))
         found = {scan: content["findings"] for scan, content in read.items()}
         level = dict.fromkeys(FAMILIES, self.certificate.error_rate)
         if self.certificate.correction == "discovery":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -15,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.networks.utils import eval_mode
-from monai.transforms import Transform
 from scipy import stats
 from scripts.data.covariates import CovariateCoding, Value
 from scripts.data.scan_grid import ScanGrid
@@ -25,7 +22,7 @@ from scripts.inference.covariates import Deviation, summary
 from scripts.inference.engine import scan_generator
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.measures import value_numbers
-from scripts.inference.outputs import file_names
+from scripts.inference.outputs import file_names, read_rows
 from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground_percentile
@@ -33,8 +30,7 @@ from scripts.networks import VDVAE
 from scripts.population.deviations import DEVIATION_PERCENTILE
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import write_text
-from scripts.utils.names import image_path, item_path
+from scripts.utils.names import item_path
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,81 +40,59 @@ LEAST_FOR_SLOPE = 10  # scans
 STRAIGHT = 0.95  # a slope from which on nothing needs to be corrected
 
 
-class DrawStrip(Transform):
-    """A scan beside itself under other covariates, as ``SaveFigured`` draws it.
-
-    Args:
-        targets: the covariates, by the ends of the results' names.
-    """
-
-    def __init__(self, targets: Mapping[str, Mapping[str, Value]]) -> None:
-        self.targets = targets
-
-    def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
-        image = data["image"].as_tensor()
-        scans = [image, *(image + data[f"change{end}"] for end in self.targets)]
-        own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
-        labels = [f"scan ({own})" if own else "scan"]
-        labels += [", ".join(f"{name} {_text(v)}" for name, v in values.items()) for values in self.targets.values()]
-        figures.strip(path, scans, labels, value_range, guide=image, titles=file_names(data["image"]))
+def draw_strip(
+    targets: Mapping[str, Mapping[str, Value]],
+    path: str,
+    data: Mapping[Hashable, Any],
+    value_range: tuple[float, float],
+) -> None:
+    """A scan beside itself under other covariates, by the ends of the results' names."""
+    image = data["image"].as_tensor()
+    scans = [image, *(image + data[f"change{end}"] for end in targets)]
+    own = _named(data["covariates"])
+    labels = [f"scan ({own})" if own else "scan", *map(_named, targets.values())]
+    figures.strip(path, scans, labels, value_range, guide=image, titles=file_names(data["image"]))
 
 
 def draw_deviation(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
     """A scan beside what is expected for its covariates, and how far it is from that."""
-    own = ", ".join(f"{name} {_text(v)}" for name, v in data["covariates"].items() if v is not None)
+    own = _named(data["covariates"])
     titles = [f"{name} ({own})" if own else name for name in file_names(data["image"])]
     figures.anomaly(
         path, data["image"], data["expected"], data["deviation"], titles, value_range, ("expected", "deviation")
     )
 
 
-class ScoreDeviation(Transform):
+def score_deviation(network: VDVAE, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
     """Add ``deviation_score``, the 99th percentile of the absolute ``deviation`` where brain is expected: elsewhere the
     spread is next to nothing, and edges would outweigh all else.
 
     It belongs before what brings the map to the scan's own grid.
-
-    Args:
-        network: whose scans it is about.
     """
-
-    def __init__(self, network: VDVAE) -> None:
-        self.network = network
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        expected, deviation = (torch.as_tensor(data[key])[None] for key in ("expected", "deviation"))
-        (score,) = foreground_percentile(deviation.abs(), expected, self.network, DEVIATION_PERCENTILE)
-        return {**data, "deviation_score": score}
+    expected, deviation = (torch.as_tensor(data[key])[None] for key in ("expected", "deviation"))
+    (score,) = foreground_percentile(deviation.abs(), expected, network, DEVIATION_PERCENTILE)
+    return {**data, "deviation_score": score}
 
 
-class SavePosteriors(Transform):
-    """Write what a scan says of its covariates as JSON, and add it as ``posteriors``.
-
-    Args:
-        layout: says where the JSON goes.
-        coding: of the covariates.
-    """
-
-    def __init__(self, layout: ScanLayout, coding: CovariateCoding) -> None:
-        self.layout, self.coding = layout, coding
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        content = {}
-        for covariate, variable in self.coding.variables.items():
-            likely = torch.as_tensor(data[f"posterior_{covariate}"]).as_subclass(Tensor)
-            content[covariate] = {
-                "values": variable.grid(),
-                "probability": [float(f"{share:.6g}") for share in likely.tolist()],
-                "own": data["covariates"][covariate],
-                "summary": summary(self.coding, covariate, likely),
-            }
-        write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
-        return {**data, "posteriors": content}
+def posteriors_of(coding: CovariateCoding, data: Mapping[Hashable, Any]) -> dict[str, dict[str, Any]]:
+    """What a scan says of its covariates, plain values."""
+    content = {}
+    for covariate, variable in coding.variables.items():
+        likely = torch.as_tensor(data[f"posterior_{covariate}"]).as_subclass(Tensor)
+        content[covariate] = {
+            "values": variable.grid(),
+            "probability": [float(f"{share:.6g}") for share in likely.tolist()],
+            "own": data["covariates"][covariate],
+            "summary": summary(coding, covariate, likely),
+        }
+    return content
 
 
-def draw_posteriors(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+def draw_posteriors(
+    coding: CovariateCoding, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]
+) -> None:
     """What a scan says of its covariates, as curves."""
-    plots.posteriors(path, data["posteriors"], ", ".join(file_names(data["image"])))
+    plots.posteriors(path, posteriors_of(coding, data), ", ".join(file_names(data["image"])))
 
 
 def covariate_table(
@@ -130,8 +104,7 @@ def covariate_table(
     ``_gap_corrected`` that less what people of this value have in the mean: without it old people look younger and
     young ones older than they are. The log says how large errors are, beside those of always saying the mean.
     """
-    files = [(scan, layout.path(scan)) for scan in scans]
-    contents = {scan: json.loads(file.read_text(encoding="utf-8")) for scan, file in files if file.exists()}
+    contents = dict(read_rows(layout, scans))
     gaps: dict[str, dict[str, dict[str, str]]] = {}
     for name, variable in coding.variables.items():
         if variable.kind == "continuous":
@@ -237,18 +210,11 @@ def region_names(atlas: str | os.PathLike | None, labels: Tensor | None) -> list
     return [f"{name} {number}" if found.count(name) > 1 else name for name, number in zip(found, numbers, strict=True)]
 
 
-class SaveRegions(Transform):
-    """Write a scan's numbers in each region as JSON."""
-
-    def __init__(self, layout: ScanLayout, names: Sequence[str]) -> None:
-        self.layout, self.names = layout, names
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        if self.names:
-            values = torch.as_tensor(data["regions"]).as_subclass(Tensor).tolist()
-            content = dict(zip(self.names, values, strict=True))
-            write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
-        return data
+def region_numbers(names: Sequence[str], data: Mapping[Hashable, Any]) -> dict[str, list[float]] | None:
+    """A scan's numbers in each region; None without an atlas."""
+    if not names:
+        return None
+    return dict(zip(names, torch.as_tensor(data["regions"]).as_subclass(Tensor).tolist(), strict=True))
 
 
 def region_table(
@@ -262,9 +228,7 @@ def region_table(
     ``deviation_z.csv`` has a row per scan and a column per region, its z score. ``regions.png``: see
     :class:`scripts.inference.covariate_results.RegionCurves`.
     """
-    found = {
-        scan: json.loads(file.read_text(encoding="utf-8")) for scan in scans if (file := layout.path(scan)).exists()
-    }
+    found = dict(read_rows(layout, scans))
     folder = Path(output_dir)
     if not found:
         for name in ("deviation.csv", "deviation_z.csv", "regions.png"):  # of an earlier run with an atlas
@@ -279,7 +243,7 @@ def region_table(
             corrected = stats.false_discovery_control(p)
             for (region, values), q in zip(regions.items(), corrected, strict=True):
                 numbers = {name: f"{value:.6g}" for name, value in zip(names, values, strict=True)}
-                centile = 50 * (1 + math.erf(values[3] / math.sqrt(2)))
+                centile = 100 * stats.norm.cdf(values[3])
                 yield scan, {"region": region, **numbers, "centile": f"{centile:.4g}", "q": f"{q:.4g}"}
 
     columns.write(folder / "deviation.csv", rows())
@@ -293,8 +257,10 @@ def region_table(
     )
 
 
-def _text(value: Value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _named(values: Mapping[str, Value]) -> str:
+    """Covariates in words, as far as they are known."""
+    known = ((name, value) for name, value in values.items() if value is not None)
+    return ", ".join(f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in known)
 
 
 STEPS = 9  # values of the covariate

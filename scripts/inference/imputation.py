@@ -24,7 +24,7 @@ from scripts.data.transforms import ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import FitLike, read_mask
 from scripts.inference.measures import mean_interval
-from scripts.inference.outputs import file_names, read_row
+from scripts.inference.outputs import file_names, read_rows
 from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
 from scripts.utils.names import image_path
@@ -172,26 +172,22 @@ def filling_errors(draws: Tensor, truth: Tensor, missing: Tensor) -> dict[str, T
 def filling_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Sequence[str]) -> None:
     """Put what :class:`MeasureFilled` found of these scans together, one row per scan, and log the means."""
     row_table(path, layout, columns, scans)
-    rows = [read_row(layout.path(scan)) for scan in scans if layout.path(scan).exists()]
-    rows = [row for row in rows if not math.isnan(row["mse"])]
+    rows = [row for _, row in read_rows(layout, scans) if not math.isnan(row["mse"])]
     if rows:
         found = {name: mean_interval(name, [row[name] for row in rows]) for name in rows[0]}
         shown = [f"{name} {n[name]:.4g} +- {(n[f'{name}_std'] or 0):.2g}" for name, n in found.items()]
         logger.info("%d scan(s) filled, mean +- deviation: %s. '%s'.", len(rows), ", ".join(shown), path)
 
 
-class DrawImputation(Transform):
-    """A scan, what of it is missing, and the draws' mean, spread and first, as ``SaveFigured`` draws it."""
-
-    def __init__(self, keys: KeysCollection) -> None:
-        self.keys = ensure_tuple(keys)
-
-    def __call__(self, path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
-        draws = torch.stack([torch.as_tensor(data[key]).as_subclass(Tensor) for key in self.keys])
-        titles = file_names(data["image"])
-        figures.imputation(
-            path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], titles, value_range
-        )
+def draw_imputation(
+    keys: Sequence[str], path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]
+) -> None:
+    """A scan, what of it is missing, and the mean, spread and first of the draws ``keys``, as ``SaveFigured`` does."""
+    draws = torch.stack([torch.as_tensor(data[key]).as_subclass(Tensor) for key in keys])
+    titles = file_names(data["image"])
+    figures.imputation(
+        path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], titles, value_range
+    )
 
 
 def stack_missing(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from monai.inferers import Inferer
 from monai.networks.layers.factories import Pool
 from monai.utils import ensure_tuple
 from scripts.data.covariates import Value
-from scripts.layers.gaussian import LatentSampler, Posterior, draw, gaussian_noise
+from scripts.layers.gaussian import LatentSampler, Posterior, draw, gaussian_noise, with_rule
 from scripts.layers.levels import find_level, grid_key
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.joint import draw_values
@@ -287,28 +287,26 @@ def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int
 
 
 def prior_where_missing(
-    network: VDVAE, mask: Tensor, temperature: float | Sequence[float], sampler: LatentSampler | None = None
+    network: VDVAE, mask: Tensor, temperature: float, sampler: LatentSampler | None = None
 ) -> LatentSampler:
     """What draws latents from their posterior where a scan was observed, and from the prior where it is missing.
 
     Args:
         network: that infers them.
         mask: true where a voxel is missing, ``[batch, 1, *spatial]``.
-        temperature: of the prior; one number, or one per level of the network, finest first.
+        temperature: of the prior.
         sampler: whose generators draw all noise.
     """
     pool = Pool["ADAPTIVEAVG", network.spatial_dims]
     missing = [pool(grid)(mask.float()) > MISSING for _, *grid in network.latent_grids()]
-    generators = LatentSampler(None if sampler is None else sampler.generators)
 
     def rule(index: int, q: Posterior) -> Tensor:
-        factor = temperature if isinstance(temperature, int | float) else temperature[network.latent_levels[index]]
         mean, std = q.prior_mean, q.prior_std
         if mean is None or std is None:
             mean, std = torch.zeros_like(q.mean), torch.ones_like(q.std)
-        return torch.where(missing[index], draw(mean, std, factor, generators), q.z)
+        return torch.where(missing[index], draw(mean, std, temperature, sampler), q.z)
 
-    return LatentSampler(generators.generators, rule)
+    return with_rule(sampler, rule)
 
 
 class Imputation(Inferer):
@@ -323,18 +321,14 @@ class Imputation(Inferer):
     Args:
         iterations: of a chain.
         draws: chains, each from the same start with noise of its own.
-        temperature: of the latents.
         voxel_noise: draws have the last iteration's noise of the voxels too, not just the mean of each.
     """
 
-    def __init__(
-        self, iterations: int = 3, draws: int = 4, temperature: Temperature = 1.0, voxel_noise: bool = False
-    ) -> None:
+    def __init__(self, iterations: int = 3, draws: int = 4, voxel_noise: bool = False) -> None:
         for name, value, least in (("iterations", iterations, 1), ("draws", draws, 2)):
             if value < least:
                 raise InputError(f"{name} is {value}: it must be {least} or more.")
-        self.iterations, self.draws = iterations, draws
-        self.temperature, self.voxel_noise = temperature, voxel_noise
+        self.iterations, self.draws, self.voxel_noise = iterations, draws, voxel_noise
 
     def images(self) -> list[str]:
         """The names of its results."""
@@ -362,10 +356,9 @@ class Imputation(Inferer):
         """A chain without end; yields what the scans would be after each iteration."""
         start = network.decode([], temperature=0.0, batch_size=len(inputs))[0]
         filled = torch.where(mask, start, inputs)
-        temperature = level_temperatures(network, "temperature", self.temperature)
-        sampler = prior_where_missing(network, mask, temperature, sampler)
+        sampler = prior_where_missing(network, mask, 1.0, sampler)
         while True:
-            loc, scale, _ = network.infer(filled, temperature, keep_posteriors=False, sampler=sampler)[0]
+            loc, scale, _ = network.infer(filled, 1.0, keep_posteriors=False, sampler=sampler)[0]
             drawn = draw_voxels(loc, scale, network, sampler)
             filled = torch.where(mask, drawn, inputs)
             yield filled if self.voxel_noise else torch.where(mask, loc, inputs)

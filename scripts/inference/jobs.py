@@ -35,11 +35,11 @@ from scripts.inference.covariates import (
 )
 from scripts.inference.engine import ScanEvaluator
 from scripts.inference.imputation import (
-    DrawImputation,
     FillInd,
     FitMaskd,
     HideMissingd,
     MeasureFilled,
+    draw_imputation,
     filling_table,
     stack_missing,
 )
@@ -58,7 +58,7 @@ from scripts.inference.job_report import Report, deviation_report, prediction_re
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout, list_samples
 from scripts.inference.privacy import Privacy, privacy_sides
-from scripts.inference.scoring import ScoreSummary, Scoring
+from scripts.inference.scoring import Scoring, score_summary
 from scripts.inference.tables import latent_tables, list_coordinates, row_table, stack_coordinates
 from scripts.utils import distributed
 from scripts.utils.names import item_path
@@ -275,7 +275,7 @@ def impute(
     settings = {"mask_dir": mask_dir, "mask_pattern": mask_pattern, "voxel_noise": voxel_noise}
     measuring, row, measured = [], layout("imputed", ".json"), {}
     if known_truth:
-        measuring = [MeasureFilled(images, common.value_range), outputs.SaveRowd(row)]
+        measuring = [MeasureFilled(images, common.value_range), outputs.SaveJson(row, outputs.scan_numbers)]
         table = partial(filling_table, common.output_dir / "imputed.csv", row, common.cohort.columns)
         measured = {"summary": table, "report": Report(("imputed.csv",))}
     return ScanEvaluator(
@@ -284,7 +284,7 @@ def impute(
         Dataset(scans, with_steps(common.preprocessing, HideMissingd("image"), FitMaskd("image"))),
         inferer,
         [
-            common.figure(layout("imputed", ".png"), DrawImputation(images)),
+            common.figure(layout("imputed", ".png"), partial(draw_imputation, images)),
             ToScand(images, "intensity"),
             FillInd(images),
             *measuring,
@@ -326,6 +326,7 @@ def score(
     numbers = {"importance_samples": importance_samples, "restore": restore, "anomaly_smoothing": anomaly_smoothing}
     masks = {"mask_dir": mask_dir, "mask_pattern": mask_pattern}
     row, counts = layout("score", ".json"), layout("lesions", ".npz")
+    kinds = {} if mask_dir is None else lesions.read_kinds(mask_dir, list(map(item_path, scans)))
     return ScanEvaluator(
         common,
         "score",
@@ -338,13 +339,13 @@ def score(
             lesions.CountVoxels("scan", common.value_range),
             outputs.SaveScansd("anomaly", layout),
             lesions.SaveCounts(counts),
-            outputs.SaveRowd(row),
+            outputs.SaveJson(row, outputs.scan_numbers),
         ],
         [layout("anomaly"), row, *([counts] if mask_dir else [])],
         {"population_prior": common.prior_file, **numbers, **masks},
         arguments=partial(stack_features, common.prior),
         asks=True,
-        summary=ScoreSummary(common, layout, scans, reading(common.preprocessing), mask_dir, unmasked_healthy),
+        summary=partial(score_summary, common, layout, scans, reading(common.preprocessing), kinds, unmasked_healthy),
         report=score_report(common.prior),
     )
 
@@ -371,7 +372,7 @@ def counterfactual(
         Dataset(common.cohort.with_covariates(prior), with_steps(common.preprocessing, KeepScand("image"))),
         inferer,
         [
-            common.figure(layout(word, ".png"), covariate_results.DrawStrip(changed_to)),
+            common.figure(layout(word, ".png"), partial(covariate_results.draw_strip, changed_to)),
             ToScand(changes, "deviation"),
             add,
             outputs.SaveScansd(add.images(), layout),
@@ -429,13 +430,13 @@ def deviation(
         Dataset(scans, common.preprocessing),
         inferer,
         [
-            covariate_results.ScoreDeviation(network),
-            outputs.SaveRowd(row),
+            partial(covariate_results.score_deviation, network),
+            outputs.SaveJson(row, outputs.scan_numbers),
             common.figure(layout("deviation", ".png"), covariate_results.draw_deviation),
             *([] if certificate is None else certificate.steps),
             ToScand([*images, *shown], ["intensity", "deviation", "number", *shown.values()]),
             outputs.SaveScansd([*images, *shown], layout),
-            covariate_results.SaveRegions(regions, names),
+            outputs.SaveJson(regions, partial(covariate_results.region_numbers, names)),
         ],
         [
             *map(layout, images),
@@ -463,8 +464,8 @@ def predict_covariates(common: Common) -> ScanEvaluator:
         Dataset(common.cohort.with_covariates(prior), common.preprocessing),
         CovariatePosterior(prior),
         [
-            covariate_results.SavePosteriors(content, prior.coding),
-            common.figure(layout("covariates", ".png"), covariate_results.draw_posteriors),
+            outputs.SaveJson(content, partial(covariate_results.posteriors_of, prior.coding)),
+            common.figure(layout("covariates", ".png"), partial(covariate_results.draw_posteriors, prior.coding)),
         ],
         [content],
         {"population_prior": common.prior_file},

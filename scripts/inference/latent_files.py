@@ -104,10 +104,8 @@ class LoadLatentsd(MapTransform):
         ScanError: when the file is damaged, not such a file, or of another network.
     """
 
-    def __init__(
-        self, keys: KeysCollection, grids: Sequence[Sequence[int]], channels: int = 1, allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, grids: Sequence[Sequence[int]], channels: int = 1) -> None:
+        super().__init__(keys)
         self.grids, self.channels = [tuple(grid) for grid in grids], channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

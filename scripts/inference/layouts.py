@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.data import FolderLayoutBase
 from monai.utils import ensure_tuple
 from scripts.data.datalist import common_root
 from scripts.data.transforms import ScanError
@@ -48,7 +47,7 @@ def scan_stem(scan: str | os.PathLike) -> str:
     return without_image_suffix(name)
 
 
-class ScanLayout(FolderLayoutBase):
+class ScanLayout:
     """The name of a result: that of its scan, relative to a root, with a postfix, under another folder.
 
     Args:
@@ -77,14 +76,9 @@ class ScanLayout(FolderLayoutBase):
         self.postfix, self.extension = postfix, extension
         self.join_channels, self.bids = join_channels, bids
 
-    def filename(self, subject: str | os.PathLike = "subject", idx: Any = None, **kwargs: Any) -> str:
-        """The path of a scan's result; its folder is made.
-
-        Raises:
-            ScanError: when the scan is not under the root, so that its result would not be under ``output_dir``.
-            ValueError: when it should be named by BIDS, and the scan is not.
-        """
-        path = self.path(subject)
+    def filename(self, scan: str | os.PathLike) -> str:
+        """The path of a scan's result; its folder is made."""
+        path = self.path(scan)
         path.parent.mkdir(parents=True, exist_ok=True)
         return str(path)
 

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -35,6 +35,7 @@ from scripts.utils.names import image_files, image_path, printable
 from scripts.utils.parallel import die_with_parent
 
 logger = logging.getLogger(__name__)
+ON_SHEET = 64  # samples
 WAITING = 2  # results per process that may wait to be written
 _write: Callable[[Any], Any]  # of a process of a pool
 
@@ -130,28 +131,40 @@ def draw_anomaly(path: str, data: Mapping[Hashable, Any], value_range: tuple[flo
 TRUE_OR_FALSE = ("familiar",)  # numbers of a scan that are 0 or 1, and words in tables
 
 
-class SaveRowd(Transform):
-    """Write the numbers of a scan as JSON; :func:`scripts.inference.tables.row_table` puts those of all together.
+class SaveJson(Transform):
+    """Write something of a scan as JSON, which :func:`read_rows` reads.
 
     Args:
         layout: says where.
+        content: of a scan's results, plain values; None writes nothing.
     """
 
-    def __init__(self, layout: ScanLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: ScanLayout, content: Callable[[Mapping[Hashable, Any]], Mapping | None]) -> None:
+        self.layout, self.content = layout, content
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        numbers = {k: v for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
-        # as many digits as there are: nats of large scans come in double precision
-        row = {
-            k: ("no", "yes")[int(v)]
-            if k in TRUE_OR_FALSE
-            else float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}")
-            for k, v in numbers.items()
-        }
-        path = self.layout.filename(image_path(data["image"]))
-        write_text(path, json.dumps(row) + "\n")
+        content = self.content(data)
+        if content is not None:
+            write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
         return data
+
+
+def read_rows(layout: ScanLayout, scans: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What :class:`SaveJson` wrote of these scans, of those of which there is something, one at a time."""
+    files = ((scan, layout.path(scan)) for scan in scans)
+    return ((scan, json.loads(file.read_text(encoding="utf-8"))) for scan, file in files if file.exists())
+
+
+def scan_numbers(data: Mapping[Hashable, Any]) -> dict[str, float | str]:
+    """The numbers of a scan by name, and words for what is true or not; a row of a table."""
+    numbers = {k: v for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+    # as many digits as there are: nats of large scans come in double precision
+    return {
+        k: ("no", "yes")[int(v)]
+        if k in TRUE_OR_FALSE
+        else float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}")
+        for k, v in numbers.items()
+    }
 
 
 class SaveSampled(Transform):
@@ -179,10 +192,10 @@ def from_zero_to_one(scan: torch.Tensor, value_range: Sequence[float]) -> torch.
     return ((scan - low) / (high - low)).clamp(0, 1)
 
 
-def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[str], most: int = 64) -> None:
+def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[str]) -> None:
     """Show the first samples on one sheet, channels below each other in the order of their names."""
     images, titles = [], []
-    for scan in scans[:most]:
+    for scan in scans[:ON_SHEET]:
         files = layout.paths({"image": scan})
         if not all(file.exists() for file in files):
             continue
@@ -190,11 +203,6 @@ def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[st
         images.append(np.concatenate([np.moveaxis(a, -1, 0) if a.ndim == 4 else a[None] for a in arrays]))
         titles.append(" above ".join(file.name.split(".")[0] for file in files))
     figures.batch(path, images, titles, value_range=(0, 1))
-
-
-def read_row(path: Path) -> dict[str, float | str]:
-    """The numbers of a scan, and words for what is true or not, as :class:`SaveRowd` wrote them."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def report_latents(network: VDVAE, written: int) -> None:

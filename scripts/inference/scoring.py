@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from scripts.inference import detection
 from scripts.inference.common import Common
 from scripts.inference.inferers import prior_where_missing
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.lesions import PERCENTILE, LesionCounts, read_kinds
-from scripts.inference.outputs import read_row
+from scripts.inference.lesions import PERCENTILE, LesionCounts
+from scripts.inference.outputs import read_rows
 from scripts.inference.tables import row_table
-from scripts.layers.gaussian import SLICE, LatentSampler, Posterior
+from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground, foreground_percentile
-from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
-from scripts.population.familiarity import Familiarity, statistics
-from scripts.population.prior import PopulationPrior, innovation
+from scripts.networks import OUTPUT_RANGES, VDVAE
+from scripts.population.familiarity import Familiarity, LatentRecord, statistics
+from scripts.population.prior import PopulationPrior
 from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_likelihood
 from scripts.utils import figures
 from scripts.utils.errors import InputError
@@ -59,9 +58,8 @@ class Scoring(Inferer):
     cohort's scans that lie at least so far.
     Where the prior knows what is usual also ``familiar``, bool: whether the cohort has such scans; and
     ``unfamiliarity``, the distance from what is usual over that which 1 % of people like the cohort's exceed.
-    Shaped like the scans: ``recon``, the reconstruction; ``restored``, the scan as the model would rather have it; and
-    ``anomaly``, how many standard deviations the scan is brighter (or darker, below 0) than that, see
-    :func:`anomaly_map`, smoothed.
+    Shaped like the scans: ``restored``, the scan as the model would rather have it; and ``anomaly``, how many standard
+    deviations the scan is brighter (or darker, below 0) than that, see :func:`anomaly_map`, smoothed.
 
     Scans need not be clipped to the range that they are scaled to. The network sees them clipped, and all numbers are
     of that; the anomaly is that of the scan as it is, since the brightest lesions are what clipping hides.
@@ -147,7 +145,7 @@ class Scoring(Inferer):
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
         results["anomaly_score"] = foreground_percentile(anomaly, scans, network, PERCENTILE)
         results["anomaly_score_dark"] = foreground_percentile(-anomaly, scans, network, PERCENTILE)
-        return results | {"recon": loc, "restored": expected[0], "anomaly": anomaly}
+        return results | {"restored": expected[0], "anomaly": anomaly}
 
     def _bound(
         self,
@@ -167,42 +165,6 @@ class Scoring(Inferer):
 def _total(voxels: Tensor) -> Tensor:
     """Of each scan, ``[batch]``, in double precision."""
     return voxels.flatten(1).sum(1, dtype=torch.float64)
-
-
-class LatentRecord:
-    """What scores need of the latents of one pass: not these, which would take most of the memory.
-
-    Innovations are kept of the latents that the population prior concerns, others are left empty; ``log_ratio`` is
-    summed over all latents if asked for, see :func:`log_ratio`, else it is 0.
-    """
-
-    def __init__(self, prior: PopulationPrior | None, with_ratios: bool = False) -> None:
-        self.concerned = () if prior is None else prior.latents
-        self.with_ratios = with_ratios
-        self.innovations: list[Tensor] = []
-        self.log_ratio: Tensor | float = 0.0
-
-    def infer(
-        self, network: VDVAE, scans: Tensor, temperature: float, sampler: LatentSampler | None = None
-    ) -> VDVAEOutput:
-        """The network's output for scans, recorded."""
-        sampler = LatentSampler(None if sampler is None else sampler.generators, self._record)
-        return network.infer(scans, temperature, keep_posteriors=False, sampler=sampler)[0]
-
-    def _record(self, index: int, q: Posterior) -> Tensor:
-        self.innovations.append(innovation(q) if index in self.concerned else q.mean.new_zeros(0))
-        if self.with_ratios:
-            self.log_ratio = self.log_ratio + log_ratio(q)
-        return q.z
-
-
-def parts(q: Posterior) -> Iterator[tuple[slice, Posterior]]:
-    """A latent in slices along its first spatial axis, so that what is computed of them takes little memory."""
-    size = q.mean.shape[2]
-    step = max(1, SLICE * size // q.mean.numel())
-    for start in range(0, size, step):
-        here = slice(start, start + step)
-        yield here, Posterior(*(None if values is None else values[:, :, here] for values in q))
 
 
 def anomaly_map(scans: Tensor, loc: Tensor, scale: Tensor, network: VDVAE) -> Tensor:
@@ -248,18 +210,6 @@ def restored(inputs: Tensor, loc: Tensor, scale: Tensor, network: VDVAE, thresho
     return loc, scale
 
 
-def log_ratio(q: Posterior) -> Tensor:
-    """log q(z) - log p(z) of a latent that was drawn, in nats: ``[batch]``, in double precision."""
-    total = q.mean.new_zeros(len(q.mean), dtype=torch.float64)
-    for _, part in parts(q):
-        z, mean, std = (values.double() for values in (part.z, part.mean, part.std))
-        prior_mean = torch.zeros_like(z) if part.prior_mean is None else part.prior_mean.double()
-        prior_std = torch.ones_like(z) if part.prior_std is None else part.prior_std.double()
-        difference = ((z - prior_mean) / prior_std).square() - ((z - mean) / std).square()
-        total += (0.5 * difference + prior_std.log() - std.log()).flatten(1).sum(1)
-    return total
-
-
 def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Tensor]:
     """PSNR (dB) of all voxels and of the foreground, and SSIM, of reconstructions: ``[batch]``.
 
@@ -279,99 +229,91 @@ def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Ten
     }
 
 
-class ScoreSummary:
-    """Writes ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv``,
-    ``lesions_thresholds.csv`` and ``lesions.md``.
+def score_summary(
+    common: Common,
+    layout: Callable[..., ScanLayout],
+    items: Sequence[Mapping[str, Any]],
+    read: Callable,
+    kinds: Mapping[str, str],
+    unmasked_healthy: bool,
+    scans: Sequence[str],
+) -> None:
+    """Write ``scores.csv``, ``most_unusual.png``, and with masks ``lesions.csv``, ``lesions_thresholds.csv`` and
+    ``lesions.md``.
 
     Args:
-        common: what all jobs share.
         layout: makes the layout of a result's files, see :py:class:`scripts.inference.layouts.ScanLayout`.
-        scans: items of the data set, with ``mask`` where there are masks.
+        items: of the data set, with ``mask`` where there are masks.
         read: transforms that read a scan and turn it to RAS, for the picture.
-        mask_dir: the folder of the masks, see :func:`scripts.inference.lesions.read_kinds`.
+        kinds: of the scans' lesions, see :func:`scripts.inference.lesions.read_kinds`.
         unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
+        scans: paths of those that have results, in the order of the tables.
     """
-
-    def __init__(
-        self,
-        common: Common,
-        layout: Callable[..., ScanLayout],
-        scans: Sequence[Mapping[str, Any]],
-        read: Callable,
-        mask_dir: str | os.PathLike | None = None,
-        unmasked_healthy: bool = False,
-    ) -> None:
-        self.output_dir, self.figures, self.columns = common.output_dir, common.figures, common.cohort.columns
-        self.items = {item_path(item): item for item in scans}
-        self.layout, self.read = layout, read
-        self.kinds = read_kinds(mask_dir, list(self.items)) if mask_dir is not None else {}
-        self.unmasked_healthy = unmasked_healthy
-
-    def __call__(self, scans: Sequence[str]) -> None:
-        """Write all, given the paths of the scans, in the order of the tables."""
-        layout = self.layout("score", ".json")
-        row_table(self.output_dir / "scores.csv", layout, self.columns, scans)
-        rows = {scan: read_row(layout.path(scan)) for scan in scans}
-        scores = {scan: row["anomaly_score"] for scan, row in rows.items()}
-        highest = sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]
-        if rows:
-            bits = np.array([row["bits_per_dim"] for row in rows.values()])
-            logger.info(
-                "%d scan(s): %.3f bits per dim in the mean, %.3f to %.3f. Highest anomaly_score: %s. 'scores.csv' has "
-                "all.",
-                *(len(bits), bits.mean(), bits.min(), bits.max()),
-                ", ".join(f"{printable(layout.relative(scan))} ({scores[scan]:.1f})" for scan in highest[:NAMED]),
-            )
-        if self.figures:
-            self._draw({scan: scores[scan] for scan in highest})
-        for name in LESION_TABLES:  # of an earlier run, with masks or of other scans
-            (self.output_dir / name).unlink(missing_ok=True)
-        if any("mask" in item for item in self.items.values()):
-            self._find_lesions(scans)
-
-    def _draw(self, scores: Mapping[str, float]) -> None:
-        if scores:
-            titles = [
-                [f"{printable(Path(file).name)}, score {score:.1f}" for file in item_files(self.items[scan])]
-                for scan, score in scores.items()
-            ]
-            figures.anomalies(self.output_dir / "most_unusual.png", self._pictures(scores), titles)
-
-    def _pictures(self, scans: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Scans and their maps, one at a time."""
-        load, turn = LoadImage(ensure_channel_first=True), Orientation("RAS", labels=None)
-        for scan in scans:
-            image = self.read({"image": self.items[scan]["image"]})["image"]
-            yield image.as_tensor(), turn(load(self.layout("anomaly").paths(self.items[scan]))).as_tensor()
-
-    def _find_lesions(self, scans: Sequence[str]) -> None:
-        layout = self.layout("lesions", ".npz")
-        counts = [
-            LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=self.kinds[scan])
-            for scan in scans
-            if layout.path(scan).exists()
+    places, folder = layout("score", ".json"), common.output_dir
+    row_table(folder / "scores.csv", places, common.cohort.columns, scans)
+    rows = dict(read_rows(places, scans))
+    scores = {scan: row["anomaly_score"] for scan, row in rows.items()}
+    highest = sorted(scores, key=scores.get, reverse=True)[:MOST_UNUSUAL]
+    if rows:
+        bits = np.array([row["bits_per_dim"] for row in rows.values()])
+        logger.info(
+            "%d scan(s): %.3f bits per dim in the mean, %.3f to %.3f. Highest anomaly_score: %s. 'scores.csv' has all.",
+            *(len(bits), bits.mean(), bits.min(), bits.max()),
+            ", ".join(f"{printable(places.relative(scan))} ({scores[scan]:.1f})" for scan in highest[:NAMED]),
+        )
+    if common.figures and highest:
+        found = {item_path(item): item for item in items}
+        titles = [
+            [f"{printable(Path(file).name)}, score {scores[scan]:.1f}" for file in item_files(found[scan])]
+            for scan in highest
         ]
-        unmasked = [scan for scan in counts if scan.mask == "none"]
-        if unmasked:
-            logger.warning(
-                "%d scan(s) have no mask, such as '%s': they %s",
-                len(unmasked),
-                unmasked[0].name,
-                "count as healthy."
-                if self.unmasked_healthy
-                else "are left out of what is said of lesions. Give healthy ones an empty mask, or set "
-                "--unmasked_healthy True if all of them are healthy.",
-            )
-        if not self.unmasked_healthy:
-            counts = [scan for scan in counts if scan.mask != "none"]
-        if not counts:
-            return
-        write_csv(self.output_dir / "lesions.csv", *detection.scan_rows(counts))
-        groups = detection.by_kind(counts)
-        detected = detection.detect(counts, groups)
-        points = detection.operating_points(counts, groups, detection.best(detected))
-        write_csv(self.output_dir / "lesions_thresholds.csv", *detection.threshold_rows(points))
-        parts = [detection.table(detected), *detection.sentences(detected), detection.threshold_table(points)]
-        write_text(self.output_dir / "lesions.md", "\n\n".join(parts))
-        for sentence in detection.sentences([d for d in detected if d.group == detected[-1].group]):
-            logger.info("Lesions: %s", sentence)
+        pictures = _pictures([found[scan] for scan in highest], read, layout("anomaly"))
+        figures.anomalies(folder / "most_unusual.png", pictures, titles)
+    for name in LESION_TABLES:  # of an earlier run, with masks or of other scans
+        (folder / name).unlink(missing_ok=True)
+    if any("mask" in item for item in items):
+        _lesion_tables(folder, layout("lesions", ".npz"), kinds, unmasked_healthy, scans)
+
+
+def _pictures(
+    items: Sequence[Mapping[str, Any]], read: Callable, layout: ScanLayout
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Scans and their maps, one at a time."""
+    load, turn = LoadImage(ensure_channel_first=True), Orientation("RAS", labels=None)
+    for item in items:
+        image = read({"image": item["image"]})["image"]
+        yield image.as_tensor(), turn(load(layout.paths(item))).as_tensor()
+
+
+def _lesion_tables(
+    folder: Path, layout: ScanLayout, kinds: Mapping[str, str], unmasked_healthy: bool, scans: Sequence[str]
+) -> None:
+    counts = [
+        LesionCounts.load(layout.relative(scan), layout.path(scan))._replace(kind=kinds[scan])
+        for scan in scans
+        if layout.path(scan).exists()
+    ]
+    unmasked = [scan for scan in counts if scan.mask == "none"]
+    if unmasked:
+        logger.warning(
+            "%d scan(s) have no mask, such as '%s': they %s",
+            len(unmasked),
+            unmasked[0].name,
+            "count as healthy."
+            if unmasked_healthy
+            else "are left out of what is said of lesions. Give healthy ones an empty mask, or set "
+            "--unmasked_healthy True if all of them are healthy.",
+        )
+    if not unmasked_healthy:
+        counts = [scan for scan in counts if scan.mask != "none"]
+    if not counts:
+        return
+    write_csv(folder / "lesions.csv", *detection.scan_rows(counts))
+    groups = detection.by_kind(counts)
+    detected = detection.detect(counts, groups)
+    points = detection.operating_points(counts, groups, detection.best(detected))
+    write_csv(folder / "lesions_thresholds.csv", *detection.threshold_rows(points))
+    parts = [detection.table(detected), *detection.sentences(detected), detection.threshold_table(points)]
+    write_text(folder / "lesions.md", "\n\n".join(parts))
+    for sentence in detection.sentences([d for d in detected if d.group == detected[-1].group]):
+        logger.info("Lesions: %s", sentence)

@@ -16,7 +16,7 @@ from scripts.data.covariate_tables import Covariates
 from scripts.data.datalist import check_sides, list_sides
 from scripts.data.tables import read_table
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.outputs import read_row
+from scripts.inference.outputs import read_rows
 from scripts.inference.training_run import TrainingRun
 from scripts.population.files import FIT_IT
 from scripts.population.prior import PopulationPrior
@@ -99,9 +99,8 @@ class ScanColumns:
 
 
 def row_table(path: str | os.PathLike, layout: ScanLayout, columns: ScanColumns, scans: Iterable[str]) -> None:
-    """Put what :class:`scripts.inference.outputs.SaveRowd` wrote of these scans together, one row per scan."""
-    found = ((scan, layout.path(scan)) for scan in scans)
-    columns.write(path, ((scan, read_row(file)) for scan, file in found if file.exists()))
+    """Put the numbers of these scans, see :func:`scripts.inference.outputs.scan_numbers`, together, a row each."""
+    columns.write(path, read_rows(layout, scans))
 
 
 def latent_tables(

@@ -90,6 +90,22 @@ def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor
     return kl.float()
 
 
+def log_ratio(q: Posterior, most: int = SLICE) -> Tensor:
+    """log q(z) - log p(z) of a latent that was drawn, in nats: ``[batch]``, in double precision; of so many values of
+    each scan at a time.
+    """
+    total = q.mean.new_zeros(len(q.mean), dtype=torch.float64)
+    values = [None if tensor is None else memory_order(tensor) for tensor in q]
+    for start in range(0, values[0].shape[1], most):
+        here = (None if tensor is None else tensor[:, start : start + most].double() for tensor in values)
+        z, mean, std, p_mean, p_std = here
+        p_mean = torch.zeros_like(z) if p_mean is None else p_mean
+        p_std = torch.ones_like(z) if p_std is None else p_std
+        difference = ((z - p_mean) / p_std).square() - ((z - mean) / std).square()
+        total += (0.5 * difference + p_std.log() - std.log()).sum(1)
+    return total
+
+
 def part(q: Posterior, start: int, end: int) -> Posterior:
     """Some of the values of a latent whose mean and standard deviation are ``[batch, values]``; z is left as it is."""
     p_mean, p_std = q.prior_mean, q.prior_std
@@ -120,6 +136,11 @@ class LatentSampler:
 
     generators: Sequence[torch.Generator] | None = None
     rule: Callable[[int, Posterior], Tensor] | None = None
+
+
+def with_rule(sampler: LatentSampler | None, rule: Callable[[int, Posterior], Tensor]) -> LatentSampler:
+    """A sampler whose generators are those of another one, if there is one."""
+    return LatentSampler(None if sampler is None else sampler.generators, rule)
 
 
 def choose(q: Posterior, index: int, sampler: LatentSampler | None) -> Posterior:

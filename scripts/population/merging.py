@@ -281,9 +281,7 @@ def _with_site(part: CohortStatistics, site: str) -> CohortStatistics:
     )
 
 
-def merge(
-    cohorts: Mapping[str, CohortStatistics], factors: int | None = None
-) -> tuple[PopulationPrior, dict[str, LeftOut], dict[str, float]]:
+def merge(cohorts: Mapping[str, CohortStatistics]) -> tuple[PopulationPrior, dict[str, LeftOut], dict[str, float]]:
     """The prior of a union of cohorts.
 
     The number of factors and how much they are shrunk are those with which the others' prior gains most on a cohort
@@ -292,7 +290,6 @@ def merge(
 
     Args:
         cohorts: by their names; their order does not matter.
-        factors: how many at most; None: as many as the cohorts allow.
 
     Returns:
         the prior; of each cohort, of two or more, what the others' prior says of it; and ``shrinkage`` and ``gain``.
@@ -302,7 +299,7 @@ def merge(
     """
     parts = dict(sorted(with_sites(cohorts).items()))
     fitted = _Fitted.to(list(parts.values()))
-    most = min(factors or fitted.union.factors, len(fitted.sketch.basis))
+    most = min(fitted.union.factors, len(fitted.sketch.basis))
     own = max(parts.values(), key=lambda part: part.count).calibration
     rank, shrinkage, left_out = min(own["factors"], most), own["shrinkage"], {}
     gain = max(own["gains"].values())

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from scripts.data.covariates import CovariateCoding
-from scripts.layers.gaussian import LatentSampler, Posterior, gaussian_noise
+from scripts.layers.gaussian import LatentSampler, Posterior, gaussian_noise, with_rule
 from scripts.networks import VDVAE
 from torch import Tensor, nn
 
@@ -323,7 +323,7 @@ def given_innovations(innovations: Mapping[int, Tensor], sampler: LatentSampler 
         u = innovations.get(index)
         return p.z if u is None else p.mean + p.std * u.to(p.mean.device)
 
-    return LatentSampler(None if sampler is None else sampler.generators, rule)
+    return with_rule(sampler, rule)
 
 
 def shifted(mean: Tensor, effects: Tensor, features: Tensor | None) -> Tensor:

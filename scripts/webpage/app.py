@@ -26,16 +26,9 @@ TYPES = {".png": "image/png", ".gz": "application/gzip"}
 PATIENCE = 120  # seconds that a thumbnail may take
 
 
-def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, results: Results | None = None) -> Starlette:
-    """The page as an ASGI application.
-
-    Args:
-        jobs: what can be asked for.
-        token: see :class:`scripts.webpage.guard.Guard`.
-        hosts: likewise.
-        results: where they are kept.
-    """
-    endpoints = Endpoints(jobs, Results() if results is None else results)
+def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK) -> Starlette:
+    """The page as an ASGI application, behind a :class:`scripts.webpage.guard.Guard`."""
+    endpoints = Endpoints(jobs)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -47,12 +40,11 @@ def create_app(jobs: Jobs, token: str, hosts: Collection[str] = LOOPBACK, result
 
 
 class Endpoints:
-    """What answers each request of the page: what can be asked for, and where results are kept."""
+    """What answers each request of the page."""
 
-    def __init__(self, jobs: Jobs, results: Results) -> None:
-        self.jobs = jobs
-        self.results = results
-        self.worker = Worker(results)
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs, self.results = jobs, Results()
+        self.worker = Worker(self.results)
 
     def routes(self) -> list[Route | Mount]:
         return [
