@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
+from scripts.inference.tables import markdown_lines
 from scripts.networks import VDVAE
 from scripts.training.losses import ELBOLoss, WeightPenalty
 
@@ -60,9 +61,8 @@ def synchronize(device: torch.device) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print as Markdown."""
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    for line in markdown_lines(columns, rows):
+        print(line, flush=True)
 
 
 def training_config(network: int | str) -> ConfigParser:

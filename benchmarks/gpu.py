@@ -32,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.common import CONFIGS, seconds, synchronize
 from benchmarks.memory import GIB
+from scripts.inference.tables import markdown_lines
 from scripts.utils.files import write_text
 
 ROOT = CONFIGS.parent
@@ -191,24 +192,24 @@ def tables(found: dict[str, Any]) -> str:
     about = found["about"]
     rates = ", ".join(f"{rate:.1f} TFLOP/s in {name}" for name, rate in about["matmul"].items())
     text = [f"{about['device']}, PyTorch {about['torch']}; products of matrices of {about['matrices']}²: {rates}.", ""]
-    text += [
-        "| network | scans per update | precision, mode | scans per second | share of matmul | peak, estimate (GiB) |"
-    ]
-    text += ["|---|---|---|---|---|---|"]
+    rows = []
     for row in found["training"]:
-        what = f"| {row['network']} | {row.get('batch_size', '')} | {row['precision']}, {row['mode']} | "
+        rows.append([str(row["network"]), str(row.get("batch_size", "")), f"{row['precision']}, {row['mode']}"])
         if "error" in row:
-            text.append(f"{what}{row['error']} | | |")
+            rows[-1] += [row["error"], "", ""]
             continue
         share = row["tflops"] / about["matmul"][row["precision"]]
         memory = f"{row['peak'] / GIB:.2f}, {row['estimate'] / GIB:.2f}" if "peak" in row else ""
-        text.append(f"{what}{row['scans_per_second']:.1f} | {share:.1%} | {memory} |")
-    text += ["", "| command, all side by side | exit status | seconds, start included | |", "|---|---|---|---|"]
+        rows[-1] += [f"{row['scans_per_second']:.1f}", f"{share:.1%}", memory]
+    columns = ("network", "scans per update", "precision, mode", "scans per second", "share of matmul")
+    text += [*markdown_lines([*columns, "peak, estimate (GiB)"], rows), ""]
+    rows = []
     for name, run in {**found["jobs"], **found["runs"]}.items():
         off = run.get("largest_difference")
         more = "" if off is None else f"largest difference of a weight: {off:.2g}"
         more = more if run["rc"] == 0 else reason(run)
-        text.append(f"| {name} | {'-' if run['rc'] is None else run['rc']} | {run['seconds']:.1f} | {more} |")
+        rows.append([name, "-" if run["rc"] is None else str(run["rc"]), f"{run['seconds']:.1f}", more])
+    text += markdown_lines(("command, all side by side", "exit status", "seconds, start included", ""), rows)
     text += ["", f"tests/gpu: exit status {found['tests']['rc']}, {reason(found['tests'])}"]
     return "\n".join(text) + "\n"
 

@@ -25,7 +25,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import read_config
+from benchmarks.common import print_table, read_config
 from scripts.phantoms import make_brains
 from scripts.utils.command_line import run
 
@@ -121,11 +121,10 @@ def count(config_file: str | Sequence[str] = "configs/train.json", batch_size: i
         changes: other values of keys of the config, such as ``--amp True``.
     """
     counter = measure(config_file, batch_size, **changes)
-    print("| part | operations | of these, waiting for the device |\n|---|---|---|")
     parts = {part: (counter.of(part), counter.of(part, SYNCS)) for part in (*PARTS.values(), *WITHIN)}
     total = counter.of(), counter.of(names=SYNCS)
-    for part, (operations, syncs) in {**parts, "all": total}.items():
-        print(f"| {part} | {operations:,} | {syncs:,} |")
+    rows = ([part, f"{ops:,}", f"{syncs:,}"] for part, (ops, syncs) in {**parts, "all": total}.items())
+    print_table(("part", "operations", "of these, waiting for the device"), rows)
     print(json.dumps({"ops": total[0], "syncs": total[1], "parts": {part: ops for part, (ops, _) in parts.items()}}))
 
 

@@ -21,6 +21,7 @@ from scripts.inference.detection import (
     by_kind,
     detect,
     dice,
+    interval,
     marked_bins,
     operating_points,
     roc_area,
@@ -189,7 +190,7 @@ def test_the_better_tool_is_named(intensity_finds):
     again = detect(scans, {"all": [True] * 12})
     for one, two in zip(found, again, strict=True):
         for name, numbers in one.numbers.items():
-            low, high = one.interval(name)
+            low, high = interval(numbers)
             assert low <= numbers[0] + 1e-9 and numbers[0] <= high + 1e-9
             np.testing.assert_array_equal(numbers, two.numbers[name])
     said = sentences(found)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scripts.inference.lesions import DETECTORS, GRIDS, NO_KIND, LesionCounts, edges, ordered
+from scripts.inference.tables import markdown_lines
 
 FALSE_SHARE = 1e-3  # of the healthy scans' voxels that a threshold marks
 NUMBERS = {"average_precision": "average precision of voxels", "dice": "Dice of voxels", "auroc": "AUROC of scans"}
@@ -40,10 +41,6 @@ class Detection(NamedTuple):
     share: float
     threshold: float
     numbers: dict[str, np.ndarray]
-
-    def interval(self, name: str) -> tuple[float, float]:
-        """Of 95 %, over resampled cohorts."""
-        return interval(self.numbers[name])
 
 
 def interval(numbers: np.ndarray) -> tuple[float, float]:
@@ -124,9 +121,7 @@ def detect(scans: Sequence[LesionCounts], groups: Mapping[str, Sequence[bool]], 
     """
     found = []
     for group, members in groups.items():
-        own = [scan for scan, member in zip(scans, members, strict=True) if member]
-        sick = np.array([scan.mask == "lesions" for scan in own], bool)
-        weights = resampled(sick, repeats)
+        own, sick, weights = _group(scans, members, repeats)
         for grid in own[0].voxels:
             for number, (what, order) in enumerate(DETECTORS):
                 counts = ordered(np.stack([scan.voxels[grid][what] for scan in own]), order)
@@ -151,6 +146,15 @@ def detect(scans: Sequence[LesionCounts], groups: Mapping[str, Sequence[bool]], 
                     )
                 )
     return found
+
+
+def _group(
+    scans: Sequence[LesionCounts], members: Sequence[bool], repeats: int
+) -> tuple[list[LesionCounts], np.ndarray, np.ndarray]:
+    """Its scans, which of them have lesions, and how often each is in resampled cohorts."""
+    own = [scan for scan, member in zip(scans, members, strict=True) if member]
+    sick = np.array([scan.mask == "lesions" for scan in own], bool)
+    return own, sick, resampled(sick, repeats)
 
 
 def _in_order(scores: np.ndarray, sick: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +226,7 @@ def sentences(found: Sequence[Detection]) -> list[str]:
         )
         if max(v[0] for v in values) < 0.1:
             said[-1] += " Neither is of much use: on average fewer than one in ten voxels that they mark are lesions."
-        area, (low, high) = ours.numbers["auroc"][0], ours.interval("auroc")
+        area, (low, high) = ours.numbers["auroc"][0], interval(ours.numbers["auroc"])
         if low <= 0.5 <= high:
             said[-1] += (
                 f" The map does not tell scans with lesions from healthy ones (AUROC {area:.3f}, by chance 0.5)."
@@ -230,18 +234,26 @@ def sentences(found: Sequence[Detection]) -> list[str]:
     return said
 
 
+def _with_interval(numbers: np.ndarray) -> str:
+    """A number with its 95 % interval in brackets."""
+    low, high = interval(numbers)
+    return "-" if np.isnan(numbers[0]) else f"{numbers[0]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _threshold(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.3g}"
+
+
 def table(found: Sequence[Detection]) -> str:
     """All numbers as a Markdown table, with their 95 % intervals in brackets."""
-    columns = ["lesions", "grid", "map", *NUMBERS.values(), "threshold"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for d in found:
-        cells = [f"{d.group} ({d.lesions} scans, {d.healthy} healthy)", d.grid, f"{d.what}, {d.order}"]
-        for name in NUMBERS:
-            value, (low, high) = d.numbers[name][0], d.interval(name)
-            cells.append("-" if np.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]")
-        cells.append("-" if np.isnan(d.threshold) else f"{d.threshold:.3g}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = (
+        [
+            *(f"{d.group} ({d.lesions} scans, {d.healthy} healthy)", d.grid, f"{d.what}, {d.order}"),
+            *(*(_with_interval(d.numbers[name]) for name in NUMBERS), _threshold(d.threshold)),
+        ]
+        for d in found
+    )
+    return "\n".join(markdown_lines(["lesions", "grid", "map", *NUMBERS.values(), "threshold"], rows)) + "\n"
 
 
 class OperatingPoint(NamedTuple):
@@ -279,9 +291,7 @@ def operating_points(
     """
     found = []
     for detection in (d for d in detections if d.healthy and d.lesions):
-        own = [scan for scan, member in zip(scans, groups[detection.group], strict=True) if member]
-        sick = np.array([scan.mask == "lesions" for scan in own], bool)
-        weights = resampled(sick, repeats)
+        own, sick, weights = _group(scans, groups[detection.group], repeats)
         counts = ordered(np.stack([scan.voxels[detection.grid][detection.what] for scan in own]), detection.order)
         bins = counts.shape[-1]
         highest = np.eye(bins, dtype=bool)[bins - 1 - (counts[~sick].sum(1)[:, ::-1] > 0).argmax(1)]
@@ -294,7 +304,7 @@ def operating_points(
             first = np.where(marked.any(1), marked.argmax(1), bins)
             hits, alarms = (positive * marked).sum(1), (negative * marked).sum(1)
             numbers = {
-                "dice": divide(2 * hits, hits + alarms + positive.sum(1)),
+                "dice": dice(positive, negative, marked),
                 "precision": divide(hits, hits + alarms),
                 "recall": divide(hits, positive.sum(1)),
             }
@@ -337,18 +347,11 @@ def threshold_rows(points: Sequence[OperatingPoint]) -> tuple[list[str], list[li
 def threshold_table(points: Sequence[OperatingPoint]) -> str:
     """The same as Markdown, with the intervals of voxels' numbers in brackets."""
     columns = ["lesions", "grid", "map", "healthy scans with any voxel above", "threshold", *OF_VOXELS]
-    lines = ["| " + " | ".join([*columns, *(f"lesions {size}" for size in SIZES)]) + " |"]
-    lines.append("|" + "---|" * (len(columns) + len(SIZES)))
+    rows = []
     for point in points:
-        d = point.detection
+        d, shares = point.detection, [(point.numbers[name][0], count) for name, count in point.lesions.items()]
         cells = [d.group, GRID_NAMES[d.grid], f"{d.what}, {d.order}"]
-        cells.append(f"{point.rate:.1%}: {point.allowed} of {d.healthy}")
-        cells.append("-" if np.isnan(point.threshold) else f"{point.threshold:.3g}")
-        for name in OF_VOXELS:
-            value, (low, high) = point.numbers[name][0], interval(point.numbers[name])
-            cells.append("-" if np.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]")
-        for name, count in point.lesions.items():
-            share = point.numbers[name][0]
-            cells.append("-" if np.isnan(share) else f"{share:.0%} of {count}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells += [f"{point.rate:.1%}: {point.allowed} of {d.healthy}", _threshold(point.threshold)]
+        cells += [_with_interval(point.numbers[name]) for name in OF_VOXELS]
+        rows.append([*cells, *("-" if np.isnan(share) else f"{share:.0%} of {count}" for share, count in shares)])
+    return "\n".join(markdown_lines([*columns, *(f"lesions {size}" for size in SIZES)], rows)) + "\n"

@@ -138,6 +138,14 @@ def latent_tables(
     )
 
 
+def markdown_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table, as the rows come."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
 LARGEST = 1e6  # coordinate; they are standard deviations of the cohort
 
 
