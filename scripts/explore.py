@@ -20,8 +20,8 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.utils.command_line import run
-from scripts.utils.errors import InputError, ResourceError
+from scripts.utils.command_line import check_integer, run
+from scripts.utils.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def explore(
         OSError: the address cannot be used.
         ValueError: an argument makes no sense, or the network, its weights or the scans cannot be used.
     """
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-        raise InputError(f"port is {port!r}: it must be a whole number from 0 to 65535.")
+    check_integer("port", port, 0, 65535)
 
     import uvicorn
     from monai.bundle import ConfigParser

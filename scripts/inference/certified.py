@@ -97,7 +97,7 @@ def largest_of(data: Mapping[Hashable, Any]) -> dict[str, Any]:
     largest = {"cluster": max((c["mass"] for c in clusters), default=0.0)}
     largest["peak"] = max((c["peak"] for c in clusters), default=0.0)
     if "regions" in data:
-        largest["region"] = float(torch.as_tensor(data["regions"])[:, 3].abs().max())
+        largest["region"] = float(data["regions"][:, 3].abs().max())
     return {"largest": largest, "covariates": data["covariates"]}
 
 
@@ -193,7 +193,7 @@ def people_to_calibrate(cohort: Cohort, given: Cohort, seed: int) -> list[dict[s
         path = item_path(item)
         if any(_same(path, other) for other in judged[_size(path)]):
             raise InputError(f"calibration: '{path}' is one of the scans, too: keep healthy people apart for it.")
-        if given.training_run is not None and given.training_run.knows(item) in ("yes", "subject"):
+        if given.training_run.knows(item) in ("yes", "subject"):
             raise InputError(
                 f"calibration: '{path}' is of a person who was trained on, and looks more usual than others do: name "
                 "people who were not."

@@ -26,7 +26,7 @@ from scripts.inference.layouts import DatasetDescription, ScanLayout
 from scripts.inference.lesions import pair_masks
 from scripts.inference.outputs import SaveFigured
 from scripts.inference.tables import ScanColumns
-from scripts.inference.training_run import TrainingRun
+from scripts.inference.training_run import NO_RUN, TrainingRun
 from scripts.networks import OUTPUT_RANGES, VDVAE
 from scripts.population.prior import PopulationPrior
 from scripts.utils import distributed
@@ -201,9 +201,7 @@ class Common:
 
 
 def list_scans(
-    dataset_dir: str | os.PathLike,
-    scan_pattern: str | Sequence[str] = "*.nii*",
-    training_run: TrainingRun | None = None,
+    dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str] = "*.nii*", training_run: TrainingRun = NO_RUN
 ) -> list[dict[str, Any]]:
     """The scans of a folder, or all of a datalist's; its ``testing`` ones alone where it has such.
 
@@ -217,7 +215,7 @@ def list_scans(
     sides, _, _ = list_sides(dataset_dir, scan_pattern)
     if sides.get("testing"):
         return sides["testing"]
-    if training_run is not None and dataset_dir == training_run.datalist:
+    if dataset_dir == training_run.datalist:
         return sides.get("validation", [])
     return [item for side in sides.values() for item in side]
 
@@ -238,7 +236,7 @@ class Cohort:
         self,
         dataset_dir: str | os.PathLike | Callable[[], str | os.PathLike],
         scan_pattern: str | Sequence[str] = "*.nii*",
-        training_run: TrainingRun | None = None,
+        training_run: TrainingRun = NO_RUN,
         covariates_file: str | os.PathLike | None = None,
         unseen: str = "error",
         items: list[dict[str, Any]] | None = None,

@@ -78,7 +78,7 @@ def posteriors_of(coding: CovariateCoding, data: Mapping[Hashable, Any]) -> dict
     """What a scan says of its covariates, plain values."""
     content = {}
     for covariate, variable in coding.variables.items():
-        likely = torch.as_tensor(data[f"posterior_{covariate}"]).as_subclass(Tensor)
+        likely = data[f"posterior_{covariate}"]
         content[covariate] = {
             "values": variable.grid(),
             "probability": [float(f"{share:.6g}") for share in likely.tolist()],
@@ -214,7 +214,7 @@ def region_numbers(names: Sequence[str], data: Mapping[Hashable, Any]) -> dict[s
     """A scan's numbers in each region; None without an atlas."""
     if not names:
         return None
-    return dict(zip(names, torch.as_tensor(data["regions"]).as_subclass(Tensor).tolist(), strict=True))
+    return dict(zip(names, data["regions"].tolist(), strict=True))
 
 
 def region_table(

@@ -183,7 +183,7 @@ def draw_imputation(
     keys: Sequence[str], path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]
 ) -> None:
     """A scan, what of it is missing, and the mean, spread and first of the draws ``keys``, as ``SaveFigured`` does."""
-    draws = torch.stack([torch.as_tensor(data[key]).as_subclass(Tensor) for key in keys])
+    draws = torch.stack([data[key] for key in keys])
     titles = file_names(data["image"])
     figures.imputation(
         path, data["shown"], data["missing_fitted"], draws.mean(0), draws.std(0), draws[0], titles, value_range

@@ -42,7 +42,7 @@ def list_pair(scans_between: Sequence[Any] | None, cohort: Cohort) -> list[dict[
         scans = [scan["image"] for scan in cohort.items[:2]]
         if len(scans) < 2:
             run = cohort.training_run
-            held_out = " that was held out" if run is not None and cohort.folder == run.datalist else ""
+            held_out = " that was held out" if cohort.folder == run.datalist else ""
             raise InputError(
                 f"dataset_dir '{cohort.folder}' holds one scan alone{held_out}: set --scans_between to two scans."
             )

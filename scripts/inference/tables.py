@@ -17,7 +17,7 @@ from scripts.data.datalist import check_sides, list_sides
 from scripts.data.tables import read_table
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import read_rows
-from scripts.inference.training_run import TrainingRun
+from scripts.inference.training_run import NO_RUN, TrainingRun
 from scripts.population.files import FIT_IT
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, NotFoundError
@@ -49,7 +49,7 @@ class ScanColumns:
         items: Sequence[Mapping[str, Any]],
         root: str | os.PathLike,
         covariates: Covariates | None = None,
-        training_run: TrainingRun | None = None,
+        training_run: TrainingRun = NO_RUN,
     ) -> None:
         self.marks: dict[str, dict[str, str]] = {}
         self.root = Path(root).expanduser().absolute()
@@ -69,7 +69,7 @@ class ScanColumns:
         path = Path(os.path.normpath(Path(scan).expanduser().absolute()))
         image = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
         columns = {"image": image} | {name: item.get(name, "") for name in self.names}
-        if self.training_run is not None and self.training_run.trained is not None:
+        if self.training_run.trained is not None:
             columns["trained_on"] = self.training_run.knows(item)
         return columns | self.marks.get(scan, {})
 

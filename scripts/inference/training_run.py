@@ -149,6 +149,9 @@ class TrainingRun:
         return "" if self.trained is None else self.trained.knows(item)
 
 
+NO_RUN = TrainingRun(None)
+
+
 def _transforms(config: ConfigParser | dict[str, Any]) -> list[str]:
     """The classes of a config's preprocessing."""
     parser = config if isinstance(config, ConfigParser) else ConfigParser(config)

@@ -31,6 +31,7 @@ from scripts.population.sketch import FactorSketch, fit_bytes, latents_within, p
 from scripts.training.checkpoints import CheckpointError, read_archive, unwrap
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.training.trainer import TrainingEvents, VDVAETrainer
+from scripts.utils.command_line import check_integer
 from scripts.utils.devices import free_memory, on_device
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
@@ -143,8 +144,7 @@ class PopulationFit:
     ) -> None:
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0):
             raise InputError(f"prior_memory is {memory!r}: set it to a number of GiB above 0, or to None.")
-        if isinstance(factors, bool) or not isinstance(factors, int) or factors < 0:
-            raise InputError(f"prior_factors is {factors!r}: set it to a whole number, 0 for no population prior.")
+        check_integer("prior_factors", factors, 0)
         self.network, self.path, self.factors = unwrap(network), Path(path), factors
         self.coding = covariates and covariates.coding
         self.training = _Scans(training, covariates and covariates.training)
@@ -266,9 +266,7 @@ class PopulationFit:
         wanted = set(self.latents if latents is None else latents)
         share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
         loader = on_device(DataLoader(share, batch_size=self.batch_size, num_workers=self.num_workers), self.device)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with eval_mode(self.network), torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed + idist.get_rank())
+        with eval_mode(self.network):
             for batch in tqdm(loader, f"population prior, {what}", unit="batch", disable=idist.get_rank() > 0):
                 scans = batch["image"].to(self.device)
                 posteriors: dict[int, Posterior] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
@@ -78,19 +79,20 @@ def bundle_words() -> list[str]:
     return sys.argv[1:] if spec is not None and spec.name.startswith("monai.bundle.") else []
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Refuse what is not a whole number.
+def check_integer(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    """Refuse what is not a whole number within limits.
 
     Args:
         name: of the argument, for the message.
         value: what was given.
-        least: the smallest number that makes sense.
+        least, most: the limits, both allowed.
 
     Raises:
-        ValueError: ``value`` is no whole number, or less than ``least``.
+        ValueError: ``value`` is no whole number, or outside the limits.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise InputError(f"{name} is {value!r}, but must be a whole number, {least} or more.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+        limits = f", {least} or more" if most == math.inf else f" from {least} to {most}"
+        raise InputError(f"{name} is {value!r}, but must be a whole number{limits}.")
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:

@@ -30,6 +30,7 @@ from scripts.inference.layouts import channel_labels
 from scripts.inference.outputs import from_zero_to_one
 from scripts.layers.levels import find_level, grid_key, grid_name
 from scripts.population.prior import PopulationPrior
+from scripts.utils.command_line import check_integer
 from scripts.utils.devices import on_device
 from scripts.utils.errors import BundleError, InputError, root_cause
 from scripts.utils.figures import peak_of
@@ -310,10 +311,8 @@ class Jobs:
     ) -> Steps:
         """New scans; those of the job ``sample`` with this seed."""
         channel = self._channel(channel)
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_SAMPLES:
-            raise InputError(f"count is {count!r}: it must be a whole number from 1 to {MOST_SAMPLES}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise InputError(f"seed is {seed!r}: it must be a whole number, 0 or more.")
+        check_integer("count", count, 1, MOST_SAMPLES)
+        check_integer("seed", seed, 0, 2**31 - 1)
         chosen = {"population": self.prior, "network": None}[prior] if prior in ("population", "network") else None
         if prior != "network" and chosen is None:
             raise InputError(f"prior is {prior!r}: these weights have 'network' alone, or 'population' and 'network'.")
@@ -357,8 +356,7 @@ class Jobs:
     ) -> Steps:
         """From one scan to another in latent space, on some levels or all: a film strip."""
         channel = self._channel(channel)
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= MOST_STEPS:
-            raise InputError(f"steps is {steps!r}: it must be a whole number from 2 to {MOST_STEPS}.")
+        check_integer("steps", steps, 2, MOST_STEPS)
         if levels is not None:
             for level in levels:
                 find_level("levels", level, self.network.grids())
@@ -382,8 +380,7 @@ class Jobs:
         """What is painted on a scan, see :func:`painted`, filled in given the rest, as the job ``impute`` does it."""
         channel = self._channel(channel)
         missing = _painted(mask, self.network.spatial_shape)
-        if isinstance(draws, bool) or not isinstance(draws, int) or not 2 <= draws <= MOST_DRAWS:
-            raise InputError(f"draws is {draws!r}: it must be a whole number from 2 to {MOST_DRAWS}.")
+        check_integer("draws", draws, 2, MOST_DRAWS)
         total = draws * self._iterations
         yield 0, total
         item = self._read(index)
