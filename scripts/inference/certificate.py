@@ -82,14 +82,8 @@ class Certificate:
         self._model: Any = None  # tells scans from people by their covariates
 
     def take(self, people: Sequence[Mapping[str, Any]], scans: Sequence[Mapping[str, Value]] = ()) -> None:
-        """Take in the people of the calibration.
-
-        Args:
-            people: see :attr:`people`.
-            scans: covariates of all that are to be judged, from which weights follow.
-
-        Raises:
-            InputError: they are too few for anything to be significant.
+        """Take in the people of the calibration, see :attr:`people`, and the covariates of all scans that are to be
+        judged, from which weights follow; refused are people who are too few for anything to be significant.
         """
         self.refuse_few(len(people))
         self.people, members = list(people), defaultdict(list)
@@ -158,13 +152,8 @@ class Certificate:
         return next((g for g in self.groups_of(values) if len(self.members.get(g, ())) >= self.least), "all")
 
     def p(self, group: str, kind: str, size: float, weight: float = 1.0) -> float:
-        """The share of a group's people, the scan among them, whose largest finding is as large.
-
-        Args:
-            group: of the scan, see :meth:`group`.
-            kind: of the finding.
-            size: of the finding.
-            weight: of the scan, see :meth:`weight`.
+        """The share of a group's people, the scan among them, whose largest finding of this kind is as large; by the
+        weight of the scan, see :meth:`weight`.
         """
         people = self.members[group]
         larger = sum(w for largest, w in people if largest[kind] >= size)
@@ -179,11 +168,7 @@ class Certificate:
         return f"{zlib.crc32(json.dumps(self.members, sort_keys=True).encode()):08x}"
 
     def content(self, scans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """What the certificate says.
-
-        Args:
-            scans: of each scan ``group``, ``smallest_p`` and ``findings``.
-        """
+        """What the certificate says, by ``group``, ``smallest_p`` and ``findings`` of each scan."""
         rows = {}
         for group in sorted({scan["group"] for scan in scans.values()}):
             judged = [scan for scan in scans.values() if scan["group"] == group]

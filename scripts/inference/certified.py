@@ -50,14 +50,9 @@ TABLES = ("certificate.json", "certificate.csv", "findings.csv")
 def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Clusters of voxels that deviate in one direction, the one of the largest mass first.
 
-    Args:
-        z: ``[channels, *spatial]``.
-        inside: where there is brain, likewise.
-        affine: of the grid.
-
-    Returns:
-        of each cluster ``direction``, ``mass`` (the sum over its voxels of how far z exceeds the threshold), ``peak``,
-        ``size_ml`` and where the peak is in mm; and the cluster's number in each voxel from 1, 0 for none.
+    Of z, ``[channels, *spatial]``, where there is brain. Each has ``direction``, ``mass`` (the sum over its voxels of
+    how far z exceeds the threshold), ``peak``, ``size_ml`` and where the peak is in mm; beside them the cluster's
+    number in each voxel from 1, 0 for none.
     """
     structure = np.zeros((3,) * z.ndim)
     structure[1] = 1  # neighbours by a corner, of one channel
@@ -106,11 +101,6 @@ def judge(certificate: Certificate, regions: Sequence[str], data: Mapping[Hashab
 
     ``judged`` has ``group``, ``smallest_p``, which is the least that it could have, and ``findings``; ``significant``
     is -log10 p in each voxel of a cluster with p at most the error rate, below 0 where it is darker, 0 elsewhere.
-
-    Args:
-        certificate: with the calibration's people.
-        regions: names of the atlas's regions.
-        data: of the scan, with what :func:`add_clusters` adds.
     """
     group, weight = certificate.group(data["covariates"]), certificate.weight(data["covariates"])
     p_of = partial(certificate.p, group, weight=weight)
@@ -225,7 +215,6 @@ def certify(
     """What says which deviations are significant; None where neither error rate nor calibration is given.
 
     Args:
-        common: what all jobs share; its prior has covariates.
         inferer, regions, settings: of the job ``deviation``.
         error_rate: see :class:`Certificate`.
         calibration: a folder or a datalist of healthy people to whom the prior was not fitted, or the
@@ -260,16 +249,7 @@ def remove_certified(common: Common, scans: Sequence[str]) -> None:
 
 
 class CertifiedEvaluator:
-    """The job ``deviation`` with a certificate: first the calibration's people, then the scans.
-
-    Args:
-        common: what all jobs share.
-        inferer: of the deviation.
-        certificate: without people as yet.
-        calibration: see :func:`certify`.
-        regions: names of the atlas's regions.
-        settings: on which the results depend.
-    """
+    """The job ``deviation`` with a certificate: first the calibration's people, then the scans; see :func:`certify`."""
 
     def __init__(
         self,
@@ -349,11 +329,8 @@ class CertifiedEvaluator:
         return {**found["judged"], "guarantee": self.certificate.sentence()}, found["significant"]
 
     def summary(self, tables: Callable[[Sequence[str]], object], scans: Sequence[str]) -> None:
-        """Write ``findings.csv``, ``certificate.csv`` and ``certificate.json``; decide what is a discovery.
-
-        Args:
-            tables: writes those of the deviation.
-            scans: paths of the scans that have results.
+        """Write ``findings.csv``, ``certificate.csv`` and ``certificate.json``, and by ``tables`` those of the
+        deviation; decide what is a discovery.
         """
         tables(scans)
         read = dict(read_rows(self.findings, scans))

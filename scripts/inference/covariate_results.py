@@ -318,12 +318,7 @@ class RegionCurves:
         return torch.stack(means), torch.stack(deviations)
 
     def draw(self, path: str | os.PathLike, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Draw; nothing where no covariate is continuous.
-
-        Args:
-            path: of the PNG.
-            scores: of each scan, the z score of each region.
-        """
+        """Draw, by the z score of each region of each scan; nothing where no covariate is continuous."""
         coding = self.deviation.prior.coding
         covariate = next((name for name, variable in coding.variables.items() if variable.kind == "continuous"), None)
         if covariate is None:

@@ -31,11 +31,7 @@ INTERVAL = 0.9
 
 
 def need_covariates(prior: PopulationPrior | None) -> PopulationPrior:
-    """The population prior, if it knows covariates.
-
-    Raises:
-        ValueError: it does not, or there is none.
-    """
+    """The population prior, if it knows covariates; else that is refused."""
     if prior is None or prior.coding is None:
         raise InputError(
             "This job needs a population prior that was fitted with covariates: train, or run fit_prior, with "
@@ -207,9 +203,6 @@ class CovariatePosterior(Inferer):
     By Bayes, from the likelihood of the scan under each value and a flat prior over the grid. Other covariates are
     those that are known of the scan; one that is not is averaged over. ``effect_scores``, ``[batch, features]``, hold
     all that the scan says.
-
-    Args:
-        prior: with covariates.
     """
 
     def __init__(self, prior: PopulationPrior) -> None:
@@ -233,11 +226,8 @@ def posterior(
 ) -> tuple[list[Value], Tensor]:
     """The values of a covariate's grid and how likely each is given a scan, ``[values]``.
 
-    Args:
-        prior: with covariates.
-        scores: of the scan, ``[features]``, see :meth:`PopulationPrior.effect_scores`.
-        known: the covariates of the scan; what is known of the one that is asked for is not used.
-        name: of that.
+    ``scores``, ``[features]``, are those of the scan, see :meth:`PopulationPrior.effect_scores`; of its known
+    covariates that which is asked for is not used.
     """
     coding = prior.coding
     grid = coding.variables[name].grid()

@@ -283,12 +283,7 @@ def operating_points(
     detections: Sequence[Detection],
     repeats: int = 1000,
 ) -> list[OperatingPoint]:
-    """Of each detection the numbers at each of ``RATES``; none without healthy scans.
-
-    Args:
-        scans, groups, repeats: see :func:`scripts.inference.detection.detect`.
-        detections: of these scans and groups.
-    """
+    """Of each detection, of these scans and groups, the numbers at each of ``RATES``; none without healthy scans."""
     found = []
     for detection in (d for d in detections if d.healthy and d.lesions):
         own, sick, weights = _group(scans, groups[detection.group], repeats)

@@ -63,11 +63,7 @@ def stack_images(items: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def read_item(dataset: Dataset, index: int) -> dict[str, Any]:
-    """An item of a data set after its transforms, with its ``name``.
-
-    Raises:
-        Exception: what a transform raised; MONAI wraps it.
-    """
+    """An item of a data set after its transforms, with its ``name``."""
     item = dataset.data[index]
     if UNUSABLE in item:
         raise ScanError(item[UNUSABLE])
@@ -157,11 +153,8 @@ class ScanEvaluator(Evaluator):
     # what is left to do
 
     def finished(self, item: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-        """Whether all results of a scan are there, made of its files and covariates, none older than a file.
-
-        Args:
-            item: of the data set.
-            record: of earlier results, what each was made of.
+        """Whether all results of a scan are there, made of its files and covariates, none older than a file; ``record``
+        says what each of the earlier ones was made of.
         """
         if self.common.overwrite or not self._has_results(item) or record.get(self._place(item)) != made_of(item):
             return False
@@ -194,11 +187,7 @@ class ScanEvaluator(Evaluator):
         return "".join(os.path.relpath(path, self.common.output_dir) for path in self._result_paths(item)[:1])
 
     def check_names(self) -> None:
-        """Refuse scans whose results would have one name, such as those of ``a.nii`` and ``a.mha``, or a scan's name.
-
-        Raises:
-            InputError: there are such.
-        """
+        """Refuse scans whose results would have one name, as those of ``a.nii`` and ``a.mha``, or a scan's name."""
         scans = {os.path.realpath(file): file for item in self.dataset.data for file in sources(item)}
         layout, seen = self.layouts[0], dict[Path, str]()
         for item in self.dataset.data:
@@ -325,10 +314,8 @@ class ScanEvaluator(Evaluator):
         return {name: identity(value) for name, value in self.settings.items()}
 
     def _begin(self) -> list[int]:
-        """Refuse to mix results of different settings; leave those of this run beside its results.
-
-        Returns:
-            Which scans are not finished.
+        """Refuse to mix results of different settings; leave those of this run beside its results. Which scans are not
+        finished.
         """
         folder = self.common.output_dir
         folder.mkdir(parents=True, exist_ok=True)

@@ -61,13 +61,8 @@ class Hypothesis(NamedTuple):
 
 
 class Hypotheses:
-    """What may have happened to one scan.
-
-    Args:
-        network: trained.
-        familiarity: what is usual.
-        scan: upright, ``[channels, *spatial]``.
-        fit, scale: of the preprocessing.
+    """What may have happened to one scan, upright, ``[channels, *spatial]``; ``fit`` and ``scale`` are of the
+    preprocessing.
     """
 
     def __init__(
@@ -303,11 +298,8 @@ def _tissue(pixels: np.ndarray) -> np.ndarray:
 
 
 def connected_brain(scan: MetaTensor, tissue: np.ndarray | None = None) -> np.ndarray:
-    """The largest piece of tissue that hangs together by more than thin bridges, and what it surrounds, ``[*spatial]``.
-
-    Args:
-        scan: ``[channels, *spatial]``.
-        tissue: of it, bool ``[*spatial]``, where that is known.
+    """The largest piece of tissue that hangs together by more than thin bridges, and what it surrounds, ``[*spatial]``,
+    of a scan, ``[channels, *spatial]``, and its tissue, bool ``[*spatial]``, where that is known.
     """
     tissue = _tissue(_from_zero(scan)) if tissue is None else tissue
     steps = max(1, round(BRIDGE / 2 / float(np.mean(affine_to_spacing(scan.affine.numpy(), tissue.ndim)))))

@@ -221,13 +221,8 @@ class Examiner:
         return result
 
     def mended(self, image: MetaTensor, found: Finding) -> MetaTensor | None:
-        """A scan without what can be undone and leaves its values: where it lies, and what is no brain.
-
-        None where nothing of that was found.
-
-        Args:
-            image: that was examined.
-            found: what was found of it.
+        """A scan that was examined, without what can be undone and leaves its values: where it lies, and what is no
+        brain; None where nothing of that was found.
         """
         if not {step.reason for step in found.steps} & MENDED:
             return None

@@ -65,11 +65,7 @@ class Reconstruction(Inferer):
         self.levels = levels
 
     def images(self, network: VDVAE) -> list[str]:
-        """The names of its results.
-
-        Raises:
-            ValueError: no level has the grid that ``levels`` names.
-        """
+        """The names of its results."""
         steps = self._steps(network)
         return ["recon", "scale", "zscore", *(steps if self.levels == "each" else ())]
 
@@ -120,11 +116,7 @@ class Encoding(Inferer):
         self.temperature, self.prior, self.levels = temperature, prior, levels
 
     def count(self, network: VDVAE) -> int:
-        """How many latents it gives.
-
-        Raises:
-            ValueError: no level has the grid that ``levels`` names.
-        """
+        """How many latents it gives."""
         finest = 0 if self.levels is None else find_level("levels", self.levels, network.grids())
         return latents_up_to(network, finest)
 
@@ -275,11 +267,7 @@ class Interpolation(Inferer):
 
 
 def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int]:
-    """The numbers of the levels that :class:`Interpolation` moves.
-
-    Raises:
-        ValueError: no level has a grid that is named.
-    """
+    """The numbers of the levels that :class:`Interpolation` moves."""
     if levels is None:
         return set(range(network.levels))
     grids = network.grids()
@@ -289,13 +277,8 @@ def moving_levels(network: VDVAE, levels: Sequence[int | str] | None) -> set[int
 def prior_where_missing(
     network: VDVAE, mask: Tensor, temperature: float, sampler: LatentSampler | None = None
 ) -> LatentSampler:
-    """What draws latents from their posterior where a scan was observed, and from the prior where it is missing.
-
-    Args:
-        network: that infers them.
-        mask: true where a voxel is missing, ``[batch, 1, *spatial]``.
-        temperature: of the prior.
-        sampler: whose generators draw all noise.
+    """What draws latents from their posterior where a scan was observed, and from the prior, at a temperature, where
+    the mask, ``[batch, 1, *spatial]``, says that it is missing.
     """
     pool = Pool["ADAPTIVEAVG", network.spatial_dims]
     missing = [pool(grid)(mask.float()) > MISSING for _, *grid in network.latent_grids()]

@@ -60,13 +60,10 @@ def list_pair(scans_between: Sequence[Any] | None, cohort: Cohort) -> list[dict[
 
 
 class PairLayout(ScanLayout):
-    """Names of a pair's results: ``output_dir/a_to_b_step00.nii.gz`` for ``a.nii.gz`` and ``b.nii.gz``.
+    """Names of a pair's results, see :func:`list_pair`: ``output_dir/a_to_b_step00.nii.gz`` for ``a.nii.gz`` and
+    ``b.nii.gz``.
 
     A channel's results are named after that channel's two files.
-
-    Args:
-        pair: see :func:`list_pair`.
-        output_dir, postfix, extension, naming: see :class:`scripts.inference.layouts.ScanLayout`.
     """
 
     def __init__(
@@ -93,11 +90,7 @@ def matched(first: Sequence[str], second: Sequence[str]) -> tuple[Sequence[str],
 
 
 class BothScans(Transform):
-    """Apply a preprocessing to both scans of an item.
-
-    Args:
-        preprocessing: takes and returns ``{"image": ...}``.
-    """
+    """Apply a preprocessing, which takes and returns ``{"image": ...}``, to both scans of an item."""
 
     def __init__(self, preprocessing: Callable[[Mapping], Mapping]) -> None:
         self.preprocessing = preprocessing

@@ -143,11 +143,8 @@ def write_job_report(
     """Write ``report_JOB.html`` beside the results: jobs may share a folder.
 
     Args:
-        job: its word.
-        report: what it shows.
         layouts, figures: of the results and of the pictures of each scan.
         scans: those of which there are results.
-        settings: with what the results were made.
         failed: scans of which there are no results, and why.
         strangers: scans that the network does not know, with how many times as far from what is usual as the limit.
     """

@@ -1,7 +1,8 @@
 """The jobs of a trained network, one function each: what it reads, what it computes, what it writes.
 
 A job is made by its function and done by its ``run()``. configs/inference.json has a line for each; the page, the
-benchmarks and notebooks call the same functions. What all jobs share comes as one object, ``common``.
+benchmarks and notebooks call the same functions. ``common`` is what all jobs share; its prior must have covariates
+where a job is about these, and for :func:`privacy` its data set must say who was trained on.
 """
 
 from __future__ import annotations
@@ -356,7 +357,6 @@ def counterfactual(
     """Each scan as it would look under other covariates: ``_counterfactual``, ``_difference``, a film strip.
 
     Args:
-        common: what all jobs share; its prior has covariates.
         covariates: to change to, see :func:`scripts.inference.covariates.targets`.
         word: what the results are called.
         only: the kind of the covariates that may be changed; None: any.
@@ -395,7 +395,6 @@ def deviation(
     """How far each voxel is from what is usual for the scan's covariates, and with an atlas each region.
 
     Args:
-        common: what all jobs share; its prior has covariates.
         draws: of what is usual; by default 32.
         atlas: a NIfTI file of region numbers.
         certified: ``error_rate``, ``calibration``, ``correction``, ``groups`` and ``weighted``, see
@@ -486,7 +485,6 @@ def privacy(
     """Can people who were trained on be told from others, and are samples copies of them: ``privacy.json``, ``.csv``.
 
     Args:
-        common: what all jobs share; its data set says who was trained on.
         samples, temperature, covariates: of the samples, see :func:`sample`.
         training_scans: of how many people at most, on each side.
     """

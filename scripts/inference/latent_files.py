@@ -67,9 +67,6 @@ class SaveLatentsd(Transform):
     Top first, and ``coordinates`` where there is a population prior; with them what decoding to the scan's grid and
     units needs: ``affine``, ``scan_affine``, ``scan_shape``, ``background``, ``gain``, ``offset`` and ``b_min``; and
     ``channel_names``, the names of the scan's files without their suffixes, relative to the latents' folder.
-
-    Args:
-        layout: says where.
     """
 
     def __init__(self, layout: ScanLayout) -> None:

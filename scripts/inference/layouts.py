@@ -85,12 +85,8 @@ class ScanLayout:
     def save(
         self, scan: str, image: Tensor, affine: np.ndarray | Tensor, files: Sequence[str], space_code: int | None = None
     ) -> None:
-        """Write a volume, and what it was made of where results are a BIDS data set.
-
-        Args:
-            scan: by which it is named.
-            image, affine, space_code: see :func:`scripts.utils.formats.save_nifti`.
-            files: of the scan.
+        """Write a volume, named by its scan, and the scan's files that it was made of where results are a BIDS data
+        set.
         """
         path = self.filename(scan)
         if self.description is not None:
@@ -244,12 +240,7 @@ class DatasetDescription:
         return {f"{name}{number:08x}": path for name, number, path in named}
 
     def write_sidecar(self, volume: str | os.PathLike, scans: Sequence[str]) -> None:
-        """Say beside a volume what it was made of and by what: ``Sources`` and ``GeneratedBy``.
-
-        Args:
-            volume: a ``.nii.gz``.
-            scans: the files that it was made of.
-        """
+        """Say beside a ``.nii.gz`` of what files it was made and by what: ``Sources`` and ``GeneratedBy``."""
         files = [Path(scan).expanduser().absolute() for scan in scans]
         sources = [self._uri(file) for file in files if file.exists()]  # channels of latents have names, but no files
         content = {"Sources": sources} if sources else {}
@@ -264,10 +255,8 @@ class DatasetDescription:
         return file.as_uri()
 
     def __call__(self, job: str) -> None:
-        """Describe the folder as one that holds results of this job.
-
-        Raises:
-            FileExistsError: it is another data set, such as that of the scans.
+        """Describe the folder as one that holds results of this job; refused is another data set, such as that of the
+        scans.
         """
         path = self.output_dir / "dataset_description.json"
         name, weights = self.generator["Name"], self.generator["Weights"]
@@ -298,11 +287,7 @@ class DatasetDescription:
 
 
 def list_samples(output_dir: str | os.PathLike, count: int) -> list[dict[str, str]]:
-    """Names for scans to be drawn, numbered from 1; their noise follows from the name.
-
-    Raises:
-        InputError: when ``count`` is less than 1.
-    """
+    """Names for scans to be drawn, 1 or more, numbered from 1; their noise follows from the name."""
     if count < 1:
         raise InputError(f"samples is {count}: set --samples to 1 or more.")
     return [{"image": str(Path(output_dir) / f"{number:04d}")} for number in range(1, count + 1)]

@@ -81,11 +81,8 @@ class LesionCounts(NamedTuple):
 
 
 def ordered(counts: np.ndarray, order: str) -> np.ndarray:
-    """Counts in bins, ``[..., BINS]``, from the least to the most suspicious.
-
-    Args:
-        order: ``brighter`` or ``darker`` values are more suspicious, or ``either``, whatever is farther from 0 (half as
-            many bins).
+    """Counts in bins, ``[..., BINS]``, from the least to the most suspicious: the ``brighter`` or ``darker`` values, or
+    ``either``, whatever is farther from 0 (half as many bins).
     """
     if order == "either":
         return counts[..., BINS // 2 :] + counts[..., : BINS // 2][..., ::-1]
@@ -200,11 +197,7 @@ class CountVoxels(Transform):
 
 
 class SaveCounts(Transform):
-    """Write what :py:class:`CountVoxels` counted of a scan as ``.npz``, which :py:meth:`LesionCounts.load` reads.
-
-    Args:
-        layout: says where.
-    """
+    """Write what :py:class:`CountVoxels` counted of a scan as ``.npz``, which :py:meth:`LesionCounts.load` reads."""
 
     def __init__(self, layout: ScanLayout) -> None:
         self.layout = layout
@@ -282,17 +275,10 @@ def pair_masks(
 
 
 def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, str]:
-    """Of what kind each scan's lesions are, by ``kinds.csv`` beside the masks, with columns ``scan`` and ``kind``.
+    """Of what kind each scan's lesions are, by ``kinds.csv`` beside the masks; an empty text where nothing is said of
+    it.
 
-    Args:
-        mask_dir: the folder of the masks.
-        scans: paths, whose files' names are what the table has, or go on after it with ``_``.
-
-    Returns:
-        The kind of each of them; an empty text where nothing is said of it.
-
-    Raises:
-        InputError: the table lacks one of the columns, or cannot be read.
+    Its column ``scan`` has the names of the scans' files, or what they begin with before a ``_``; ``kind`` the kind.
     """
     path = Path(mask_dir).expanduser() / KINDS_FILE
     if not path.is_file():
@@ -311,15 +297,7 @@ def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, s
 
 
 def read_mask(path: str, scan: MetaTensor) -> Tensor:
-    """A scan's mask, bool ``[1, *spatial]``: true where the file is above 0.
-
-    Args:
-        path: of the mask.
-        scan: as it was loaded, ``[channels, *spatial]``.
-
-    Raises:
-        ScanError: when the mask cannot be read, has several channels, or lies on another grid than its scan.
-    """
+    """A scan's mask, bool ``[1, *spatial]``: true where the file, on the grid of the scan as loaded, is above 0."""
     mask = LoadScand("mask")({"mask": path})["mask"]
     rank = scan.ndim - 1
     affines = [to_affine_nd(rank, image.affine.numpy().astype(float)) for image in (scan, mask)]

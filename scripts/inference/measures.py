@@ -76,11 +76,7 @@ def membership(training: Sequence[float], held_out: Sequence[float], name: str =
 
 
 def nearest_training(images: Tensor, training: Tensor) -> Tensor:
-    """The distance of each image to its nearest training scan, and which that is: ``[images]`` each.
-
-    Args:
-        images, training: ``[images, channels, *spatial]``.
-    """
+    """The distance of each image to its nearest training scan, and which that is: ``[images]`` each."""
     return torch.cdist(images.flatten(1).double(), training.flatten(1).double()).min(1)
 
 
@@ -298,10 +294,8 @@ def _neighbours(volume: np.ndarray) -> np.ndarray:
 
 
 def fit_predictor(volumes: Iterable[np.ndarray]) -> np.ndarray:
-    """Weights by which the seven voxels before one predict it best, in the least squares over all volumes, ``[7]``.
-
-    Args:
-        volumes: ``[depth, height, width]`` or ``[height, width]``, uint8.
+    """Weights by which the seven voxels before one predict it best, in the least squares over all volumes, ``[7]``;
+    these are ``[depth, height, width]`` or ``[height, width]``, uint8.
     """
     products, targets = np.zeros((7, 7)), np.zeros(7)
     for volume in volumes:
@@ -377,12 +371,10 @@ def information(prior: PopulationPrior, scores: Tensor, rows: Sequence[Row], see
 def _likelihoods(
     prior: PopulationPrior, scores: Tensor, rows: Sequence[Row], about: Sequence[str]
 ) -> tuple[Tensor, list[int]]:
-    """The log likelihood of each scan under each value that occurs, tempered by each of ``TEMPERED``.
+    """The log likelihood of each scan under each value that occurs, tempered by each of ``TEMPERED``: ``[sharpnesses,
+    scans, values]``, each but for a number of the scan's own; and the place of each scan's value.
 
     Covariates that it is not about are averaged over, as these people have them.
-
-    Returns:
-        ``[sharpnesses, scans, values]``, each but for a number of the scan's own; and the place of each scan's value.
     """
     coding = prior.coding
     others = [name for name in coding.variables if name not in about]

@@ -65,11 +65,7 @@ class SaveScansd(MapTransform):
 
 
 def split_channels(image: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """An image, ``[channels, *spatial]``, by the name of its only file, or its channels by those of theirs.
-
-    Raises:
-        ScanError: when there are neither one name nor as many as channels.
-    """
+    """An image, ``[channels, *spatial]``, by the name of its only file, or its channels by those of theirs."""
     if len(names) > 1 and len(names) != len(image):
         raise ScanError(
             f"The {len(names)} files of the scan of '{names[0]}' hold {len(image)} channels, so that results cannot be "
@@ -168,12 +164,8 @@ def scan_numbers(data: Mapping[Hashable, Any]) -> dict[str, float | str]:
 
 
 class SaveSampled(Transform):
-    """Write a scan that was drawn from the model as NIfTI, its intensities from 0 (background) to 1.
-
-    Args:
-        layout: says where.
-        affine: of the network's grid.
-        value_range: of what the network draws.
+    """Write a scan that was drawn from the model, whose grid has this affine, as NIfTI, its intensities from 0
+    (background) to 1.
     """
 
     def __init__(self, layout: ScanLayout, affine: torch.Tensor, value_range: Sequence[float]) -> None:
@@ -206,11 +198,8 @@ def sample_sheet(path: str | os.PathLike, layout: ScanLayout, scans: Sequence[st
 
 
 def report_latents(network: VDVAE, written: int) -> None:
-    """Log how many numbers the latents of a scan are, level by level, beside those of its voxels; how large files are.
-
-    Args:
-        network: whose latents they are.
-        written: how many of them are written, the coarsest first, each with its mean and standard deviation.
+    """Log how many numbers the latents of a scan are, level by level, beside those of its voxels; how large files are
+    that have so many latents, the coarsest first, each with its mean and standard deviation.
     """
     voxels, channels = math.prod(network.spatial_shape), network.in_channels
     numbers, of = channels * voxels, f"{voxels} voxels" + (f" in {channels} channels" if channels > 1 else "")
@@ -250,11 +239,8 @@ class ResultWriters:
         self._begun: deque[Future] = deque()
 
     def add(self, result: Any) -> None:
-        """Let a result be written, once fewer than ``WAITING`` per process wait.
-
-        Raises:
-            OSError: a process was killed.
-            Exception: what ``write`` raised of this result or an earlier one.
+        """Let a result be written, once fewer than ``WAITING`` per process wait; raises what writing it or an earlier
+        one raised.
         """
         if self._pool is None:
             self.done(self.write(result))

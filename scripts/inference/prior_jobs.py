@@ -31,7 +31,6 @@ def fit_prior(
     """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
 
     Args:
-        common: what all jobs share.
         factors: how many at most.
         covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
         memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
@@ -72,7 +71,6 @@ def adapt(common: Common, covariates: Any, epsilon: float | None = None) -> Adap
     """A population prior that knows one more category, such as a new site: ``population_prior.pt``.
 
     Args:
-        common: what all jobs share; its prior has covariates.
         covariates: the new category of a covariate, such as ``{"site": "D"}``.
         epsilon: of differential privacy towards each person; None: none.
     """

@@ -122,11 +122,7 @@ def membership_numbers(training: Measured | None, held_out: Measured, seed: int 
 def privacy_sides(
     dataset_dir: str | os.PathLike, scan_pattern: str | Sequence[str], most: int, seed: int
 ) -> tuple[list[dict], list[dict]]:
-    """One scan each of people who were trained on, at most so many, and of people who were not.
-
-    Raises:
-        InputError: ``dataset_dir`` does not say both, or a person is on both sides.
-    """
+    """One scan each of people who were trained on, at most so many, and of people who were not."""
     sides, _, _ = list_sides(dataset_dir, scan_pattern)
     check_sides(sides, dataset_dir)
     training, held_out = sides.get("training", []), [*sides.get("validation", []), *sides.get("testing", [])]

@@ -212,10 +212,8 @@ def compare_features(
 def compare_regions(samples: Tensor, scans: Tensor, labels: Tensor, seed: int = 0) -> Numbers:
     """``region_distance``: how far samples' region means are from those of as many scans, with halves of scans.
 
-    Args:
-        samples, scans: ``[images, channels, *spatial]``; the first channel counts.
-        labels: a region's number in each voxel, 0 for none, ``[*spatial]``.
-        seed: of random halves.
+    Both are ``[images, channels, *spatial]``, of which the first channel counts; ``labels`` is a region's number in
+    each voxel, 0 for none, ``[*spatial]``.
     """
     masks = [labels == number for number in labels.unique().tolist() if number]
     means = [torch.stack([x[:, 0][:, mask].mean(1) for mask in masks], 1) for x in (samples[: len(scans)], scans)]
@@ -283,11 +281,8 @@ def kernel_features(kernel: Tensor) -> Tensor:
 
 
 def mmd(features: Tensor, samples: Sequence[int], scans: Sequence[int]) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy of as many samples as scans.
-
-    Args:
-        features: of all images, ``[images, features]``.
-        samples, scans: which of them are which, two or more each.
+    """The unbiased estimate of the squared maximum mean discrepancy of as many samples as scans, by the features of all
+    images, ``[images, features]``, and which are which.
     """
     return MMDMetric()(features[scans], features[samples]).item()
 

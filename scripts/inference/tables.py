@@ -60,11 +60,7 @@ class ScanColumns:
         self.names = [name for name in ("subject", "session") if name in known]
 
     def __call__(self, scan: str) -> dict[str, Any]:
-        """The first columns of a scan's row.
-
-        Args:
-            scan: path of its first file, as the items have it.
-        """
+        """The first columns of the row of a scan, by the path of its first file."""
         item = self.items.get(scan, {"image": scan})
         path = Path(os.path.normpath(Path(scan).expanduser().absolute()))
         image = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
@@ -78,12 +74,8 @@ class ScanColumns:
         return self.covariates.of(scan)
 
     def write(self, path: str | os.PathLike, rows: Iterable[tuple[str, Mapping[str, Any]]], last: bool = False) -> None:
-        """Write a table.
-
-        Args:
-            path: of the CSV file.
-            rows: of each scan, the numbers by their columns; all rows have the same.
-            last: put what is said of the scan, but its path, after the numbers.
+        """Write a table of the numbers of each scan by their columns, which are the same for all; ``last`` puts what is
+        said of the scan, but its path, after them.
         """
         rows = iter(rows)
         first = list(itertools.islice(rows, 1))  # the others stay where they are: there may be many

@@ -116,22 +116,15 @@ class TrainingRun:
         return str(path)
 
     def get(self, key: str, given: Any) -> Any:
-        """A setting: the value that was given, else the run's, else the default.
-
-        Args:
-            key: ``scan_pattern``, ``keep_aspect`` or ``percentiles``.
-            given: None where nothing was.
-        """
+        """A setting, such as ``scan_pattern``: the value that was given, else the run's, else the default."""
         if given is not None:
             return given
         of_run = None if self.folder is None else self._parser.get(key)
         return DEFAULTS[key] if of_run is None else self._parser.get_parsed_content(key)
 
     def network(self, given: VDVAE) -> VDVAE:
-        """An untrained network of the run's architecture and the class of ``given``; that one without a run.
-
-        Raises:
-            InputError: the network that was given is neither the run's nor one that the bundle takes by default.
+        """An untrained network of the run's architecture and the class of ``given``, which must be the run's or that of
+        the bundle; that one without a run.
         """
         if self.folder is None:
             return given

@@ -33,17 +33,11 @@ class Deviations(NamedTuple):
 def deviations(
     network: VDVAE, prior: PopulationPrior, scans: Tensor, features: Tensor, sampler: LatentSampler
 ) -> Deviations:
-    """How far scans deviate, in standard deviations of draws for their covariates.
+    """How far scans, ``[batch, channels, *spatial]``, deviate, in standard deviations of draws for their covariates,
+    which become ``[batch, features]``.
 
     Of voxels, and of the means of blocks of an eighth of the grid, which stand for regions; of those that are brain in
     most draws.
-
-    Args:
-        network: to whose latents the prior belongs.
-        prior: with covariates.
-        scans: ``[batch, channels, *spatial]``.
-        features: what their covariates become, ``[batch, features]``.
-        sampler: draws the noise.
     """
     pool = Pool["AVG", network.spatial_dims](max(1, min(network.spatial_shape) // 8))
     squares, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)

@@ -58,11 +58,8 @@ class Effects:
         self.moments, self.squares = torch.zeros(features + 1, quantities), torch.zeros(quantities)
 
     def add(self, features: Tensor, values: Tensor) -> None:
-        """Take in some scans.
-
-        Args:
-            features: ``[batch, features]``, of mean 0 over the cohort.
-            values: the quantities, ``[batch, *shape]``.
+        """Take in some scans: features ``[batch, features]``, of mean 0 over the cohort, and quantities ``[batch,
+        *shape]``.
         """
         design = torch.cat([torch.ones(len(features), 1), features], dim=1)
         flat = values.flatten(1)

@@ -140,12 +140,8 @@ class LatentRecord:
 
 
 def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) -> Look:
-    """One pass of the network over scans, the latents being the posteriors' means.
-
-    Args:
-        network: trained.
-        scans: ``[batch, channels, *spatial]``, in the network's range.
-        prior: the population prior, without what is known of covariates.
+    """One pass of the network over scans, ``[batch, channels, *spatial]`` in its range, the latents being the
+    posteriors' means; nothing is said to the prior of covariates.
     """
     record = LatentRecord(prior)
     output = record.infer(network, scans, temperature=0.0)
@@ -155,12 +151,8 @@ def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) ->
 
 
 def surprise(network: VDVAE, scans: Tensor, output: VDVAEOutput) -> Tensor:
-    """The mean of the voxels' negative log densities in each cube that has enough brain, nats: ``[batch, cubes]``.
-
-    Args:
-        network: trained.
-        scans: ``[batch, channels, *spatial]``, in the network's range.
-        output: of a pass whose latents are the posteriors' means.
+    """The mean of the voxels' negative log densities in each cube that has enough brain, nats: ``[batch, cubes]``; of a
+    pass whose latents are the posteriors' means.
     """
     rank = network.spatial_dims
     spacing = affine_to_spacing(network.scan_affine, rank).tolist()
@@ -184,14 +176,9 @@ def statistics(
 
     The bits per dim of the voxels in the brain, its border and the background; the logarithms of neighbours'
     differences along each axis, of what the latents of each grid cost, finest first, of how much of the brain is
-    missing, and of the distance from the population's mean.
-
-    Args:
-        network: trained.
-        scans: ``[batch, channels, *spatial]``, in the network's range.
-        output, innovations: of a pass whose latents are the posteriors' means; those of latents that the prior does not
-            concern may be empty.
-        prior: the population prior, without what is known of covariates.
+    missing, and of the distance from the population's mean, without what is known of covariates. Output and innovations
+    are of a pass whose latents are the posteriors' means; those of latents that the prior does not concern may be
+    empty.
     """
     log_density = torch.distributions.Normal(output.loc, output.scale).log_prob(scans)
     where = parts(network)
@@ -220,12 +207,7 @@ def roughness(scans: Tensor) -> list[Tensor]:
 
 
 def tissue_quantiles(scan: Tensor, inside: Tensor) -> Tensor:
-    """Of each channel's voxels of a mask, ``[channels, QUANTILES]``.
-
-    Args:
-        scan: ``[channels, *spatial]``.
-        inside: ``[*spatial]``; where it is empty, all voxels count.
-    """
+    """Of each channel's voxels of a mask, or all where it is empty, ``[channels, QUANTILES]``."""
     at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device=scan.device)
     values = scan.double()[:, _or_all(inside)]
     return torch.stack([torch.quantile(channel[:: 1 + len(channel) // 2**20], at) for channel in values]).float()
@@ -343,12 +325,8 @@ class Familiarity(NamedTuple):
         )
 
     def everywhere(self, surprise: Tensor) -> Tensor:
-        """Whether scans are less likely than usual all over their brains, as those of another scanner are: ``[batch]``.
-
-        What a disease does to a brain has its places.
-
-        Args:
-            surprise: of each scan, see :func:`surprise`.
+        """Whether scans are less likely than usual all over their brains, see :func:`surprise`, as those of another
+        scanner are: ``[batch]``. What a disease does to a brain has its places.
         """
         if self.surprise is None:
             return torch.zeros(len(surprise), dtype=torch.bool)
@@ -402,13 +380,6 @@ def fit_familiarity(
     vary more. Whom the network was trained on it knows a little better, and their coordinates are larger: they are
     usual too. So is what another brain mask changes (:func:`masked_otherwise`), of those who are held out or, where
     these are few, of some of the others: its mean squares are added.
-
-    Args:
-        network: trained.
-        prior: its population prior.
-        held_out, training: scans as the network gets them, that it was not trained on and that it was.
-        batch_size, num_workers: of the data loader.
-        device: of the network.
     """
     held_out, training = (Subset(dataset, spaced(len(dataset), MOST_PEOPLE)) for dataset in (held_out, training))
     loading = {"batch_size": batch_size, "num_workers": num_workers}
@@ -443,15 +414,7 @@ def also_familiar(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any] | None:
-    """What is familiar to a prior, with scans of another kind beside it, as plain values; None where it does not tell.
-
-    Args:
-        network: trained.
-        prior: its population prior.
-        dataset: the scans, as the network gets them.
-        batch_size, num_workers: of the data loader.
-        device: of the network.
-    """
+    """What is familiar to a prior, and scans of another kind beside it, plain values; None where it does not tell."""
     known = Familiarity.of(prior)
     if known is None:
         return None

@@ -302,10 +302,8 @@ class PopulationFit:
         return sum(map(math.prod, self._grids().values()))
 
     def _effects(self, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
-        """The regressions of the shifts, and of the scans themselves, on the covariates.
-
-        Returns:
-            ``[features, dimensions]`` and ``[features, channels, *spatial]``; None without covariates.
+        """The regressions of the shifts, ``[features, dimensions]``, and of the scans themselves, ``[features,
+        channels, *spatial]``, on the covariates; None without these.
         """
         if self.coding is None:
             return None, None

@@ -14,14 +14,11 @@ LEAST_SHARE = 1e-4
 
 
 def correlation_of(coding: CovariateCoding, gram: Tensor) -> Tensor:
-    """The correlation of the normal variables behind covariates, ``[covariates, covariates]``.
+    """The correlation of the normal variables behind covariates, ``[covariates, covariates]``, by the sums over the
+    cohort of products of the features that they become, ``[features, features]``.
 
     A category stands for an interval of a normal variable (polyserial correlation, Olsson et al. 1982), so that sums
     over the cohort suffice.
-
-    Args:
-        coding: of the covariates.
-        gram: sums over the cohort of products of the features that they become, ``[features, features]``.
     """
     rows = torch.zeros(len(coding.variables), coding.size, dtype=torch.float64)
     attenuation = torch.ones(len(rows), dtype=torch.float64)

@@ -43,10 +43,8 @@ class LeftOut(NamedTuple):
 
 
 def total(parts: Sequence[CohortStatistics]) -> CohortStatistics:
-    """The sums of some cohorts together, of the latents that all have.
-
-    Raises:
-        InputError: they are of different weights or knots, or have no latent in common.
+    """The sums of some cohorts together, of the latents that all have; refused are those of different weights or knots,
+    or without a common latent.
     """
     first = parts[0]
     knots: dict[str, Any] = {}
@@ -241,12 +239,6 @@ def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:
 
     The sum of squares of each dimension is then no larger. Of other people's it is in some of thousands of dimensions,
     as long as the cohorts differ in size by no more than such sums do by chance.
-
-    Args:
-        cohorts: by their names.
-
-    Raises:
-        InputError: there is such a one, whose people would count twice.
     """
     for one, other in itertools.permutations(sorted(cohorts), 2):
         smaller, larger = cohorts[one], cohorts[other]

@@ -193,11 +193,8 @@ class PopulationPrior(nn.Module):
             return effect - projected @ self.explained_effects
 
     def covariate_likelihoods(self, scores: Tensor, features: Tensor) -> Tensor:
-        """log p(scan | covariates) of several values of the covariates, up to a constant: ``[batch, values]``.
-
-        Args:
-            scores: of scans, see :meth:`effect_scores`.
-            features: what each of the values becomes, ``[values, features]``.
+        """log p(scan | covariates), up to a constant, of several values of the covariates, which become ``[values,
+        features]``: ``[batch, values]``, by the scans' :meth:`effect_scores`.
         """
         features = features.to(scores)
         return self.sharpness * (scores @ features.T - 0.5 * ((features @ self.information) * features).sum(1))
@@ -299,11 +296,8 @@ class PopulationPrior(nn.Module):
         }
 
     def moved(self, innovations: Sequence[Tensor], change: Tensor) -> dict[int, Tensor]:
-        """Innovations of the same scans under other covariates: ``[batch, channels, *grid]`` each, by index.
-
-        Args:
-            innovations: of all latents.
-            change: of what the covariates become, ``[batch, features]``.
+        """Innovations of all latents of the same scans under covariates that become so much more, ``[batch,
+        features]``: ``[batch, channels, *grid]`` each, by index.
         """
         moved = dict(enumerate(innovations))
         for index, (_, _, _, effects) in zip(self.latents, self._parts(), strict=True):
@@ -312,11 +306,8 @@ class PopulationPrior(nn.Module):
 
 
 def given_innovations(innovations: Mapping[int, Tensor], sampler: LatentSampler | None = None) -> LatentSampler:
-    """What lets ``network.decode([], ..., sampler=...)`` take these u, by the latents' indices.
-
-    Args:
-        innovations: ``[batch, channels, *grid]`` each; latents that are left out are drawn as usual.
-        sampler: whose generators draw them.
+    """What lets ``network.decode([], ..., sampler=...)`` take these u, ``[batch, channels, *grid]`` each by the
+    latents' indices; those that are left out are drawn as usual, by the generators of ``sampler``.
     """
 
     def rule(index: int, p: Posterior) -> Tensor:

@@ -57,11 +57,7 @@ class FactorSketch:
         self.mean = self.scatter = self.square = self.basis = torch.zeros(0)
 
     def add(self, shifts: Tensor, ratios: Tensor) -> None:
-        """Take in vectors.
-
-        Args:
-            shifts, ratios: ``[vectors, dimensions]``, fp32.
-        """
+        """Take in vectors of shifts and ratios, ``[vectors, dimensions]``, fp32."""
         mean = shifts.mean(0)
         rest = shifts - mean
         self._join(len(shifts), mean, rest, rest.square().sum(0), ratios.square().sum(0))
@@ -129,11 +125,8 @@ class FactorSketch:
 
 
 def split_latents(vectors: Tensor, grids: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-    """The latents that lie one after the other in vectors, by their indices: ``[rows, channels, *grid]`` each.
-
-    Args:
-        vectors: ``[rows, dimensions]``.
-        grids: ``[channels, *grid]`` of each latent, in order.
+    """The latents that lie one after the other in vectors, ``[rows, dimensions]``, by their indices: ``[rows, channels,
+    *grid]`` each.
     """
     parts = vectors.split([math.prod(grid) for grid in grids.values()], dim=1)
     return {index: part.unflatten(1, grid) for part, (index, grid) in zip(parts, grids.items(), strict=True)}

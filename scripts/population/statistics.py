@@ -77,11 +77,8 @@ def raw_numbers(coding: CovariateCoding, values: Mapping[str, Value]) -> dict[st
 
 
 def coefficients(coding: CovariateCoding, columns: Sequence[str]) -> Tensor:
-    """How the features of a coding follow from such columns: ``features = columns @ coefficients``, fp64.
-
-    Args:
-        coding: with the knots that the columns have.
-        columns: their names; what a column lacks is not known of a scan.
+    """How the features of a coding, whose knots the columns have, follow from them: ``features = columns @
+    coefficients``, fp64. What a column lacks is not known of a scan.
     """
     places = {name: place for place, name in enumerate(columns)}
     found = torch.zeros(len(columns), coding.size, dtype=torch.float64)

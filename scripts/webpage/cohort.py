@@ -29,12 +29,7 @@ LARGEST_PAGE = 200
 
 
 class Cohort:
-    """A table with a row per scan.
-
-    Args:
-        items: of a datalist.
-        columns: what is known of each.
-    """
+    """A table with a row per scan: the items of a datalist, and what is known of each."""
 
     def __init__(self, items: Sequence[Mapping[str, Any]], columns: ScanColumns) -> None:
         self.items = list(items)
@@ -49,19 +44,11 @@ class Cohort:
         return len(self.items)
 
     def row(self, index: int) -> dict[str, Any]:
-        """A copy of a scan's row.
-
-        Raises:
-            ValueError: there is no such scan.
-        """
+        """A copy of a scan's row."""
         return dict(self._rows[self.check(index)])
 
     def check(self, index: Any) -> int:
-        """The number of a scan.
-
-        Raises:
-            ValueError: there is no such scan.
-        """
+        """The number of a scan; another one is refused."""
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self._rows):
             raise InputError(f"There is no scan {index!r}: they have the numbers 0 to {len(self._rows) - 1}.")
         return index

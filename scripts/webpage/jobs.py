@@ -119,11 +119,7 @@ class Jobs:
         }
 
     def prepare(self, kind: Any, arguments: Any) -> tuple[str, Steps]:
-        """A job as it was asked for: the key of the request and the steps, of which none is done yet.
-
-        Raises:
-            ValueError: there is no such job, or its arguments are not understood.
-        """
+        """A job as it was asked for: the key of the request and the steps, of which none is done yet."""
         if not isinstance(kind, str) or kind not in self.kinds or not isinstance(arguments, dict):
             raise InputError(f"There is no job {kind!r}: there are {', '.join(self.kinds)}.")
         job = self.kinds[kind]
@@ -159,11 +155,8 @@ class Jobs:
 
     # each scan is read again when it is asked for: a cohort need not fit into memory
     def _read(self, index: Any, job: ScanEvaluator | None = None) -> dict[str, Any]:
-        """A scan after a job's preprocessing, that of scores by default.
-
-        Raises:
-            BundleError: it cannot be used; its row says so then.
-            InputError: there is no such scan.
+        """A scan after a job's preprocessing, that of scores by default; of one that cannot be used its row says so
+        then.
         """
         index = self.cohort.check(index)
         try:

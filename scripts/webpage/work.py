@@ -119,9 +119,6 @@ class Job:
 class Worker:
     """One thread that works on all kinds of jobs in turns, a step of one of each, so that neither a long job nor many
     short ones hold up the others.
-
-    Args:
-        results: where results go.
     """
 
     def __init__(self, results: Results) -> None:
@@ -134,11 +131,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, kind: str, key: str, steps: Steps) -> Job:
-        """Add a job; one whose result is still kept is done at once.
-
-        Raises:
-            BusyError: there are too many.
-        """
+        """Add a job; one whose result is still kept is done at once. Too many are refused."""
         job = Job(kind, key)
         with self._changed:
             if self.results.get(key) is not None:
