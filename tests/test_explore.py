@@ -35,7 +35,7 @@ from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import LatentSampler
 from scripts.utils.figures import peak_of
 from scripts.webpage.app import create_app
-from scripts.webpage.cohort import Cohort
+from scripts.webpage.cohort import CohortTable
 from scripts.webpage.jobs import Jobs
 from scripts.webpage.work import MOST_WAITING, BusyError, Result, Results, Worker
 
@@ -231,7 +231,7 @@ def test_a_large_cohort_is_no_problem():
         def details(self, scan):
             return {"age": str(len(scan) + int(scan[1:-4]) % 70)}
 
-    cohort = Cohort([{"image": f"s{number}.nii"} for number in range(5000)], Columns())
+    cohort = CohortTable([{"image": f"s{number}.nii"} for number in range(5000)], Columns())
     for number in range(0, 5000, 2):
         cohort.note(number, bits_per_dim=float(number % 997))
     start = time.process_time()

@@ -23,6 +23,7 @@ from scripts.inference.covariates import summary
 from scripts.inference.engine import read_item
 from scripts.inference.measures import (
     NormativeErrors,
+    Numbers,
     category_numbers,
     file_bits,
     fit_predictor,
@@ -46,7 +47,6 @@ from scripts.utils.report import write_report
 
 logger = logging.getLogger(__name__)
 
-Numbers = dict[str, float | None]
 Histograms = dict[str, tuple[np.ndarray, np.ndarray | None]]
 
 SCORED = ("bits_per_voxel_", "bits_per_dim_population", "typicality", "psnr", "ssim")  # how columns of scores begin
@@ -224,8 +224,8 @@ def _trained_on(common: Common, training: Sequence[Mapping[str, Any]], most: int
     chosen = [dict(training[place]) for place in one_per_subject(training, most, common.seed)]
     if not chosen:
         return None
-    run = common.cohort.training_run
-    cohort = common.cohort.of(chosen, None if run is None else run.datalist)  # whose own table has their covariates
+    # of the data set whose own table has their covariates
+    cohort = common.cohort.of(chosen, common.cohort.training_run.datalist)
     return measure(jobs.score(common.replace(cohort=cohort), restore=None), "scoring training scans")
 
 

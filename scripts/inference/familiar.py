@@ -17,6 +17,7 @@ from monai.transforms import Compose, Orientation
 from monai.utils import ensure_tuple
 from scripts.data.transforms import reading
 from scripts.inference.explanations import Hypotheses, Hypothesis, connected_brain
+from scripts.inference.training_run import INFERENCE
 from scripts.networks import VDVAE
 from scripts.population.familiarity import LEAST_ALIKE, Familiarity, Look, look, reference
 from scripts.population.files import FIT_IT
@@ -27,7 +28,6 @@ from scripts.utils.formats import save_nifti
 from torch import Tensor
 from tqdm import tqdm
 
-INFERENCE = Path(__file__).parents[2] / "configs" / "inference.json"
 MEND = "`python -m scripts.prepare --like WEIGHTS` mends it"
 REMEDIES = {
     **dict.fromkeys(("orientation", "alignment", "voxel_size", "skull"), MEND),

@@ -6,23 +6,26 @@ neither through the smoothing of the fit to the network's grid, nor through the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import MapTransform, Transform
 from monai.utils import ensure_tuple
 from scipy import stats
 from scripts.data.scan_grid import Fit
-from scripts.data.transforms import ScanError
+from scripts.data.transforms import FitShape, ScanError
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.lesions import FitLike, read_mask
+from scripts.inference.lesions import read_mask
 from scripts.inference.measures import mean_interval
 from scripts.inference.outputs import file_names, read_rows
 from scripts.inference.tables import ScanColumns, row_table
@@ -73,6 +76,31 @@ class HideMissingd(MapTransform):
         if missing.all():
             raise ScanError(f"The mask '{path}' is full (every voxel is above 0): nothing of '{name}' was observed.")
         return missing
+
+
+class FitLike(FitShape):
+    """A fit to the grid of an image that was fitted before."""
+
+    def __init__(self, image: MetaTensor) -> None:
+        super().__init__(image.shape[1:])
+        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
+
+    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rank = len(shape)
+        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
+        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
+
+    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
+        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
+        rank = missing.ndim - 1
+        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
+        voxels = np.argwhere(missing[0].numpy())
+        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
+        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
+        found = np.zeros(self.spatial_shape, bool)
+        for corner in itertools.product((0, 1), repeat=rank):
+            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
+        return torch.from_numpy(found)[None]
 
 
 class FitMaskd(MapTransform):

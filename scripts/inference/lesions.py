@@ -7,7 +7,6 @@ on its size, and :py:mod:`scripts.inference.detection` needs no more than that.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,7 +23,7 @@ from scipy import ndimage
 from scripts.data.find import compile_pattern, fill_pattern, find_by_wildcards
 from scripts.data.scan_grid import Fit
 from scripts.data.tables import read_table
-from scripts.data.transforms import FitShape, LoadScand, ScanError
+from scripts.data.transforms import LoadScand, ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
 from scripts.utils.files import write_whole
@@ -311,28 +310,3 @@ def read_mask(path: str, scan: MetaTensor) -> Tensor:
     if len(mask) != 1:
         raise ScanError(f"The mask '{path}' has {len(mask)} channels: give one, which counts for all the scan's.")
     return mask.as_tensor() > 0
-
-
-class FitLike(FitShape):
-    """A fit to the grid of an image that was fitted before."""
-
-    def __init__(self, image: MetaTensor) -> None:
-        super().__init__(image.shape[1:])
-        self.affine = to_affine_nd(image.ndim - 1, image.affine.numpy().astype(float))
-
-    def _destination(self, image: MetaTensor, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rank = len(shape)
-        steps = np.linalg.inv(self.affine) @ to_affine_nd(rank, image.affine.numpy().astype(float))
-        return self.affine, 1 / np.abs(steps[:rank, :rank]).max(axis=0)
-
-    def neighbours(self, missing: Tensor, affine: Tensor) -> Tensor:
-        """The voxels of the new grid from which a missing voxel of the old one, ``[1, *spatial]``, is interpolated."""
-        rank = missing.ndim - 1
-        to_new = np.linalg.inv(self.affine) @ to_affine_nd(rank, affine.numpy().astype(float))
-        voxels = np.argwhere(missing[0].numpy())
-        places = np.floor(voxels @ to_new[:rank, :rank].T + to_new[:rank, rank] + 1e-6).astype(int)
-        places = places[((places >= -1) & (places < self.spatial_shape)).all(1)]  # others lie outside of the grid
-        found = np.zeros(self.spatial_shape, bool)
-        for corner in itertools.product((0, 1), repeat=rank):
-            found[tuple(np.clip(places + corner, 0, np.array(self.spatial_shape) - 1).T)] = True
-        return torch.from_numpy(found)[None]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from monai.metrics import MMDMetric, MultiScaleSSIMMetric
 from scripts.inference.measures import (
+    Numbers,
     distance_ratio,
     frechet_distance,
     nearest_training,
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 HALVES = 200  # random divisions, for the sampling errors
 VOXELS = 2**22  # of all images together, in double precision at once
 PAIRED_VOXELS = 2**28  # of the pairs whose MS-SSIM is taken: of 45 images at 64³, of 16 at 128³, some minutes of a core
-
-Numbers = dict[str, float | None]
 
 
 def compare_images(
@@ -130,11 +129,18 @@ def _discrepancies(samples: Tensor, scans: Tensor, seed: int) -> Numbers:
         numbers |= {
             name: mmd(features, of_samples, of_scans),
             f"{name}_standard_error": _std(halves),
-            f"{name}_halves_mean": float(np.mean(reference)) if reference else None,
             f"{name}_halves_std": _std(reference),
-            f"{name}_halves_95": float(np.quantile(reference, 0.95)) if reference else None,
+            **_of_halves(name, reference),
         }
     return numbers
+
+
+def _of_halves(name: str, distances: Sequence[float]) -> Numbers:
+    """Mean and 95th percentile of distances of halves of the scans from each other."""
+    return {
+        f"{name}_halves_mean": float(np.mean(distances)) if distances else None,
+        f"{name}_halves_95": float(np.quantile(distances, 0.95)) if distances else None,
+    }
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -229,11 +235,7 @@ def _with_halves(
         return {name: None}
     halves = random_halves(range(len(scans)), HALVES, seed) if len(scans) >= 4 else []
     reference = [distance(scans[a], scans[b]) for a, b in halves]
-    return {
-        name: distance(samples, scans),
-        f"{name}_halves_mean": float(np.mean(reference)) if reference else None,
-        f"{name}_halves_95": float(np.quantile(reference, 0.95)) if reference else None,
-    }
+    return {name: distance(samples, scans), **_of_halves(name, reference)}
 
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first (Wang et al. 2003)

@@ -229,7 +229,7 @@ class PopulationFit:
         prior.coding = self.coding
         if self.coding is not None:
             prior.correlation = correlation_of(self.coding, self.training.features.T @ self.training.features)
-        prior.sharpness = self._sharpness(prior, drawn)
+            prior.sharpness = SHARPNESSES[int(self._likelihoods(prior, drawn).argmax())]
         self._add_offsets(prior, means, first)
         self._calibrate_deviations(prior, chosen)
         prior.distances = self._distances(prior, chosen)
@@ -401,12 +401,8 @@ class PopulationFit:
         gains = {shrinkage: gain(rank, shrinkage) for shrinkage in SHRINKAGES}
         return rank, best(gains), max(gains.values())
 
-    def _sharpness(self, prior: PopulationPrior, drawn: HeldOut) -> float:
-        """How sharp the likelihood of covariates may be, by those of held-out scans: the best of some factors."""
-        return 1.0 if self.coding is None else SHARPNESSES[int(self._likelihoods(prior, drawn).argmax())]
-
     def _likelihoods(self, prior: PopulationPrior, drawn: HeldOut) -> Tensor:
-        """The log likelihood of held-out scans' covariates for each sharpness.
+        """The log likelihood of held-out scans' covariates for each sharpness that the prior's may have.
 
         Each covariate in turn is inferred, as if all values of its grid were as likely and no other one were known.
         """

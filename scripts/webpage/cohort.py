@@ -11,7 +11,7 @@ from scripts.inference.tables import ScanColumns
 from scripts.utils.errors import InputError
 from scripts.utils.names import item_path, printable
 
-__all__ = ["SCORES", "Cohort"]
+__all__ = ["SCORES", "CohortTable"]
 
 # of scripts.inference.scoring.Scoring: those that the table has
 SCORES = (
@@ -28,7 +28,7 @@ SCORES = (
 LARGEST_PAGE = 200
 
 
-class Cohort:
+class CohortTable:
     """A table with a row per scan: the items of a datalist, and what is known of each."""
 
     def __init__(self, items: Sequence[Mapping[str, Any]], columns: ScanColumns) -> None:

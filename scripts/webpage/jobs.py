@@ -37,7 +37,7 @@ from scripts.utils.figures import peak_of
 from scripts.utils.formats import nifti_bytes
 from scripts.utils.names import image_files
 from scripts.utils.sheets import PLANES, as_array, middle, plane
-from scripts.webpage.cohort import SCORES, Cohort
+from scripts.webpage.cohort import SCORES, CohortTable
 from scripts.webpage.work import Result, Steps, request_key
 from torch import Tensor
 
@@ -66,7 +66,7 @@ class Jobs:
         self.common = config.get_parsed_content("common")
         self.network = self.common.network.eval()
         self.prior: PopulationPrior | None = self.common.prior
-        self.cohort = Cohort(self.common.cohort.items, self.common.cohort.columns)
+        self.cohort = CohortTable(self.common.cohort.items, self.common.cohort.columns)
         self.name = str(self.common.ckpt)
         self.device = next(self.network.parameters()).device
         self._scoring: ScanEvaluator = config.get_parsed_content("scoring")
