@@ -77,7 +77,7 @@ def find_clusters(z: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> tupl
     return sorted(found, key=lambda cluster: -cluster["mass"]), numbers
 
 
-def add_clusters(network: VDVAE, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+def _add_clusters(network: VDVAE, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
     """Add ``clusters`` and ``cluster_numbers`` of a deviation on the network's grid, see :func:`find_clusters`."""
     z, expected = (torch.as_tensor(data[key]) for key in ("deviation", "expected"))
     # where no brain is expected, the spread is next to nothing, and edges would outweigh all else
@@ -86,7 +86,7 @@ def add_clusters(network: VDVAE, data: Mapping[Hashable, Any]) -> dict[Hashable,
     return {**data, "clusters": clusters, "cluster_numbers": numbers}
 
 
-def largest_of(data: Mapping[Hashable, Any]) -> dict[str, Any]:
+def _largest_of(data: Mapping[Hashable, Any]) -> dict[str, Any]:
     """What is largest in a person of the calibration, by which findings in others are judged."""
     clusters = data["clusters"]
     largest = {"cluster": max((c["mass"] for c in clusters), default=0.0)}
@@ -120,7 +120,7 @@ def judge(certificate: Certificate, regions: Sequence[str], data: Mapping[Hashab
     return {**data, "judged": judged, "significant": torch.from_numpy(shown)}
 
 
-def read_calibration(
+def _read_calibration(
     path: str | os.PathLike, settings: Mapping[str, Any], coding: CovariateCoding, atlas: bool
 ) -> list[dict[str, Any]] | None:
     """The people of a ``calibration.json``, of which these settings must be; None where the path is of scans."""
@@ -235,7 +235,7 @@ def certify(
     return CertifiedEvaluator(common, inferer, certificate, calibration, regions, settings)
 
 
-def certified_layouts(common: Common) -> list[ScanLayout]:
+def _certified_layouts(common: Common) -> list[ScanLayout]:
     """Of what a certificate adds to each scan's results: its findings, and the map of the significant clusters."""
     layout = common.layout(common.cohort.root)
     return [layout("findings", ".json"), layout("significant")]
@@ -243,7 +243,7 @@ def certified_layouts(common: Common) -> list[ScanLayout]:
 
 def remove_certified(common: Common, scans: Sequence[str]) -> None:
     """Remove what an earlier run with a certificate left beside results that were made without one."""
-    left = (layout.paths({"image": scan}) for layout in certified_layouts(common) for scan in scans)
+    left = (layout.paths({"image": scan}) for layout in _certified_layouts(common) for scan in scans)
     for path in (*itertools.chain(*left), *(common.output_dir / name for name in TABLES)):
         path.unlink(missing_ok=True)
 
@@ -263,17 +263,17 @@ class CertifiedEvaluator:
         given, self.certificate, self.regions = common.cohort, certificate, regions
         known = {**common.settings(), **settings, "forming_threshold": FORMING}
         self.settings = {name: identity(value) for name, value in known.items()}
-        self.known = read_calibration(calibration, self.settings, common.prior.coding, bool(regions))
+        self.known = _read_calibration(calibration, self.settings, common.prior.coding, bool(regions))
         if self.known is None:
             self._compute_people(common, inferer, calibration, settings)
         else:
             certificate.refuse_few(len(self.known))
-        self.layouts = certified_layouts(common)
+        self.layouts = _certified_layouts(common)
         self.findings, self.maps = self.layouts
         self.columns, self.output_dir = given.columns, common.output_dir
         self.scans: ScanEvaluator | None = None
         self.steps = [
-            partial(add_clusters, common.network),
+            partial(_add_clusters, common.network),
             partial(judge, certificate, regions),
             SaveJson(self.findings, itemgetter("judged")),
         ]
@@ -294,7 +294,7 @@ class CertifiedEvaluator:
             "calibration",
             Dataset(cohort.with_covariates(common.prior), common.preprocessing),
             inferer,
-            [partial(add_clusters, common.network), SaveJson(self.largest, largest_of)],
+            [partial(_add_clusters, common.network), SaveJson(self.largest, _largest_of)],
             [self.largest],
             settings,
             arguments=lambda items: stack_features(common.prior, items),

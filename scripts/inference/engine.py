@@ -57,7 +57,7 @@ def scan_generator(seed: int, name: str, device: torch.device | str = "cpu") -> 
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
-def stack_images(items: Sequence[Mapping[str, Any]]) -> Tensor:
+def _stack_images(items: Sequence[Mapping[str, Any]]) -> Tensor:
     """The images of some items, ``[batch, channels, *spatial]``."""
     return torch.stack([item["image"].as_tensor() for item in items])
 
@@ -128,7 +128,7 @@ class ScanEvaluator(Evaluator):
         postprocessing: Callable | Sequence[Callable],
         layouts: Sequence[ScanLayout],
         settings: Mapping[str, Any] | None = None,
-        inputs: Callable[[Sequence[dict]], Any] = stack_images,
+        inputs: Callable[[Sequence[dict]], Any] = _stack_images,
         arguments: Callable[[Sequence[dict]], dict[str, Any]] = lambda items: {},
         asks: bool = False,
         summary: Callable[[Sequence[str]], object] = lambda scans: None,

@@ -213,7 +213,7 @@ class Sampling(Inferer):
                 coordinates = temperature * coordinates
             features = self._features(inputs, sampler)
             loc, scale = self.prior.decode(network, coordinates, temperature, features, sampler)
-        return {"sample": draw_voxels(loc, scale, network, sampler) if self.voxel_noise else loc}
+        return {"sample": _draw_voxels(loc, scale, network, sampler) if self.voxel_noise else loc}
 
     def _features(self, count: int, sampler: LatentSampler | None) -> Tensor | None:
         """What the covariates of so many scans become, ``[count, features]``; None where the prior knows none."""
@@ -225,7 +225,7 @@ class Sampling(Inferer):
         return torch.stack([coding.numbers(person) for person in people]).to(self.prior.inverse)
 
 
-def draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, sampler: LatentSampler | None = None) -> Tensor:
+def _draw_voxels(loc: Tensor, scale: Tensor, network: VDVAE, sampler: LatentSampler | None = None) -> Tensor:
     """Draw each voxel from its distribution; what scans are scaled to bounds it."""
     low, high = OUTPUT_RANGES[network.output_activation]
     return (loc + scale * gaussian_noise(loc, sampler)).clamp(low, high)
@@ -342,6 +342,6 @@ class Imputation(Inferer):
         sampler = prior_where_missing(network, mask, 1.0, sampler)
         while True:
             loc, scale, _ = network.infer(filled, 1.0, keep_posteriors=False, sampler=sampler)[0]
-            drawn = draw_voxels(loc, scale, network, sampler)
+            drawn = _draw_voxels(loc, scale, network, sampler)
             filled = torch.where(mask, drawn, inputs)
             yield filled if self.voxel_noise else torch.where(mask, loc, inputs)

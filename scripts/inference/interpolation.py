@@ -75,7 +75,7 @@ class PairLayout(ScanLayout):
         **naming: bool,
     ) -> None:
         (item,) = pair
-        first, second = matched(item_files(item), ensure_tuple(item["second"]))
+        first, second = _matched(item_files(item), ensure_tuple(item["second"]))
         root = os.path.commonpath([Path(file).expanduser().absolute().parent for file in first])
         super().__init__(root, output_dir, postfix, extension, **naming)
         self.seconds = {self.relative(file): scan_stem(other) for file, other in zip(first, second, strict=True)}
@@ -84,7 +84,7 @@ class PairLayout(ScanLayout):
         return f"to_{self.seconds[self.relative(scan)]}_{self.postfix}"
 
 
-def matched(first: Sequence[str], second: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def _matched(first: Sequence[str], second: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """The files of two scans, as many of each; where they are not, the second scan's first one stands for all."""
     return first, second if len(second) == len(first) else list(second[:1]) * len(first)
 
@@ -139,7 +139,7 @@ class SaveStepsd(Transform):
         if self.figure:
             labels = ["first scan", *(f"{i / (len(self.keys) - 1):.0%}" for i in range(len(self.keys))), "second scan"]
             path = self.layout("steps", ".png").filename(files[0])
-            both = zip(*matched(file_names(data["image"]), file_names(data["second"])), strict=True)
+            both = zip(*_matched(file_names(data["image"]), file_names(data["second"])), strict=True)
             titles = [f"{first} to {second}" for first, second in both]
             figures.strip(path, list(scans.values()), labels, (0.0, 1.0), titles=titles)
         return data

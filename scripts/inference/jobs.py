@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 FEW_DRAWS = 16
 
 
-def with_steps(preprocessing: Compose, after_loading: Callable, *last: Callable) -> Compose:
+def _with_steps(preprocessing: Compose, after_loading: Callable, *last: Callable) -> Compose:
     """A preprocessing, whose first step loads scans, with one more step after that and others at its end."""
     load, *others = preprocessing.transforms
     return Compose([load, after_loading, *others, *last])
@@ -282,7 +282,7 @@ def impute(
     return ScanEvaluator(
         common,
         "impute",
-        Dataset(scans, with_steps(common.preprocessing, HideMissingd("image"), FitMaskd("image"))),
+        Dataset(scans, _with_steps(common.preprocessing, HideMissingd("image"), FitMaskd("image"))),
         inferer,
         [
             common.figure(layout("imputed", ".png"), partial(draw_imputation, images)),
@@ -369,7 +369,7 @@ def counterfactual(
     return ScanEvaluator(
         common,
         job,
-        Dataset(common.cohort.with_covariates(prior), with_steps(common.preprocessing, KeepScand("image"))),
+        Dataset(common.cohort.with_covariates(prior), _with_steps(common.preprocessing, KeepScand("image"))),
         inferer,
         [
             common.figure(layout(word, ".png"), partial(covariate_results.draw_strip, changed_to)),

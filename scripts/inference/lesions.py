@@ -88,7 +88,7 @@ def ordered(counts: np.ndarray, order: str) -> np.ndarray:
     return counts if order == "brighter" else counts[..., ::-1]
 
 
-def ordered_bins(bins: np.ndarray, order: str) -> np.ndarray:
+def _ordered_bins(bins: np.ndarray, order: str) -> np.ndarray:
     """The places that bins get in what :py:func:`ordered` gives."""
     if order == "either":
         return np.where(bins >= BINS // 2, bins - BINS // 2, BINS // 2 - 1 - bins)
@@ -122,7 +122,7 @@ def count_voxels(
         found[what] = np.stack([np.bincount(group, minlength=BINS) for group in groups]).astype(np.int32)
     numbers, count = ndimage.label(lesion[0], np.ones((3,) * lesion[0].ndim))
     sizes = np.bincount(numbers.ravel(), minlength=count + 1)[1:] * voxel_ml
-    peaks = [ndimage.maximum(ordered_bins(bins[what], o), numbers, range(1, count + 1)) for what, o in DETECTORS]
+    peaks = [ndimage.maximum(_ordered_bins(bins[what], o), numbers, range(1, count + 1)) for what, o in DETECTORS]
     found["lesions"] = np.stack([sizes, *peaks], axis=1).astype(np.float32)
     sign = {"brighter": np.positive, "darker": np.negative, "either": np.abs}
     scores = [np.percentile(sign[order](values[what][foreground]), PERCENTILE) for what, order in DETECTORS]

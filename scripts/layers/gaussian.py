@@ -55,7 +55,7 @@ def draw(mean: Tensor, std: Tensor, temperature: float, sampler: Any = None) -> 
     return mean + scaled * noise if torch.is_grad_enabled() else scaled.mul_(noise).add_(mean)
 
 
-def kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
+def _kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
     """KL(q || p) of each dimension of a latent in nats, shaped like its mean.
 
     Args:
@@ -72,7 +72,7 @@ def kl_per_dimension(q: Posterior, floor: float = 0.0) -> Tensor:
 
 
 def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor:
-    """KL(q || p) in nats, summed over the latent: ``[batch]``; ``floor`` as in :func:`kl_per_dimension`.
+    """KL(q || p) in nats, summed over the latent: ``[batch]``; ``floor`` as in :func:`_kl_per_dimension`.
 
     Without gradients it is computed of so many values of each scan at a time, ``most``, and summed in double precision.
     """
@@ -80,13 +80,13 @@ def kl_divergence(q: Posterior, floor: float = 0.0, most: int = SLICE) -> Tensor
     # channels-last, and every operation on them and the convolutions behind copy
     p_mean, p_std = q.prior_mean, q.prior_std
     if p_mean is not None and p_std is not None:
-        p_mean, p_std = memory_order(p_mean), memory_order(p_std)
-    in_order = Posterior(q.z, memory_order(q.mean), memory_order(q.std), p_mean, p_std)
+        p_mean, p_std = _memory_order(p_mean), _memory_order(p_std)
+    in_order = Posterior(q.z, _memory_order(q.mean), _memory_order(q.std), p_mean, p_std)
     if torch.is_grad_enabled():
-        return kl_per_dimension(in_order, floor).sum(1)
+        return _kl_per_dimension(in_order, floor).sum(1)
     kl = torch.zeros(q.mean.shape[0], dtype=torch.float64, device=q.mean.device)
     for start in range(0, in_order.mean.shape[1], most):
-        kl = kl + kl_per_dimension(part(in_order, start, start + most), floor).sum(1, dtype=torch.float64)
+        kl = kl + _kl_per_dimension(part(in_order, start, start + most), floor).sum(1, dtype=torch.float64)
     return kl.float()
 
 
@@ -95,7 +95,7 @@ def log_ratio(q: Posterior, most: int = SLICE) -> Tensor:
     each scan at a time.
     """
     total = q.mean.new_zeros(len(q.mean), dtype=torch.float64)
-    values = [None if tensor is None else memory_order(tensor) for tensor in q]
+    values = [None if tensor is None else _memory_order(tensor) for tensor in q]
     for start in range(0, values[0].shape[1], most):
         here = (None if tensor is None else tensor[:, start : start + most].double() for tensor in values)
         z, mean, std, p_mean, p_std = here
@@ -114,7 +114,7 @@ def part(q: Posterior, start: int, end: int) -> Posterior:
     return Posterior(q.z, q.mean[:, start:end], q.std[:, start:end], p_mean, p_std)
 
 
-def memory_order(x: Tensor) -> Tensor:
+def _memory_order(x: Tensor) -> Tensor:
     """``[batch, values]`` of a channels-last tensor, in the order of its memory."""
     return x.movedim(1, -1).flatten(1)
 

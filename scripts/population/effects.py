@@ -164,7 +164,7 @@ def private_mean(total: Tensor, people: int, longest: float, epsilon: float) -> 
     return kept * mean, kept
 
 
-def extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
+def _extended(coding: CovariateCoding, name: str, category: str) -> CovariateCoding:
     """The coding with one more category of a categorical covariate, which none of the cohort's scans had."""
     variable = coding.variables.get(name)
     if not isinstance(variable, Categorical):
@@ -223,7 +223,7 @@ class Adaptation:
             )
         ((name, category),) = covariates.items()
         self.name, self.category = name, str(category)
-        self.coding = extended(prior.coding, self.name, self.category)
+        self.coding = _extended(prior.coding, self.name, self.category)
         self.network, self.prior, self.dataset, self.path = network, prior, dataset, Path(path)
         self.dataset_dir, self.covariates_file = dataset_dir, covariates_file
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)

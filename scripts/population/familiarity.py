@@ -91,7 +91,7 @@ def _or_all(mask: Tensor) -> Tensor:
     return mask if mask.any() else torch.ones_like(mask)
 
 
-def statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
+def _statistic_names(network: VDVAE, prior: PopulationPrior | None) -> list[str]:
     """Of the numbers of :func:`statistics`."""
     axes = [f"roughness {axis}" for axis in "xyz"[: network.spatial_dims]]
     population = [] if prior is None else [POPULATION]
@@ -196,7 +196,7 @@ def statistics(
     found, known = torch.stack([number.double() for number in numbers], dim=1), Familiarity.of(prior)
     if known is None:
         return found
-    names = statistic_names(network, prior)
+    names = _statistic_names(network, prior)
     return found[:, [names.index(name) for name in known.names]]
 
 
@@ -389,7 +389,7 @@ def fit_familiarity(
         some = spaced(len(training), MASKED)
         to_mask, unmasked = Subset(training, some), others.statistics[some]
     masked = _looks(network, prior, to_mask, device, True, **loading)
-    names, count = statistic_names(network, prior), len(held_out)
+    names, count = _statistic_names(network, prior), len(held_out)
     mean = rows.statistics.mean(0)
     apart = torch.cat([rows.statistics, others.statistics]) - mean
     covariance = apart.T @ apart / max(1, len(apart) - 1) + least_spread(names, mean, _grids(network)).square().diag()

@@ -52,7 +52,7 @@ DRAWN_SCANS = 64  # that are drawn for them, in all
 SHARPNESSES = tuple(2.0 ** (k / 2) for k in range(-12, 9))
 
 
-def memory_to_use() -> float:
+def _memory_to_use() -> float:
     """Bytes that a fit may take of this machine's memory: half of what is free, shared with processes beside this."""
     free = free_memory()
     return (8 * 2**30 if free is None else free) / 2 / idist.get_nproc_per_node()
@@ -172,7 +172,7 @@ class PopulationFit:
         held_out = min(held_out, MOST_HELD_OUT)
         features = 0 if self.coding is None else self.coding.size
         per_dimension = fit_bytes(self.factors, features, self.batch_size, held_out)
-        memory = memory_to_use() if self.memory is None else self.memory * 2**30
+        memory = _memory_to_use() if self.memory is None else self.memory * 2**30
         memory = idist.all_reduce(memory, "MIN")  # all must take the same latents
         self.latents = latents_within(self.network, memory, per_dimension)
         left_out = [grid for i, grid in enumerate(self.network.latent_grids()) if i not in self.latents]

@@ -100,7 +100,7 @@ def _held_out_sums(parts: Sequence[CohortStatistics]) -> dict:
     return {**found[0], **counted, **added, "familiarity": familiar}
 
 
-def pooled_coding(union: CohortStatistics) -> CovariateCoding | None:
+def _pooled_coding(union: CohortStatistics) -> CovariateCoding | None:
     """How covariates become features of mean 0 over the union; None where there are none."""
     value = {(a, b): union.gram[i, j].item() for i, a in enumerate(union.columns) for j, b in enumerate(union.columns)}
     variables: list[Continuous | Categorical] = []
@@ -183,7 +183,7 @@ class _Fitted(NamedTuple):
     def to(cls, parts: Sequence[CohortStatistics]) -> _Fitted:
         """That of some cohorts."""
         union = total(parts)
-        coding = pooled_coding(union)
+        coding = _pooled_coding(union)
         design = _design(union, coding)
         gram, moments = design.T @ union.gram @ design, (design.T @ union.moments.double()).float()
         effects = None
@@ -315,11 +315,11 @@ def merge(cohorts: Mapping[str, CohortStatistics]) -> tuple[PopulationPrior, dic
         left_out = said(rank, shrinkage)
         gain = mean_gain(left_out)
     prior = fitted.prior(rank, shrinkage)
-    set_from_held_out(prior, fitted.union)
+    _set_from_held_out(prior, fitted.union)
     return prior, left_out, {"shrinkage": shrinkage, "gain": gain}
 
 
-def set_from_held_out(prior: PopulationPrior, union: CohortStatistics) -> None:
+def _set_from_held_out(prior: PopulationPrior, union: CohortStatistics) -> None:
     """Take over what each cohort measured of its held-out people under its own prior."""
     known = union.calibration
     if known["familiarity"]:

@@ -49,7 +49,7 @@ BITS_STEP, DISTANCE_STEP = 0.01, 0.1  # bins of histograms: bits per dim, standa
 MAKE_IT = "make it by fit_prior --statistics_only True"
 
 
-def shared_coding(kinds: Mapping[str, Any], values: Sequence[Mapping[str, Value]]) -> CovariateCoding:
+def _shared_coding(kinds: Mapping[str, Any], values: Sequence[Mapping[str, Value]]) -> CovariateCoding:
     """A coding whose knots any cohort would choose: 0.2, 0.4, 0.6 and 0.8 of the power of ten above all values.
 
     Knots that ``kinds`` gives stay.
@@ -240,7 +240,7 @@ class StatisticsFit(PopulationFit):
         **settings: Any,
     ) -> None:
         if covariates is not None:
-            coding = shared_coding(kinds, covariates.values[0])
+            coding = _shared_coding(kinds, covariates.values[0])
             covariates = CohortCovariates.coded(coding, *covariates.values)
         self.raw_coding = CovariateCoding([]) if covariates is None else covariates.coding
         self.values = [{}] * len(training) if covariates is None else covariates.values[0]
