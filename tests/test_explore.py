@@ -644,7 +644,7 @@ def test_the_page_in_a_browser(jobs, browser, tmp_path, monkeypatch):
         page.get_by_text("people of age 43, sex M, site B").wait_for()
         # one that was given up while it was made is made anew when it is chosen again
         with monkeypatch.context() as patch:
-            patch.setitem(jobs.kinds, "deviation", slow)
+            patch.setattr(jobs, "deviation", slow)
             page.locator("#scans tbody tr").nth(2).click()
             page.get_by_text(re.compile("deviation for age, sex, site: .* of 300")).wait_for()
             page.get_by_label("Overlay").first.select_option("anomaly")
@@ -703,7 +703,7 @@ def test_the_page_in_a_browser(jobs, browser, tmp_path, monkeypatch):
         assert page.locator("#sample .caption").first.text_content() == kept
 
         # work that takes long is cancelled, where it was asked for and in the bar at the bottom after a reload
-        monkeypatch.setitem(jobs.kinds, "sample", slow)
+        monkeypatch.setattr(jobs, "sample", slow)
         page.get_by_label("Seed").fill("7")  # those of seed 0 are kept
         page.get_by_role("button", name="Draw").click()
         page.locator("#sample").get_by_role("button", name="Cancel").click()
@@ -777,7 +777,7 @@ def test_the_page_in_a_browser(jobs, browser, tmp_path, monkeypatch):
         assert (after[mask] != before[mask]).any() and (after[~mask] == before[~mask]).all()
         assert spread[mask].any() and not spread[~mask].any()
 
-        monkeypatch.setitem(jobs.kinds, "fill", slow)
+        monkeypatch.setattr(jobs, "fill", slow)
         paint.click()
         drawn("#change", seen + 3)
         assert page.evaluate(f"Array.from({nv}.drawBitmap)") == painted  # to go on from
@@ -801,7 +801,7 @@ def test_a_picture_that_nobody_waits_for_is_not_made(jobs, monkeypatch):
         finally:
             given_up.set()
 
-    monkeypatch.setitem(jobs.kinds, "thumbnail", endless_picture)
+    monkeypatch.setattr(jobs, "thumbnail", endless_picture)
     with served(jobs) as address:
         port = int(address.split(":")[2].partition("/")[0])
         with socket.create_connection(("127.0.0.1", port)) as asked:
@@ -826,7 +826,7 @@ def test_two_people_at_once(jobs, browser, monkeypatch):
                 shown = volume(client, ask(client, "view", index=row), "scan").get_fdata()
                 np.testing.assert_allclose(window.volume("#scans"), shown, atol=1e-6)
         # the long work of one does not hold up the other, who sees it and can end it
-        monkeypatch.setitem(jobs.kinds, "score", slow)
+        monkeypatch.setattr(jobs, "score", slow)
         first.page.get_by_text("Score all").click()
         second.page.get_by_text("Scoring scans").wait_for()
         second.page.get_by_role("tab", name="Latents").click()

@@ -49,14 +49,14 @@ def draw_strip(
     """A scan beside itself under other covariates, by the ends of the results' names."""
     image = data["image"].as_tensor()
     scans = [image, *(image + data[f"change{end}"] for end in targets)]
-    own = _named(data["covariates"])
-    labels = [f"scan ({own})" if own else "scan", *map(_named, targets.values())]
+    own = in_words(data["covariates"])
+    labels = [f"scan ({own})" if own else "scan", *map(in_words, targets.values())]
     figures.strip(path, scans, labels, value_range, guide=image, titles=file_names(data["image"]))
 
 
 def draw_deviation(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
     """A scan beside what is expected for its covariates, and how far it is from that."""
-    own = _named(data["covariates"])
+    own = in_words(data["covariates"])
     titles = [f"{name} ({own})" if own else name for name in file_names(data["image"])]
     figures.anomaly(
         path, data["image"], data["expected"], data["deviation"], titles, value_range, ("expected", "deviation")
@@ -257,7 +257,7 @@ def region_table(
     )
 
 
-def _named(values: Mapping[str, Value]) -> str:
+def in_words(values: Mapping[str, Value]) -> str:
     """Covariates in words, as far as they are known."""
     known = ((name, value) for name, value in values.items() if value is not None)
     return ", ".join(f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in known)

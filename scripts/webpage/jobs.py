@@ -10,7 +10,7 @@ import inspect
 import io
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from monai.utils import ensure_tuple
 from scripts.data.covariates import Categorical, Continuous
 from scripts.inference import jobs
 from scripts.inference.certified import CertifiedEvaluator
+from scripts.inference.covariate_results import in_words
 from scripts.inference.covariates import need_covariates, targets
 from scripts.inference.engine import ScanEvaluator, read_item
 from scripts.inference.inferers import CoordinateDecoding, Imputation, Reconstruction
@@ -43,6 +44,11 @@ from torch import Tensor
 
 __all__ = ["Jobs"]
 
+# what can be asked for: methods of Jobs
+KINDS = (
+    *("thumbnail", "score", "view", "coordinates", "decode", "sample"),
+    *("change", "mix", "deviation", "scan", "fill"),
+)
 MOST_SAMPLES = 36
 MOST_STEPS = 11  # of a film strip
 MOST_DRAWS = 64
@@ -80,19 +86,6 @@ class Jobs:
         self._iterations = config.get_parsed_content("iterations")
         self._requests = itertools.count()
         self._decoded = lru_cache(maxsize=8)(self._decode)
-        self.kinds: dict[str, Callable[..., Steps]] = {
-            "thumbnail": self.thumbnail,
-            "score": self.score,
-            "view": self.view,
-            "coordinates": self.coordinates,
-            "decode": self.decode,
-            "sample": self.sample,
-            "change": self.change,
-            "mix": self.mix,
-            "deviation": self.deviation,
-            "scan": self.scan,
-            "fill": self.fill,
-        }
 
     def about(self) -> dict[str, Any]:
         """What the page must know of the network."""
@@ -120,9 +113,9 @@ class Jobs:
 
     def prepare(self, kind: Any, arguments: Any) -> tuple[str, Steps]:
         """A job as it was asked for: the key of the request and the steps, of which none is done yet."""
-        if not isinstance(kind, str) or kind not in self.kinds or not isinstance(arguments, dict):
-            raise InputError(f"There is no job {kind!r}: there are {', '.join(self.kinds)}.")
-        job = self.kinds[kind]
+        if kind not in KINDS or not isinstance(arguments, dict):
+            raise InputError(f"There is no job {kind!r}: there are {', '.join(KINDS)}.")
+        job = getattr(self, kind)
         try:
             inspect.signature(job).bind(**arguments)
         except TypeError as error:
@@ -232,7 +225,7 @@ class Jobs:
             "largest_scale": float(files["scale"][channel].quantile(0.999)),
             "peak": (affine.numpy() @ [*place, 1])[:3].tolist(),  # mm: where the anomaly of the foreground is largest
         }
-        return Result(content, {f"{name}.nii.gz": _volume(image[channel], affine) for name, image in files.items()})
+        return Result(content, _volumes({name: image[channel] for name, image in files.items()}, affine))
 
     def deviation(self, index: int, channel: int = 0) -> Steps:
         """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
@@ -250,8 +243,7 @@ class Jobs:
         if certified is not None:
             judged = {name: values[0].cpu() for name, values in results.items()}
             content["certificate"], maps["significant"] = certified.judge({**item, **judged})
-        affine = item["image"].affine
-        return Result(content, {f"{name}.nii.gz": _volume(image[channel], affine) for name, image in maps.items()})
+        return Result(content, _volumes({n: image[channel] for n, image in maps.items()}, item["image"].affine))
 
     def coordinates(self, index: int) -> Steps:
         """A scan's coordinates in the population prior."""
@@ -273,11 +265,8 @@ class Jobs:
         places = [self._place(place, prior.factors) for place in (coordinates, start) if place is not None]
         yield 0, 1
         images = [self._decoded(place)[channel] for place in places]
-        affine = self.network.scan_affine
-        files = {"decoded.nii.gz": _volume(images[0], affine)}
-        if start is not None:
-            files["difference.nii.gz"] = _volume(images[0] - images[1], affine)
-        return Result(files=files)
+        shown = {"decoded": images[0]} | ({} if start is None else {"difference": images[0] - images[1]})
+        return Result(files=_volumes(shown, self.network.scan_affine))
 
     def _place(self, coordinates: Any, factors: int) -> tuple[float, ...]:
         try:
@@ -319,7 +308,7 @@ class Jobs:
         for number in range(1, count + 1):
             drawn = job.compute([read_item(job.dataset, number - 1)])["sample"]
             image = self._unit(drawn)[channel].cpu()
-            files[f"sample_{number:04d}.nii.gz"] = _volume(image, self.network.scan_affine)
+            files |= _volumes({f"sample_{number:04d}": image}, self.network.scan_affine)
             files[f"sample_{number:04d}.png"] = _picture(image)
             yield number, count
         return Result({"count": count}, files)
@@ -337,11 +326,8 @@ class Jobs:
         for values in wanted.values():
             yield len(frames), len(wanted) + 1
             job = jobs.counterfactual(self.common, values)
-            label = ", ".join(
-                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-            )
             change = job.compute([{**item, "image": item["image"].clamp(*self._range)}])["change"]
-            frames.append((label, inputs + change))
+            frames.append((in_words(values), inputs + change))
         return self._strip(frames, item["image"], channel, {"known": _known(item)})
 
     def mix(
@@ -367,7 +353,7 @@ class Jobs:
         channel = self._channel(channel)
         yield 0, 1
         item = self._read(index)
-        return Result(files={"scan.nii.gz": _volume(self._unit(self._inputs(item))[channel], item["image"].affine)})
+        return Result(files=_volumes({"scan": self._unit(self._inputs(item))[channel]}, item["image"].affine))
 
     def fill(self, index: int, mask: Sequence[int], draws: int = 4, channel: int = 0) -> Steps:
         """What is painted on a scan, see :func:`painted`, filled in given the rest, as the job ``impute`` does it."""
@@ -393,9 +379,7 @@ class Jobs:
         shown = {"scan": scan, "filled": mean, "spread": spread, "difference": mean - scan}
         shown |= {f"draw_{number:02d}": image for number, image in enumerate(images)}
         content = {"voxels": int(missing.sum()), "largest_spread": float(spread.max())}
-        return Result(
-            content, {f"{name}.nii.gz": _volume(image, item["image"].affine) for name, image in shown.items()}
-        )
+        return Result(content, _volumes(shown, item["image"].affine))
 
     def _strip(
         self, frames: Sequence[tuple[str, Tensor]], image: MetaTensor, channel: int, content: dict[str, Any]
@@ -404,8 +388,8 @@ class Jobs:
         files = {}
         images = [self._unit(frame)[channel] for _, frame in frames]
         for number, shown in enumerate(images):
-            files[f"frame_{number:02d}.nii.gz"] = _volume(shown, image.affine)
-            files[f"difference_{number:02d}.nii.gz"] = _volume(shown - images[0], image.affine)
+            both = {f"frame_{number:02d}": shown, f"difference_{number:02d}": shown - images[0]}
+            files |= _volumes(both, image.affine)
             files[f"frame_{number:02d}.png"] = _picture(shown)
         return Result(content | {"labels": [label for label, _ in frames]}, files)
 
@@ -425,10 +409,10 @@ def _known(item: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in item["covariates"].items() if value is not None}
 
 
-def _volume(image: Tensor, affine: Any) -> bytes:
-    """A volume ``[*spatial]`` as the bytes of a ``.nii.gz``; one of 2D becomes a single slice."""
-    array = as_array(image)
-    return nifti_bytes(array if array.ndim == 3 else array[..., None], np.asarray(affine, np.float64), "aligned", 1)
+def _volumes(images: Mapping[str, Tensor], affine: Any) -> dict[str, bytes]:
+    """Volumes ``[*spatial]`` as the bytes of ``.nii.gz``, by their names; those of 2D become single slices."""
+    arrays = {f"{name}.nii.gz": np.atleast_3d(as_array(image)) for name, image in images.items()}
+    return {name: nifti_bytes(array, np.asarray(affine, np.float64), "aligned", 1) for name, array in arrays.items()}
 
 
 def _picture(image: Tensor) -> bytes:
