@@ -392,13 +392,13 @@ def endless(log, name, gate=None):
         if gate is not None:
             gate.wait(10)
         yield number, 10**6
-    return Result()
+    yield Result()
 
 
 def steps(count, **files):
     for number in range(count):
         yield number, count
-    return Result({"count": count}, files)
+    yield Result({"count": count}, files)
 
 
 def until(condition):
@@ -434,7 +434,7 @@ def test_many_short_jobs_hold_nobody_up():
         log.append(name)
         gate.wait(10)
         yield 1, 2
-        return Result()
+        yield Result()
 
     for number in range(100):
         worker.submit("thumbnail", str(number), noted("thumbnail"))
@@ -566,7 +566,7 @@ def slow(**arguments):
     for done in range(300):
         time.sleep(0.1)
         yield done, 300
-    return Result()
+    yield Result()
 
 
 def test_the_page_shows_what_is_significant(certified_jobs, browser):

@@ -331,7 +331,7 @@ def test_shared_latents_have_nets_in_common_and_residuals_of_their_own():
 @pytest.mark.parametrize("off", [[1], [2], [3], [1, 4]])
 def test_latents_off_leave_the_skip_alone(off):
     network = randomise(make(latents_off=off))
-    latents = [b for b in blocks_of(network.decoder, (FirstLatent, StochasticBlock, DisabledLatent))]
+    latents = list(blocks_of(network.decoder, (FirstLatent, StochasticBlock, DisabledLatent)))
     assert [i for i, block in enumerate(latents) if isinstance(block, DisabledLatent)] == off
     assert network.num_latents == 5 - len(off) == network(scans()).kl.shape[1]
     for i in off:

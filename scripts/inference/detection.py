@@ -228,9 +228,7 @@ def sentences(found: Sequence[Detection]) -> list[str]:
             said[-1] += " Neither is of much use: on average fewer than one in ten voxels that they mark are lesions."
         area, (low, high) = ours.numbers["auroc"][0], interval(ours.numbers["auroc"])
         if low <= 0.5 <= high:
-            said[-1] += (
-                f" The map does not tell scans with lesions from healthy ones (AUROC {area:.3f}, by chance 0.5)."
-            )
+            said[-1] += f" The map does not tell scans with lesions from healthy ones (AUROC {area:.3f}, chance 0.5)."
     return said
 
 

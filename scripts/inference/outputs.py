@@ -37,7 +37,7 @@ from scripts.utils.parallel import die_with_parent
 logger = logging.getLogger(__name__)
 ON_SHEET = 64  # samples
 WAITING = 2  # results per process that may wait to be written
-_write: Callable[[Any], Any]  # of a process of a pool
+_OF_PROCESS: dict[str, Callable[[Any], Any]] = {}  # what a process of a pool writes with
 
 
 class SaveScansd(MapTransform):
@@ -155,10 +155,9 @@ def scan_numbers(data: Mapping[Hashable, Any]) -> dict[str, float | str]:
     """The numbers of a scan by name, and words for what is true or not; a row of a table."""
     numbers = {k: v for k, v in data.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
     # as many digits as there are: nats of large scans come in double precision
+    digits = {k: 12 if v.dtype == torch.float64 else 7 for k, v in numbers.items()}
     return {
-        k: ("no", "yes")[int(v)]
-        if k in TRUE_OR_FALSE
-        else float(f"{v.item():.{12 if v.dtype == torch.float64 else 7}g}")
+        k: ("no", "yes")[int(v)] if k in TRUE_OR_FALSE else float(f"{v.item():.{digits[k]}g}")
         for k, v in numbers.items()
     }
 
@@ -278,15 +277,14 @@ class ResultWriters:
 
 def _start(write: Callable[[Any], Any], parent: int) -> None:
     """Make a forked process ready: on one thread, since those of OpenMP do not survive a fork."""
-    global _write
-    _write = write
+    _OF_PROCESS["write"] = write
     torch.set_num_threads(1)
     ignore_signals()
     die_with_parent(parent)
 
 
 def _call(result: Any) -> Any:
-    return _write(result)
+    return _OF_PROCESS["write"](result)
 
 
 def _killed() -> OSError:

@@ -60,7 +60,7 @@ def measure(scoring: ScanEvaluator, what: str) -> Measured | None:
     items, (low, high) = scoring.dataset.data, scoring.common.value_range
 
     def score(places: Sequence[int]) -> list[tuple[Tensor, dict[str, float]] | str]:
-        read = list(ReadOrFail(scoring.dataset, places)[at] for at in range(len(places)))
+        read = [*ReadOrFail(scoring.dataset, places)]
         good = [item for item in read if isinstance(item, dict)]
         results = scoring.compute(good) if good else {}
         columns = {name: values.tolist() for name, values in results.items() if values.ndim == 1}

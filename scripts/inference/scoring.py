@@ -295,15 +295,13 @@ def _lesion_tables(
     ]
     unmasked = [scan for scan in counts if scan.mask == "none"]
     if unmasked:
-        logger.warning(
-            "%d scan(s) have no mask, such as '%s': they %s",
-            len(unmasked),
-            unmasked[0].name,
-            "count as healthy."
-            if unmasked_healthy
-            else "are left out of what is said of lesions. Give healthy ones an empty mask, or set "
-            "--unmasked_healthy True if all of them are healthy.",
-        )
+        meaning = "count as healthy."
+        if not unmasked_healthy:
+            meaning = (
+                "are left out of what is said of lesions. Give healthy ones an empty mask, or set "
+                "--unmasked_healthy True if all of them are healthy."
+            )
+        logger.warning("%d scan(s) have no mask, such as '%s': they %s", len(unmasked), unmasked[0].name, meaning)
     if not unmasked_healthy:
         counts = [scan for scan in counts if scan.mask != "none"]
     if not counts:

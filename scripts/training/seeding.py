@@ -52,10 +52,12 @@ class SeededDataset(Dataset):
         It is known without computing the item: whether to act is the first thing that a random transform draws.
         """
         self.transform.set_random_state(derive_seed(self.seed, AUGMENTATION, epoch, index))
-        moving = (
-            t for t in self.transform.transforms if isinstance(t, RandomizableTransform) and isinstance(t, LazyTrait)
-        )
-        return any([t.R.rand() < t.prob for t in moving])
+        acts = [  # each of them draws, whatever the others drew
+            t.R.rand() < t.prob
+            for t in self.transform.transforms
+            if isinstance(t, RandomizableTransform) and isinstance(t, LazyTrait)
+        ]
+        return any(acts)
 
     def _transform(self, index: int) -> Any:
         seed = derive_seed(self.seed, AUGMENTATION, self.epoch, index)

@@ -33,7 +33,9 @@ def expand(path: str | os.PathLike | None) -> str | None:
     Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the ``paths`` of the
     configs, such as ``@paths#dataset_dir``. Elsewhere a ``~`` is a folder of that name.
     """
-    return None if path is None else os.path.expanduser(str(path))  # noqa: PTH111 (pathlib's raises where there is no such user)
+    if path is None:
+        return None
+    return os.path.expanduser(str(path))  # noqa: PTH111 (pathlib's raises where there is no such user)
 
 
 def write_whole(

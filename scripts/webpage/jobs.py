@@ -101,11 +101,9 @@ class Jobs:
             "levels": [{"key": grid_key(grids[level]), "name": grid_name(grids[level])} for level in with_latents],
             "factors": 0 if self.prior is None else self.prior.factors,
             "explained": [] if self.prior is None else self.prior.explained.tolist(),
-            "covariates": []
-            if coding is None
-            else [
+            "covariates": [
                 {"name": name, "kind": variable.kind, "values": _values(variable)}
-                for name, variable in coding.variables.items()
+                for name, variable in ({} if coding is None else coding.variables).items()
             ],
             "certified": self._promised["calibration"] is not None,
             "scans": len(self.cohort),
@@ -179,7 +177,7 @@ class Jobs:
         channel = self._channel(channel)
         yield 0, 1
         image = self._unit(self._inputs(self._read(index)))[channel]
-        return Result(files={"thumbnail.png": _picture(image)})
+        yield Result(files={"thumbnail.png": _picture(image)})
 
     def score(self, indices: Sequence[int] | None = None) -> Steps:
         """Scores of scans, into their rows; of all that have none yet, where none are named."""
@@ -194,7 +192,7 @@ class Jobs:
             except ValueError as error:  # a ScanError among them: its row says it, and the others follow
                 self.cohort.note(index, error=str(error))
             yield done + 1, len(indices)
-        return Result({"scored": len(indices)})
+        yield Result({"scored": len(indices)})
 
     def _score(self, index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
         results = self._scoring.compute([item])
@@ -225,7 +223,7 @@ class Jobs:
             "largest_scale": float(files["scale"][channel].quantile(0.999)),
             "peak": (affine.numpy() @ [*place, 1])[:3].tolist(),  # mm: where the anomaly of the foreground is largest
         }
-        return Result(content, _volumes({name: image[channel] for name, image in files.items()}, affine))
+        yield Result(content, _volumes({name: image[channel] for name, image in files.items()}, affine))
 
     def deviation(self, index: int, channel: int = 0) -> Steps:
         """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
@@ -243,7 +241,7 @@ class Jobs:
         if certified is not None:
             judged = {name: values[0].cpu() for name, values in results.items()}
             content["certificate"], maps["significant"] = certified.judge({**item, **judged})
-        return Result(content, _volumes({n: image[channel] for n, image in maps.items()}, item["image"].affine))
+        yield Result(content, _volumes({n: image[channel] for n, image in maps.items()}, item["image"].affine))
 
     def coordinates(self, index: int) -> Steps:
         """A scan's coordinates in the population prior."""
@@ -251,7 +249,7 @@ class Jobs:
         yield 0, 2
         item = self._read(index, self._encoding)
         yield 1, 2
-        return Result({"coordinates": self._encoding.compute([item])["coordinates"][0].tolist()})
+        yield Result({"coordinates": self._encoding.compute([item])["coordinates"][0].tolist()})
 
     def _need_prior(self) -> PopulationPrior:
         if self.prior is None:
@@ -266,7 +264,7 @@ class Jobs:
         yield 0, 1
         images = [self._decoded(place)[channel] for place in places]
         shown = {"decoded": images[0]} | ({} if start is None else {"difference": images[0] - images[1]})
-        return Result(files=_volumes(shown, self.network.scan_affine))
+        yield Result(files=_volumes(shown, self.network.scan_affine))
 
     def _place(self, coordinates: Any, factors: int) -> tuple[float, ...]:
         try:
@@ -311,7 +309,7 @@ class Jobs:
             files |= _volumes({f"sample_{number:04d}": image}, self.network.scan_affine)
             files[f"sample_{number:04d}.png"] = _picture(image)
             yield number, count
-        return Result({"count": count}, files)
+        yield Result({"count": count}, files)
 
     def change(self, index: int, covariates: Mapping[str, Any], channel: int = 0) -> Steps:
         """A scan under other covariates, of which one may be a list: a film strip."""
@@ -328,7 +326,7 @@ class Jobs:
             job = jobs.counterfactual(self.common, values)
             change = job.compute([{**item, "image": item["image"].clamp(*self._range)}])["change"]
             frames.append((in_words(values), inputs + change))
-        return self._strip(frames, item["image"], channel, {"known": _known(item)})
+        yield self._strip(frames, item["image"], channel, {"known": _known(item)})
 
     def mix(
         self, first: int, second: int, levels: Sequence[str] | None = None, steps: int = 5, channel: int = 0
@@ -346,14 +344,14 @@ class Jobs:
         results = job.compute([read_item(job.dataset, 0)])
         shares = [f"{step / (steps - 1):.0%}" for step in range(steps)]
         frames = [(share, results[name]) for share, name in zip(shares, job.inferer.images(), strict=True)]
-        return self._strip(frames, ends[0], channel, {})
+        yield self._strip(frames, ends[0], channel, {})
 
     def scan(self, index: int, channel: int = 0) -> Steps:
         """A scan alone."""
         channel = self._channel(channel)
         yield 0, 1
         item = self._read(index)
-        return Result(files=_volumes({"scan": self._unit(self._inputs(item))[channel]}, item["image"].affine))
+        yield Result(files=_volumes({"scan": self._unit(self._inputs(item))[channel]}, item["image"].affine))
 
     def fill(self, index: int, mask: Sequence[int], draws: int = 4, channel: int = 0) -> Steps:
         """What is painted on a scan, see :func:`painted`, filled in given the rest, as the job ``impute`` does it."""
@@ -379,7 +377,7 @@ class Jobs:
         shown = {"scan": scan, "filled": mean, "spread": spread, "difference": mean - scan}
         shown |= {f"draw_{number:02d}": image for number, image in enumerate(images)}
         content = {"voxels": int(missing.sum()), "largest_spread": float(spread.max())}
-        return Result(content, _volumes(shown, item["image"].affine))
+        yield Result(content, _volumes(shown, item["image"].affine))
 
     def _strip(
         self, frames: Sequence[tuple[str, Tensor]], image: MetaTensor, channel: int, content: dict[str, Any]

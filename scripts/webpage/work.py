@@ -41,8 +41,8 @@ class Result:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-# a job, as a generator: it yields how many steps are done, and of how many, after each of them
-Steps = Generator[tuple[int, int], None, Result]
+# a job, as a generator: it yields how many steps are done, and of how many, after each of them; its result is the last
+Steps = Generator[tuple[int, int] | Result, None, None]
 
 
 def request_key(kind: str, arguments: Mapping[str, Any]) -> str:
@@ -201,16 +201,17 @@ class Worker:
         self._set(job, state="running")
         try:
             with torch.inference_mode():
-                done, total = next(steps)
-        except StopIteration as end:
-            self.results.put(job.key, end.value)
-            self._set(job, state="done", done=job.total)
-            return False
+                step = next(steps)
         except Exception as error:  # whatever it is, the page says it and the thread goes on
             if not is_refusal(error):
                 logger.exception("The job '%s' of the page failed.", job.kind)
             self._set(job, state="failed", error=sentence(error))
             return False
+        if isinstance(step, Result):
+            self.results.put(job.key, step)
+            self._set(job, state="done", done=job.total)
+            return False
+        done, total = step
         self._set(job, done=done, total=total)
         return True
 
