@@ -196,7 +196,9 @@ def test_a_bad_scan_ends_both_processes_with_one_sentence(cohort, run, tmp_path)
     bad.write_bytes(b"not an image")
     ckpt = run / "checkpoints" / "model.pt"
     arguments = ("--ckpt", ckpt, "--dataset_dir", bad.parent, "--output_dir", tmp_path / "out", *HALF)
-    results = run_bundle_group(*arguments, run_id=None, configs=EVALUATE_BY_TWO)
+    # torchrun, which would end the other process, is not there
+    patches = {"scripts.utils.distributed.EXIT_DELAY": 0.1}
+    results = run_bundle_group(*arguments, run_id=None, configs=EVALUATE_BY_TWO, patches=patches)
     assert [result.returncode for result in results] == [1, 1]
     log = "".join(result.stderr for result in results)
     errors = [line for line in log.splitlines() if "Error: '" in line]

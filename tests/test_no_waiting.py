@@ -21,6 +21,8 @@ from scripts.training import trainer as trainers
 from scripts.utils.devices import on_device, to_host
 
 TINY = [str(ROOT / "configs/train.json"), str(ROOT / "tests/tiny.json"), str(ROOT / "tests/quick_start.json")]
+# two levels: PyTorch takes seconds to find the shapes of what three do
+SMALLER = {"channels": [4, 6], "num_latents": [1, 2], "latent_channels": [2, 3], "kernel_sizes": [3, 3]}
 
 
 class Loaded:
@@ -42,6 +44,7 @@ def train(folder: str, dataset_dir: str, changes: dict) -> dict[str, object]:
     trainers.check_graph = lambda *args, **kwargs: changes.get("cuda_graph", False)  # as on a real one
     parser = ConfigParser(ConfigParser.load_config_files(TINY))
     parser.update({"dataset_dir": dataset_dir, "output_dir": folder, "batch_size": 2, "log_interval": 3, **changes})
+    parser.update({f"network_def#{key}": value for key, value in SMALLER.items()})
     arguments = parser.get_parsed_content("network_def").arguments
     with torch.device("meta"):
         network = VDVAE(**arguments)
