@@ -41,7 +41,7 @@ PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(STARTUP), 
 TOGETHER = {
     "forked": (
         *("killed_runs", "distributed", "benchmarks", "inference", "evaluate", "lesions", "impute_interpolate"),
-        *("population_prior", "no_waiting", "collectives"),
+        *("population_prior", "no_waiting", "collectives", "certificate"),
     ),
     "joblib": ("check", "cache", "phantoms", "errors", "parallel"),
 }

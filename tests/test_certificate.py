@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import informative_network, run_bundle
+from groups import run_bundle_group
 from scipy import stats
 from test_covariates import prior_with_effects
 
@@ -26,6 +27,7 @@ from scripts.population.files import save_prior
 from scripts.population.prior import fingerprint
 
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
+BY_TWO = [*INFERENCE, "configs/multi_gpu_inference.json"]
 ROWS = [{"age": 40.0 + k, "site": "AB"[k % 2]} for k in range(42)]
 
 
@@ -193,9 +195,9 @@ def people(cohort, tmp_path_factory):
     return folder
 
 
-def certified(people, output, *words):
+def certified(people, output, *words, start=run_bundle, configs=INFERENCE):
     words = ("--dataset_dir", people / "scans", "--ckpt", people / "model.pt", "--draws", 4, *words)
-    return run_bundle("--output_dir", output, *words, run_id="deviation", configs=INFERENCE)
+    return start("--output_dir", output, *words, run_id="deviation", configs=configs)
 
 
 def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
@@ -234,8 +236,8 @@ def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
 
 def test_a_group_calibrates_once(people, tmp_path):
     words = ("--error_rate", 0.1, "--calibration", people / "healthy")
-    first = certified(people, tmp_path / "first", *words)
-    assert first.returncode == 0, first.stderr
+    for one in certified(people, tmp_path / "first", *words, start=run_bundle_group, configs=BY_TWO):
+        assert one.returncode == 0, one.stderr
     file = tmp_path / "first" / "calibration.json"
     text = file.read_text(encoding="utf-8")
     assert len(json.loads(text)["people"]) == 9 and ".nii" not in text and "sub-" not in text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from conftest import ROOT, inference_config, run_bundle
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from scripts.inference.training_run import TrainingRun
+from scripts.data.datalist import write_datalist
+from scripts.inference.training_run import TrainedScans, TrainingRun
 from scripts.utils.files import expand
 
 TRAIN = ["configs/train.json", "tests/tiny.json", "tests/quick_start.json"]
@@ -50,6 +53,44 @@ def test_every_path_is_expanded_at_one_place(config):
     allowed = {"ckpt_dir": "$str(@output_dir) + '/checkpoints'"}  # which is itself expanded
     rest = json.dumps({key: value for key, value in content.items() if value != allowed.get(key)})
     assert re.findall(rf"@(?:{'|'.join(USERS[config])})\b", rest) == []
+
+
+def test_a_folder_above_is_a_folder_too(cohort, tmp_path):
+    """With ``..`` in the paths of scans, weights, tables and a pair."""
+    network = inference_config().get_parsed_content("network_def")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    here, scans = Path(os.path.relpath(tmp_path, ROOT)), Path(os.path.relpath(cohort, ROOT))
+    assert here.parts[0] == scans.parts[0] == ".."
+    (tmp_path / "ages.csv").write_text("image,age\nsub-0003_FLAIR.nii.gz,61\n")
+    words = ("--ckpt", here / "model.pt", "--dataset_dir", scans, "--covariates_file", here / "ages.csv")
+    scored = run_bundle(*words, "--output_dir", here / "score", run_id="score", configs=INFERENCE)
+    assert scored.returncode == 0 and not (tmp_path / "score" / "failed.csv").exists(), scored.stderr
+    rows = list(csv.DictReader((tmp_path / "score" / "scores.csv").open(encoding="utf-8")))
+    assert rows[2]["image"] == "sub-0003_FLAIR.nii.gz" and rows[2]["age"] == "61"
+    words = ("--ckpt", here / "model.pt", "--scans_between", [str(path) for path in sorted(scans.glob("*.nii.gz"))[:2]])
+    between = run_bundle(*words, "--output_dir", here / "pair", run_id="interpolate", configs=INFERENCE)
+    assert between.returncode == 0 and len(list((tmp_path / "pair").glob("*_step*.nii.gz"))) == 7, between.stderr
+
+
+def test_scans_that_were_trained_on_are_known_by_any_path(tmp_path):
+    """As files of a DataLad data set, which are links, or by a path with ``..``."""
+    for folder in ("store", "scans/sub-1", "linked"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "store" / "abc").write_bytes(b"scan")
+    (tmp_path / "scans/sub-1/T1w.nii").symlink_to(tmp_path / "store" / "abc")
+    (tmp_path / "scans/sub-1/FLAIR.nii").write_bytes(b"other")
+    (tmp_path / "linked" / "T1w.nii").symlink_to(tmp_path / "scans/sub-1/T1w.nii")
+    trained = [{"image": f"{tmp_path}/linked/../scans/sub-1/T1w.nii", "subject": "sub-1"}]
+    write_datalist({"training": trained}, tmp_path / "datalist.json")
+    known = TrainedScans(tmp_path / "datalist.json")
+    found = [known.knows({"image": str(tmp_path / name), "subject": "sub-1"}) for name in PLACES]
+    assert found == list(PLACES.values())
+
+
+PLACES = {
+    **{"scans/sub-1/T1w.nii": "yes", "store/../scans/sub-1/T1w.nii": "yes", "linked/T1w.nii": "yes"},
+    **{"scans/sub-1/../sub-1/FLAIR.nii": "subject", "linked/FLAIR.nii": "no"},
+}
 
 
 @pytest.fixture

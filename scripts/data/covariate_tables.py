@@ -19,7 +19,7 @@ from scripts.data.covariates import CovariateCoding, Value, check_kinds, missing
 from scripts.data.datalist import common_root, covariate_fields
 from scripts.data.tables import ScanName, ScanTable
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import expand, read_json
+from scripts.utils.files import absolute, expand, read_json
 from scripts.utils.names import item_path
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class Covariates:
     ) -> None:
         place = Path(expand(dataset_dir))
         root = Path(common_root(items, place))
-        paths = [os.path.normpath(Path(item_path(item)).absolute()) for item in items]
+        paths = [str(absolute(item_path(item))) for item in items]
         self._scans = [_scan_name(item, path, root) for item, path in zip(items, paths, strict=True)]
         self._places = {item_path(item): index for index, item in enumerate(items)}
         participants = _read_participants(root)
@@ -427,6 +427,5 @@ def _datalist_fields(path: Path) -> dict[str, dict[str, Any]]:
         for entry in side if isinstance(side, list) else ():
             if isinstance(entry, dict) and entry.get("image"):
                 first = entry["image"] if isinstance(entry["image"], str) else entry["image"][0]
-                absolute = os.path.normpath(path.parent.absolute() / expand(first))
-                found[absolute] = covariate_fields(entry)
+                found[str(absolute(path.parent / expand(first)))] = covariate_fields(entry)
     return found

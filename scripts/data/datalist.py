@@ -15,7 +15,7 @@ from typing import Any
 
 from scripts.data.find import find_scans
 from scripts.utils.errors import InputError
-from scripts.utils.files import expand, write_text
+from scripts.utils.files import absolute, expand, write_text
 from scripts.utils.names import item_files, item_path
 
 logger = logging.getLogger(__name__)
@@ -220,10 +220,10 @@ def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLi
     """The folder that names of results are relative to: ``dataset_dir``, or for a datalist what all its scans share."""
     root = Path(expand(dataset_dir))
     if root.is_dir():
-        return str(root.absolute())
+        return str(absolute(root))
     if root.suffix == ".json" and root.is_file():
         scans = [item for side in list_sides(root)[0].values() for item in side]
-    return os.path.commonpath([Path(file).absolute().parent for scan in scans for file in item_files(scan)])
+    return os.path.commonpath([absolute(file).parent for scan in scans for file in item_files(scan)])
 
 
 def check_sides(sides: dict[str, list[dict]], path: str | os.PathLike) -> None:
@@ -276,11 +276,11 @@ def write_datalist(datalist: dict[str, list[dict]], path: str | os.PathLike) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    absolute = {
-        side: [{**item, "image": _each_path(lambda path: str(Path(path).absolute()), item["image"])} for item in items]
+    written = {
+        side: [{**item, "image": _each_path(lambda path: str(absolute(path)), item["image"])} for item in items]
         for side, items in datalist.items()
     }
-    write_text(path, json.dumps(absolute, indent=1) + "\n")
+    write_text(path, json.dumps(written, indent=1) + "\n")
 
 
 def _each_path(change: Callable[[str], str], image: str | list[str]) -> str | list[str]:

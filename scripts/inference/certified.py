@@ -283,6 +283,7 @@ class CertifiedEvaluator:
     ) -> None:
         given = common.cohort
         cohort = Cohort(calibration, given.pattern, given.training_run, given.covariates_file, given.unseen)
+        _ = cohort.items, given.items  # all processes ask, before rank 0 chooses among them
         cohort = cohort.of(distributed.from_rank_zero(people_to_calibrate, cohort, given, common.seed))
         self.certificate.refuse_few(len(cohort.items))
         aside = common.replace(

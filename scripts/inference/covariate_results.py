@@ -30,6 +30,7 @@ from scripts.networks import VDVAE
 from scripts.population.deviations import DEVIATION_PERCENTILE
 from scripts.utils import figures, plots
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import expand
 from scripts.utils.names import item_path
 from torch import Tensor
 from tqdm import tqdm
@@ -165,7 +166,7 @@ def fit_atlas(atlas: str | os.PathLike | None, grid: ScanGrid, shape: Sequence[i
     """
     if atlas is None:
         return None
-    path = Path(atlas).expanduser()
+    path = Path(expand(atlas))
     if not path.is_file():
         raise NotFoundError(f"atlas '{atlas}' does not exist: check the path.")
     if grid.box is None:
@@ -201,7 +202,7 @@ def region_names(atlas: str | os.PathLike | None, labels: Tensor | None) -> list
     if labels is None:
         return []
     numbers = [str(number) for number in labels.unique().tolist() if number]
-    path = Path(atlas).expanduser()
+    path = Path(expand(atlas))
     table = path.with_name(path.name.split(".")[0] + ".tsv")
     if not table.is_file():
         return numbers

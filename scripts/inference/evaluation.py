@@ -33,7 +33,7 @@ from scripts.inference.measures import (
 )
 from scripts.inference.privacy import Measured, draw_samples, measure, membership_numbers, one_per_subject
 from scripts.inference.sample_comparison import compare_features, compare_images, compare_regions, read_feature_network
-from scripts.inference.training_run import TrainedScans, TrainingRun, absolute_path
+from scripts.inference.training_run import TrainedScans, TrainingRun
 from scripts.layers.output import foreground
 from scripts.training.checkpoints import DEFAULT_WEIGHTS
 from scripts.training.losses import PER_SCAN
@@ -122,7 +122,7 @@ def held_out(datalist: Mapping[str, list[dict]], output_dir: str | os.PathLike) 
         known = [item for item in items if trained.knows(item) != "no"]
         if known:
             raise InputError(
-                f"{len(known)} of the {len(items)} scans to evaluate on, such as '{absolute_path(known[0])}', or other "
+                f"{len(known)} of the {len(items)} scans to evaluate on, such as '{item_path(known[0])}', or other "
                 f"scans of their subjects, were trained on by the run in '{output_dir}': set --run_dir to it, which "
                 "takes the scans that it held out."
             )

@@ -20,6 +20,7 @@ from scripts.layers.levels import grid_name
 from scripts.networks import VDVAE
 from scripts.utils import figures
 from scripts.utils.errors import InputError, NotFoundError
+from scripts.utils.files import absolute, expand
 from scripts.utils.names import image_files, image_path, item_files
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def list_pair(scans_between: Sequence[Any] | None, cohort: Cohort) -> list[dict[
     else:
         scans = list(scans_between)
         for path in (path for scan in scans for path in ensure_tuple(scan)):
-            if not Path(path).expanduser().exists():
+            if not Path(expand(path)).exists():
                 raise NotFoundError(f"scans_between: '{path}' does not exist: give the paths of two scans.")
     return [{"image": scans[0], "second": scans[1]}]
 
@@ -76,7 +77,7 @@ class PairLayout(ScanLayout):
     ) -> None:
         (item,) = pair
         first, second = _matched(item_files(item), ensure_tuple(item["second"]))
-        root = os.path.commonpath([Path(file).expanduser().absolute().parent for file in first])
+        root = os.path.commonpath([absolute(file).parent for file in first])
         super().__init__(root, output_dir, postfix, extension, **naming)
         self.seconds = {self.relative(file): scan_stem(other) for file, other in zip(first, second, strict=True)}
 

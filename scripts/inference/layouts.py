@@ -17,7 +17,7 @@ from monai.utils import ensure_tuple
 from scripts.data.datalist import common_root
 from scripts.data.transforms import ScanError
 from scripts.utils.errors import ExistsError, InputError
-from scripts.utils.files import read_json, write_text
+from scripts.utils.files import absolute, expand, read_json, write_text
 from scripts.utils.formats import save_nifti, without_image_suffix
 from scripts.utils.names import item_files
 from torch import Tensor
@@ -72,7 +72,7 @@ class ScanLayout:
         description: DatasetDescription | None = None,
     ) -> None:
         self.description = description
-        self.root, self.output_dir = Path(root).expanduser().absolute(), Path(output_dir).expanduser()
+        self.root, self.output_dir = absolute(root), Path(expand(output_dir))
         self.postfix, self.extension = postfix, extension
         self.join_channels, self.bids = join_channels, bids
 
@@ -114,7 +114,7 @@ class ScanLayout:
 
     def relative(self, scan: str | os.PathLike) -> str:
         """The scan's posix path, relative to the root."""
-        path = Path(os.path.normpath(Path(scan).expanduser().absolute()))
+        path = absolute(scan)
         if not path.is_relative_to(self.root):
             raise ScanError(f"'{scan}' is not under '{self.root}', so that its results have no place: move it there.")
         return path.relative_to(self.root).as_posix()
@@ -218,11 +218,11 @@ class DatasetDescription:
         ckpt: str | os.PathLike,
         metadata: str | os.PathLike,
     ) -> None:
-        self.output_dir, self.ckpt = Path(output_dir).expanduser(), Path(ckpt).expanduser().absolute()
+        self.output_dir, self.ckpt = Path(expand(output_dir)), absolute(ckpt)
         files = [file for scan in ensure_tuple(sources) for file in ensure_tuple(scan)]
-        paths = [Path(file).expanduser().absolute() for file in files]
+        paths = [absolute(file) for file in files]
         self.sources = [Path(common_root([], path)) if path.suffix == ".json" else path for path in paths]
-        self.metadata = Path(metadata).expanduser()
+        self.metadata = Path(expand(metadata))
 
     @cached_property
     def generator(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class DatasetDescription:
 
     def write_sidecar(self, volume: str | os.PathLike, scans: Sequence[str]) -> None:
         """Say beside a ``.nii.gz`` of what files it was made and by what: ``Sources`` and ``GeneratedBy``."""
-        files = [Path(scan).expanduser().absolute() for scan in scans]
+        files = [absolute(scan) for scan in scans]
         sources = [self._uri(file) for file in files if file.exists()]  # channels of latents have names, but no files
         content = {"Sources": sources} if sources else {}
         path = Path(volume)
@@ -263,7 +263,7 @@ class DatasetDescription:
         before = read_json(path, "the description of a BIDS data set") if path.exists() else {}
         generated = before.get("GeneratedBy", [])
         foreign = before and name not in [entry.get("Name") for entry in generated]
-        if foreign or self.output_dir.absolute() in self.sources:
+        if foreign or absolute(self.output_dir) in self.sources:
             raise ExistsError(
                 f"output_dir '{self.output_dir}' is another data set, not one of results of this bundle: set "
                 "--output_dir to a folder for them alone, such as derivatives/vdvae in that data set."

@@ -26,7 +26,7 @@ from scripts.data.tables import read_table
 from scripts.data.transforms import LoadScand, ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.utils.errors import InputError, NotAFolderError, NotFoundError
-from scripts.utils.files import write_whole
+from scripts.utils.files import expand, write_whole
 from scripts.utils.formats import without_image_suffix
 from scripts.utils.names import image_path, item_path
 from torch import Tensor
@@ -244,7 +244,7 @@ def pair_masks(
     """
     if mask_dir is None:
         raise InputError("mask_dir is not set: set --mask_dir to the folder of the masks, and --mask_pattern.")
-    masks_root = Path(mask_dir).expanduser()
+    masks_root = Path(expand(mask_dir))
     if not masks_root.is_dir():
         raise NotAFolderError(f"mask_dir '{masks_root}' is not a folder: set --mask_dir to that of the masks.")
     scan_pattern = ensure_tuple(scan_pattern)[0]
@@ -252,7 +252,7 @@ def pair_masks(
     masks = find_by_wildcards(masks_root, mask_pattern, "mask_dir", "mask_pattern")
     texts_of, items, texts = compile_pattern(scan_pattern, "scan_pattern"), [], None
     for scan in scans:
-        found = texts_of(Path(os.path.relpath(Path(item_path(scan)).expanduser(), root)).as_posix())
+        found = texts_of(Path(os.path.relpath(expand(item_path(scan)), root)).as_posix())
         texts = texts or found
         items.append({**scan, "mask": str(masks_root / masks[found]) if found in masks else None})
     unmasked = [item for item in items if item["mask"] is None]
@@ -279,7 +279,7 @@ def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, s
 
     Its column ``scan`` has the names of the scans' files, or what they begin with before a ``_``; ``kind`` the kind.
     """
-    path = Path(mask_dir).expanduser() / KINDS_FILE
+    path = Path(expand(mask_dir)) / KINDS_FILE
     if not path.is_file():
         return dict.fromkeys(scans, "")
     columns, rows = read_table(path)

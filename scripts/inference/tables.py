@@ -21,7 +21,7 @@ from scripts.inference.training_run import NO_RUN, TrainingRun
 from scripts.population.files import FIT_IT
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import expand, write_csv
+from scripts.utils.files import absolute, expand, write_csv
 from scripts.utils.names import UNUSABLE, item_path
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class ScanColumns:
         training_run: TrainingRun = NO_RUN,
     ) -> None:
         self.marks: dict[str, dict[str, str]] = {}
-        self.root = Path(root).expanduser().absolute()
+        self.root = absolute(root)
         self.items = {item_path(item): item for item in items}
         self.training_run = training_run
         self.covariates = Covariates(items, self.root) if covariates is None else covariates
@@ -62,7 +62,7 @@ class ScanColumns:
     def __call__(self, scan: str) -> dict[str, Any]:
         """The first columns of the row of a scan, by the path of its first file."""
         item = self.items.get(scan, {"image": scan})
-        path = Path(os.path.normpath(Path(scan).expanduser().absolute()))
+        path = absolute(scan)
         image = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
         columns = {"image": image} | {name: item.get(name, "") for name in self.names}
         if self.training_run.trained is not None:

@@ -36,22 +36,21 @@ class TrainedScans:
         for place, item in enumerate(training):
             check_item(item, f"'{datalist}', item {place} (from 0) of 'training'")
         self.items: list[dict[str, Any]] = training
-        self._paths = {absolute_path(item) for item in training}
+        self._files = {os.path.realpath(expand(item_path(item))) for item in training}
         # a subject's name tells who it is within one data set alone
-        self._root = os.path.commonpath([Path(path).parent for path in self._paths])
+        self._root = os.path.commonpath([_folder(item) for item in training])
         self._subjects = {item["subject"] for item in training if "subject" in item}
 
     def knows(self, item: Mapping[str, Any]) -> str:
         """``"yes"`` for a scan that was trained on, ``"subject"`` for another scan of such a subject, else ``"no"``."""
-        path = absolute_path(item)
-        if path in self._paths:
+        if os.path.realpath(expand(item_path(item))) in self._files:
             return "yes"
-        return "subject" if item.get("subject") in self._subjects and Path(path).is_relative_to(self._root) else "no"
+        return "subject" if item.get("subject") in self._subjects and _folder(item).is_relative_to(self._root) else "no"
 
 
-def absolute_path(item: Mapping[str, Any]) -> str:
-    """The absolute path of a datalist item's first file."""
-    return str(Path(item_path(item)).expanduser().absolute())
+def _folder(item: Mapping[str, Any]) -> Path:
+    """The folder of an item's first file, which may be a link to one elsewhere, as in a DataLad data set."""
+    return Path(os.path.realpath(Path(expand(item_path(item))).parent))
 
 
 class TrainingRun:
@@ -66,7 +65,7 @@ class TrainingRun:
     """
 
     def __init__(self, run_dir: str | os.PathLike | None) -> None:
-        self.folder = None if run_dir is None else Path(run_dir).expanduser()
+        self.folder = None if run_dir is None else Path(expand(run_dir))
         self.datalist: str | None = None
         self.trained: TrainedScans | None = None
         if self.folder is None:

@@ -41,6 +41,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 ONCE = 1.0  # seconds in which signals are one: at Ctrl-C torchrun and the terminal send one each
 
 _calls = itertools.count()  # of from_rank_zero and of wait_for_all, in the same order on all processes
+_running: list[Callable] = []  # what from_rank_zero is calling
 
 
 def local_device() -> torch.device:
@@ -153,14 +154,14 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         SystemExit: on the other processes then.
     """
     if idist.get_world_size() == 1:
-        return function(*args, **kwargs)
+        return _call_alone(function, *args, **kwargs)
     # through the store, not by a broadcast: the store waits as long as it takes, and leaves no tensor with Gloo's
     # threads, which abort if they release one while Python shuts down
     store, key = dist.distributed_c10d._get_default_store(), f"from rank zero {next(_calls)}"
     if dist.get_rank() == 0:
         message = b""
         try:
-            text = json.dumps(function(*args, **kwargs), default=os.fspath)
+            text = json.dumps(_call_alone(function, *args, **kwargs), default=os.fspath)
             message = zlib.compress(text.encode())
         finally:
             store.set(key, message)
@@ -171,6 +172,16 @@ def from_rank_zero(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         time.sleep(EXIT_DELAY)  # rank 0 shows its error, and torchrun ends all processes when one has ended
         sys.exit(1)
     return json.loads(zlib.decompress(message))
+
+
+def _call_alone(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    if _running:
+        raise RuntimeError(f"{function} is to be called on rank 0 within {_running[0]}: the others don't wait for it.")
+    _running.append(function)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _running.pop()
 
 
 def wait_for_all() -> None:

@@ -30,12 +30,17 @@ _cleared: set[Path] = set()  # folders in which this process has looked for left
 def expand(path: str | os.PathLike | None) -> str | None:
     """A path as somebody gives it, with the user's home in place of a ``~`` at its start; None stays None.
 
-    Paths are expanded once, where they enter: by the commands, by what reads a datalist, and in the ``paths`` of the
-    configs, such as ``@paths#dataset_dir``. Elsewhere a ``~`` is a folder of that name.
+    Paths are expanded where they enter: by the commands, by what reads a datalist, and in the ``paths`` of the configs,
+    such as ``@paths#dataset_dir``.
     """
     if path is None:
         return None
     return os.path.expanduser(str(path))  # noqa: PTH111 (pathlib's raises where there is no such user)
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """The absolute path of what somebody gives, without ``~``, ``.`` and ``..``: those of one file are equal."""
+    return Path(os.path.abspath(expand(path)))  # noqa: PTH100 (pathlib's keeps the ..)
 
 
 def write_whole(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.utils.files import expand
+
 # in a loaded image's metadata: all its files, of which MONAI keeps the first; in a datalist's item: the files that its
 # results are named by, where they are not its image's
 CHANNEL_FILES = "channel_files"
@@ -41,7 +43,7 @@ def item_files(item: Mapping[str, Any]) -> list[str]:
 
 def expanded(paths: Any) -> list[str]:
     """One path or several as a list, with the user's home in place of ``~``."""
-    return [str(Path(path).expanduser()) for path in (paths if isinstance(paths, list | tuple) else [paths])]
+    return [expand(path) for path in (paths if isinstance(paths, list | tuple) else [paths])]
 
 
 def printable(name: str) -> str:
