@@ -95,6 +95,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, earlier, undistu
         newest.unlink()
     leftover = earlier / "checkpoints" / ".4711-0badcafe.checkpoint.pt"
     leftover.write_bytes(content[:1000])
+    (earlier / "checkpoints" / "checkpoint_1_before.pt").write_bytes(content)  # a copy of somebody's
     found = newest_checkpoint(earlier / "checkpoints", resume="auto")
     assert found.name == "checkpoint_1.pt"
     assert not leftover.exists()
@@ -275,10 +276,10 @@ def test_while_updates_are_skipped_nothing_is_saved(cohort, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("save_interval", 0), ("save_updates", 0), ("save_minutes", -1), ("keep_last", "two")]
+    ("key", "value"), [("save_interval", 0), ("save_updates", 0), ("save_minutes", -1), ("keep_last", 2.5)]
 )
 def test_numbers_that_make_no_sense_are_refused(key, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{key} is {value!r}: set it to a number from "):
+    with pytest.raises(ValueError, match=f"{key} is {value!r}, but must be a"):
         CheckpointHandler(tmp_path, torch.nn.Identity(), None, None, **{key: value})
 
 

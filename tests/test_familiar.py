@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, inference_config, informative_network, run_bundle
+from conftest import ROOT, brain, inference_config, informative_network, run_bundle
 from monai.data import Dataset, MetaTensor
 from torch.nn.functional import max_pool3d
 
@@ -20,7 +20,7 @@ from benchmarks.familiar import FAULTS
 from scripts.check import check
 from scripts.data.scan_grid import ScanGrid
 from scripts.inference.explanations import _movement_words
-from scripts.inference.familiar import Examiner, Finding, Step
+from scripts.inference.familiar import Examiner, Finding, Step, mended_scan
 from scripts.layers.output import foreground
 from scripts.phantoms import make_brains
 from scripts.population.familiarity import LEAST_SPREAD, Familiarity, least_spread, look, masked_otherwise
@@ -240,6 +240,18 @@ def test_prepare_mends_what_the_network_finds(known, tmp_path):
     assert {"image": "orientation/scan.nii.gz"} in listed and {"image": "contrast/scan.nii.gz"} not in listed
     with pytest.raises(ValueError, match="like mends scans on their own grid"):
         prepare(tmp_path / "scans", tmp_path / "out", keep_skull=True, **words)
+
+
+@pytest.mark.parametrize("background", [-3.0, 0.0, 100.0])
+def test_what_is_no_brain_becomes_background(background):
+    """Whatever the scan has there."""
+    image = brain(16)
+    with_rim = image.clone()
+    with_rim[:, 0] = 0.5
+    step = Step("skull", "it has more than a brain", 1.0, np.eye(4))
+    mended = mended_scan(with_rim + background, Finding(False, 2.0, 1.0, -1.0, (step,)))
+    assert (mended[:, 0] == background).all() and mended.min() == background
+    torch.testing.assert_close(mended[:, 6:10, 6:10, 6:10], with_rim[:, 6:10, 6:10, 6:10] + background)
 
 
 @pytest.fixture(scope="module")

@@ -68,8 +68,10 @@ def test_a_folder_above_is_a_folder_too(cohort, tmp_path):
     rows = list(csv.DictReader((tmp_path / "score" / "scores.csv").open(encoding="utf-8")))
     assert rows[2]["image"] == "sub-0003_FLAIR.nii.gz" and rows[2]["age"] == "61"
     words = ("--ckpt", here / "model.pt", "--scans_between", [str(path) for path in sorted(scans.glob("*.nii.gz"))[:2]])
-    between = run_bundle(*words, "--output_dir", here / "pair", run_id="interpolate", configs=INFERENCE)
+    words = (*words, "--figures", True, "--output_dir", here / "pair")
+    between = run_bundle(*words, run_id="interpolate", configs=INFERENCE)
     assert between.returncode == 0 and len(list((tmp_path / "pair").glob("*_step*.nii.gz"))) == 7, between.stderr
+    assert "_steps.png" in (tmp_path / "pair" / "report_interpolate.html").read_text(encoding="utf-8")
 
 
 def test_scans_that_were_trained_on_are_known_by_any_path(tmp_path):

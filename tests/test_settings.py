@@ -83,6 +83,7 @@ def test_another_program_has_no_command_line(monkeypatch):
         (["--max_grad_norm", "0"], ["max_grad_norm is 0", "a number above 0"]),
         (["--skip_grad_norm", "0.0"], ["skip_grad_norm is 0.0", "a number above 0"]),
         (["--max_skips", "0"], ["max_skips is 0", "1 or more"]),
+        (["--keep_last", "2.5"], ["keep_last is 2.5", "whole number, 1 or more"]),
         (["--skip_warmup", "-1"], ["skip_warmup is -1", "0 or more"]),
         (["--accumulation_steps", "0"], ["accumulation_steps is 0", "1 or more"]),
         (["--device", "cuda"], ["device is 'cuda'", "$torch.device('cuda:0')"]),

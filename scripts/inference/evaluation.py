@@ -53,7 +53,17 @@ SCORED = ("bits_per_voxel_", "bits_per_dim_population", "typicality", "psnr", "s
 INFORMATION_PEOPLE = 512  # at most: each is compared with all others' covariates
 GROUPS = {
     "held-out scans": ("bits_per_dim", "bits_per_voxel_", "nll", "kl", "mse", "psnr", "ssim", "file_", "typicality"),
-    "samples": ("mmd", "ms_ssim", "fid", "region_distance", "precision", "recall", "variance_"),
+    "samples": (
+        "samples",
+        "scans_compared",
+        "mmd",
+        "ms_ssim",
+        "fid",
+        "region_distance",
+        "precision",
+        "recall",
+        "variance_",
+    ),
     "training people": ("membership", "nearest_training"),
 }
 

@@ -220,18 +220,6 @@ class Examiner:
                     result[place] = result[place]._replace(alike=int(alike.sum()))
         return result
 
-    def mended(self, image: MetaTensor, found: Finding) -> MetaTensor | None:
-        """A scan that was examined, without what can be undone and leaves its values: where it lies, and what is no
-        brain; None where nothing of that was found.
-        """
-        if not {step.reason for step in found.steps} & MENDED:
-            return None
-        mended = image.clone()
-        if any(step.reason == "skull" for step in found.steps):
-            mended *= torch.from_numpy(connected_brain(image))
-        mended.affine = torch.from_numpy(np.linalg.inv(found.steps[-1].transform)) @ image.affine.to(torch.float64)
-        return Orientation("RAS", labels=None)(mended)
-
     def _explained(self, image: MetaTensor, found: Finding) -> Finding:
         usual = self.familiarity.limit(FARTHER)
         hypotheses = Hypotheses(self.network, self.familiarity, image, self.fit.fit, self.scale)
@@ -268,6 +256,22 @@ class Examiner:
         return [Step(blurred.reason, blurred.words, gain, blurred.transform)]
 
 
+def mended_scan(image: MetaTensor, found: Finding) -> MetaTensor | None:
+    """A scan that was examined, without what can be undone and leaves its values: where it lies, and what is no brain,
+    which becomes as dark as the scan's darkest voxel; None where nothing of that was found.
+    """
+    reasons = {step.reason for step in found.steps}
+    if not reasons & MENDED:
+        return None
+    mended = image.clone()
+    if "skull" in reasons:
+        outside = ~torch.from_numpy(connected_brain(image))
+        for channel in mended:
+            channel[outside] = channel.min()
+    mended.affine = torch.from_numpy(np.linalg.inv(found.steps[-1].transform)) @ image.affine.to(torch.float64)
+    return Orientation("RAS", labels=None)(mended)
+
+
 def mend_scans(
     scans: Mapping[Path, Path], ckpt: str | os.PathLike, config_file: str | Sequence[str] = ()
 ) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
@@ -290,7 +294,7 @@ def mend_scans(
         try:
             image = examiner.load(str(path))
             found = after = examiner.examine(image)
-            mended = examiner.mended(image, found)
+            mended = mended_scan(image, found)
             if mended is not None:
                 image, after = mended, examiner.examine(mended)
             result.parent.mkdir(parents=True, exist_ok=True)

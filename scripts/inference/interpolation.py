@@ -113,37 +113,35 @@ def stack_pairs(items: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 class SaveStepsd(Transform):
-    """Write the steps from one scan to another: each as NIfTI on the first scan's fitted grid, its intensities from 0
-    (background) to 1, and all in one figure.
+    """Write the steps from one scan to another, each as NIfTI on the first scan's fitted grid, its intensities from 0
+    (background) to 1.
 
     Args:
         layout: makes the layout of a step's file by its key.
         keys: of the steps.
         value_range: of what the network predicts.
-        figure: False draws nothing.
     """
 
-    def __init__(
-        self, layout: Callable[..., ScanLayout], keys: Sequence[str], value_range: Sequence[float], figure: bool = True
-    ) -> None:
-        self.layout, self.keys, self.figure = layout, tuple(keys), figure
-        self.value_range = value_range
+    def __init__(self, layout: Callable[..., ScanLayout], keys: Sequence[str], value_range: Sequence[float]) -> None:
+        self.layout, self.keys, self.value_range = layout, tuple(keys), value_range
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         files = image_files(data["image"])
-        images = {key: torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", *self.keys, "second")}
-        scans = {key: from_zero_to_one(image, self.value_range) for key, image in images.items()}
         for key in self.keys:
             layout = self.layout(key)
-            for name, part in split_channels(scans[key], layout.names(files)).items():
+            image = from_zero_to_one(torch.as_tensor(data[key]).as_subclass(Tensor), self.value_range)
+            for name, part in split_channels(image, layout.names(files)).items():
                 layout.save(name, part, data["image"].affine, [*files, *image_files(data["second"])])
-        if self.figure:
-            labels = ["first scan", *(f"{i / (len(self.keys) - 1):.0%}" for i in range(len(self.keys))), "second scan"]
-            path = self.layout("steps", ".png").filename(files[0])
-            both = zip(*_matched(file_names(data["image"]), file_names(data["second"])), strict=True)
-            titles = [f"{first} to {second}" for first, second in both]
-            figures.strip(path, list(scans.values()), labels, (0.0, 1.0), titles=titles)
         return data
+
+
+def draw_steps(path: str, data: Mapping[Hashable, Any], value_range: tuple[float, float]) -> None:
+    """Two scans, and between them the steps from one to the other."""
+    keys = [key for key in map(str, data) if key.startswith("step")]
+    labels = ["first scan", *(f"{i / (len(keys) - 1):.0%}" for i in range(len(keys))), "second scan"]
+    both = zip(*_matched(file_names(data["image"]), file_names(data["second"])), strict=True)
+    titles = [f"{first} to {second}" for first, second in both]
+    figures.strip(path, [data[key] for key in ("image", *keys, "second")], labels, value_range, titles=titles)
 
 
 def report_levels(network: VDVAE, levels_between: Sequence[int | str] | None) -> None:

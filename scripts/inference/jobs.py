@@ -54,7 +54,15 @@ from scripts.inference.inferers import (
     Sampling,
     Temperature,
 )
-from scripts.inference.interpolation import BothScans, PairLayout, SaveStepsd, list_pair, report_levels, stack_pairs
+from scripts.inference.interpolation import (
+    BothScans,
+    PairLayout,
+    SaveStepsd,
+    draw_steps,
+    list_pair,
+    report_levels,
+    stack_pairs,
+)
 from scripts.inference.job_report import Report, deviation_report, prediction_report, score_report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout, list_samples
@@ -239,17 +247,15 @@ def interpolate(
     layout = partial(PairLayout, pair, common.output_dir, **common.naming, description=common.describe)
     inferer = Interpolation(steps, levels_between)
     ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
-    strip = layout("steps", ".png").path(item_path(pair[0]))
     return ScanEvaluator(
         common,
         "interpolate",
         Dataset(pair, BothScans(common.preprocessing)),
         inferer,
-        SaveStepsd(layout, inferer.images(), common.value_range, common.figures),
+        [SaveStepsd(layout, inferer.images(), common.value_range), common.figure(layout("steps", ".png"), draw_steps)],
         [layout(name) for name in inferer.images()],
         {"steps": steps, "levels_between": levels_between, **ends},
         inputs=stack_pairs,
-        report=Report(sheets=[strip]),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from scripts.training.checkpoint_content import (
 )
 from scripts.training.schedule import base_rate
 from scripts.training.update import make_capturable
+from scripts.utils.command_line import check_integer, check_number
 from scripts.utils.devices import is_async
 from scripts.utils.errors import BundleError, InputError, NotFoundError
 from scripts.utils.files import check_archive, remove_leftovers, write_whole
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LATEST = "checkpoint.pt"
+KEPT = re.compile(r"checkpoint(?:_(\d+))?\.pt")
 DAMAGED = "damaged_checkpoint.pt"
 DEFAULT_WEIGHTS = "The bundle's own are looked for in models/ under --bundle_root."
 STREAK = 5  # skipped updates in a row, which are no longer the fault of a scan or two
@@ -70,8 +74,8 @@ def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path |
     if not resume:
         return None
     remove_leftovers(folder, alone=True)
-    # checkpoint.pt is the newest, checkpoint_1.pt the one before, and so on
-    paths = sorted([*folder.glob(LATEST), *folder.glob("checkpoint_[0-9]*.pt")], key=_age)
+    # checkpoint.pt is the newest, checkpoint_1.pt the one before, and so on; others are somebody's copies
+    paths = sorted((path for path in folder.glob("checkpoint*.pt") if KEPT.fullmatch(path.name)), key=_age)
     damaged = []
     for path in paths:
         try:
@@ -97,7 +101,7 @@ def newest_checkpoint(ckpt_dir: str | os.PathLike, resume: bool | str) -> Path |
 
 
 def _age(path: Path) -> int:
-    return 0 if path.name == LATEST else int(path.stem.rpartition("_")[2])
+    return int(KEPT.fullmatch(path.name)[1] or 0)
 
 
 def load_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
@@ -226,14 +230,12 @@ class CheckpointHandler:
         datalist: dict[str, list[dict]] | None = None,
         extras: dict[str, Any] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("save_interval", save_interval, 1),
-            ("keep_last", keep_last, 1),
-            ("save_updates", 1 if save_updates is None else save_updates, 1),
-            ("save_minutes", 0 if save_minutes is None else save_minutes, 0),
-        ):
-            if not isinstance(value, int | float) or value < least:
-                raise InputError(f"{name} is {value!r}: set it to a number from {least} up.")
+        check_integer("save_interval", save_interval, 1)
+        check_integer("keep_last", keep_last, 1)
+        if save_updates is not None:
+            check_integer("save_updates", save_updates, 1)
+        if save_minutes is not None:
+            check_number("save_minutes", save_minutes, 0, math.inf)
         self.ckpt_dir = Path(ckpt_dir)
         self.network = unwrap(network)
         self.average = average

@@ -98,4 +98,5 @@ def check_integer(name: str, value: Any, least: int, most: float = math.inf) -> 
 def check_number(name: str, value: Any, least: float, most: float) -> None:
     """Refuse what is not a number from ``least`` to ``most``; the message calls it ``name``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r}, but must be a number from {least} to {most}.")
+        limits = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+        raise InputError(f"{name} is {value!r}, but must be a number {limits}.")
