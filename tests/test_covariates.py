@@ -365,6 +365,8 @@ def test_deviation_writes_a_table_of_regions(fitted, tmp_path):
     (tmp_path / "halves.tsv").write_text("index\tname\n1\thalf\n2\thalf\n")
     refused = job("deviation", fitted, tmp_path / "out", *NINE, "--atlas", atlas, "--draws", 4)
     assert "holds results of 'deviation' made with another regions" in refused.stderr
+    job("deviation", fitted, tmp_path / "out", *NINE, "--draws", 4, "--overwrite", True)  # without an atlas now
+    assert (tmp_path / "out" / "deviation_scores.csv").exists() and not list((tmp_path / "out").glob("*regions*"))
     refused = job("deviation", fitted, tmp_path / "none", "--atlas", tmp_path / "none.nii.gz")
     assert "none.nii.gz' does not exist" in refused.stderr
 

@@ -132,16 +132,18 @@ class SaveJson(Transform):
 
     Args:
         layout: says where.
-        content: of a scan's results, plain values; None writes nothing.
+        content: of a scan's results, plain values; None writes nothing, and removes what an earlier run wrote.
     """
 
     def __init__(self, layout: ScanLayout, content: Callable[[Mapping[Hashable, Any]], Mapping | None]) -> None:
         self.layout, self.content = layout, content
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        content = self.content(data)
-        if content is not None:
-            write_text(self.layout.filename(image_path(data["image"])), json.dumps(content) + "\n")
+        content, scan = self.content(data), image_path(data["image"])
+        if content is None:
+            self.layout.path(scan).unlink(missing_ok=True)
+        else:
+            write_text(self.layout.filename(scan), json.dumps(content) + "\n")
         return data
 
 
