@@ -36,7 +36,7 @@ from scripts.data.scan_grid import Fit, to_scan
 from scripts.data.transforms import reading
 from scripts.inference import jobs
 from scripts.inference.covariates import Counterfactual, need_covariates
-from scripts.inference.lesions import KINDS_FILE
+from scripts.inference.masks import KINDS_FILE
 from scripts.inference.measures import mean_interval, value_numbers
 from scripts.inference.scoring import image_quality
 from scripts.layers.output import OUTPUT_STD_RANGE, foreground

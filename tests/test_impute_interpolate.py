@@ -25,7 +25,7 @@ from scripts.inference.inferers import Imputation, Interpolation, Reconstruction
 from scripts.inference.interpolation import BothScans, list_pair
 from scripts.inference.jobs import impute as impute_job
 from scripts.inference.jobs import interpolate
-from scripts.inference.lesions import pair_masks
+from scripts.inference.masks import pair_masks
 from scripts.layers.gaussian import LatentSampler
 
 CONFIGS = ["configs/inference.json", "tests/tiny.json"]

@@ -39,10 +39,9 @@ from scripts.inference.lesions import (
     count_voxels,
     edges,
     ordered,
-    pair_masks,
-    read_kinds,
     with_masks,
 )
+from scripts.inference.masks import pair_masks, read_kinds
 from scripts.phantoms import make_brains
 from scripts.phantoms.images import KINDS
 

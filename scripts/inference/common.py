@@ -23,7 +23,7 @@ from scripts.data.scan_grid import ScanGrid
 from scripts.data.tables import read_table
 from scripts.data.transforms import FitShaped, RobustScaled
 from scripts.inference.layouts import DatasetDescription, ScanLayout
-from scripts.inference.lesions import pair_masks
+from scripts.inference.masks import pair_masks
 from scripts.inference.outputs import SaveFigured
 from scripts.inference.tables import ScanColumns
 from scripts.inference.training_run import NO_RUN, TrainingRun
@@ -279,7 +279,7 @@ class Cohort:
     def with_masks(
         self, mask_dir: str | os.PathLike | None, mask_pattern: str | None, masked_only: bool = False
     ) -> list[dict[str, Any]]:
-        """The scans with their masks, see :func:`scripts.inference.lesions.pair_masks`."""
+        """The scans with their masks, see :func:`scripts.inference.masks.pair_masks`."""
         arguments = (self.items, self.root, self.pattern, mask_dir, mask_pattern, masked_only)
         return distributed.from_rank_zero(pair_masks, *arguments)
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scripts.inference.lesions import DETECTORS, GRIDS, NO_KIND, LesionCounts, edges, ordered
+from scripts.inference.lesions import DETECTORS, GRIDS, LesionCounts, edges, ordered
+from scripts.inference.masks import NO_KIND
 from scripts.inference.tables import markdown_lines
 
 FALSE_SHARE = 1e-3  # of the healthy scans' voxels that a threshold marks

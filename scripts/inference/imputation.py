@@ -25,7 +25,7 @@ from scipy import stats
 from scripts.data.scan_grid import Fit
 from scripts.data.transforms import FitShape, ScanError
 from scripts.inference.layouts import ScanLayout
-from scripts.inference.lesions import read_mask
+from scripts.inference.masks import read_mask
 from scripts.inference.measures import mean_interval
 from scripts.inference.outputs import file_names, read_rows
 from scripts.inference.tables import ScanColumns, row_table

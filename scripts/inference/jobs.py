@@ -66,6 +66,7 @@ from scripts.inference.interpolation import (
 from scripts.inference.job_report import Report, deviation_report, prediction_report, score_report
 from scripts.inference.latent_files import LoadLatentsd, SaveLatentsd, list_latents, stack_latents
 from scripts.inference.layouts import SampleLayout, list_samples
+from scripts.inference.masks import read_kinds
 from scripts.inference.privacy import Privacy, privacy_sides
 from scripts.inference.scoring import Scoring, score_summary
 from scripts.inference.tables import latent_tables, list_coordinates, row_table, stack_coordinates
@@ -271,7 +272,7 @@ def impute(
     """What a mask marks of each scan, filled in: ``_imputed_00``, ..., their mean and spread, a picture.
 
     Args:
-        mask_dir, mask_pattern: see :func:`scripts.inference.lesions.pair_masks`.
+        mask_dir, mask_pattern: see :func:`scripts.inference.masks.pair_masks`.
         iterations, draws, voxel_noise: see :class:`scripts.inference.inferers.Imputation`.
         known_truth: scans are whole under their masks: measure how good the filling is, ``imputed.csv``.
     """
@@ -318,7 +319,7 @@ def score(
     Args:
         importance_samples, anomaly_smoothing, restore: see :class:`scripts.inference.scoring.Scoring`; by default maps
             are smoothed by a voxel of a grid of 128.
-        mask_dir, mask_pattern: of masks of lesions, see :func:`scripts.inference.lesions.pair_masks`; None: there are
+        mask_dir, mask_pattern: of masks of lesions, see :func:`scripts.inference.masks.pair_masks`; None: there are
             none.
         unmasked_healthy: scans without a mask count as healthy.
     """
@@ -333,7 +334,7 @@ def score(
     numbers = {"importance_samples": importance_samples, "restore": restore, "anomaly_smoothing": anomaly_smoothing}
     masks = {"mask_dir": mask_dir, "mask_pattern": mask_pattern}
     row, counts = layout("score", ".json"), layout("lesions", ".npz")
-    kinds = {} if mask_dir is None else lesions.read_kinds(mask_dir, list(map(item_path, scans)))
+    kinds = {} if mask_dir is None else read_kinds(mask_dir, list(map(item_path, scans)))
     return ScanEvaluator(
         common,
         "score",

@@ -245,7 +245,7 @@ def score_summary(
         layout: makes the layout of a result's files, see :py:class:`scripts.inference.layouts.ScanLayout`.
         items: of the data set, with ``mask`` where there are masks.
         read: transforms that read a scan and turn it to RAS, for the picture.
-        kinds: of the scans' lesions, see :func:`scripts.inference.lesions.read_kinds`.
+        kinds: of the scans' lesions, see :func:`scripts.inference.masks.read_kinds`.
         unmasked_healthy: scans without a mask count as healthy; else they are left out of what is said of lesions.
         scans: paths of those that have results, in the order of the tables.
     """
