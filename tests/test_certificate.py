@@ -154,6 +154,8 @@ def test_settings_that_make_no_sense_are_refused(coding, settings, message):
 def test_discoveries_are_those_of_benjamini_and_hochberg():
     assert discovery_level([0.01, 0.02, 0.03, 0.9], 0.05) == pytest.approx(0.05 * 3 / 4)
     assert discovery_level([0.2, 0.9], 0.05) == 0 and discovery_level([], 0.05) == 0
+    for least, scans in ((20, 43), (100, 29)):  # all at the limit, which rounding puts below them
+        assert 1 / least <= discovery_level([1 / least] * scans, 1 / least) == pytest.approx(1 / least)
 
 
 def test_clusters_have_mass_size_and_place():

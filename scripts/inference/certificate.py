@@ -214,6 +214,8 @@ class Certificate:
 
 def discovery_level(p: Sequence[float], rate: float) -> float:
     """Up to which p scans are discoveries, by Benjamini and Hochberg, given the smallest p of each scan."""
-    ordered = np.sort(p)
-    passed = np.flatnonzero(ordered <= rate * np.arange(1, len(p) + 1) / max(len(p), 1))
-    return rate * (passed[-1] + 1) / len(p) if len(passed) else 0.0
+    if not len(p):
+        return 0.0
+    ordered, limits = np.sort(p), rate * np.arange(1, len(p) + 1) / len(p)
+    passed = np.flatnonzero(ordered <= limits * (1 + 1e-9))  # a p at its limit passes, however both are rounded
+    return float(max(ordered[passed[-1]], limits[passed[-1]])) if len(passed) else 0.0
