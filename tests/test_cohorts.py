@@ -14,7 +14,7 @@ from scripts.data.covariates import CovariateCoding
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look
 from scripts.population.files import load_prior, save_prior
-from scripts.population.merging import _Fitted, expectation, merge, refuse_shared_people, total
+from scripts.population.merging import _Fitted, _pooled_coding, expectation, merge, refuse_shared_people, total
 from scripts.population.prior import innovation
 from scripts.population.statistics import (
     CohortStatistics,
@@ -152,6 +152,18 @@ def test_columns_become_the_features_of_any_coding(pooled):
         features = columns @ coefficients(coding, list(raw_numbers(like, known)))
         torch.testing.assert_close(features.float(), coding.numbers(known), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(like.numbers(known), coding.numbers(known), rtol=1e-4, atol=1e-4)
+
+
+def test_people_of_one_age_have_a_coding_whatever_rounding_leaves(pooled):
+    """The mean square of ten 64.7 is less than the square of their mean, and their standard deviation is not 0."""
+    kinds, person = {"age": [20, 50, 80]}, {"age": 64.7}
+    own = CovariateCoding.learn(kinds, [person] * 10)
+    numbers = raw_numbers(own, person)
+    design = torch.tensor([list(numbers.values())] * 10, dtype=torch.float64)
+    about = {"variables": kinds, "ranges": {"age": (60.0, 65.0)}, "columns": list(numbers)}
+    union = _pooled_coding(replace(pooled, **about, gram=design.T @ design))
+    assert own.variables["age"].std == union.variables["age"].std == 1.0
+    assert own.parse({"age": 65}) == {"age": 65}
 
 
 def test_columns_that_follow_from_others_are_left_out():

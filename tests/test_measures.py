@@ -109,6 +109,7 @@ def test_errors_of_ages_stand_beside_those_of_the_mean():
     assert found["age_slope"] == pytest.approx(0.5)
     assert found["age_correlation"] == pytest.approx(1)
     assert found["age_coverage_90"] == pytest.approx(60 / 61)
+    assert value_numbers("age", [64.7] * 61, said, 50.0)["age_slope"] is None  # whose std is not quite 0
     found = category_numbers("sex", ["F", "F", "M", "M"], ["F", "M", "M", "M"], "F")
     assert found == {"sex_accuracy": 0.75, "sex_accuracy_commonest": 0.5}
 

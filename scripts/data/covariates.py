@@ -24,6 +24,7 @@ BEYOND = 0.25  # of the width of a number's range: what is asked for may lie so 
 # what tables write where they know nothing, in small letters: BIDS, R, pandas, spreadsheets, SAS
 MISSING = ("", "n/a", "na", "nan", "none", "null", "<na>", "#n/a", "-", ".")
 LARGEST = 1e12  # of a number, and its distance from the mean in standard deviations: its cube still fits in float32
+ROUNDING = 1e-12  # of a cohort's largest value: a standard deviation that is no larger is what rounding leaves of 0
 MOST_SHOWN = 60  # characters of a value in a message
 
 
@@ -33,7 +34,7 @@ class Continuous:
 
     Attributes:
         name: of the covariate.
-        mean, std: of the training side, in the covariate's unit.
+        mean, std: of the training side, in the covariate's unit; a std of 1 where all have the same value.
         low, high: its range there.
         knots: of the spline, in the covariate's unit; fewer than 3: the effect is a straight line.
         centre: means of the numbers that it becomes, over the training side.
@@ -53,7 +54,9 @@ class Continuous:
     @classmethod
     def learn(cls, name: str, values: Sequence[float], knots: Sequence[float] | None = None) -> Continuous:
         """From the values of the training side, by default with knots at their quantiles."""
-        mean, std = float(np.mean(values)), float(np.std(values)) or 1.0
+        mean, std = float(np.mean(values)), float(np.std(values))
+        if std <= ROUNDING * max(map(abs, values)):
+            std = 1.0
         quantiles = np.quantile(values, SHARES).tolist()
         curved = knots is not None or len(set(values)) > len(SHARES)
         knots = np.unique(quantiles if knots is None else np.array(knots, float)).tolist()

@@ -183,7 +183,7 @@ def value_numbers(name: str, own: Sequence[float], said: Sequence[Mapping[str, f
     """
     truth, means = np.asarray(own), np.array([one["mean"] for one in said])
     held = [one["low"] <= value <= one["high"] for one, value in zip(said, own, strict=True)]
-    varied = len(truth) > 2 and truth.std() > 0 and means.std() > 0
+    varied = len(truth) > 2 and np.ptp(truth) > 0 and np.ptp(means) > 0
     line = stats.linregress(truth, means) if varied else None
     return mean_interval(f"{name}_mae", np.abs(means - truth)) | {
         f"{name}_mae_mean": float(np.abs(truth - mean).mean()),

@@ -24,6 +24,7 @@ from tqdm import tqdm
 SITE = "site"
 ROUNDING = 1e-3  # of sums that were made anew, in another order or on another machine
 GROWN = 1.5  # standard errors of a sum of squares, by which a later file of a site may have more of it
+SAME = 1e-12  # of a mean square: a variance that is no larger is what rounding leaves of 0, and may be below it
 CHUNK = 1 << 16  # dimensions that are multiplied in double precision at a time
 
 
@@ -111,7 +112,9 @@ def _pooled_coding(union: CohortStatistics) -> CovariateCoding | None:
             variables.append(Categorical(name, tuple(people), shares))
             continue
         means = [value[name, f"{name}:{place}"] / value[name, name] for place in range(len(knots) - 1)]
-        std = (value[f"{name}:0", f"{name}:0"] / value[name, name] - means[0] ** 2) ** 0.5 or 1.0
+        square = value[f"{name}:0", f"{name}:0"] / value[name, name]
+        variance = square - means[0] ** 2
+        std = variance**0.5 if variance > SAME * square else 1.0
         centre = (0.0, *(mean / std for mean in means[1:]))
         quantiles = quantiles_of_moments(means[0], std, *union.ranges[name])
         variables.append(Continuous(name, means[0], std, *union.ranges[name], tuple(knots), centre, quantiles))
