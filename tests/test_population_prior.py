@@ -20,6 +20,7 @@ from torch.distributions import LowRankMultivariateNormal, Normal
 from scripts.check import check
 from scripts.data.covariates import CovariateCoding
 from scripts.inference.inferers import CoordinateDecoding, Sampling
+from scripts.inference.prior_jobs import fit_prior
 from scripts.inference.scoring import Scoring
 from scripts.inference.tables import list_coordinates, scans_to_fit
 from scripts.layers.gaussian import LatentSampler
@@ -526,6 +527,11 @@ def test_fit_prior_as_a_user_types_it(run_dir, tmp_path):
     done = run_bundle(*words, run_id="fit_prior", configs=["configs/inference.json"])
     assert done.returncode == 1 and "was fitted to other weights: give another --output_dir" in done.stderr
     assert torch.load(path, weights_only=True)["weights"] == "of others"
+
+
+def test_a_prior_without_factors_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="prior_factors is 0, but must be a whole number, 1 or more"):
+        fit_prior(None, factors=0)
 
 
 def test_all_scans_of_a_folder_are_fitted_to_and_a_datalist_says_which(cohort, run_dir):

@@ -18,6 +18,7 @@ from scripts.population.prior import fingerprint
 from scripts.population.statistics import StatisticsFit
 from scripts.training.checkpoints import read_archive
 from scripts.utils import distributed
+from scripts.utils.command_line import check_integer
 from scripts.utils.errors import InputError
 
 
@@ -31,14 +32,15 @@ def fit_prior(
     """A population prior fitted to the cohort, ``population_prior.pt``, for any weights.
 
     Args:
-        factors: how many at most.
+        factors: how many at most, 1 or more.
         covariates: their kinds by name, such as ``{"age": "continuous"}``; None: none.
         memory: GiB that the fit may take, see :class:`scripts.population.fit.PopulationFit`.
         statistics_only: write the cohort's sums instead, ``statistics.pt``, for :mod:`scripts.merge_priors`.
 
     Raises:
-        ValueError: the file exists, and was fitted to other weights.
+        ValueError: there would be no factor, or the file exists and was fitted to other weights.
     """
+    check_integer("prior_factors", factors, 1)
     path = common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt")
     distributed.from_rank_zero(_keep_others, path, common.network)
     cohort = common.cohort
