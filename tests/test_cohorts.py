@@ -191,6 +191,10 @@ def test_files_that_do_not_belong_together_are_refused(cohorts, tmp_path):
     other = CohortStatistics(**{**vars(cohorts["B"]), "variables": {"age": [1, 2, 3]}})
     with pytest.raises(ValueError, match=r"age has the knots or the kind \[1, 2, 3\] in one file"):
         total([cohorts["A"], other])
+    apart = {index: cohorts["A"].of_latents([index]) for index in cohorts["A"].grids}
+    refuse_shared_people(apart)  # nothing says that their people are the same
+    with pytest.raises(ValueError, match="no latent in common"):
+        total(list(apart.values()))
     path.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged"):
         CohortStatistics.load(path)

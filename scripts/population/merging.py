@@ -245,9 +245,9 @@ def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:
     """
     for one, other in itertools.permutations(sorted(cohorts), 2):
         smaller, larger = cohorts[one], cohorts[other]
-        latents = list(set(smaller.grids) & set(larger.grids))
+        latents = set(smaller.grids) & set(larger.grids)
         most = smaller.count * (1 + GROWN * (2 / smaller.count + 2 / larger.count) ** 0.5)
-        if smaller.weights != larger.weights or not smaller.count <= larger.count <= most:
+        if smaller.weights != larger.weights or not latents or not smaller.count <= larger.count <= most:
             continue
         squares = [part.of_latents(latents).squares for part in (smaller, larger)]
         if (squares[0] * (1 - ROUNDING) <= squares[1]).all():
