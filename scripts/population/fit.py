@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +58,6 @@ def _memory_to_use() -> float:
     return (8 * 2**30 if free is None else free) / 2 / idist.get_nproc_per_node()
 
 
-def shifts_and_ratios(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
-    """The shifts t and the ratios r of scans, ``[batch, dimensions]`` each, the latents one after the other."""
-    posteriors = list(posteriors)
-    shifts = [innovation(q._replace(z=q.mean)).flatten(1) for q in posteriors]
-    return torch.cat(shifts, dim=1), torch.cat([ratio(q).flatten(1) for q in posteriors], dim=1)
-
-
 def _gather(batches: Sequence[Tensor]) -> list[float]:
     """One number per scan, ``[batch]`` each, of all processes."""
     here = [number for batch in batches for number in batch.tolist()]
@@ -81,7 +74,18 @@ class ScanVectors(NamedTuple):
 
     def innovations(self) -> Tensor:
         """The u of the latents, one after the other, ``[batch, dimensions]``."""
-        return torch.cat([innovation(q).flatten(1) for q in self.posteriors.values()], dim=1)
+        return self._joined(innovation)
+
+    def shifts(self) -> Tensor:
+        """The t, likewise."""
+        return self._joined(lambda q: innovation(q._replace(z=q.mean)))
+
+    def ratios(self) -> Tensor:
+        """The r, likewise."""
+        return self._joined(ratio)
+
+    def _joined(self, of: Callable[[Posterior], Tensor]) -> Tensor:
+        return torch.cat([of(q).flatten(1) for q in self.posteriors.values()], dim=1)
 
 
 class HeldOut(NamedTuple):
@@ -290,7 +294,7 @@ class PopulationFit:
     def _held_out(self, dataset: Dataset) -> HeldOut:
         """What is kept of held-out scans; of each its latents are drawn once."""
         parts = [
-            HeldOut(v.innovations(), shifts_and_ratios(v.posteriors.values())[0], v.bits_per_dim, v.features)
+            HeldOut(v.innovations(), v.shifts(), v.bits_per_dim, v.features)
             for v in self._vectors(dataset, "choosing the number of factors")
         ]
         none = torch.zeros(0, self._dimensions())
@@ -312,7 +316,7 @@ class PopulationFit:
         latents = Effects(size, (self._dimensions(),), covariates)
         images = Effects(size, (network.in_channels, *network.spatial_shape), covariates)
         for vectors in self._vectors(dataset, "regression on the covariates"):
-            latents.add(vectors.features, shifts_and_ratios(vectors.posteriors.values())[0])
+            latents.add(vectors.features, vectors.shifts())
             images.add(vectors.features, vectors.scans)
         return latents.fit(), images.fit()
 
@@ -374,8 +378,8 @@ class PopulationFit:
     def _sketch(self, dataset: Dataset, effects: Tensor | None) -> FactorSketch:
         sketch = FactorSketch(2 * self.factors)
         for vectors in self._vectors(dataset, "reading the training scans"):
-            t, r = shifts_and_ratios(vectors.posteriors.values())
-            sketch.add(t if effects is None else t - vectors.features @ effects, r)
+            t = vectors.shifts()
+            sketch.add(t if effects is None else t - vectors.features @ effects, vectors.ratios())
         sketch.merge()
         return sketch
 

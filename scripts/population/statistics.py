@@ -28,7 +28,7 @@ from scripts.data.covariates import Categorical, Continuous, CovariateCoding, Va
 from scripts.networks import VDVAE
 from scripts.population.deviations import Deviations
 from scripts.population.files import as_bytes, from_bytes
-from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit, shifts_and_ratios
+from scripts.population.fit import SHARPNESSES, HeldOut, PopulationFit
 from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.population.sketch import FactorSketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive
@@ -328,7 +328,7 @@ class StatisticsFit(PopulationFit):
         sketch = FactorSketch(max(1, min(2 * self.factors, scans // 2, fitting)))
         own = iter(range(idist.get_rank(), scans, idist.get_world_size()))
         for vectors in self._vectors(self.training, "sums over the scans"):
-            t, r = shifts_and_ratios(vectors.posteriors.values())
+            t, r = vectors.shifts(), vectors.ratios()
             moments += design[[next(own) for _ in t]].T @ t.double()
             squares += t.double().square().sum(0)
             ratios += r.double().square().sum(0)
