@@ -239,7 +239,8 @@ class ScanEvaluator(Evaluator):
         if idist.get_rank() == 0:
             items = [item for item in self.dataset.data if self._has_results(item)]
             scans = [item_path(item) for item in items]
-            strangers = {name: far for name, far in strangers.items() if name in set(scans)}
+            done = set(scans)
+            strangers = {name: far for name, far in strangers.items() if name in done}
             self._write_record(self._record, strangers)
             self.summary(scans)
             if len(strangers) >= LEAST_ALIKE and 2 * len(strangers) > len(scans):

@@ -78,7 +78,7 @@ def measure(scoring: ScanEvaluator, what: str) -> Measured | None:
             "%s: %d scan(s) can't be read and are left out, such as '%s': %s.",
             *(what, len(refused), item_path(items[first]), found[first]),
         )
-    kept = [place for place in range(len(items)) if place not in set(refused)]
+    kept = [place for place, one in enumerate(found) if not isinstance(one, str)]
     if not kept:
         return None
     images, numbers = zip(*(found[place] for place in kept), strict=True)

@@ -215,7 +215,7 @@ class PopulationFit:
             # whole people, since scans of one are alike: what is measured of them would be too good
             late = sorted(itertools.chain(*people[::5])) if len(people) > 1 else indices[::5]
             held_out = ConcatDataset([self.validation, Subset(self.training, late)])
-        indices = [index for index in indices if index not in set(late)]
+        indices = sorted(set(indices) - set(late))
         if len(indices) < 4 or len(held_out) < 1:
             logger.warning("%d scans are too few for a population prior, which needs 5.", len(self.training))
             return None
