@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -22,10 +23,19 @@ from scripts.data.scan_grid import ScanGrid
 from scripts.inference.explanations import _movement_words
 from scripts.inference.familiar import Examiner, Finding, Step, mended_scan
 from scripts.layers.output import foreground
+from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
-from scripts.population.familiarity import LEAST_SPREAD, Familiarity, least_spread, look, masked_otherwise
+from scripts.population.familiarity import (
+    LEAST_SPREAD,
+    Familiarity,
+    fit_familiarity,
+    least_spread,
+    look,
+    masked_otherwise,
+)
 from scripts.population.files import load_prior, prior_path
 from scripts.population.fit import PopulationFit
+from scripts.population.prior import PopulationPrior
 from scripts.prepare import prepare
 
 REASONS = ("orientation", "skull", "alignment", "contrast", "voxel_size", "crop", "resolution", "range", "unknown")
@@ -162,6 +172,18 @@ def test_what_a_file_compares_is_compared_by_name(known):
     (mean, covariance, people), *others = merged.added
     assert torch.equal(mean, merged.mean) and torch.equal(covariance, merged.covariance) and not others
     assert people == familiarity.people[0]
+
+
+def test_the_network_draws_what_is_usual_once_for_many_scans():
+    network = VDVAE(3, 1, [4, 6, 8], [1, 1, 1], [2, 3, 8], [3, 3, 2], spatial_shape=[8, 8, 8]).eval()
+    ones = torch.ones(network.latent_grids()[0])
+    prior = PopulationPrior({0: 0 * ones}, {0: ones}, {0: ones[None]})
+    people = Dataset([{"image": torch.rand(1, 8, 8, 8)} for _ in range(4)])
+    with mock.patch.object(network, "decode", wraps=network.decode) as decode:
+        look(network, people[0]["image"][None], prior)
+        assert decode.call_count == 1
+        fit_familiarity(network, prior, people, people, batch_size=1)
+        assert decode.call_count == 1 + 3  # of those held out, of the others, and of the former masked otherwise
 
 
 def test_it_is_seen_how_much_of_a_brain_is_missing(known):

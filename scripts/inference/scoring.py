@@ -25,7 +25,7 @@ from scripts.inference.tables import row_table
 from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground, foreground_percentile
 from scripts.networks import OUTPUT_RANGES, VDVAE
-from scripts.population.familiarity import Familiarity, LatentRecord, statistics
+from scripts.population.familiarity import Familiarity, LatentRecord, parts, statistics
 from scripts.population.prior import PopulationPrior
 from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_likelihood
 from scripts.utils import figures
@@ -139,7 +139,8 @@ class Scoring(Inferer):
             results |= {"typicality": distance, "typicality_tail": tail}
         familiarity = Familiarity.of(self.prior)
         if familiarity is not None:
-            apart = familiarity.unfamiliarity(statistics(network, scans, output, record.innovations, self.prior))
+            numbers = statistics(network, scans, output, record.innovations, parts(network), self.prior)
+            apart = familiarity.unfamiliarity(numbers)
             results |= {"familiar": apart <= 1, "unfamiliarity": apart}
         results |= image_quality(loc, scans, network)
         anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
@@ -139,26 +139,29 @@ class LatentRecord:
         return q.z
 
 
-def look(network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None) -> Look:
+def look(
+    network: VDVAE, scans: Tensor, prior: PopulationPrior | None = None, where: Mapping[str, Tensor] | None = None
+) -> Look:
     """One pass of the network over scans, ``[batch, channels, *spatial]`` in its range, the latents being the
-    posteriors' means; nothing is said to the prior of covariates.
+    posteriors' means; nothing is said to the prior of covariates. ``where`` is what :func:`parts` gave, if it is known.
     """
+    where = parts(network) if where is None else where
     record = LatentRecord(prior)
     output = record.infer(network, scans, temperature=0.0)
     bits = bits_per_dim(negative_log_likelihood(output.loc, output.scale, scans) + output.kl.sum(1), scans)
-    numbers = statistics(network, scans, output, record.innovations, prior)
-    return Look(bits, numbers, surprise(network, scans, output))
+    numbers = statistics(network, scans, output, record.innovations, where, prior)
+    return Look(bits, numbers, surprise(network, scans, output, where["brain"]))
 
 
-def surprise(network: VDVAE, scans: Tensor, output: VDVAEOutput) -> Tensor:
+def surprise(network: VDVAE, scans: Tensor, output: VDVAEOutput, brain: Tensor) -> Tensor:
     """The mean of the voxels' negative log densities in each cube that has enough brain, nats: ``[batch, cubes]``; of a
-    pass whose latents are the posteriors' means.
+    pass whose latents are the posteriors' means. The brain is a mask, ``[*spatial]``, see :func:`parts`.
     """
     rank = network.spatial_dims
     spacing = affine_to_spacing(network.scan_affine, rank).tolist()
     sizes = [min(size, max(1, round(PLACE / mm))) for size, mm in zip(scans.shape[2:], spacing, strict=True)]
     pool = Pool["AVG", rank](sizes, ceil_mode=True)
-    brain = _or_all(parts(network)["brain"]).to(scans)[None, None]
+    brain = _or_all(brain).to(scans)[None, None]
     unlikely = -torch.distributions.Normal(output.loc, output.scale).log_prob(scans).mean(1, keepdim=True)
     share = pool(brain)
     enough = share >= torch.clamp(share.max(), max=LEAST_BRAIN)
@@ -170,6 +173,7 @@ def statistics(
     scans: Tensor,
     output: VDVAEOutput,
     innovations: Sequence[Tensor],
+    where: Mapping[str, Tensor],
     prior: PopulationPrior | None = None,
 ) -> Tensor:
     """What is compared of scans, ``[batch, numbers]``: what the prior's file names, or all where it says nothing.
@@ -178,10 +182,9 @@ def statistics(
     differences along each axis, of what the latents of each grid cost, finest first, of how much of the brain is
     missing, and of the distance from the population's mean, without what is known of covariates. Output and innovations
     are of a pass whose latents are the posteriors' means; those of latents that the prior does not concern may be
-    empty.
+    empty. ``where`` is what :func:`parts` gives.
     """
     log_density = torch.distributions.Normal(output.loc, output.scale).log_prob(scans)
-    where = parts(network)
     numbers = [-(log_density * part).flatten(1).sum(1) for part in where.values()]
     numbers = [bits_per_dim(number, scans) for number in numbers]
     numbers += [values.log() for values in roughness(scans)]
@@ -445,15 +448,15 @@ def _looks(
     share, seeds = Subset(dataset, places), iter(places)
     loader = on_device(DataLoader(share, **loading), torch.device(device))
     (low, high), rows = OUTPUT_RANGES[network.output_activation], []
-    core = parts(network)["brain"]
+    where = parts(network)
     prior = copy.deepcopy(prior).to(device)
     with eval_mode(network):
         for batch in tqdm(loader, "what is familiar", unit="batch", disable=rank > 0, mininterval=1):
             scans = torch.as_tensor(batch["image"]).as_subclass(Tensor).to(device)
             if otherwise:
                 scans = masked_otherwise(network, scans, itertools.islice(seeds, len(scans)))
-            quantiles = torch.stack([tissue_quantiles((scan - low) / (high - low), core) for scan in scans])
-            values = _Looks(*look(network, scans, prior), quantiles)
+            quantiles = torch.stack([tissue_quantiles((scan - low) / (high - low), where["brain"]) for scan in scans])
+            values = _Looks(*look(network, scans, prior, where), quantiles)
             rows += zip(*(value.cpu().double() for value in values), strict=True)
     of_ranks = idist.all_gather(rows)
     ordered = [of_ranks[place % size][place // size] for place in range(len(dataset))]
