@@ -396,9 +396,9 @@ def test_a_prior_with_wrong_content_is_refused_in_a_sentence(network, tmp_path, 
         distances=prior.distances,
         bits_per_dim=torch.ones(3),
         effects={i: torch.randn(coding.size, *grid) for i, grid in grids.items()},
-        offset=torch.zeros(coding.size, 1, *network.spatial_shape),
         coding=coding,
     )
+    prior.offset = torch.zeros(coding.size, 1, *network.spatial_shape)
     save_prior(prior, path, {"weights": fingerprint(network)})
     content = torch.load(path, weights_only=True)
     assert find_population_prior(None, tmp_path / "model.pt", network).features == coding.size

@@ -57,9 +57,6 @@ class PopulationPrior(nn.Module):
         distances: Mahalanobis distances of scans of the cohort that the fit has not seen, see :meth:`typicality`.
         bits_per_dim: of the same scans, under the network's own prior.
         effects: the columns of E, ``[features, channels, *grid]``, by the latent's index; None: no covariates.
-        offset: what each feature adds to each voxel's mean beside its effect on the latents, ``[features, channels,
-            *spatial]``, in the range of the network's output, where a scan's own latents are moved; None: nothing.
-        drawn_offset: likewise where latents are drawn; None: the same.
         coding: of the covariates.
         sharpness: what the log likelihood of covariates given a scan is multiplied by, so that held-out scans are as
             far off as it says; 1 if the model were true.
@@ -70,6 +67,9 @@ class PopulationPrior(nn.Module):
     Attributes:
         factors: their number.
         features: how many features covariates become.
+        offset: what each feature adds to each voxel's mean beside its effect on the latents, ``[features, channels,
+            *spatial]``, in the range of the network's output, where a scan's own latents are moved; None: nothing.
+        drawn_offset: likewise where latents are drawn; None: the same.
         path: of the file that it was read from.
         familiarity: what scans look like, values of a :class:`scripts.population.familiarity.Familiarity`, or None.
         explained: the share of each factor in the variance of u that W explains, ``[factors]``.
@@ -87,8 +87,6 @@ class PopulationPrior(nn.Module):
         distances: Tensor | None = None,
         bits_per_dim: Tensor | None = None,
         effects: Mapping[int, Tensor] | None = None,
-        offset: Tensor | None = None,
-        drawn_offset: Tensor | None = None,
         coding: CovariateCoding | None = None,
         sharpness: float = 1.0,
         dispersion: float = 1.0,
@@ -110,8 +108,8 @@ class PopulationPrior(nn.Module):
             self.register_buffer(f"variance_{index}", variance[index].float().clamp_min(LEAST_VARIANCE))
             self.register_buffer(f"directions_{index}", directions[index].float())
             self.register_buffer(f"effects_{index}", effects[index].float())
-        self.register_buffer("offset", None if offset is None else offset.float())
-        self.register_buffer("drawn_offset", None if drawn_offset is None else drawn_offset.float())
+        for name in OFFSETS:
+            self.register_buffer(name, None)
         self.register_buffer("distances", (torch.zeros(0) if distances is None else distances).float().sort().values)
         self.register_buffer("bits_per_dim", torch.zeros(0) if bits_per_dim is None else bits_per_dim.float())
         gram = torch.eye(self.factors, dtype=torch.float64, device=mean[self.latents[0]].device)
