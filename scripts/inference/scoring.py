@@ -25,8 +25,8 @@ from scripts.inference.tables import row_table
 from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground, foreground_percentile
 from scripts.networks import OUTPUT_RANGES, VDVAE
-from scripts.population.familiarity import Familiarity, LatentRecord, parts, statistics
-from scripts.population.prior import PopulationPrior
+from scripts.population.familiarity import Familiarity, parts, statistics
+from scripts.population.prior import LatentRecord, PopulationPrior
 from scripts.training.losses import bits_per_dim, discretised_nll, negative_log_likelihood
 from scripts.utils import figures
 from scripts.utils.errors import InputError

@@ -23,11 +23,10 @@ from monai.networks.layers.factories import Pool
 from monai.networks.utils import eval_mode
 from scipy import stats
 from scripts.data.datalist import spaced
-from scripts.layers.gaussian import LatentSampler, Posterior, log_ratio, with_rule
 from scripts.layers.levels import grid_name
 from scripts.layers.output import foreground
 from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
-from scripts.population.prior import PopulationPrior, innovation
+from scripts.population.prior import LatentRecord, PopulationPrior
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.devices import on_device
 from torch import Tensor
@@ -110,33 +109,6 @@ def least_spread(names: Sequence[str], mean: Tensor, grids: Sequence[str]) -> Te
     """
     of_cost, of_black = (torch.tensor([name in these for name in names]) for these in (grids, [MISSING]))
     return torch.where(of_cost, LEAST_NATS * (-mean).exp(), torch.where(of_black, LEAST_BLACK, LEAST_SPREAD))
-
-
-class LatentRecord:
-    """What is needed of the latents of one pass: not these, which would take most of the memory.
-
-    Innovations are kept of the latents that the population prior concerns, others are left empty; ``log_ratio`` is
-    summed over all latents if asked for, see :func:`scripts.layers.gaussian.log_ratio`, else it is 0.
-    """
-
-    def __init__(self, prior: PopulationPrior | None, with_ratios: bool = False) -> None:
-        self.concerned = () if prior is None else prior.latents
-        self.with_ratios = with_ratios
-        self.innovations: list[Tensor] = []
-        self.log_ratio: Tensor | float = 0.0
-
-    def infer(
-        self, network: VDVAE, scans: Tensor, temperature: float, sampler: LatentSampler | None = None
-    ) -> VDVAEOutput:
-        """The network's output for scans, recorded."""
-        sampler = with_rule(sampler, self._record)
-        return network.infer(scans, temperature, keep_posteriors=False, sampler=sampler)[0]
-
-    def _record(self, index: int, q: Posterior) -> Tensor:
-        self.innovations.append(innovation(q) if index in self.concerned else q.mean.new_zeros(0))
-        if self.with_ratios:
-            self.log_ratio = self.log_ratio + log_ratio(q)
-        return q.z
 
 
 def look(

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from scripts.data.covariates import CovariateCoding
-from scripts.layers.gaussian import LatentSampler, Posterior, gaussian_noise, with_rule
-from scripts.networks import VDVAE
+from scripts.layers.gaussian import LatentSampler, Posterior, gaussian_noise, log_ratio, with_rule
+from scripts.networks import VDVAE, VDVAEOutput
 from torch import Tensor, nn
 
 LEAST_VARIANCE = 1e-3  # of a dimension of e: that of a posterior is seldom less
@@ -301,6 +301,33 @@ class PopulationPrior(nn.Module):
         for index, (_, _, _, effects) in zip(self.latents, self._parts(), strict=True):
             moved[index] = shifted(innovations[index].float(), effects, change)
         return moved
+
+
+class LatentRecord:
+    """What is needed of the latents of one pass: not these, which would take most of the memory.
+
+    Innovations are kept of the latents that the population prior concerns, others are left empty; ``log_ratio`` is
+    summed over all latents if asked for, see :func:`scripts.layers.gaussian.log_ratio`, else it is 0.
+    """
+
+    def __init__(self, prior: PopulationPrior | None, with_ratios: bool = False) -> None:
+        self.concerned = () if prior is None else prior.latents
+        self.with_ratios = with_ratios
+        self.innovations: list[Tensor] = []
+        self.log_ratio: Tensor | float = 0.0
+
+    def infer(
+        self, network: VDVAE, scans: Tensor, temperature: float, sampler: LatentSampler | None = None
+    ) -> VDVAEOutput:
+        """The network's output for scans, recorded."""
+        sampler = with_rule(sampler, self._record)
+        return network.infer(scans, temperature, keep_posteriors=False, sampler=sampler)[0]
+
+    def _record(self, index: int, q: Posterior) -> Tensor:
+        self.innovations.append(innovation(q) if index in self.concerned else q.mean.new_zeros(0))
+        if self.with_ratios:
+            self.log_ratio = self.log_ratio + log_ratio(q)
+        return q.z
 
 
 def given_innovations(innovations: Mapping[int, Tensor], sampler: LatentSampler | None = None) -> LatentSampler:
