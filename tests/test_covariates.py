@@ -24,6 +24,7 @@ from scripts.data.check_report import summary as summary_of_check
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.covariates import Categorical, Continuous, CovariateCoding
 from scripts.data.scan_grid import ScanGrid
+from scripts.inference.common import Cohort, Common, Failures
 from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_names, region_table
 from scripts.inference.covariates import (
     Counterfactual,
@@ -36,6 +37,7 @@ from scripts.inference.covariates import (
 )
 from scripts.inference.inferers import Sampling
 from scripts.inference.layouts import ScanLayout
+from scripts.inference.prior_jobs import adapt
 from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import LatentSampler
 from scripts.phantoms import make_brains
@@ -608,8 +610,18 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     for name in ("offset", "drawn_offset"):
         torch.testing.assert_close(getattr(again, name), getattr(adapted, name), atol=1e-3, rtol=1e-2)
     assert again.region_dispersion == prior.region_dispersion == 1.7
+    other = Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, path, seed=1).run()  # by other draws
+    assert torch.equal(rows_of(other, "effects"), rows_of(adapted, "effects"))
+    assert not torch.equal(other.offset, adapted.offset)
     with pytest.raises(ValueError, match="of one scan nothing tells what is the category's"):
         Adaptation(network, prior, Dataset(dataset.data[:1]), {"site": "D"}, tmp_path, path)
+
+
+def test_adapt_takes_the_seed_and_says_that_it_takes_no_mixed_precision(network, coding, tmp_path, caplog):
+    cohort = Cohort(tmp_path, items=[{"image": "a.nii"}, {"image": "b.nii"}])
+    common = (network, prior_with_effects(network, coding), None, cohort, tmp_path, "model.pt", Failures("failed.csv"))
+    assert adapt(Common(*common, seed=3, precision={"amp": True}), {"site": "D"}).seed == 3
+    assert caplog.messages == ["Nothing of 'adapt' depends on --amp, which changes nothing: it needs single precision."]
 
 
 @torch.no_grad()

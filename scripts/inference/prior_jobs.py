@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 from monai.data import Dataset
 from scripts.data.covariate_tables import read_cohort
 from scripts.inference.common import Common
@@ -20,6 +22,8 @@ from scripts.training.checkpoints import read_archive
 from scripts.utils import distributed
 from scripts.utils.command_line import check_integer
 from scripts.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def fit_prior(
@@ -41,6 +45,7 @@ def fit_prior(
         ValueError: there would be no factor, or the file exists and was fitted to other weights.
     """
     check_integer("prior_factors", factors, 1)
+    _warn_of_amp(common, "fit_prior")
     path = common.output_dir / ("statistics.pt" if statistics_only else "population_prior.pt")
     distributed.from_rank_zero(_keep_others, path, common.network)
     cohort = common.cohort
@@ -76,6 +81,7 @@ def adapt(common: Common, covariates: Any, epsilon: float | None = None) -> Adap
         covariates: the new category of a covariate, such as ``{"site": "D"}``.
         epsilon: of differential privacy towards each person; None: none.
     """
+    _warn_of_amp(common, "adapt")
     return Adaptation(
         common.network,
         need_covariates(common.prior),
@@ -87,4 +93,13 @@ def adapt(common: Common, covariates: Any, epsilon: float | None = None) -> Adap
         **common.loading,
         device=common.device,
         epsilon=epsilon,
+        seed=common.seed,
     )
+
+
+def _warn_of_amp(common: Common, job: str) -> None:
+    """Say that mixed precision is left out, as in the fit after a training: a prior is made of small differences
+    between scans, of which eight bits keep little.
+    """
+    if common.precision.get("amp") and idist.get_rank() == 0:
+        logger.warning("Nothing of '%s' depends on --amp, which changes nothing: it needs single precision.", job)

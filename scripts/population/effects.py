@@ -197,6 +197,7 @@ class Adaptation:
         batch_size, num_workers: of the data loader.
         device: of the network.
         epsilon: of differential privacy; None: the file tells of the scans what it can.
+        seed: of the draws that scans are compared with.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class Adaptation:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         epsilon: float | None = None,
+        seed: int = 0,
     ) -> None:
         if epsilon is not None and not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
             raise InputError(f"epsilon is {epsilon!r}: give a number above 0, such as 1, or leave it out.")
@@ -227,7 +229,7 @@ class Adaptation:
         self.network, self.prior, self.dataset, self.path = network, prior, dataset, Path(path)
         self.dataset_dir, self.covariates_file = dataset_dir, covariates_file
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
-        self.epsilon = epsilon
+        self.epsilon, self.seed = epsilon, seed
 
     @torch.no_grad()
     def run(self) -> PopulationPrior:
@@ -314,7 +316,7 @@ class Adaptation:
         total, squares = torch.zeros(size, device=self.device), torch.zeros((), device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with eval_mode(self.network), torch.random.fork_rng(devices):
-            torch.manual_seed(idist.get_rank())
+            torch.manual_seed(self.seed * idist.get_world_size() + idist.get_rank())
             for items in tqdm(loader, f"{self.name} {self.category}", unit="batch", disable=idist.get_rank() > 0):
                 scans = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
                 rows = features[[next(indices) for _ in items]].to(self.device)
