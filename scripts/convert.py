@@ -23,7 +23,7 @@ from scripts.layers.output import OUTPUT_STD_RANGE
 from scripts.networks import VDVAE
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import as_folder, expand, write_text, write_whole
+from scripts.utils.files import as_folder, expand, write_tensors, write_text
 from torch import Tensor
 
 ENCODER, DECODER, OUTPUT = (
@@ -301,7 +301,7 @@ def write_bundle_weights(checkpoint: str, output_dir: str) -> None:
     overlay: dict[str, Any] = {} if shape is None else {"spatial_shape": shape}
     args["spatial_shape"] = "@spatial_shape"
     overlay["network_def"] = {"_target_": "scripts.networks.VDVAE", **args}
-    write_whole(folder / "model.pt", lambda path: torch.save(state, path))
+    write_tensors(folder / "model.pt", state)
     write_text(folder / "network.json", json.dumps(overlay, indent=4) + "\n")
     print(f"Wrote '{folder / 'model.pt'}' ({len(state)} tensors) and '{folder / 'network.json'}'.")
 

@@ -33,7 +33,7 @@ from scripts.population.prior import fingerprint
 from scripts.training.checkpoints import CheckpointError, load_weights, read_weights
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, expand, read_json, write_text, write_whole
+from scripts.utils.files import as_folder, expand, read_json, write_tensors, write_text, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -465,7 +465,7 @@ def ship_weights(
                 f"weights '{checkpoint}' reach {state[name].abs().max():.3g} in '{name}', but half precision ends at "
                 f"{torch.finfo(torch.float16).max:.0f}: ship them in single precision."
             )
-    path = write_whole(expand(output), lambda temporary: torch.save(halved, temporary))
+    path = write_tensors(expand(output), halved)
     logger.info("%s  %s (%.1f MB)", _sha256(path), path, path.stat().st_size / 1e6)
     return path
 

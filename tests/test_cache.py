@@ -131,9 +131,9 @@ def test_a_damaged_file_is_computed_anew(items, tmp_path, damage):
 def write_half_and_die(items, tmp_path):
     """What a killed process leaves: half of the bytes of a file that it was writing."""
 
-    def save_half(entry, path):
-        whole(entry, path)
-        os.truncate(path, Path(path).stat().st_size // 2)
+    def save_half(entry, file):
+        whole(entry, file)
+        file.truncate(file.tell() // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     whole, torch.save = torch.save, save_half

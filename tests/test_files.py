@@ -13,13 +13,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import PROCESS, ROOT
 from monai.transforms import Compose
 
 from scripts.utils import files
 from scripts.utils.errors import ResourceError, is_refusal, sentence
-from scripts.utils.files import write_text, write_whole
+from scripts.utils.files import write_tensors, write_text, write_whole
 
 HOLD = """
 import sys, time
@@ -98,7 +97,7 @@ def test_libraries_of_other_errors_name_it_too(tmp_path):
     with pytest.raises(
         FileNotFoundError
     ) as raised:  # of PyTorch's own it would be a RuntimeError, of the temporary file
-        write_whole(tmp_path / "none" / "model.pt", lambda temporary: torch.save({}, temporary))
+        write_tensors(tmp_path / "none" / "model.pt", {})
     assert raised.value.filename == str(tmp_path / "none")
 
 

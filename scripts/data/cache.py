@@ -29,7 +29,7 @@ from scripts.data.scan_grid import ScanGrid, field_of_view_differences, place_di
 from scripts.data.transforms import ScanError
 from scripts.utils.distributed import from_rank_zero, wait_for_all
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, check_archive, write_csv, write_whole
+from scripts.utils.files import as_folder, check_archive, write_csv, write_tensors
 from scripts.utils.formats import file_states
 from scripts.utils.names import CHANNEL_FILES, image_path, item_files, item_path
 from scripts.utils.parallel import choose_workers, run_parallel
@@ -112,7 +112,7 @@ class ScanCache(PersistentDataset):
                 warnings.warn(f"The cached scan '{path}' is damaged; it is computed again.", stacklevel=2)
         entry = self._compute(index)
         if path is not None:
-            write_whole(path, lambda temporary: torch.save(entry, temporary))
+            write_tensors(path, entry)
         return entry
 
     def _compute(self, index: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from scripts.networks import VDVAE
 from scripts.population.prior import OFFSETS, PARTS, PopulationPrior, fingerprint
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import expand, write_whole
+from scripts.utils.files import expand, write_tensors
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -84,12 +84,7 @@ def save_prior(prior: PopulationPrior, path: str | os.PathLike, extras: Mapping[
             content |= {} if offset is None else {name: coarse_offset(offset).half()}
         content |= {} if prior.correlation is None else {"correlation": prior.correlation}
 
-    def write(temporary: str) -> None:
-        # open, so that the archive is not named after the temporary file
-        with Path(temporary).open("wb") as file:
-            torch.save(content, file)
-
-    write_whole(path, write)
+    write_tensors(path, content)
 
 
 def read_prior(path: Path) -> dict[str, Any]:

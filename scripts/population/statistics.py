@@ -33,7 +33,7 @@ from scripts.population.prior import PopulationPrior, fingerprint
 from scripts.population.sketch import FactorSketch, split_latents
 from scripts.training.checkpoints import CheckpointError, read_archive
 from scripts.utils.errors import InputError, NotFoundError
-from scripts.utils.files import expand, write_whole
+from scripts.utils.files import expand, write_tensors
 from scripts.utils.names import people_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -138,7 +138,7 @@ class CohortStatistics:
         content |= {"statistics": FORMAT, "moments": self.moments[kept].clone(), "combination": combination}
         content["rows"] = {index: small for index, (small, _) in rows.items()}
         content["scales"] = {index: scale for index, (_, scale) in rows.items()}
-        write_whole(path, lambda temporary: torch.save(content, temporary))
+        write_tensors(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> CohortStatistics:

@@ -9,7 +9,6 @@ import pickle
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from scripts.training.update import make_capturable
 from scripts.utils.command_line import check_integer, check_number
 from scripts.utils.devices import is_async
 from scripts.utils.errors import BundleError, InputError, NotFoundError
-from scripts.utils.files import check_archive, remove_leftovers, write_whole
+from scripts.utils.files import check_archive, remove_leftovers, write_tensors
 from torch import nn
 
 if TYPE_CHECKING:
@@ -270,7 +269,7 @@ class CheckpointHandler:
     def _after_epoch(self, engine: VDVAETrainer) -> None:
         state = engine.state
         if self.validator is not None and self.validator.state.best_metric_epoch == state.epoch:
-            self._write(self.average.ema_model.state_dict(), "best_model.pt")
+            write_tensors(self.ckpt_dir / "best_model.pt", self.average.ema_model.state_dict())
         due = state.epoch % self.save_interval == 0 or self._due(engine)
         if state.epoch == state.max_epochs or (due and _is_stable(engine)):
             self.save(engine)
@@ -309,19 +308,12 @@ class CheckpointHandler:
             **self.extras,
         }
         # the weights first: where there is a checkpoint, its weights are there too
-        self._write(self.average.ema_model.state_dict(), "model.pt")
-        path = self._write(checkpoint, LATEST, before=self._rotate)
+        write_tensors(self.ckpt_dir / "model.pt", self.average.ema_model.state_dict())
+        path = write_tensors(self.ckpt_dir / LATEST, checkpoint, self._rotate)
         if self.keep_checkpoints and engine.epoch_ends:
-            self._write(checkpoint, f"checkpoint_epoch={state.epoch}.pt")
+            write_tensors(self.ckpt_dir / f"checkpoint_epoch={state.epoch}.pt", checkpoint)
         self._saved_at = (state.updates, time.monotonic())
         logger.info("Saved '%s' after update %d.", path, state.updates)
-
-    def _write(self, content: dict[str, Any], name: str, before: Callable[[], None] | None = None) -> Path:
-        def write(path: str) -> None:
-            with Path(path).open("wb") as file:  # from a name PyTorch would take the name of the archive's folder
-                torch.save(content, file)
-
-        return write_whole(self.ckpt_dir / name, write, before)
 
     def _rotate(self) -> None:
         """checkpoint.pt becomes checkpoint_1.pt, that checkpoint_2.pt, and so on; the oldest goes."""

@@ -20,7 +20,7 @@ from scripts.data.cache import DAMAGE, ScanCache, describe_transforms
 from scripts.networks import VDVAE
 from scripts.training.seeding import SeededDataset
 from scripts.utils.distributed import from_rank_zero, ignore_signals, wait_for_all
-from scripts.utils.files import check_archive, write_whole
+from scripts.utils.files import check_archive, write_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -168,7 +168,7 @@ def start_from_scans(network: VDVAE, dataset: SeededDataset, augmented: bool = F
         computed = voxel_statistics(dataset, augmented=augmented, workers=workers)
         kept = dict(zip(NAMES, computed, strict=True))
         if path is not None:
-            write_whole(path, lambda temporary: torch.save(kept, temporary))
+            write_tensors(path, kept)
     if kept is not None:
         network.set_voxel_gaussian(**kept)
     return network
