@@ -26,7 +26,7 @@ from scripts.data.scan_grid import Fit
 from scripts.data.transforms import FitShape, ScanError
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.masks import read_mask
-from scripts.inference.measures import mean_interval
+from scripts.inference.measures import mean_interval, ssim_window
 from scripts.inference.outputs import file_names, read_rows
 from scripts.inference.tables import ScanColumns, row_table
 from scripts.utils import figures
@@ -184,8 +184,7 @@ def filling_errors(draws: Tensor, truth: Tensor, missing: Tensor) -> dict[str, T
     inside, mean, dims = missing.expand_as(truth), draws.mean(0), truth.ndim - 1
     errors = (mean - truth)[inside]
     mse = errors.square().mean()
-    smallest = min(truth.shape[1:])
-    window = min(11, smallest if smallest % 2 else smallest - 1)
+    window = ssim_window(truth.shape[1:])
     padded = [nn.functional.pad(x[None], (window // 2,) * (2 * dims), mode="replicate") for x in (mean, truth)]
     similarity, _ = compute_ssim_and_cs(*padded, dims, [window] * dims, [1.5] * dims)
     found = {"mse": mse, "psnr": -10 * mse.log10(), "ssim": similarity[0][inside].mean()}

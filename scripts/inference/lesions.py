@@ -19,6 +19,7 @@ from scipy import ndimage
 from scripts.data.scan_grid import Fit
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.masks import read_mask
+from scripts.layers.output import FOREGROUND
 from scripts.utils.files import write_whole
 from scripts.utils.names import image_path
 from torch import Tensor
@@ -35,7 +36,6 @@ BINS = 4096
 # Between them. An anomaly, in standard deviations, is kept to 0.25 % (0.0025 below 1), an intensity to 0.06 % of the
 # range that scans are scaled to; what lies outside counts in the first or last bin.
 EDGES = {"anomaly": np.sinh(np.linspace(-5, 5, BINS - 1)), "intensity": np.linspace(-0.5, 2, BINS - 1)}
-FOREGROUND = 0.05  # of the range that scans are scaled to
 LESION = 0.25  # what a mask must be, interpolated at the centre of a voxel of the network's grid
 PERCENTILE = 99.9  # of the foreground: the score of a scan
 

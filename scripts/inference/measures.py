@@ -38,6 +38,12 @@ SHUFFLES = 200
 Row = Mapping[str, Value]
 
 
+def ssim_window(shape: Sequence[int], most: int = 11) -> int:
+    """Voxels of SSIM's window: ``most``, or on a smaller grid as many as fit, an odd number."""
+    smallest = min(shape)
+    return min(most, smallest if smallest % 2 else smallest - 1)
+
+
 def mean_interval(name: str, values: Sequence[float]) -> Numbers:
     """``NAME``, the mean; ``_std``, of scans; ``_low`` and ``_high``, the mean's 95 % interval by Student's t."""
     values = np.asarray(values, dtype=np.float64)

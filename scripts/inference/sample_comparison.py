@@ -23,6 +23,7 @@ from scripts.inference.measures import (
     precision_recall,
     region_distance,
     spectrum,
+    ssim_window,
 )
 from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError, NotFoundError
@@ -248,7 +249,7 @@ def ms_ssim_metric(spatial_shape: Sequence[int], value_range: Sequence[float]) -
     At each scale the kernel fits into the grid. The weights are those of the finest scales, scaled to a sum of 1.
     """
     smallest = min(spatial_shape)
-    kernel = min(MS_SSIM_KERNEL, smallest if smallest % 2 else smallest - 1)
+    kernel = ssim_window(spatial_shape, MS_SSIM_KERNEL)
     # the second condition is MONAI's own check
     fitting = (
         n

@@ -20,6 +20,7 @@ from scripts.inference.common import Common
 from scripts.inference.inferers import prior_where_missing
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.lesions import PERCENTILE, LesionCounts
+from scripts.inference.measures import ssim_window
 from scripts.inference.outputs import read_rows
 from scripts.inference.tables import row_table
 from scripts.layers.gaussian import LatentSampler
@@ -217,8 +218,7 @@ def image_quality(recon: Tensor, scans: Tensor, network: VDVAE) -> dict[str, Ten
     They refer to the range that scans are scaled to.
     """
     low, high = OUTPUT_RANGES[network.output_activation]
-    smallest = min(scans.shape[2:])
-    window = min(11, smallest if smallest % 2 else smallest - 1)
+    window = ssim_window(scans.shape[2:])
     ssim = SSIMMetric(network.spatial_dims, data_range=high - low, win_size=window)
     psnr = PSNRMetric(max_val=high - low)
     inside = foreground(scans, network)
