@@ -449,6 +449,19 @@ def test_how_far_a_scan_deviates_does_not_depend_on_its_batch(network, coding):
     torch.testing.assert_close(scores(0, 1, 2), torch.cat([scores(place) for place in range(3)]))
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0, 2.0])
+def test_scans_like_the_draws_have_a_dispersion_of_1(network, noise):
+    """However much of their variance is the noise of voxels, which is known, rather than of draws, of which 16 tell."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images(std: float) -> torch.Tensor:
+        return 0.5 + std * torch.randn(64, 1, 8, 8, 8, generator=generator)
+
+    prior = SimpleNamespace(sample=lambda *_: (images(0.05), torch.full((64, 1, 8, 8, 8), 0.05 * noise)))
+    found = deviations(network, prior, images(0.05 * (1 + noise**2) ** 0.5), torch.zeros(64, 0), None)
+    assert (found.squares[0] / found.counts[0]).sqrt() == pytest.approx(1, abs=0.01)
+
+
 def test_what_is_not_given_of_samples_is_drawn_as_the_cohort_had_it():
     generator = np.random.default_rng(0)
     ages = generator.gamma(4, 8, 2000) + 18

@@ -51,9 +51,10 @@ def deviations(
         # the mean of few draws is itself off by its variance over their number
         between = of_draws.var(0)
         z2 = ((values - of_draws.mean(0)).square() - between / DRAWS) / (between + rest)
-        # the inverse of a variance over few draws is too large in the mean
+        # the inverse of a variance over few draws is too large in the mean; the noise is known
+        z2 = z2 * (1 - 2 / (DRAWS - 1) * (between / (between + rest)).square())
         within = z2[inside[place]].double()
-        squares[place] += within.sum() * (DRAWS - 3) / (DRAWS - 1)
+        squares[place] += within.sum()
         counts[place] += len(within)
     expected = means.mean(0)
     far = (scans - expected).abs() / (means.var(0) + noise).sqrt()
