@@ -257,7 +257,13 @@ def test_a_run_goes_on_in_float16_that_began_without(earlier, cohort):
 
 @pytest.mark.parametrize(
     ("weights", "checkpoint", "restore_optimizer", "expected"),
-    [(None, None, True, True), ("w.pt", None, True, False), (None, "c.pt", True, True), (None, "c.pt", False, False)],
+    [
+        (None, None, True, True),
+        ("w.pt", None, True, False),
+        (None, "c.pt", True, True),
+        (None, "c.pt", False, False),
+        ("w.pt", "c.pt", True, False),
+    ],
 )
 def test_a_start_from_trained_weights_has_no_kl_warmup(weights, checkpoint, restore_optimizer, expected):
     assert starts_untrained(weights, checkpoint, restore_optimizer) == expected

@@ -300,6 +300,7 @@ class CheckpointHandler:
             "updates": state.updates,
             "skipped": skipped,
             "skipped_in_a_row": skipped_in_a_row,
+            "kl_warmup": engine.loss_function.kl_warmup,
             "best_metric": None if self.validator is None else self.validator.state.best_metric,
             "best_metric_epoch": None if self.validator is None else self.validator.state.best_metric_epoch,
             "datalist": self.datalist,
@@ -392,6 +393,8 @@ class CheckpointHandler:
             engine.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "updates", "skipped", "skipped_in_a_row"):
             setattr(state, name, checkpoint[name])
+        # updates are counted on: the warm-up is the one that the run began with
+        engine.loss_function.kl_warmup = checkpoint.get("kl_warmup", engine.loss_function.kl_warmup)
         if self.validator is not None and checkpoint.get("best_metric") is not None:
             self.validator.state.best_metric = checkpoint["best_metric"]
             self.validator.state.best_metric_epoch = checkpoint["best_metric_epoch"]

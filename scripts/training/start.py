@@ -83,11 +83,10 @@ def starts_untrained(
 ) -> bool:
     """Whether a run's updates are counted from those of an untrained network.
 
-    They are not where it starts anew from trained weights: a ``model.pt``, or a checkpoint without its optimizer.
+    They are not where it starts from trained weights: a ``model.pt``, or a checkpoint without its optimizer. What a
+    checkpoint says of its run counts for more, see :meth:`CheckpointHandler.resume`.
     """
-    if checkpoint is not None:
-        return restore_optimizer
-    return weights is None
+    return weights is None and (checkpoint is None or restore_optimizer)
 
 
 def stored_grid(weights: str | os.PathLike | None, checkpoint: str | os.PathLike | None = None) -> ScanGrid | None:
