@@ -226,12 +226,13 @@ def test_an_epoch_goes_on_with_other_batches(scans, scans_per_batch, batches, ac
 
 
 def test_an_epoch_begun_with_one_batch_size_ends_with_another(earlier, cohort):
-    result = run(cohort, earlier, "--resume", "auto", "--batch_size", 3, "--epochs", 2)
+    result = run(cohort, earlier, "--resume", "auto", "--batch_size", 3, "--epochs", 2, "--learning_rate_decay", 1.0)
     assert result.returncode == 0, result.stderr
     assert "after epoch 1 and 2 batches, update 9" in result.stderr  # 8 of the epoch's scans were seen, 6 count
     assert "An epoch had 5 batches of 2 scans, and has 3 of 3 from now on." in result.stderr
     saved = torch.load(earlier / "checkpoints" / "checkpoint.pt", weights_only=True)
     assert (saved["epoch"], saved["updates"]) == (2, 10)
+    assert saved["optimizer"]["param_groups"][0]["lr"] == 0  # after the last update
 
 
 def rates(folder):

@@ -10,13 +10,20 @@ from ignite.engine import Engine
 from torch.utils.data import DataLoader
 
 from scripts.training.losses import ELBOLoss
-from scripts.training.schedule import TimeEstimate, duration, learning_rate_factor, log_plan, updates_per_epoch
+from scripts.training.schedule import (
+    LearningRate,
+    TimeEstimate,
+    duration,
+    learning_rate_factor,
+    log_plan,
+    updates_per_epoch,
+)
 
 
 def rates(warmup: int, decay: float, updates: int) -> list[float]:
     """The learning rates that an optimizer's updates have, at a rate of 1."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(warmup, decay, updates))
+    scheduler = LearningRate(optimizer, warmup, decay, updates)
     found = []
     for _ in range(updates):
         found.append(optimizer.param_groups[0]["lr"])
@@ -39,6 +46,20 @@ def test_without_decay_it_stays():
 def test_a_finished_run_that_goes_on_has_the_schedule_of_its_new_length():
     assert learning_rate_factor(0, 0.5, 10)(10) == 0.0
     assert learning_rate_factor(0, 0.5, 30)(10) == 1.0
+
+
+@pytest.mark.parametrize("factor", [4, 1, 0.25])
+def test_the_rate_falls_until_the_end_with_batches_of_another_size(factor):
+    """A run of 40 updates goes on after 24 of them, with 16 or as many as the same scans make by other batches."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = LearningRate(optimizer, 4, 0.5, int(40 / factor))
+    scheduler.last_epoch = 24
+    scheduler.resume(int(24 / factor))
+    for left in range(int(16 / factor), 0, -1):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(left / (20 / factor))
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0
 
 
 @pytest.mark.parametrize(

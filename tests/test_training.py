@@ -144,7 +144,7 @@ def test_restore_optimizer_false_starts_anew_from_the_weights(trained, cohort, t
     started = checkpoint(whole)["network"]
     assert all(torch.equal(started[name], tensor) for name, tensor in saved["network"].items())
     # the KL counted in full, and does when such a run is resumed
-    assert train(cohort, tmp_path, epochs=2, resume=True, learning_rate=0.0)["kl_warmup"] == saved["kl_warmup"] == 0
+    assert train(cohort, tmp_path, epochs=2, resume=True)["kl_warmup"] == saved["kl_warmup"] == 0
 
 
 # what holds of a run with such keys, of which none changes what another one does

@@ -24,7 +24,7 @@ from scripts.training.checkpoint_content import (
     optimizer_problem,
     state_problem,
 )
-from scripts.training.schedule import base_rate
+from scripts.training.schedule import LearningRate, base_rate, updates_per_epoch
 from scripts.training.update import make_capturable
 from scripts.utils.command_line import check_integer, check_number
 from scripts.utils.devices import is_async
@@ -408,10 +408,14 @@ class CheckpointHandler:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             before = base_rate(group)
             if rate != before:
-                group["lr"], group["initial_lr"] = rate * group["lr"] / before, rate
+                group["lr"], group["initial_lr"] = rate * group["lr"] / before if before else rate, rate
                 logger.info("The learning rate was %g, and is %g from now on.", before, rate)
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.base_lrs = rates
+        if isinstance(engine.lr_scheduler, LearningRate):
+            batches, within_epoch = engine.state.epoch_length, engine.state.iteration % engine.state.epoch_length
+            per_epoch = updates_per_epoch(batches, engine.accumulation_steps)
+            engine.lr_scheduler.resume(engine.state.epoch * per_epoch + within_epoch // engine.accumulation_steps)
 
     def _check_split(self, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
         if self.datalist is None or checkpoint.get("datalist") is None:

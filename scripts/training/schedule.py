@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import ignite.distributed as idist
 from ignite.engine import Events
 from scripts.utils.errors import InputError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
     from scripts.training.trainer import VDVAETrainer
@@ -28,8 +30,8 @@ def updates_per_epoch(batches: int, accumulation_steps: int = 1) -> int:
     return math.ceil(batches / accumulation_steps)
 
 
-def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[int], float]:
-    """The learning rate of each update, as a factor, for ``torch.optim.lr_scheduler.LambdaLR``.
+def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[int, int], float]:
+    """The learning rate of each update, as a factor; and of an update of a run that is as many updates further.
 
     It rises linearly to 1 over the first updates, and falls linearly towards 0 over the last ones.
 
@@ -50,11 +52,31 @@ def learning_rate_factor(warmup: int, decay: float, updates: int) -> Callable[[i
         )
     falling = round(decay * updates)
 
-    def factor(update: int) -> float:
+    def factor(update: int, ahead: int = 0) -> float:
         rising = min(1.0, (update + 1) / max(1, warmup))
-        return min(rising, max(0.0, (updates - update) / falling)) if falling else rising
+        return min(rising, max(0.0, (updates - update - ahead) / falling)) if falling else rising
 
     return factor
+
+
+class LearningRate(LambdaLR):
+    """The schedule of :func:`learning_rate_factor`, which ends with the run whatever the batches were before.
+
+    Attributes:
+        ahead: by how many updates the run is further than it would be by those that it made, with batches as now.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int, decay: float, updates: int) -> None:
+        factor = learning_rate_factor(warmup, decay, updates)
+        self.ahead = 0
+        super().__init__(optimizer, lambda update: factor(update, self.ahead))
+
+    def resume(self, place: int) -> None:
+        """Go on with ``base_lrs`` where so many updates lie behind, had all been of batches as now."""
+        self.ahead = place - self.last_epoch
+        rates = zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True)
+        for group, rate, factor in rates:
+            group["lr"] = rate * factor(self.last_epoch)
 
 
 def base_rate(group: dict[str, Any]) -> float:
