@@ -508,6 +508,11 @@ def test_a_scan_far_outside_of_the_cohort_is_named(run_dir, cohort, tmp_path):
     done = infer(run_dir, "encode", tmp_path / "refused", *words, "allow")
     assert done.returncode == 0 and "does not know such scans" not in done.stderr
     assert len(list((tmp_path / "refused").glob("*.npz"))) == 2
+    done = infer(run_dir, "encode", tmp_path / "refused", *words, "warn")
+    assert done.returncode == 0 and "odd.nii.gz': the network does not know such scans" in done.stderr
+    done = infer(run_dir, "encode", tmp_path / "refused", *words, "refuse")
+    assert done.returncode == 1 and "Of 2 scans, 1 are finished already" in done.stderr
+    assert [path.name for path in (tmp_path / "refused").glob("*.npz")] == ["usual_latents.npz"]
     done = infer(run_dir, "encode", tmp_path / "refused", *words, "never")
     assert done.returncode == 1 and "unfamiliar is 'never': choose one of warn, refuse, allow" in done.stderr
 

@@ -28,7 +28,7 @@ from scripts.inference.familiar import ANOTHER_SCANNER, Examiner
 from scripts.inference.job_report import Report, write_job_report
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import ResultWriters, SaveFigured
-from scripts.inference.records import SCANS, STRANGERS, identity, made_of, read_record, sources
+from scripts.inference.records import ASKED, SCANS, STRANGERS, identity, made_of, read_record, sources
 from scripts.layers.gaussian import LatentSampler
 from scripts.population.familiarity import FALSE_ALARMS, LEAST_ALIKE, Familiarity, look
 from scripts.training.precision import autocast
@@ -142,12 +142,13 @@ class ScanEvaluator(Evaluator):
         self.results_of = postprocessing if isinstance(postprocessing, Compose) else Compose(postprocessing)
         self.layouts, self.inputs, self.arguments = layouts, inputs, arguments
         self.summary, self.report = summary, report or Report()
+        self.asks = asks
         self.familiarity = Familiarity.of(common.prior) if asks and common.unfamiliar != "allow" else None
         self._computed: tuple[list[dict], Callable[[], dict[str, Tensor]]] | None = None
         self._writers: ResultWriters | None = None
         self._strangers: dict[str, float] = {}
         self._told: dict[str, str] = {}  # of strangers that are not refused, what they may be
-        self._record: dict[str, Any] = {}
+        self._record, self._asked = dict[str, Any](), dict[str, str]()
         self._bar = tqdm(disable=True)
 
     # what is left to do
@@ -162,6 +163,12 @@ class ScanEvaluator(Evaluator):
         scans = [Path(path).stat() for path in sources(item) if Path(path).exists()]
         changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
         return min(path.stat().st_mtime for path in self._result_paths(item)) >= changed
+
+    def _unasked(self, item: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+        """Whether a scan has results of another --unfamiliar that this run's may not have, or says nothing of."""
+        how = record.get(ASKED, {}).get(self._place(item), "warn")
+        stays = how == self.common.unfamiliar or item_path(item) not in record.get(STRANGERS, {})
+        return self.familiarity is not None and (how == "allow" or (self.common.unfamiliar == "refuse" and not stays))
 
     def _result_paths(self, item: Mapping[str, Any]) -> list[Path]:
         """The paths of all results of a scan; none where it has no place, as will be said when it is its turn."""
@@ -321,9 +328,9 @@ class ScanEvaluator(Evaluator):
         folder = self.common.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         before = read_record(folder, self.job, self._identities, self.common.overwrite)
-        record, strangers = before.get(SCANS, {}), before.get(STRANGERS, {})
-        pending = [i for i, item in enumerate(self.dataset.data) if not self.finished(item, record)]
-        items = [self.dataset.data[i] for i in pending]
+        record, strangers, asked = (before.get(name, {}) for name in (SCANS, STRANGERS, ASKED))
+        left = [not self.finished(item, record) or self._unasked(item, before) for item in self.dataset.data]
+        pending, items = ([*itertools.compress(all_of, left)] for all_of in (range(len(left)), self.dataset.data))
         # results of other files, covariates or settings: they would pass for these, should this run fail or be stopped
         again = [item for item in items if self._has_results(item)]
         layouts = [*self.layouts, *self._pictures(enabled=False)]
@@ -331,13 +338,15 @@ class ScanEvaluator(Evaluator):
             path.unlink(missing_ok=True)
         if again and not self.common.overwrite:
             logger.warning(
-                "Results of %d scan(s), such as '%s', were made of other files or covariates, or before these changed: "
-                "they are made again.",
+                "Results of %d scan(s), such as '%s', were made of other files or covariates, before these changed, or "
+                "by another --unfamiliar: they are made again.",
                 *(len(again), item_path(again[0])),
             )
         names = set(map(item_path, items))
         self._strangers = {name: far for name, far in strangers.items() if name not in names}
         self._record = record | {self._place(item): made_of(item) for item in items}
+        asked |= {self._place(item): self.common.unfamiliar for item in items if self.asks}
+        self._asked = {place: how for place, how in asked.items() if how != "warn"}
         self._write_record(self._record, self._strangers)
         if self.common.describe is not None:
             self.common.describe(self.job)
@@ -345,7 +354,7 @@ class ScanEvaluator(Evaluator):
 
     def _write_record(self, scans: Mapping[str, Any], strangers: Mapping[str, float]) -> None:
         """Leave the settings beside the results, and what else they depend on or what was said of their scans."""
-        said = {SCANS: dict(scans), STRANGERS: dict(strangers)}
+        said = {SCANS: dict(scans), STRANGERS: dict(strangers), ASKED: self._asked}
         content = self._identities | {name: values for name, values in said.items() if values}
         write_text(self.common.output_dir / f"{self.job}.json", json.dumps(content, indent=2) + "\n")
 

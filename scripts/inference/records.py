@@ -16,6 +16,7 @@ from scripts.utils.files import read_json
 COVARIATES = "covariates"  # in an item: what is known of the scan
 SCANS = "scans"  # in a record: what the results of each scan were made of, by the first of them
 STRANGERS = "unfamiliar"  # likewise: scans that the network does not know, with their unfamiliarity
+ASKED = "asked"  # likewise: by which --unfamiliar results were made, as those of scans; where it is missing, warn
 SAME_NAMES = ({"counterfactual", "harmonise"}, {"reconstruct", "decode"})  # jobs some of whose results are called alike
 
 
