@@ -28,6 +28,7 @@ from scripts.inference.common import Cohort, Common, Failures
 from scripts.inference.covariate_results import RegionCurves, fit_atlas, region_names, region_table
 from scripts.inference.covariates import (
     Counterfactual,
+    CovariatePosterior,
     Deviation,
     need_covariates,
     posterior,
@@ -38,8 +39,10 @@ from scripts.inference.covariates import (
 from scripts.inference.inferers import Sampling
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.prior_jobs import adapt
+from scripts.inference.scoring import Scoring
 from scripts.inference.tables import ScanColumns
 from scripts.layers.gaussian import LatentSampler
+from scripts.networks import VDVAE
 from scripts.phantoms import make_brains
 from scripts.population import effects
 from scripts.population.deviations import deviations
@@ -223,6 +226,30 @@ def test_deviation_is_in_units_of_the_draws(network, coding):
     torch.testing.assert_close(found["regions"][0, 0, 0], scans[0, 0, :4].mean())
     with pytest.raises(ValueError, match="draws is 1"):
         Deviation(prior, draws=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inferer", [Scoring, Deviation, Counterfactual, CovariatePosterior])
+def test_mixed_precision_is_the_networks_alone(network, coding, inferer, monkeypatch):
+    """Where it gives the same output in mixed precision, all else is the same."""
+    for name in ("infer", "decode"):
+        monkeypatch.setattr(VDVAE, name, torch.autocast("cpu", enabled=False)(getattr(VDVAE, name)))
+    prior = prior_with_effects(network, coding)
+    prior.offset, labels = 0.1 * torch.rand(coding.size, 1, 8, 8, 8), torch.ones(8, 8, 8, dtype=torch.long)
+    arguments = {
+        Scoring: {"prior": prior},
+        Deviation: {"prior": prior, "draws": 3, "labels": labels},
+        Counterfactual: {"prior": prior, "targets": {"": {"age": 70.0}}},
+        CovariatePosterior: {"prior": prior},
+    }
+    scans = torch.rand(2, 1, 8, 8, 8) * 2 - 1
+    items = stack_features(prior, [{"covariates": {"age": 50.0}}, {"covariates": dict.fromkeys(KINDS)}])
+    found = []
+    for half in (False, True):
+        sampler = LatentSampler([torch.Generator().manual_seed(seed) for seed in (0, 1)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(inferer(**arguments[inferer])(scans, network, **items, sampler=sampler))
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

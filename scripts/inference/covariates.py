@@ -121,7 +121,8 @@ class Counterfactual(Inferer):
                     if values[covariate] is None:
                         grid, likely = posterior(self.prior, scores[row], values, covariate)
                         numbers = torch.stack([coding.numbers({covariate: v})[own] for v in grid]).to(features)
-                        before[row, own] = likely.to(features) @ numbers
+                        with torch.autocast(features.device.type, enabled=False):
+                            before[row, own] = likely.to(features) @ numbers
             sampler = given_innovations(self.prior.moved(innovations, changed - before))
             loc, scale = network.decode([], temperature=0.0, batch_size=len(inputs), sampler=sampler)
             loc = loc + self.prior.added(changed - before)
@@ -187,7 +188,8 @@ class Deviation(Inferer):
 
     def region_means(self, scans: Tensor) -> Tensor:
         """The mean of the first channel in each region, ``[batch, regions]``."""
-        return scans[:, 0].flatten(1) @ self.masks.to(scans).T
+        with torch.autocast(scans.device.type, enabled=False):
+            return scans[:, 0].flatten(1) @ self.masks.to(scans).T
 
 
 def normal_score(t: Tensor, degrees: int) -> Tensor:

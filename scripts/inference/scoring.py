@@ -143,8 +143,9 @@ class Scoring(Inferer):
             numbers = statistics(network, scans, output, record.innovations, parts(network), self.prior)
             apart = familiarity.unfamiliarity(numbers)
             results |= {"familiar": apart <= 1, "unfamiliarity": apart}
-        results |= image_quality(loc, scans, network)
-        anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
+        with torch.autocast(inputs.device.type, enabled=False):
+            results |= image_quality(loc, scans, network)
+            anomaly = separable_filtering(anomaly_map(inputs, *expected, network), self.smoothing)
         results["anomaly_score"] = foreground_percentile(anomaly, scans, network, PERCENTILE)
         results["anomaly_score_dark"] = foreground_percentile(-anomaly, scans, network, PERCENTILE)
         return results | {"restored": expected[0], "anomaly": anomaly}

@@ -195,7 +195,8 @@ class PopulationPrior(nn.Module):
         features]``: ``[batch, values]``, by the scans' :meth:`effect_scores`.
         """
         features = features.to(scores)
-        return self.sharpness * (scores @ features.T - 0.5 * ((features @ self.information) * features).sum(1))
+        with torch.autocast(scores.device.type, enabled=False):
+            return self.sharpness * (scores @ features.T - 0.5 * ((features @ self.information) * features).sum(1))
 
     def typicality(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """How far coordinates lie from the cohort's mean.
@@ -210,7 +211,8 @@ class PopulationPrior(nn.Module):
         """
         # under the model coordinates have the covariance I - C^-1, singular where a factor explains nothing
         covariance = torch.eye(self.factors, device=coordinates.device) - self.inverse
-        solved = coordinates @ torch.linalg.pinv(covariance, hermitian=True)
+        with torch.autocast(coordinates.device.type, enabled=False):
+            solved = coordinates @ torch.linalg.pinv(covariance, hermitian=True)
         distance = (coordinates * solved).sum(1).clamp_min(0).sqrt()
         if len(self.distances) == 0:
             return distance, torch.full_like(distance, float("nan"))
@@ -284,7 +286,7 @@ class PopulationPrior(nn.Module):
         offset = self.drawn_offset if drawn and self.drawn_offset is not None else self.offset
         if features is None or offset is None:
             return 0.0
-        return (features.to(offset) @ offset.flatten(1)).unflatten(1, offset.shape[1:])
+        return _weighted(offset, features)
 
     def expected(self, features: Tensor) -> dict[int, Tensor]:
         """The mean of u under covariates, ``[batch, channels, *grid]`` each, by the latents' indices."""
@@ -346,7 +348,13 @@ def shifted(mean: Tensor, effects: Tensor, features: Tensor | None) -> Tensor:
     """``mean + E f`` of a latent: ``[batch, channels, *grid]``, or the mean as it is where nothing is known."""
     if features is None:
         return mean
-    return mean + (features.to(effects) @ effects.flatten(1)).unflatten(1, effects.shape[1:])
+    return mean + _weighted(effects, features)
+
+
+def _weighted(effects: Tensor, features: Tensor) -> Tensor:
+    """``E f``, ``[batch, channels, *grid]``."""
+    with torch.autocast(effects.device.type, enabled=False):
+        return (features.to(effects) @ effects.flatten(1)).unflatten(1, effects.shape[1:])
 
 
 def fingerprint(network: nn.Module) -> str:
