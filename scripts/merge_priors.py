@@ -63,7 +63,8 @@ def merge_priors(*files: str, output: str = "population_prior.pt", describe: boo
             "off, spread %s.",
             *row,
         )
-    logger.info("Population prior of %d factors and %d people: '%s'.", prior.factors, extras["scans"], output)
+    people = sum(c.people for c in cohorts.values())
+    logger.info("Population prior of %d factors and %d people: '%s'.", prior.factors, people, output)
 
 
 if __name__ == "__main__":

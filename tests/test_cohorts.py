@@ -208,6 +208,16 @@ def test_a_persons_scans_are_one_person(network, tmp_path):
     items = [{**scan(index), "subject": f"sub-{index // 2}"} for index in range(12)]
     with pytest.raises(ValueError, match=r"statistics of 12 scan\(s\) of 6 people would tell too much of each"):
         StatisticsFit(network, Dataset(items), Dataset([]), tmp_path / "x.pt", 2)
+    items = [{**scan(index), "subject": f"sub-{index // 2}"} for index in range(32)]
+    fit = StatisticsFit(network, Dataset(items[:24]), Dataset(items[24:]), tmp_path / "x.pt", 10, covariates=None)
+    fit.run()
+    found = CohortStatistics.load(tmp_path / "x.pt")
+    assert found.described()[0].startswith("24 scans of 12 people: ") and len(found.rows) == 12 // 2 + 1
+    assert found.calibration["familiarity"] == []  # eight held-out scans are of four people
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    del content["people"]
+    torch.save(content | {"statistics": 1}, tmp_path / "x.pt")
+    assert CohortStatistics.load(tmp_path / "x.pt").people == 24
     only_man = torch.tensor([[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 2)
     assert most_leverage(only_man, [[row] for row in range(12)]) == pytest.approx(0.5)
     assert most_leverage(only_man, [*([row] for row in range(10)), [10, 11]]) == pytest.approx(1.0)
@@ -227,7 +237,7 @@ def test_sites_merge_as_users_type_it(cohort, tmp_path):
         assert done.returncode == 0, done.stderr
         files.append(tmp_path / "out" / site / "statistics.pt")
     said = run_command("scripts.merge_priors", "--describe", *files)
-    assert said.returncode == 0 and said.stdout.count("12 people: sums over") == 2
+    assert said.returncode == 0 and said.stdout.count("12 scans of 12 people: sums over") == 2
     output = tmp_path / "merged" / "population_prior.pt"
     done = run_command("scripts.merge_priors", *files, "--output", output)
     assert done.returncode == 0, done.stderr

@@ -178,12 +178,13 @@ def test_the_network_draws_what_is_usual_once_for_many_scans():
     network = VDVAE(3, 1, [4, 6, 8], [1, 1, 1], [2, 3, 8], [3, 3, 2], spatial_shape=[8, 8, 8]).eval()
     ones = torch.ones(network.latent_grids()[0])
     prior = PopulationPrior({0: 0 * ones}, {0: ones}, {0: ones[None]})
-    people = Dataset([{"image": torch.rand(1, 8, 8, 8)} for _ in range(4)])
+    people = Dataset([{"image": torch.rand(1, 8, 8, 8), "subject": f"sub-{k // 2}"} for k in range(4)])
     with mock.patch.object(network, "decode", wraps=network.decode) as decode:
         look(network, people[0]["image"][None], prior)
         assert decode.call_count == 1
-        fit_familiarity(network, prior, people, people, batch_size=1)
+        found = fit_familiarity(network, prior, people, people, batch_size=1)
         assert decode.call_count == 1 + 3  # of those held out, of the others, and of the former masked otherwise
+    assert found["people"] == (2, 4)  # of each person one scan
 
 
 def test_it_is_seen_how_much_of_a_brain_is_missing(known):

@@ -24,7 +24,7 @@ from scripts.population.files import save_prior
 from scripts.population.prior import OFFSETS, PARTS, PopulationPrior, fingerprint, innovation
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
-from scripts.utils.names import people_of
+from scripts.utils.names import one_of_each
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -287,7 +287,7 @@ class Adaptation:
 
     def _private_mean(self, features: Tensor) -> tuple[Tensor, float]:
         """The effect within the plane of known ones, from one scan of each person, and the share that is kept."""
-        plane, people = EffectPlane(self.prior), [places[0] for places in people_of(self.dataset)]
+        plane, people = EffectPlane(self.prior), one_of_each(self.dataset)
         if plane.size == 0:
             raise InputError(
                 "epsilon: covariates have no effect in this prior, so that nothing can be learnt privately."

@@ -29,6 +29,7 @@ from scripts.networks import OUTPUT_RANGES, VDVAE, VDVAEOutput
 from scripts.population.prior import LatentRecord, PopulationPrior
 from scripts.training.losses import bits_per_dim, negative_log_likelihood
 from scripts.utils.devices import on_device
+from scripts.utils.names import one_of_each
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset
@@ -349,14 +350,18 @@ def fit_familiarity(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """The :class:`Familiarity` of a cohort as plain values; with several processes each takes its share.
+    """The :class:`Familiarity` of a cohort as plain values, by one scan of each person; with several processes each
+    takes its share.
 
     Of those who are held out comes what is usual, of all how far people are from that; it is widened where the former
     vary more. Whom the network was trained on it knows a little better, and their coordinates are larger: they are
     usual too. So is what another brain mask changes (:func:`masked_otherwise`), of those who are held out or, where
     these are few, of some of the others: its mean squares are added.
     """
-    held_out, training = (Subset(dataset, spaced(len(dataset), MOST_PEOPLE)) for dataset in (held_out, training))
+    people = [(dataset, one_of_each(dataset)) for dataset in (held_out, training)]
+    held_out, training = (
+        Subset(dataset, [places[place] for place in spaced(len(places), MOST_PEOPLE)]) for dataset, places in people
+    )
     loading = {"batch_size": batch_size, "num_workers": num_workers}
     rows, others = (_looks(network, prior, dataset, device, False, **loading) for dataset in (held_out, training))
     to_mask, unmasked = held_out, rows.statistics
@@ -389,10 +394,13 @@ def also_familiar(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any] | None:
-    """What is familiar to a prior, and scans of another kind beside it, plain values; None where it does not tell."""
+    """What is familiar to a prior, and scans of another kind beside it, one of each person, plain values; None where it
+    does not tell.
+    """
     known = Familiarity.of(prior)
     if known is None:
         return None
+    dataset = Subset(dataset, one_of_each(dataset))
     seen = _looks(network, prior, dataset, device, False, batch_size=batch_size, num_workers=num_workers)
     return known.also(seen.statistics)._asdict()
 

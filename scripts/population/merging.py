@@ -32,7 +32,7 @@ class LeftOut(NamedTuple):
     """What the prior of all other cohorts says of one of so many people.
 
     Attributes:
-        gain: nats per person that the others' prior gains over the network's own, in the mean.
+        gain: nats per scan that the others' prior gains over the network's own, in the mean.
         mean, spread: of its coordinates in the others' prior, in their standard deviations: 0 and 1 if it were like
             them; the root mean square over the coordinates.
     """
@@ -79,6 +79,7 @@ def total(parts: Sequence[CohortStatistics]) -> CohortStatistics:
     return replace(
         parts[0],
         count=sum(part.count for part in parts),
+        people=sum(part.people for part in parts),
         variables=knots,
         ranges={name: (lows[name], highs[name]) for name in lows},
         columns=columns,
@@ -234,7 +235,7 @@ def expectation(prior: PopulationPrior, statistics: CohortStatistics) -> LeftOut
     expected = (1 - inverse.diag()).clamp_min(1e-6)
     spread = (variances.clamp_min(0) / expected).mean().sqrt().item()
     gain = gain.item() - 0.5 * prior.log_determinant.item()
-    return LeftOut(cohort.count, gain, (mean.square() / expected).mean().sqrt().item(), spread)
+    return LeftOut(cohort.people, gain, (mean.square() / expected).mean().sqrt().item(), spread)
 
 
 def refuse_shared_people(cohorts: Mapping[str, CohortStatistics]) -> None:
@@ -307,7 +308,7 @@ def merge(cohorts: Mapping[str, CohortStatistics]) -> tuple[PopulationPrior, dic
             return {n: expectation(others[n].prior(rank, shrinkage), part) for n, part in parts.items()}
 
         def mean_gain(found: Mapping[str, LeftOut]) -> float:
-            return sum(cohort.gain * cohort.people for cohort in found.values()) / fitted.union.count
+            return sum(cohort.gain * parts[name].count for name, cohort in found.items()) / fitted.union.count
 
         if len(parts) > 2:
             ranks = sorted({r for r in (*RANKS, most) if r <= most})

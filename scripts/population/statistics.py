@@ -40,7 +40,7 @@ from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file; 1 did not say how many people its scans are of
 LEAST_PEOPLE = 10  # in a cohort
 LEAST_SEEN = 5  # held-out people of whom it is told what is familiar
 MOST_LEVERAGE = 0.75  # of a scan: how much of any combination of the sums may be one person's
@@ -99,7 +99,7 @@ class CohortStatistics:
     """Sums over the scans of one cohort or of several; those of two cohorts can be added.
 
     Attributes:
-        count: how many scans.
+        count, people: how many scans, of how many people.
         variables: of the covariates: ``{name: knots}``, or a text for a categorical one.
         ranges: of continuous covariates, rounded outwards.
         columns: names of the columns that covariates become, see :func:`raw_numbers`.
@@ -115,6 +115,7 @@ class CohortStatistics:
     """
 
     count: int
+    people: int
     variables: dict[str, Any]
     ranges: dict[str, tuple[float, float]]
     columns: list[str]
@@ -153,11 +154,12 @@ class CohortStatistics:
         if not path.is_file():
             raise NotFoundError(f"'{path}' does not exist: {MAKE_IT}.")
         content = read_archive(path)
-        if not isinstance(content, dict) or content.pop("statistics", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("statistics", None) not in (1, FORMAT):
             raise CheckpointError(f"'{path}' holds no statistics of a cohort that this version reads: {MAKE_IT}.")
         try:
             scales, moments = content.pop("scales"), content.pop("moments")
             moments = (content.pop("combination") @ moments.double()).float()
+            content.setdefault("people", content["count"])
             rows = [from_bytes(small, scales[index]).flatten(1) for index, small in content.pop("rows").items()]
             mean = moments[:1] / content["count"] ** 0.5
             found = cls(rows=torch.cat([torch.cat(rows, dim=1), mean]), moments=moments, **content)
@@ -169,8 +171,8 @@ class CohortStatistics:
             whole = False
         if not whole:
             raise CheckpointError(f"'{path}' is damaged: take it from where it was made, or {MAKE_IT} again.")
-        if found.count < LEAST_PEOPLE:
-            raise InputError(f"'{path}' is of {found.count} people: a cohort of fewer than {LEAST_PEOPLE} is refused.")
+        if found.people < LEAST_PEOPLE:
+            raise InputError(f"'{path}' is of {found.people} people: a cohort of fewer than {LEAST_PEOPLE} is refused.")
         return found
 
     def of_latents(self, latents: Sequence[int]) -> CohortStatistics:
@@ -183,16 +185,16 @@ class CohortStatistics:
         """What the file holds, a line each, to be read before it is given away."""
         dimensions, known = self.squares.numel(), self.calibration
         held_out = sum(known["bits_per_dim"].values())
-        people = {name: self.gram[i, i].item() for i, name in enumerate(self.columns) if "=" in name}
+        scans = {name: self.gram[i, i].item() for i, name in enumerate(self.columns) if "=" in name}
         return [
-            f"{self.count} people: sums over {dimensions} numbers of {len(self.grids)} latents",
+            f"{self.count} scans of {self.people} people: sums over {dimensions} numbers of {len(self.grids)} latents",
             f"covariates: {', '.join(self.variables) or 'none'}; "
             + ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in self.ranges.items()),
-            "people in each category: " + (", ".join(f"{name} {n:.0f}" for name, n in people.items()) or "none"),
+            "scans in each category: " + (", ".join(f"{name} {n:.0f}" for name, n in scans.items()) or "none"),
             f"columns and their products: {len(self.columns)} x {len(self.columns)}; times the numbers: "
             f"{len(independent(self.gram)[0])} x {dimensions}; squares: 2 x {dimensions}",
             f"leading directions: {len(self.rows) - 1} x {dimensions}, 8 bits",
-            f"held-out people: {held_out}; histograms of bits per dim and of distances; sums {known['sums']}",
+            f"held-out scans: {held_out}; histograms of bits per dim and of distances; sums {known['sums']}",
             f"what is familiar: mean and covariance of {_numbers(known)} numbers of held-out people, and how likely "
             f"{_cubes(known)} places of their brains are",
             f"held-out gain in nats per factors: { {k: round(v, 1) for k, v in known['gains'].items()} }",
@@ -325,7 +327,7 @@ class StatisticsFit(PopulationFit):
         squares, ratios = torch.zeros(2, dimensions, dtype=torch.float64)
         for_sums = dimensions * 4 * (len(independent(design.T @ design)[0]) + 2)
         fitting = int((MOST_BYTES - for_sums) // dimensions)
-        sketch = FactorSketch(max(1, min(2 * self.factors, scans // 2, fitting)))
+        sketch = FactorSketch(max(1, min(2 * self.factors, len(self.people) // 2, fitting)))
         own = iter(range(idist.get_rank(), scans, idist.get_world_size()))
         for vectors in self._vectors(self.training, "sums over the scans"):
             t, r = vectors.shifts(), vectors.ratios()
@@ -338,6 +340,7 @@ class StatisticsFit(PopulationFit):
         continuous = {n: v for n, v in coding.variables.items() if isinstance(v, Continuous)}
         return CohortStatistics(
             scans,
+            len(self.people),
             {name: list(v.knots) if name in continuous else v.kind for name, v in coding.variables.items()},
             {name: _rounded(v) for name, v in continuous.items()},
             columns,

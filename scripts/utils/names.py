@@ -51,15 +51,31 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def _items(scans: Any) -> Sequence[Any]:
+    """The items behind a data set, also a subset or several one after the other; None for what names nobody."""
+    if hasattr(scans, "datasets"):
+        return [item for part in scans.datasets for item in _items(part)]
+    if hasattr(scans, "indices"):
+        items = _items(scans.dataset)
+        return [items[place] for place in scans.indices]
+    for name in ("data", "dataset"):
+        if hasattr(scans, name):
+            return _items(getattr(scans, name))
+    return scans if isinstance(scans, Sequence) else [None] * len(scans)
+
+
 def people_of(scans: Any) -> list[list[int]]:
     """Places of the scans of each person, in the order of their first ones; each scan's own where nobody is named.
 
     Args:
         scans: items of a datalist, or a data set of such, or of another one.
     """
-    while hasattr(scans, "data"):
-        scans = scans.data
     people: dict[Any, list[int]] = {}
-    for place, item in enumerate(scans if isinstance(scans, Sequence) else [None] * len(scans)):
+    for place, item in enumerate(_items(scans)):
         people.setdefault((isinstance(item, Mapping) and item.get("subject")) or place, []).append(place)
     return list(people.values())
+
+
+def one_of_each(scans: Any) -> list[int]:
+    """The place of the first scan of each person, see :func:`people_of`."""
+    return [places[0] for places in people_of(scans)]
