@@ -555,6 +555,9 @@ def test_drawn_scans_differ_by_covariates_as_people_do(network, coding, tmp_path
     means = 0.05 * torch.randn(coding.size, 1, 8, 8, 8)
     people = [{"image": (cohort.training[k] @ means.flatten(1)).view(1, 8, 8, 8)} for k in range(42)]
     fit = PopulationFit(network, Dataset(people), Dataset([]), tmp_path / "p.pt", covariates=cohort)
+    gained = fit._gained_by_drawing(prior)
+    fit.batch_size = 5  # which changes no draw
+    torch.testing.assert_close(fit._gained_by_drawing(prior), gained)
     fit._add_offsets(prior, means, fit.training)
     draws = Effects(coding.size, [1, 8, 8, 8])
     for seed in range(1000, 1020):
@@ -653,7 +656,13 @@ def test_scans_of_a_new_site_are_expected_as_they_are(network, coding, tmp_path)
     other = Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, path, seed=1).run()  # by other draws
     assert torch.equal(rows_of(other, "effects"), rows_of(adapted, "effects"))
     assert not torch.equal(other.offset, adapted.offset)
-    with pytest.raises(ValueError, match="of one scan nothing tells what is the category's"):
+    same = Adaptation(network, prior, dataset, {"site": "D"}, tmp_path, path, batch_size=3).run()
+    torch.testing.assert_close(same.offset, adapted.offset)
+    # two scans of each person say as much as one
+    twice = Dataset([{**item, "subject": item["image"]} for item in dataset.data for _ in "ab"], dataset.transform)
+    same = Adaptation(network, prior, twice, {"site": "D"}, tmp_path, path, batch_size=3).run()
+    torch.testing.assert_close(rows_of(same, "effects"), rows_of(adapted, "effects"))
+    with pytest.raises(ValueError, match="of one person nothing tells what is the category's"):
         Adaptation(network, prior, Dataset(dataset.data[:1]), {"site": "D"}, tmp_path, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -18,13 +19,14 @@ import torch
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import MOST_NAMED, Covariates
 from scripts.data.covariates import Categorical, CovariateCoding, missing
+from scripts.layers.gaussian import LatentSampler
 from scripts.networks import VDVAE
 from scripts.population.familiarity import also_familiar
 from scripts.population.files import save_prior
 from scripts.population.prior import OFFSETS, PARTS, PopulationPrior, fingerprint, innovation
 from scripts.utils.distributed import from_rank_zero
 from scripts.utils.errors import InputError
-from scripts.utils.names import one_of_each
+from scripts.utils.names import one_of_each, people_of
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -34,6 +36,7 @@ DRAWS = 8  # of what is expected of each scan
 LEAST_KEPT = 0.005  # of a mean difference: below, nothing was learnt
 DELTA = 1e-5  # of differential privacy: how likely it is not to hold
 LONGEST = 3.0  # a person's contribution to what is private, in standard deviations of each coordinate
+Rest = Callable[[Tensor, Tensor, LatentSampler], Tensor]  # of scans, their features, and each one's noise
 
 
 class Effects:
@@ -87,15 +90,15 @@ class Effects:
         return effects.unflatten(1, self.shape)
 
 
-def shrunk_mean(total: Tensor, squares: Tensor, scans: int) -> tuple[Tensor, float]:
-    """The mean of quantities over 2 scans or more, shrunk as :class:`Effects` shrinks an effect, and the share that is
+def shrunk_mean(total: Tensor, squares: Tensor, people: int) -> tuple[Tensor, float]:
+    """The mean of quantities over 2 people or more, shrunk as :class:`Effects` shrinks an effect, and the share that is
     kept.
 
-    ``total`` is the sum over the scans of each quantity, and ``squares`` that of the squares of all quantities, ``[]``.
+    ``total`` is the sum over people of each quantity, and ``squares`` that of the squares of all quantities, ``[]``.
     """
-    mean = total / scans
+    mean = total / people
     size = mean.square().sum()
-    noise = (squares / scans - size).clamp_min(0) / (scans - 1)
+    noise = (squares / people - size).clamp_min(0) / (people - 1)
     kept = (1 - noise / size.clamp_min(1e-12)).clamp_min(0).item()
     return kept * mean, kept
 
@@ -219,9 +222,9 @@ class Adaptation:
             raise InputError(f"epsilon is {epsilon!r}: give a number above 0, such as 1, or leave it out.")
         if not isinstance(covariates, Mapping) or len(covariates) != 1:
             raise InputError("covariates: give the one covariate and its new category, such as \"{'site': 'D'}\".")
-        if len(dataset) < 2:
+        if len(people_of(dataset)) < 2:
             raise InputError(
-                "dataset_dir: of one scan nothing tells what is the category's: give 2 or more, better 50."
+                "dataset_dir: of one person nothing tells what is the category's: give 2 or more, better 50."
             )
         ((name, category),) = covariates.items()
         self.name, self.category = name, str(category)
@@ -281,21 +284,22 @@ class Adaptation:
             logger.warning("All scans are taken for those of %s '%s'; tables say %s.", self.name, self.category, said)
         return torch.stack([self.coding.numbers({**known, self.name: self.category}) for known in values])
 
-    def _mean(self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int) -> tuple[Tensor, float]:
-        """The shrunk mean over all scans of what a function leaves of scans, ``[size]``, and the share that is kept."""
-        return shrunk_mean(*self._sums(rest, features, size, range(len(self.dataset))), len(self.dataset))
+    def _mean(self, rest: Rest, features: Tensor, size: int) -> tuple[Tensor, float]:
+        """The shrunk mean over people of what a function leaves of scans, ``[size]``, and the share that is kept."""
+        people = people_of(self.dataset)
+        return shrunk_mean(*self._sums(rest, features, size, people), len(people))
 
     def _private_mean(self, features: Tensor) -> tuple[Tensor, float]:
         """The effect within the plane of known ones, from one scan of each person, and the share that is kept."""
-        plane, people = EffectPlane(self.prior), one_of_each(self.dataset)
+        plane, people = EffectPlane(self.prior), [[place] for place in one_of_each(self.dataset)]
         if plane.size == 0:
             raise InputError(
                 "epsilon: covariates have no effect in this prior, so that nothing can be learnt privately."
             )
         longest = LONGEST * plane.size**0.5
 
-        def clipped(scans: Tensor, known: Tensor) -> Tensor:
-            rows = plane.coordinates(self._shifts(scans, known))
+        def clipped(scans: Tensor, known: Tensor, sampler: LatentSampler) -> Tensor:
+            rows = plane.coordinates(self._shifts(scans, known, sampler))
             return rows * (longest / rows.norm(dim=1, keepdim=True).clamp_min(longest))
 
         def with_noise() -> tuple[list[float], float]:
@@ -306,34 +310,42 @@ class Adaptation:
         mean, kept = from_rank_zero(with_noise)
         return plane.shift(torch.tensor(mean).to(total)), kept
 
-    def _sums(
-        self, rest: Callable[[Tensor, Tensor], Tensor], features: Tensor, size: int, places: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Sum, and sum of squares, of what a function leaves of the scans at some places, over all processes."""
-        share = places[idist.get_rank() :: idist.get_world_size()]
-        loader = DataLoader(Subset(self.dataset, share), self.batch_size, num_workers=self.num_workers, collate_fn=list)
-        indices = iter(share)
+    def _sums(self, rest: Rest, features: Tensor, size: int, people: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Sum, and sum of squares, of the means of what a function leaves of each person's scans, of all processes."""
+        share = people[idist.get_rank() :: idist.get_world_size()]
+        places = list(itertools.chain(*share))
+        last = {scans[-1] for scans in share}
+        data = Subset(self.dataset, places)
+        loader = DataLoader(data, self.batch_size, num_workers=self.num_workers, collate_fn=list)
         total, squares = torch.zeros(size, device=self.device), torch.zeros((), device=self.device)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with eval_mode(self.network), torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed * idist.get_world_size() + idist.get_rank())
+        indices, of_person = iter(places), list[Tensor]()
+        with eval_mode(self.network):
             for items in tqdm(loader, f"{self.name} {self.category}", unit="batch", disable=idist.get_rank() > 0):
                 scans = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
-                rows = features[[next(indices) for _ in items]].to(self.device)
-                left = rest(scans.to(self.device), rows).flatten(1)
-                total, squares = total + left.sum(0), squares + left.square().sum()
+                batch = [next(indices) for _ in items]
+                sampler = LatentSampler([torch.Generator(self.device).manual_seed(self.seed + at) for at in batch])
+                left = rest(scans.to(self.device), features[batch].to(self.device), sampler).flatten(1)
+                means = []
+                for place, row in zip(batch, left, strict=True):
+                    of_person.append(row)
+                    if place in last:
+                        means.append(torch.stack(of_person).mean(0))
+                        of_person = []
+                if means:
+                    rows = torch.stack(means)
+                    total, squares = total + rows.sum(0), squares + rows.square().sum()
         return idist.all_reduce(total), idist.all_reduce(squares)
 
-    def _shifts(self, scans: Tensor, features: Tensor) -> Tensor:
+    def _shifts(self, scans: Tensor, features: Tensor, sampler: LatentSampler) -> Tensor:
         """What mean and known effects leave of the shifts, all latents of the prior one after the other."""
-        posteriors = self.network.infer(scans, 0.0)[1]
+        posteriors = self.network.infer(scans, 0.0, sampler=sampler)[1]
         return torch.cat(
             [(innovation(posteriors[i]) - u).flatten(1) for i, u in self.prior.expected(features).items()], 1
         )
 
-    def _unexpected(self, prior: PopulationPrior, scans: Tensor, features: Tensor) -> Tensor:
+    def _unexpected(self, prior: PopulationPrior, scans: Tensor, features: Tensor, sampler: LatentSampler) -> Tensor:
         """Scans less the mean of what the prior draws for their covariates."""
-        return scans - sum(prior.sample(self.network, features)[0] for _ in range(DRAWS)) / DRAWS
+        return scans - sum(prior.sample(self.network, features, sampler)[0] for _ in range(DRAWS)) / DRAWS
 
     def _save(self, prior: PopulationPrior, kept: float) -> None:
         extras = {"weights": fingerprint(self.network), "adapted_to": f"{self.name} {self.category}"}

@@ -365,13 +365,13 @@ class PopulationFit:
         world = idist.get_world_size()
         places = spaced(len(self.training), max(DRAWN_SCANS, world))[idist.get_rank() :: world]
         batches = [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
-        devices = [self.device] if self.device.type == "cuda" else []
-        with eval_mode(self.network), torch.random.fork_rng(devices):
+        with eval_mode(self.network):
             for batch in tqdm(batches, "population prior, drawing", unit="batch", disable=idist.get_rank() > 0):
                 features, drawn = self.training.features[batch], []
                 for told in (features, torch.zeros_like(features)):
-                    torch.manual_seed(self.seed + batch[0])  # the same draw of both
-                    drawn.append(prior.sample(self.network, told)[0].cpu())
+                    # the same draws of both, whatever the batch and the process
+                    generators = [torch.Generator(self.device).manual_seed(self.seed + place) for place in batch]
+                    drawn.append(prior.sample(self.network, told, LatentSampler(generators))[0].cpu())
                 responses.add(features, drawn[0] - drawn[1])
         return responses.fit()
 
