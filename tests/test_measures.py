@@ -79,6 +79,7 @@ def test_an_interval_is_students():
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found["x_low"], found["x_high"]) == pytest.approx((expected.low, expected.high))
     assert (found["x"], found["x_std"]) == pytest.approx((values.mean(), values.std(ddof=1)))
+    assert mean_interval("x", [1, 3, 5, 3], [[0, 1], [2], [3]]) == mean_interval("x", [2, 5, 3])  # by people
     assert mean_interval("x", [1.0]) == {"x": 1.0, "x_std": None, "x_low": None, "x_high": None}
 
 

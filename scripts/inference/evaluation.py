@@ -42,7 +42,7 @@ from scripts.utils import plots
 from scripts.utils.distributed import shared_out
 from scripts.utils.errors import InputError, NotFoundError
 from scripts.utils.files import write_text
-from scripts.utils.names import item_path
+from scripts.utils.names import item_path, people_of
 from scripts.utils.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def evaluate(
     numbers["training_scans"] = 0 if trained is None else len(trained.items)
     rows = _rows(common, table, held_out, trained)
     for name in rows[0]:
-        numbers |= mean_interval(name, [row[name] for row in rows])
+        numbers |= mean_interval(name, [row[name] for row in rows], people_of(held_out.items))
     numbers |= membership_numbers(trained, held_out, common.seed)
     people = one_per_subject(held_out.items, samples or len(held_out.items), common.seed)
     if samples:

@@ -44,9 +44,13 @@ def ssim_window(shape: Sequence[int], most: int = 11) -> int:
     return min(most, smallest if smallest % 2 else smallest - 1)
 
 
-def mean_interval(name: str, values: Sequence[float]) -> Numbers:
-    """``NAME``, the mean; ``_std``, of scans; ``_low`` and ``_high``, the mean's 95 % interval by Student's t."""
+def mean_interval(name: str, values: Sequence[float], people: Sequence[Sequence[int]] | None = None) -> Numbers:
+    """``NAME``, the mean; ``_std``, of people; ``_low`` and ``_high``, the mean's 95 % interval by Student's t.
+
+    ``people`` are the places of each one's values, whose mean counts; None: each value is of another person.
+    """
     values = np.asarray(values, dtype=np.float64)
+    values = values if people is None else np.array([values[list(places)].mean() for places in people])
     mean, few = float(values.mean()), len(values) < 2
     std = None if few else float(values.std(ddof=1))
     reach = None if few else float(stats.t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
