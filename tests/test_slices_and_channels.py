@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_bundle, save
+from conftest import TINY, inference_config, run_bundle, save
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose
@@ -23,6 +23,7 @@ from scripts.inference.layouts import SampleLayout, ScanLayout
 from scripts.inference.outputs import file_names, split_channels
 from scripts.utils import figures
 from scripts.utils.names import CHANNEL_FILES
+from scripts.webpage.jobs import Jobs
 
 CHANNELS = ("T1w", "FLAIR")
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
@@ -116,6 +117,13 @@ def test_every_job_takes_them(trained, job, tmp_path):
     grid = (size, size) if "slices" in kind else (size,) * 3
     assert all(nib.load(path).shape == grid for path in results)
     assert all(np.isfinite(nib.load(path).get_fdata()).all() for path in results)
+
+
+def test_the_page_shows_a_slice(train):
+    scans, run = train("slices")
+    changes = {"network_def#spatial_dims": 2, "spatial_shape": [8, 8], "ckpt": str(run / "checkpoints" / "model.pt")}
+    *_, result = Jobs(inference_config(**changes, dataset_dir=str(scans))).view(0)
+    assert len(result.content["peak"]) == 3 and result.files["scan.nii.gz"]
 
 
 NAMING = {"join": ("--join_channels", True), "bids": ("--bids_derivatives", True)}

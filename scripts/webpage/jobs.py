@@ -221,7 +221,9 @@ class Jobs:
         content = {
             "row": self.cohort.row(index),
             "largest_scale": float(files["scale"][channel].quantile(0.999)),
-            "peak": (affine.numpy() @ [*place, 1])[:3].tolist(),  # mm: where the anomaly of the foreground is largest
+            "peak": (affine.numpy() @ [*place, *[0] * (3 - len(place)), 1])[
+                :3
+            ].tolist(),  # mm: where the anomaly of the foreground is largest
         }
         yield Result(content, _volumes({name: image[channel] for name, image in files.items()}, affine))
 
