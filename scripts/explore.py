@@ -37,6 +37,8 @@ def explore(
     covariates_file: str | os.PathLike | None = None,
     error_rate: float | None = None,
     calibration: str | os.PathLike | None = None,
+    draws: int | None = None,
+    atlas: str | os.PathLike | None = None,
     config_file: str | Sequence[str] = INFERENCE,
     bundle_root: str | None = None,
     host: str = "127.0.0.1",
@@ -46,9 +48,9 @@ def explore(
     """Serve the page until Ctrl-C.
 
     Args:
-        ckpt, run_dir, dataset_dir, scan_pattern, prior, covariates_file, error_rate, calibration, bundle_root: keys of
-            configs/inference.json; those that are not given stay as they are there. The calibration is a
-            ``calibration.json``.
+        ckpt, run_dir, dataset_dir, scan_pattern, prior, covariates_file, error_rate, calibration, draws, atlas,
+            bundle_root: keys of configs/inference.json; those that are not given stay as they are there. The
+            calibration is a ``calibration.json``, of as many draws and the same atlas.
         config_file: configs/inference.json of this bundle, or that and overlays.
         host: the address to listen at. One that other machines reach is used with a warning.
         port: to listen at; 0 takes one that is free.
@@ -75,6 +77,8 @@ def explore(
         "covariates_file": covariates_file,
         "error_rate": error_rate,
         "calibration": calibration,
+        "draws": draws,
+        "atlas": atlas,
         "bundle_root": bundle_root,
     }
     config = ConfigParser(ConfigParser.load_config_files(config_file))

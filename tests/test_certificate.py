@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import informative_network, run_bundle
+from conftest import inference_config, informative_network, run_bundle
 from groups import run_bundle_group
 from scipy import stats
 from test_covariates import prior_with_effects
@@ -25,6 +25,7 @@ from scripts.inference.training_run import TrainedScans
 from scripts.phantoms import make_brains
 from scripts.population.files import save_prior
 from scripts.population.prior import fingerprint
+from scripts.webpage.jobs import Jobs
 
 INFERENCE = ["configs/inference.json", "tests/tiny.json"]
 BY_TWO = [*INFERENCE, "configs/multi_gpu_inference.json"]
@@ -225,6 +226,12 @@ def test_deviation_with_a_certificate_as_a_user_types_it(people, tmp_path):
     again = certified(people, tmp_path, *words)
     assert "Of 3 scans, 3 are finished already" in again.stderr and "Of 9 scans, 9 are" in again.stderr
     assert len(clusters) < 3  # of three scans Benjamini and Hochberg ask for 0.067 or less unless all are discoveries
+    # the page judges by the same draws and regions
+    config = {"ckpt": people / "model.pt", "dataset_dir": people / "scans", "atlas": people / "atlas.nii.gz"}
+    config = {name: str(path) for name, path in (config | {"calibration": tmp_path / "calibration.json"}).items()}
+    with torch.no_grad():
+        *_, shown = Jobs(inference_config(**config, error_rate=0.1, draws=4)).deviation(2)
+    assert {found["kind"] for found in shown.content["certificate"]["findings"]} == {"cluster", "region"}
     other = certified(people, tmp_path / "fdr", *words, "--correction", "discovery")
     assert other.returncode == 0, other.stderr
     assert json.loads((tmp_path / "fdr" / "certificate.json").read_text(encoding="utf-8"))["observed"]["cluster"] == 0

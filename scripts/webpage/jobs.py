@@ -52,7 +52,6 @@ KINDS = (
 MOST_SAMPLES = 36
 MOST_STEPS = 11  # of a film strip
 MOST_DRAWS = 64
-DRAWS = 32  # of what is usual
 HOTTEST = 5  # temperature
 LARGEST = 100.0  # coordinate, in standard deviations of the cohort
 
@@ -81,6 +80,7 @@ class Jobs:
         count = self.network.in_channels
         self._channels = channel_labels(patterns if len(patterns) == count > 1 else [""] * count)
         self._promised = config.get_parsed_content("certified")
+        self._usual = {"draws": config.get_parsed_content("draws"), "atlas": config.get_parsed_content("paths#atlas")}
         if any(self._promised[name] is not None for name in ("error_rate", "calibration")):
             _ = self._deviation  # what is wrong with it is said at the start
         self._iterations = config.get_parsed_content("iterations")
@@ -133,7 +133,7 @@ class Jobs:
     @cached_property
     def _deviation(self) -> tuple[ScanEvaluator, CertifiedEvaluator | None]:
         """The job of the deviation, and what says which of it is significant, if a calibration was named."""
-        job = jobs.deviation(self.common, DRAWS, **self._promised)
+        job = jobs.deviation(self.common, **self._usual, **self._promised)
         if isinstance(job, ScanEvaluator):
             return job, None
         if job.known is None:
@@ -221,9 +221,8 @@ class Jobs:
         content = {
             "row": self.cohort.row(index),
             "largest_scale": float(files["scale"][channel].quantile(0.999)),
-            "peak": (affine.numpy() @ [*place, *[0] * (3 - len(place)), 1])[
-                :3
-            ].tolist(),  # mm: where the anomaly of the foreground is largest
+            # mm: where the anomaly of the foreground is largest
+            "peak": (affine.numpy() @ [*place, *[0] * (3 - len(place)), 1])[:3].tolist(),
         }
         yield Result(content, _volumes({name: image[channel] for name, image in files.items()}, affine))
 
@@ -231,14 +230,15 @@ class Jobs:
         """How far a scan is from what is usual for its covariates, as the job ``deviation`` says it."""
         channel = self._channel(channel)
         job, certified = self._deviation
-        yield 0, DRAWS
+        draws = job.inferer.draws
+        yield 0, draws
         item = self._read(index, job)
         (batch,) = on_device([job.batch([item])], self.device)
         scans, inputs, arguments = batch
         refined = job.inferer.refined(inputs, self.network, arguments["features"], job.sampler(scans.items))
-        for done in range(2, DRAWS + 1):
+        for done in range(2, draws + 1):
             results = next(refined)
-            yield done, DRAWS
+            yield done, draws
         maps, content = {"deviation": results["deviation"][0]}, {"known": _known(item)}
         if certified is not None:
             judged = {name: values[0].cpu() for name, values in results.items()}

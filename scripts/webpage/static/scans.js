@@ -207,7 +207,7 @@ export function makeScans(section, about, select) {
   }
 
   function certificate({ guarantee, findings }) {
-    const clusters = findings.slice(0, 3).map((found) => `${found.direction}, ${found.size_ml.toFixed(1)} ml, p ${found.p.toPrecision(2)}`);
+    const clusters = findings.filter(({ kind }) => kind === "cluster").slice(0, 3).map((found) => `${found.direction}, ${found.size_ml.toFixed(1)} ml, p ${found.p.toPrecision(2)}`);
     return `Largest clusters: ${clusters.join("; ") || "none"}. ${guarantee}`;
   }
 
