@@ -14,7 +14,7 @@ from scripts.data.covariates import CovariateCoding
 from scripts.networks import VDVAE
 from scripts.population.familiarity import Familiarity, look
 from scripts.population.files import load_prior, save_prior
-from scripts.population.merging import _Fitted, _pooled_coding, expectation, merge, refuse_shared_people, total
+from scripts.population.merging import _Fitted, _known, _pooled_coding, expectation, merge, refuse_shared_people, total
 from scripts.population.prior import innovation
 from scripts.population.statistics import (
     CohortStatistics,
@@ -147,6 +147,9 @@ def test_columns_become_the_features_of_any_coding(pooled):
     coding = _Fitted.to([pooled]).coding
     values = [person(3), {"age": 71.0, "sex": None}, {"age": None, "sex": "M"}, {}]
     like = CovariateCoding.learn({"age": [20, 40, 60, 80], "sex": "categorical"}, [person(i) for i in range(72)])
+    columns = torch.tensor([list(raw_numbers(like, known).values()) for known in values], dtype=torch.float64)
+    some = replace(pooled, columns=list(raw_numbers(like, {})), gram=columns.T @ columns)
+    assert _known(some, coding).tolist() == [[2, 1], [1, 2]]
     for known in values:
         columns = torch.tensor(list(raw_numbers(like, known).values()), dtype=torch.float64)
         features = columns @ coefficients(coding, list(raw_numbers(like, known)))

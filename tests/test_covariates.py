@@ -527,7 +527,14 @@ def test_covariates_of_samples_go_together_as_the_cohorts_do():
     rows = [{"age": 50 + 10 * x, "site": sites[y > 0.5], "sex": "FM"[k % 2]} for k, (x, y) in pairs]
     coding = CovariateCoding.learn(KINDS, rows)
     features = torch.stack([coding.numbers(row) for row in rows])
-    correlation = correlation_of(coding, features.T @ features)
+    correlation = correlation_of(coding, features.T @ features, torch.full((3, 3), 4000))
+    known = torch.rand(3, 4000) < 0.5  # whatever is missing of either
+    fewer = (
+        features
+        * known.repeat_interleave(torch.tensor([own.stop - own.start for own in coding.slices().values()]), 0).T
+    )
+    apart = correlation_of(coding, fewer.T @ fewer, known.double() @ known.double().T)
+    torch.testing.assert_close(apart, correlation, atol=0.1, rtol=0)
     assert list(coding.variables) == ["age", "sex", "site"]
     assert correlation[0, 2].item() == pytest.approx(-0.6, abs=0.05) and abs(correlation[0, 1]) < 0.05
     drawn = draw_values(coding, correlation, {}, torch.randn(4000, 3))

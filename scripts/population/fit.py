@@ -232,7 +232,9 @@ class PopulationFit:
         prior = self._prior(sketch, rank, shrinkage, effects)
         prior.coding = self.coding
         if self.coding is not None:
-            prior.correlation = correlation_of(self.coding, self.training.features.T @ self.training.features)
+            features = self.training.features
+            known = torch.stack([features[:, own].any(1) for own in self.coding.slices().values()], dim=1).double()
+            prior.correlation = correlation_of(self.coding, features.T @ features, known.T @ known)
             prior.sharpness = SHARPNESSES[int(self._likelihoods(prior, drawn).argmax())]
         self._add_offsets(prior, means, first)
         self._calibrate_deviations(prior, chosen)

@@ -13,9 +13,10 @@ LEAST_EIGENVALUE = 1e-3
 LEAST_SHARE = 1e-4
 
 
-def correlation_of(coding: CovariateCoding, gram: Tensor) -> Tensor:
+def correlation_of(coding: CovariateCoding, gram: Tensor, known: Tensor) -> Tensor:
     """The correlation of the normal variables behind covariates, ``[covariates, covariates]``, by the sums over the
-    cohort of products of the features that they become, ``[features, features]``.
+    cohort of products of the features that they become, ``[features, features]``, and of how many scans each two of
+    them are known, ``[covariates, covariates]``.
 
     A category stands for an interval of a normal variable (polyserial correlation, Olsson et al. 1982), so that sums
     over the cohort suffice.
@@ -31,7 +32,9 @@ def correlation_of(coding: CovariateCoding, gram: Tensor) -> Tensor:
         rows[row, own] = scores[1:] - scores[0]
         shares = torch.tensor(variable.shares, dtype=torch.float64)
         attenuation[row] = (shares * scores.square()).sum().sqrt().clamp_min(1e-6)
-    covariance = rows @ gram.double() @ rows.T
+    counts = known.double().diag()
+    share = known.double() / (counts[:, None] * counts).sqrt().clamp_min(1)  # of the scans that know either
+    covariance = rows @ gram.double() @ rows.T / share.clamp_min(1e-12)
     std = covariance.diag().clamp_min(1e-12).sqrt() * attenuation
     correlation = (covariance / std[:, None] / std).clamp(-1, 1).fill_diagonal_(1.0)
     values, vectors = torch.linalg.eigh(correlation)

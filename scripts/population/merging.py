@@ -123,6 +123,14 @@ def _pooled_coding(union: CohortStatistics) -> CovariateCoding | None:
     return coding if coding.size else None
 
 
+def _known(statistics: CohortStatistics, coding: CovariateCoding) -> Tensor:
+    """Of how many scans each two covariates of a coding are known, ``[covariates, covariates]``."""
+    columns = statistics.columns
+    tells = [[column == name or column.startswith(f"{name}=") for name in coding.variables] for column in columns]
+    told = torch.tensor(tells, dtype=torch.float64)
+    return told.T @ statistics.gram @ told
+
+
 class _Residual(NamedTuple):
     """What a mean and effects leave of the shifts: ``rows^T core rows`` is its scatter, about 0, but for its diagonal.
 
@@ -337,5 +345,6 @@ def _set_from_held_out(prior: PopulationPrior, union: CohortStatistics) -> None:
         squares, counts = torch.tensor(known["sums"]).split(2)
         spread = (squares / counts.clamp_min(1)).sqrt()
         design = _design(union, prior.coding)[:, 1:]
-        prior.correlation = correlation_of(prior.coding, design.T @ union.gram @ design)
+        known = _known(union, prior.coding)
+        prior.correlation = correlation_of(prior.coding, design.T @ union.gram @ design, known)
         prior.dispersion, prior.region_dispersion = torch.where(counts > 0, spread, 1.0).clamp_min(1e-3).tolist()
