@@ -30,32 +30,34 @@ def test_the_bound_that_spares_counting_is_one(name):
     assert memory._bound(network, 2) > update_bytes(arguments, 2)
 
 
-def default() -> VDVAE:
+def default(batch_norm: bool = False) -> VDVAE:
     with torch.device("meta"):
-        return VDVAE(**network_def("default"))
+        return VDVAE(**network_def("default") | {"batch_norm": batch_norm})
 
 
 @pytest.mark.parametrize(
-    ("room", "device", "amp", "words"),
+    ("room", "device", "amp", "batch_norm", "words"),
     [
-        (250, GPU, False, "take --amp True, which needs 0.2."),
-        (260, CPU, False, "take --network_def#checkpoint_levels 3, which needs 0.2."),
-        (190, GPU, True, "take --network_def#checkpoint_levels 2, which needs 0.2."),
-        (100, CPU, False, "take --network_def#checkpoint_levels 6 --batch_size 2, which needs 0.1."),
-        (12, GPU, False, "take a smaller network, such as that of configs/lean_64.json, or a larger machine."),
+        (250, GPU, False, False, "take --amp True, which needs 0.2."),
+        (260, CPU, False, False, "take --network_def#checkpoint_levels 3, which needs 0.2."),
+        (190, GPU, True, False, "take --network_def#checkpoint_levels 2, which needs 0.2."),
+        (100, CPU, False, True, "take --batch_size 2, which needs 0.1."),
+        (100, CPU, False, False, "take --network_def#checkpoint_levels 6 --batch_size 2, which needs 0.1."),
+        (12, GPU, False, False, "take a smaller network, such as that of configs/lean_64.json, or a larger machine."),
     ],
 )
-def test_what_would_fit_is_said(monkeypatch, caplog, room, device, amp, words):
+def test_what_would_fit_is_said(monkeypatch, caplog, room, device, amp, batch_norm, words):
     """Of eight scans; what an update needs in MiB is told from the settings here, since counting takes seconds."""
 
     def needs(arguments, batch_size, half):
         levels = arguments["checkpoint_levels"]
+        assert not (levels and arguments["batch_norm"])  # the network refuses both
         return (20 + batch_size * (30 if levels == 6 else 40 - 4 * levels) * (0.6 if half else 1)) * 2**20
 
     monkeypatch.setattr(memory, "update_bytes", needs)
     monkeypatch.setattr(memory, "_room", lambda device: room * 2**20)
     monkeypatch.setattr(memory, "cpu_has_bfloat16", lambda: False)
-    warn_of_memory(default(), 8, device, amp)
+    warn_of_memory(default(batch_norm), 8, device, amp)
     (record,) = caplog.records
     said = record.getMessage()
     needed = "0.2" if amp else "0.3"

@@ -135,7 +135,9 @@ def _what_fits(
     def needs(levels: int, scans: int = batch_size) -> int:
         return update_bytes(arguments | {"checkpoint_levels": levels}, scans, half)
 
-    low, high = arguments["checkpoint_levels"], len(arguments["channels"])
+    low = high = arguments["checkpoint_levels"]
+    if not arguments["batch_norm"]:  # which takes no recomputed levels
+        high = len(arguments["channels"])
     needed = needs(high)
     if needed <= room:
         while high - low > 1:
@@ -149,8 +151,8 @@ def _what_fits(
         return None
     a_scan = (needed - one) / (batch_size - 1)
     scans = 1 + int((room - one) / a_scan)
-    settings += [f"--network_def#checkpoint_levels {high}", f"--batch_size {scans}"]
-    return settings, one + (scans - 1) * a_scan
+    levels = [f"--network_def#checkpoint_levels {high}"] if high > low else []
+    return [*settings, *levels, f"--batch_size {scans}"], one + (scans - 1) * a_scan
 
 
 def _bound(network: VDVAE, batch_size: int) -> int:
