@@ -14,7 +14,7 @@ from scripts.networks import VDVAE
 from scripts.training.handlers import MovingAverage
 from scripts.training.losses import ELBOLoss, additional_metrics, elbo_metrics, key_metric, negative_log_likelihood
 from scripts.training.precision import _warn_of_slow_bfloat16, autocast
-from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer
+from scripts.training.trainer import VDVAEEvaluator, VDVAETrainer, is_lower
 from scripts.training.update import StepLimits, TrainingStalledError
 
 
@@ -139,6 +139,13 @@ def test_an_epoch_in_which_nothing_is_finite_goes_by():
     engine.run()
     assert engine.state.skipped == 2
     assert math.isnan(engine.state.metrics["bits_per_dim"])
+
+
+@pytest.mark.parametrize(
+    ("current", "best", "better"), [(1, 2, True), (2, 1, False), (1, math.nan, True), (math.nan, 1, False)]
+)
+def test_any_bits_are_better_than_none(current, best, better):
+    assert is_lower(current, best) == better
 
 
 def test_a_huge_update_names_its_scans(caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from typing import Any
 
 import ignite.distributed as idist
@@ -39,8 +40,8 @@ def scan_batch(batchdata: dict[str, Any], device=None, non_blocking: bool = Fals
 
 
 def is_lower(current: float, best: float) -> bool:
-    """MONAI's ``metric_cmp_fn``: the lower bits per dim are, the better."""
-    return current < best
+    """MONAI's ``metric_cmp_fn``: the lower bits per dim are, the better; any are better than none."""
+    return current < best or (math.isnan(best) and not math.isnan(current))
 
 
 def step_quantities(output: VDVAEOutput, nll: Tensor, scans: Tensor) -> dict[str, Tensor]:
