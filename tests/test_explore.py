@@ -226,7 +226,7 @@ def test_the_table_is_scored_sorted_and_searched(client):
 def test_a_large_cohort_is_no_problem():
     class Columns:
         def __call__(self, scan):
-            return {"image": scan}
+            return {"image": scan, "subject": "001"}
 
         def details(self, scan):
             return {"age": str(len(scan) + int(scan[1:-4]) % 70)}
@@ -238,6 +238,7 @@ def test_a_large_cohort_is_no_problem():
     page = cohort.page(offset=2000, limit=10_000, sort="bits_per_dim", search="S")
     assert time.process_time() - start < 1
     assert page["total"] == 5000 and page["scored"] == 2500 and len(page["rows"]) == 200
+    assert page["rows"][0]["subject"] == "001" and isinstance(page["rows"][0]["age"], float)
 
 
 def test_pictures_of_scans(client):

@@ -37,8 +37,9 @@ class CohortTable:
         self._rows: list[dict[str, Any]] = []
         for index, item in enumerate(self.items):
             scan = item_path(item)
-            known = {name: _number(value) for name, value in (columns.details(scan) | columns(scan)).items()}
-            self._rows.append({"index": index, "error": "", **known, "image": printable(columns(scan)["image"])})
+            named = columns(scan)
+            known = {name: _number(value) for name, value in columns.details(scan).items()} | named
+            self._rows.append({"index": index, "error": "", **known, "image": printable(named["image"])})
 
     def __len__(self) -> int:
         return len(self.items)
