@@ -30,6 +30,7 @@ from scripts.inference.covariates import (
     Counterfactual,
     CovariatePosterior,
     Deviation,
+    _combinations,
     need_covariates,
     posterior,
     stack_features,
@@ -209,6 +210,13 @@ def test_the_posterior_of_a_covariate_is_bayes_rule(network, coding):
     torch.testing.assert_close(likely, by_hand / by_hand.sum(), rtol=1e-3, atol=1e-5)
     numbers = summary(coding, "age", likely)
     assert float(numbers["age_low"]) < float(numbers["age_mean"]) < float(numbers["age_high"])
+    # of many that are not known some combinations are drawn, evenly
+    rows = [{f"x{place}": float(10 * k + place) for place in range(6)} for k in range(9)]
+    many = CovariateCoding.learn(dict.fromkeys(rows[0], "continuous"), rows)
+    drawn, of_each = (_combinations(many, tuple(names)) for names in (rows[0], ["x3"]))
+    assert len(drawn) == 4096 and len(of_each) == 9
+    own = many.slices()["x3"]
+    torch.testing.assert_close(drawn[:, own].mean(0), of_each[:, own].mean(0), atol=0.1, rtol=0)
     flat = summary(coding, "age", torch.full((81,), 1 / 81))
     span = coding.variables["age"].high - coding.variables["age"].low
     assert float(flat["age_high"]) - float(flat["age_low"]) == pytest.approx(0.9 * span, rel=0.02)

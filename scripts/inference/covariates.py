@@ -8,7 +8,9 @@ Decoded under other covariates these give the counterfactual.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from scripts.utils.errors import InputError
 from torch import Tensor
 
 OTHER_STEPS = 9  # values of another continuous covariate that is not known
+MOST_COMBINATIONS = 4096  # of values of those that are not known; of more so many are drawn
 INTERVAL = 0.9
 
 
@@ -233,18 +236,32 @@ def posterior(
     """
     coding = prior.coding
     grid = coding.variables[name].grid()
-    others = {
-        other: [known[other]] if known.get(other) is not None else _few(variable)
-        for other, variable in coding.variables.items()
-        if other != name
-    }
+    others = {other: known.get(other) for other in coding.variables if other != name}
     own = coding.slices()[name]
-    base = torch.stack([coding.numbers(dict(zip(others, c, strict=True))) for c in itertools.product(*others.values())])
+    base = _combinations(coding, tuple(other for other, value in others.items() if value is None))
+    base = base + coding.numbers(others)
     values = torch.stack([coding.numbers({name: value})[own] for value in grid])
     combined = base.repeat(len(grid), 1)
     combined[:, own] = values.repeat_interleave(len(base), 0)
     logs = prior.covariate_likelihoods(scores[None], combined)[0].reshape(len(grid), len(base)).logsumexp(1)
     return grid, logs.softmax(0)
+
+
+@lru_cache(maxsize=16)  # one for each pattern of what is known
+def _combinations(coding: CovariateCoding, unknown: Sequence[str]) -> Tensor:
+    """The features of all combinations of some values of these covariates, or of as many as are drawn."""
+    values = [_few(coding.variables[name]) for name in unknown]
+    counts = list(map(len, values))
+    if math.prod(counts) <= MOST_COMBINATIONS:
+        chosen = torch.tensor(list(itertools.product(*map(range, counts))), dtype=torch.long)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.stack([torch.randint(n, (MOST_COMBINATIONS,), generator=generator) for n in counts], dim=1)
+    found = torch.zeros(len(chosen), coding.size)
+    for name, of_one, places in zip(unknown, values, chosen.T, strict=True):
+        own = coding.slices()[name]
+        found[:, own] = torch.stack([coding.numbers({name: value})[own] for value in of_one])[places]
+    return found
 
 
 NOT_EVEN = 1.05  # times as likely as if nothing were known
