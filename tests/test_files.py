@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -91,6 +92,18 @@ def test_an_error_names_what_its_reader_knows(tmp_path, error, named, as_bytes):
     assert raised.value.errno == error
     assert raised.value.filename == str(tmp_path if named == "folder" else path)
     assert sentence(raised.value).startswith(f"'{tmp_path if named == 'folder' else path}' ")
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    whole = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert write_text(tmp_path / "a.txt", "a").read_text(encoding="utf-8") == "a"
 
 
 def test_libraries_of_other_errors_name_it_too(tmp_path):

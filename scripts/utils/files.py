@@ -74,7 +74,8 @@ def write_whole(
         if before is not None:
             before()
         temporary.replace(path)
-        _flush(path.parent)
+        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder, or not open one
+            _flush(path.parent)
     except BaseException as error:
         full = _is_full(error, path.parent)
         with contextlib.suppress(OSError):  # where the folder is what cannot be used
