@@ -228,6 +228,27 @@ def test_odd_headers_are_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "offset", "value", "said"),
+    [
+        ("b.nii", 256, np.float32(1.00002), ["its qform is no rotation; its sform is used"]),
+        ("c.nii", 256, np.float32(1.00002), "qform that is no rotation, and no sform to use instead"),
+        ("b.nii", 123, np.uint8(5), []),  # units that NIfTI does not have
+    ],
+)
+def test_bytes_of_a_header_that_mean_nothing(tmp_path, name, offset, value, said):
+    path, affine = tmp_path / name, np.diag([2.0, 2, 2, 1])
+    header(path, affine if name == "b.nii" else None, affine)
+    data = bytearray(path.read_bytes())
+    data[offset : offset + value.nbytes] = value.tobytes()
+    path.write_bytes(data)
+    if isinstance(said, str):
+        with pytest.raises(ScanError, match=said):
+            LoadScand("image")({"image": str(path)})
+    else:
+        assert differences(LoadScand("image")({"image": str(path)})["image"]) == said
+
+
 # Fitting
 
 GRIDS = [  # the scan's shape and spacing, the grid asked for, the spacing to expect

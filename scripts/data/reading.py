@@ -32,6 +32,7 @@ ADVICE = "replace it or leave it out with --scan_pattern"
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # by the names of NIfTI's units
 POSITION, ORIENTATION = "0020|0032", "0020|0037"  # of a DICOM slice
 SAME_PLACE = 1e-3  # mm
+QUATERNION = "w2 should be positive"  # in nibabel's error of a qform that is no rotation
 LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 
 
@@ -149,7 +150,8 @@ def _check_gzip(path: Path, max_gib: float) -> None:
 def _scale_to_mm(image: MetaTensor, path: Path) -> None:
     """Correct the affine of a NIfTI file whose sizes are in metres or microns, and note it."""
     header = nib.load(path).header if _is_nifti(path) else None
-    unit = header.get_xyzt_units()[0] if isinstance(header, nib.Nifti1Header) else "mm"
+    code = int(header["xyzt_units"]) % 8 if isinstance(header, nib.Nifti1Header) else 0  # the rest is that of time
+    unit = nib.nifti1.unit_codes.label.get(code)  # None where NIfTI has no such code
     if unit in MILLIMETRES:
         affine = image.affine.clone()
         affine[:-1] *= MILLIMETRES[unit]
@@ -247,7 +249,12 @@ def header_problems(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> l
         if np.issubdtype(image.get_data_dtype(), np.complexfloating):
             raise HeaderError("holds complex numbers, of which only the real part would be read")
         zooms = image.header.get_zooms()[:3]
-        sform, qform = (matrix for matrix, _ in (image.get_sform(coded=True), image.get_qform(coded=True)))
+        sform, _ = image.get_sform(coded=True)
+        try:
+            qform, _ = image.get_qform(coded=True)
+        except ValueError:  # of a quaternion; where there is no other affine MONAI's reader has refused the scan
+            qform = None
+            problems.append("its qform is no rotation; its sform is used")
         if sform is None and qform is None:
             problems.append("its header has neither an sform nor a qform, so its orientation and place are guesses")
         elif sform is not None and qform is not None:
@@ -303,6 +310,8 @@ def why_unreadable(paths: Sequence[Path], error: Exception) -> str:
         if found is not None and not suffix.lower().endswith(found.lstrip(".")):  # .mgz is gzip too
             ending = f"{path.suffix}.gz" if found == ".gz" else found
             return f"'{path}' holds {found} data, which its name hides: rename it to end in {ending}, or {ADVICE}."
+    if QUATERNION in str(error):
+        return f"{names} has a qform that is no rotation, and no sform to use instead: correct its header, or {ADVICE}."
     if "channel-wise concatenation" in str(error):
         return (
             f"{names} cannot be the channels of one scan, since their grids or affines differ: "
