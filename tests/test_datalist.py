@@ -92,6 +92,11 @@ def test_empty_pattern(tmp_path):
 SUBJECTS = [
     ("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01"),
     ("derivatives/brain_sub-AB2_FLAIR.nii.gz", "sub-AB2"),
+    ("mwp1sub-01_ses-1_T1w.nii", "sub-01"),
+    ("mri/wsub-02_T1w.nii", "sub-02"),
+    ("allsub-a/101.nii", "101"),
+    ("sub-UCL-001/ses-1/sub-UCL-001_T1w.nii.gz", "sub-UCL-001"),
+    ("sub-01_ses-1/sub-01_ses-1_T1w.nii.gz", "sub-01"),
     ("1234567_20253_2_0.nii.gz", "1234567"),
     ("1234567_20253_3_0/T2_FLAIR/T2_FLAIR_brain.nii.gz", "1234567"),
     ("folder/IXI012-HH-1211.nii.gz", "IXI012-HH-1211"),
@@ -102,6 +107,20 @@ SUBJECTS = [
 @pytest.mark.parametrize(("name", "subject"), SUBJECTS)
 def test_subject_name(name, subject):
     assert subject_rule([name])[0] == [subject]
+
+
+def test_labels_that_bids_does_not_allow_are_named(tmp_path, caplog):
+    names = ["sub-UCL-001_T1w.nii", "sub-UCL-002_T1w.nii", "sub-1_ses-2020+05_T1w.nii", "sub-2/ses-2020+05/T1w.nii"]
+    items = list_sides(make_files(tmp_path, names))[0]["training"]
+    assert [item["subject"] for item in items] == ["sub-1", "sub-2", "sub-UCL", "sub-UCL"]
+    assert [item.get("session") for item in items] == ["ses-2020", "ses-2020+05", None, None]
+    (said,) = caplog.messages
+    assert said.startswith("3 label(s) hold a hyphen or +")
+    assert "'sub-1_ses-2020+05_T1w.nii', which is read as 'ses-2020'" in said
+    caplog.clear()
+    listed = [{"image": name, "subject": name} for name in names]
+    (tmp_path / "list.json").write_text(json.dumps({"training": listed}), encoding="utf-8")
+    assert list_sides(tmp_path / "list.json")[0]["training"][0]["subject"] == names[0] and not caplog.messages
 
 
 def test_sessions_of_a_subject_stay_together(tmp_path):

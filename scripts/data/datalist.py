@@ -21,9 +21,15 @@ from scripts.utils.names import item_files, item_path
 logger = logging.getLogger(__name__)
 
 # BIDS writes the subject as an entity, in folders and file names alike. UK Biobank writes it as the first of the four
-# numbers participant_field_instance_array, where the instance is the visit.
-SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)|(?:^|/)(\d+)_\d{5}_\d+_\d+(?=[./_]|$)")
-SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?=[./_]|$)")
+# numbers participant_field_instance_array, where the instance is the visit. A label with - or +, which BIDS does not
+# allow, ends there, unless it names a whole folder. SPM and CAT12 put letters before files' names (mwp1sub-01).
+SUBJECT = re.compile(
+    r"(?:^|/)(sub-[A-Za-z0-9+-]+)(?=/)|(?:^|[/_])(?:[A-Za-z0-9]{1,8}(?=sub-[^/]*$))?(sub-[A-Za-z0-9]+)"
+    r"|(?:^|/)(\d+)_\d{5}_\d+_\d+(?=[./_]|$)"
+)
+SESSION = re.compile(
+    r"(?:^|/)(ses-[A-Za-z0-9+-]+)(?=/)|(?:^|[/_])(ses-[A-Za-z0-9]+)|(?:^|/)\d+_\d{5}_(\d+)_\d+(?=[./_]|$)"
+)
 # Scans that a person's folder may hold, even if there are fewer such folders. One with more scans than there are
 # folders is taken for a site, or for the folder of all images.
 SESSIONS = 6
@@ -120,6 +126,18 @@ def subject_rule(names: Sequence[str]) -> tuple[list[str], str]:
     for index, subject in zip(unnamed, read, strict=True):
         subjects[index] = subject
     return subjects, rule if len(unnamed) == len(names) else f"by their BIDS or UK Biobank names, {len(unnamed)} {rule}"
+
+
+def _warn_of_cut_labels(names: Sequence[str]) -> None:
+    """Warn of labels that go on with a hyphen or ``+`` where their subject or session ends."""
+    found = ((name, match) for name in names for match in (SUBJECT.search(name), SESSION.search(name)) if match)
+    cut = [(name, match[match.lastindex]) for name, match in found if name[match.end() : match.end() + 1] in ("-", "+")]
+    if cut:
+        logger.warning(
+            "%d label(s) hold a hyphen or +, which BIDS does not allow, such as that of '%s', which is read as '%s': "
+            "rename these files, or give each a 'subject' and a 'session' in a datalist.",
+            *(len(cut), *cut[0]),
+        )
 
 
 def _read_layout(names: Sequence[str]) -> tuple[list[str], str]:
@@ -222,7 +240,7 @@ def common_root(scans: Sequence[Mapping[str, Any]], dataset_dir: str | os.PathLi
     if root.is_dir():
         return str(absolute(root))
     if root.suffix == ".json" and root.is_file():
-        scans = [item for side in list_sides(root)[0].values() for item in side]
+        scans = [item for side in _read_datalist(root).values() for item in side]
     return os.path.commonpath([absolute(file).parent for scan in scans for file in item_files(scan)])
 
 
@@ -297,6 +315,7 @@ def _with_entities(sides: dict[str, list[dict]], root: Path) -> tuple[dict[str, 
     names = [_relative_name(item, root) for item in items]
     entities = []
     subjects, rule = subject_rule(names)
+    _warn_of_cut_labels([name for name, item in zip(names, items, strict=True) if "subject" not in item])
     if all("subject" in item for item in items):
         rule = "by the datalist"
     for name, subject in zip(names, subjects, strict=True):
