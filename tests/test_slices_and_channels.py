@@ -19,6 +19,7 @@ from monai.transforms import Compose
 
 from scripts.data.transforms import ScanError
 from scripts.inference.engine import ScanEvaluator
+from scripts.inference.latent_files import LoadLatentsd
 from scripts.inference.layouts import SampleLayout, ScanLayout
 from scripts.inference.outputs import file_names, split_channels
 from scripts.utils import figures
@@ -88,7 +89,7 @@ def test_a_run_trains_and_draws_figures(trained):
     assert (run / "figures" / "reconstructions_epoch=0002.png").stat().st_size > 3000
 
 
-JOBS = ("reconstruct", "encode", "sample", "score", "interpolate")
+JOBS = ("reconstruct", "decode", "encode", "sample", "score", "interpolate")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,12 @@ def test_every_job_takes_them(trained, job, tmp_path):
     assert result.returncode == 0, result.stderr
     key = {"reconstruct": "recon", "score": "anomaly", "sample": "sample", "interpolate": "step01"}.get(job)
     if key is None:
-        assert len(list(tmp_path.glob("*_latents.npz"))) == 4
+        path, *others = tmp_path.glob("*_latents.npz")
+        assert len(others) == 3
+        with np.load(path) as content:  # as decode reads them
+            grids = [content[name].shape for name in sorted(content.files) if name[0] == "z"]
+        fit = LoadLatentsd("image", grids, 2 if kind == "channels" else 1)({"image": path})["fit"]
+        assert fit.scan_shape == [12] * (2 if kind == "slices" else 3)
         return
     results = sorted(tmp_path.glob(f"*_{key}.nii.gz"))
     channels = 2 if "channels" in kind else 1

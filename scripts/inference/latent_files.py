@@ -25,6 +25,7 @@ PATTERN = "*_*latents*.npz"  # x_latents.npz, and by BIDS sub-01_desc-latents_T1
 CHANNEL_NAMES = "channel_names"
 MOST_VOXELS = 2**32  # of a scan; the largest that is known, of 100 micrometres, has 2**31
 NEEDED = tuple(name for name in Fit._fields if name not in ("files", "space_code"))
+AFFINES = ("affine", "scan_affine")  # of slices 3 x 3 or 4 x 4
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -145,14 +146,14 @@ class LoadLatentsd(MapTransform):
         shapes = {"affine": (4, 4), "scan_affine": (4, 4), "scan_shape": (dims,), "b_min": ()}
         for name in NEEDED:
             value, shape = content[name], shapes.get(name, (self.channels,))
-            if value.shape != shape:
+            if value.shape != shape and not (name in AFFINES and value.shape == (dims + 1, dims + 1)):
                 raise ScanError(
                     f"'{path}': {name} has shape {list(value.shape)} where {list(shape)} is expected: encode the scan "
                     "again."
                 )
             _check_numbers(path, name, value)
-        for name in ("affine", "scan_affine"):
-            if np.linalg.matrix_rank(content[name]) < 4:
+        for name in AFFINES:
+            if np.linalg.matrix_rank(content[name]) < len(content[name]):
                 raise ScanError(f"'{path}': {name} is singular: encode the scan again.")
         if (content["gain"] <= 0).any():
             raise ScanError(f"'{path}': gain is {content['gain'].tolist()}, not above 0: encode the scan again.")
