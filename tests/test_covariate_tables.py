@@ -280,6 +280,8 @@ def test_short_rows_are_read_with_a_warning_and_empty_files(tmp_path, caplog):
     caplog.clear()
     (tmp_path / "t.csv").write_text("a,b\n1,\n")
     assert read_table(tmp_path / "t.csv").rows == [{"a": "1", "b": ""}] and not caplog.text
+    (tmp_path / "t.csv").write_text("a,b,,\n1,2,, \n")  # of a spreadsheet
+    assert read_table(tmp_path / "t.csv") == (["a", "b"], [{"a": "1", "b": "2"}])
     (tmp_path / "t.csv").write_bytes(b"a,b\r1,2\r")  # lines that end as they did on old Macs
     assert read_table(tmp_path / "t.csv").rows == [{"a": "1", "b": "2"}] and not caplog.text
     (tmp_path / "t.csv").write_text("")

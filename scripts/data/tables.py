@@ -59,7 +59,9 @@ def read_table(path: Path) -> Table:
     except pandas.errors.ParserError as error:
         reason = str(error).strip().rpartition("C error: ")[2]
         raise InputError(f"'{path}' cannot be read as a table ({reason}): correct that line.") from error
-    columns, *rows = ([cell.strip() for cell in row] for row in frame.itertuples(index=False, name=None))
+    frame = frame.map(str.strip)
+    frame = frame.loc[:, (frame != "").any()]  # spreadsheets leave columns with neither a name nor a cell
+    columns, *rows = frame.values.tolist()
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark)  # pandas fills rows up without a word
     short = [line for line in lines if 0 < len(line) < len(columns)]
