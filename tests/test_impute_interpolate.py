@@ -135,10 +135,13 @@ def test_steps_and_levels_that_cannot_be_are_refused(network, fitted):
         Interpolation(steps=1)
 
 
-def test_a_pair_is_two_scans(cohort, tmp_path):
+def test_a_pair_is_two_scans(cohort, tmp_path, monkeypatch):
     first, second = sorted(str(path) for path in cohort.glob("*.nii.gz"))[:2]
     assert list_pair(None, Cohort(cohort)) == [{"image": first, "second": second}]
     assert list_pair([second, first], Cohort("nowhere")) == [{"image": second, "second": first}]
+    monkeypatch.setenv("HOME", str(cohort))
+    home = [f"~/{Path(path).name}" for path in (first, second)]
+    assert list_pair([home, home[1]], Cohort("nowhere")) == [{"image": [first, second], "second": second}]
     for wrong in (first, [first], [first] * 3):
         with pytest.raises(ValueError, match="give the paths of two scans"):
             list_pair(wrong, Cohort(cohort))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import textwrap
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import nibabel as nib
@@ -32,6 +34,7 @@ from scripts.inference.engine import ScanEvaluator, read_item, scan_generator
 from scripts.inference.inferers import Reconstruction, Sampling, level_temperatures, prior_where_missing
 from scripts.inference.layouts import ScanLayout
 from scripts.inference.outputs import report_latents
+from scripts.inference.records import made_of
 from scripts.inference.scoring import Scoring
 from scripts.layers.gaussian import LatentSampler
 from scripts.layers.output import foreground, quantile
@@ -513,6 +516,19 @@ def test_the_results_of_a_scan_that_changed_are_made_again(scans, weights, tmp_p
     assert "Of 5 scans, 4 are finished already" in log
     changed = [name for name, time in before.items() if (tmp_path / "out" / name).stat().st_mtime_ns != time]
     assert changed == ["PIR/PIR_recon.nii.gz"]
+
+
+@pytest.mark.parametrize("changed", ["a.raw", "series/1.dcm", "b.nii"])
+def test_a_change_of_any_file_that_results_are_made_of_is_seen(tmp_path, changed):
+    (tmp_path / "series").mkdir()
+    for name in ("a.mhd", "a.raw", "series/1.dcm", "b.nii", "result.nii"):
+        (tmp_path / name).touch()
+    item = {"image": [str(tmp_path / "a.mhd"), str(tmp_path / "series")], "second": str(tmp_path / "b.nii")}
+    job = SimpleNamespace(common=SimpleNamespace(overwrite=False), _has_results=bool, _place=lambda item: "a")
+    job._result_paths = lambda item: [tmp_path / "result.nii"]
+    assert ScanEvaluator.finished(job, item, {"a": made_of(item)})
+    os.utime(tmp_path / changed, (time.time() + 60,) * 2)
+    assert not ScanEvaluator.finished(job, item, {"a": made_of(item)})
 
 
 def test_scans_whose_results_would_have_one_name_are_refused(scans, weights, tmp_path):

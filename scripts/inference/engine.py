@@ -36,6 +36,7 @@ from scripts.utils import distributed
 from scripts.utils.devices import is_async, on_device, to_host
 from scripts.utils.errors import BundleError, InputError, root_cause
 from scripts.utils.files import write_text
+from scripts.utils.formats import file_states
 from scripts.utils.names import UNUSABLE, image_files, image_path, item_files, item_path
 from torch import Tensor
 from tqdm import tqdm
@@ -159,10 +160,11 @@ class ScanEvaluator(Evaluator):
         """
         if self.common.overwrite or not self._has_results(item) or record.get(self._place(item)) != made_of(item):
             return False
-        # copying a file keeps one of its two times
-        scans = [Path(path).stat() for path in sources(item) if Path(path).exists()]
-        changed = max((max(status.st_mtime, status.st_ctime) for status in scans), default=0.0)
-        return min(path.stat().st_mtime for path in self._result_paths(item)) >= changed
+        # copying a file keeps one of its two times; the folder of a series changes where a slice is removed
+        paths = [path for path in map(Path, sources(item)) if path.exists()]
+        states = [state for path in paths for state in file_states(path)]
+        times = [*(max(state[2:]) for state in states), *(path.stat().st_mtime_ns for path in paths)]
+        return min(path.stat().st_mtime_ns for path in self._result_paths(item)) >= max(times, default=0)
 
     def _unasked(self, item: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
         """Whether a scan has results of another --unfamiliar that this run's may not have, or says nothing of."""

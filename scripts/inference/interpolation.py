@@ -53,11 +53,19 @@ def list_pair(scans_between: Sequence[Any] | None, cohort: Cohort) -> list[dict[
             "--scans_between \"['a.nii.gz','b.nii.gz']\"."
         )
     else:
-        scans = list(scans_between)
+        scans = [list(map(expand, scan)) if isinstance(scan, list | tuple) else expand(scan) for scan in scans_between]
         for path in (path for scan in scans for path in ensure_tuple(scan)):
-            if not Path(expand(path)).exists():
+            if not Path(path).exists():
                 raise NotFoundError(f"scans_between: '{path}' does not exist: give the paths of two scans.")
     return [{"image": scans[0], "second": scans[1]}]
+
+
+def pair_files(pair: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The files of the ``first`` and the ``second`` scan of a pair, as settings: by where they are, since the results
+    of a scan that changed are made again.
+    """
+    ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
+    return {name: [str(absolute(path)) for path in ensure_tuple(scan)] for name, scan in ends.items()}
 
 
 class PairLayout(ScanLayout):

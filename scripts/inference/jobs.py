@@ -60,6 +60,7 @@ from scripts.inference.interpolation import (
     SaveStepsd,
     draw_steps,
     list_pair,
+    pair_files,
     report_levels,
     stack_pairs,
 )
@@ -247,7 +248,6 @@ def interpolate(
     pair = list_pair(scans_between, common.cohort)
     layout = partial(PairLayout, pair, common.output_dir, **common.naming, description=common.describe)
     inferer = Interpolation(steps, levels_between)
-    ends = {"first": pair[0]["image"], "second": pair[0]["second"]}
     return ScanEvaluator(
         common,
         "interpolate",
@@ -255,7 +255,7 @@ def interpolate(
         inferer,
         [SaveStepsd(layout, inferer.images(), common.value_range), common.figure(layout("steps", ".png"), draw_steps)],
         [layout(name) for name in inferer.images()],
-        {"steps": steps, "levels_between": levels_between, **ends},
+        {"steps": steps, "levels_between": levels_between, **pair_files(pair)},
         inputs=stack_pairs,
     )
 
@@ -332,7 +332,6 @@ def score(
     if anomaly_smoothing is None:
         anomaly_smoothing = min(common.network.spatial_shape) / 128
     numbers = {"importance_samples": importance_samples, "restore": restore, "anomaly_smoothing": anomaly_smoothing}
-    masks = {"mask_dir": mask_dir, "mask_pattern": mask_pattern}
     row, counts = layout("score", ".json"), layout("lesions", ".npz")
     kinds = {} if mask_dir is None else read_kinds(mask_dir, list(map(item_path, scans)))
     return ScanEvaluator(
@@ -350,7 +349,7 @@ def score(
             outputs.SaveJson(row, outputs.scan_numbers),
         ],
         [layout("anomaly"), row, *([counts] if mask_dir else [])],
-        {"population_prior": common.prior_file, **numbers, **masks},
+        {"population_prior": common.prior_file, **numbers, "mask_dir": mask_dir, "mask_pattern": mask_pattern},
         arguments=partial(stack_features, common.prior),
         asks=True,
         summary=partial(score_summary, common, layout, scans, reading(common.preprocessing), kinds, unmasked_healthy),

@@ -28,8 +28,9 @@ def identity(value: Any) -> Any:
 
 
 def sources(item: Mapping[str, Any]) -> list[str]:
-    """The files that a scan's results are made of: its own, and its mask."""
-    return [str(path) for path in (*ensure_tuple(item["image"]), item.get("mask")) if path is not None]
+    """The files that a scan's results are made of: its own, those of the second scan of a pair, and its mask."""
+    others = (item.get("second", ()), item.get("mask"))
+    return [str(path) for paths in (item["image"], *others) if paths is not None for path in ensure_tuple(paths)]
 
 
 def made_of(item: Mapping[str, Any]) -> dict[str, Any]:
