@@ -235,13 +235,16 @@ def test_scans_with_lesions_are_grouped_by_kind_each_with_the_healthy():
     assert by_kind(scans) == {"above 60": [False, True, True], "dark": [True] * 3, "all": [True] * 3}
 
 
-def test_kinds_are_found_by_what_the_scans_names_begin_with(tmp_path):
+def test_kinds_are_found_by_what_the_scans_names_begin_with(tmp_path, caplog):
     scans = ["x/sub-1_ses-2_FLAIR.nii.gz", "x/sub-10_FLAIR.nii.gz", "x/sub-2.nii.gz"]
     assert read_kinds(tmp_path, scans) == dict.fromkeys(scans, "")
     (tmp_path / "kinds.csv").write_text("scan,kind\nsub-1,dark\nsub-1_ses-2,mass\nsub-2,none\n")
     assert list(read_kinds(tmp_path, scans).values()) == ["mass", "", "none"]
     (tmp_path / "kinds.csv").write_text("scan;kind\nsub-1;dark\n")
-    assert list(read_kinds(tmp_path, scans).values()) == ["dark", "", ""]
+    assert list(read_kinds(tmp_path, scans).values()) == ["dark", "", ""] and not caplog.text
+    (tmp_path / "kinds.csv").write_text("scan,kind\nsub-10_FLAIR.nii.gz,dark\nsub-7,mass\n")
+    assert list(read_kinds(tmp_path, scans).values()) == ["", "dark", ""]
+    assert "1 of 2 rows are of no scan, such as 'sub-7'" in caplog.text
     (tmp_path / "kinds.csv").write_text("Scan,Kind\nsub-1,dark\n")
     with pytest.raises(ValueError, match=r"kinds.csv' has no column 'scan': its first line"):
         read_kinds(tmp_path, scans)

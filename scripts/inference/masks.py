@@ -88,7 +88,8 @@ def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, s
     """Of what kind each scan's lesions are, by ``kinds.csv`` beside the masks; an empty text where nothing is said of
     it.
 
-    Its column ``scan`` has the names of the scans' files, or what they begin with before a ``_``; ``kind`` the kind.
+    Its column ``scan`` has the names of the scans' files, with their suffixes or without, or what they begin with
+    before a ``_``; ``kind`` the kind.
     """
     path = Path(expand(mask_dir)) / KINDS_FILE
     if not path.is_file():
@@ -97,12 +98,16 @@ def read_kinds(mask_dir: str | os.PathLike, scans: Sequence[str]) -> dict[str, s
     lacking = [name for name in ("scan", "kind") if name not in columns]
     if lacking:
         raise InputError(f"'{path}' has no column '{lacking[0]}': its first line must name the columns scan and kind.")
-    known = {row["scan"]: row["kind"] or NO_KIND for row in rows}
-    kinds = {}
+    known = {without_image_suffix(row["scan"]): row["kind"] or NO_KIND for row in rows}
+    kinds, used = {}, set()
     for scan in scans:
         parts = without_image_suffix(Path(scan).name).split("_")
-        names = ("_".join(parts[:count]) for count in range(len(parts), 0, -1))
-        kinds[scan] = next((known[name] for name in names if name in known), "")
+        names = [name for count in range(len(parts), 0, -1) if (name := "_".join(parts[:count])) in known]
+        kinds[scan] = known[names[0]] if names else ""
+        used.update(names)
+    unused = [name for name in known if name not in used]
+    if unused:
+        logger.warning("'%s': %d of %d rows are of no scan, such as '%s'.", path, len(unused), len(known), unused[0])
     return kinds
 
 
