@@ -292,7 +292,7 @@ def _refuse_leftovers(used: set[str], graphs: Mapping[str, Mapping[str, Tensor]]
         )
 
 
-def write_bundle_weights(checkpoint: str, output_dir: str) -> None:
+def write_bundle_weights(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
     """Write ``model.pt`` and ``network.json`` for a checkpoint of the published code."""
     state, args = convert(load_published_checkpoint(checkpoint))
     folder = as_folder("output_dir", output_dir)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 REPORT = "left_out.csv"
 
 
-def merge_priors(*files: str, output: str = "population_prior.pt", describe: bool | str = False) -> None:
+def merge_priors(*files: str, output: str | Path = "population_prior.pt", describe: bool | str = False) -> None:
     """The population prior of the union of cohorts, and what the prior of all others says of each of them.
 
     Args:

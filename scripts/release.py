@@ -83,7 +83,9 @@ class ReleaseError(InputError):
     """A bundle cannot be released; the sentence says what is wrong and what to do."""
 
 
-def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bundle_root: str = ".") -> Path:
+def make_release(
+    output_dir: str | Path, url: str | Mapping[str, str] | None = None, bundle_root: str | Path = "."
+) -> Path:
     """Check the bundle and write it as ``<name>_v<version>.zip``, which holds one folder, ``<name>``.
 
     It holds the files that git tracks, as they are in the folder, without the tests; and all ``models/*.pt``. A file
@@ -136,7 +138,7 @@ def make_release(output_dir: str, url: str | Mapping[str, str] | None = None, bu
     return path
 
 
-def make_hub_folder(output_dir: str, bundle_root: str = ".") -> Path:
+def make_hub_folder(output_dir: str | Path, bundle_root: str | Path = ".") -> Path:
     """Check the bundle and write it as a folder that Hugging Face takes as a repository.
 
     It holds what a release holds, files above 25 MB too. ``README.md`` is the model card, whose front matter says what
@@ -439,7 +441,7 @@ def _sha256(path: Path) -> str:
 
 
 def ship_weights(
-    checkpoint: str, output: str = "models/model.pt", config_file: str | Sequence[str] = INFERENCE
+    checkpoint: str | Path, output: str | Path = "models/model.pt", config_file: str | Sequence[str] = INFERENCE
 ) -> Path:
     """Write a copy of a ``model.pt`` in half precision, which loads like the original.
 

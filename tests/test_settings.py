@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from filelock import FileLock, Timeout
 
+from scripts.utils import command_line
 from scripts.utils.locks import claim_output_dir, release_output_dir
 from scripts.utils.settings import command_line_config, save_config
 
@@ -87,6 +89,9 @@ def test_another_program_has_no_command_line(monkeypatch):
         (["--skip_warmup", "-1"], ["skip_warmup is -1", "0 or more"]),
         (["--accumulation_steps", "0"], ["accumulation_steps is 0", "1 or more"]),
         (["--device", "cuda"], ["device is 'cuda'", "$torch.device('cuda:0')"]),
+        (["--output_dir", "run#2"], ["--output_dir run#2 would be read as 'run'", """--output_dir "'run#2'"."""]),
+        (["--dataset_dir", "Müller,Hans"], ["would be read as ('Müller', 'Hans')"]),
+        (["--output_dir=1.10"], ["would be read as 1.1"]),
         (["--amp_dtype", "bfloat16"], ["amp_dtype is 'bfloat16'", "$torch.bfloat16"]),
     ],
 )
@@ -116,6 +121,25 @@ def test_an_expression_may_stand_for_a_number_or_list():
     words = ["--batch_size", "$2 * 4", "--spatial_shape", "$[32] * 3", "--epochs", "@batch_size"]
     config = command_line_config(["run", "--config_file", CONFIG, *words])
     assert [config["batch_size"], config["spatial_shape"], config["epochs"]] == words[1::2]
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "read"),
+    [("output_dir", "'run#2'", "run#2"), ("output_dir", "2024", 2024), ("scan_pattern", "[a,b]", ["a", "b"])],
+)
+def test_values_are_read_as_monai_reads_them(key, written, read):
+    assert command_line_config(["run", "--config_file", CONFIG, f"--{key}", written])[key] == read
+
+
+@pytest.mark.parametrize("path", ["2024_05", "run#2", "Müller,Hans", "1.10", "None"])
+def test_paths_of_commands_are_taken_as_they_are_written(monkeypatch, path):
+    def command(first: "str | Path", count: "int", second: "str | Path | None" = None):
+        return [first, count, second]
+
+    monkeypatch.setattr(command_line, "show_root_cause", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["command", path, "1", "--second", path])
+    path = None if path == "None" else path
+    assert command_line.run("command", command) == [path, 1, path]
 
 
 @pytest.mark.parametrize("words", [["run", "trainning"], ["run", "--run_id", "trainning"]])
@@ -149,6 +173,7 @@ def test_an_output_folder_is_made(tmp_path):
 def test_a_run_that_ends_early_leaves_no_lock_and_no_empty_folder(tmp_path, work, left):
     program = f"""
 from pathlib import Path
+from scripts.utils import command_line
 from scripts.utils.locks import claim_output_dir
 folder = Path({str(tmp_path / "out")!r})
 claim_output_dir(folder, folder / "checkpoints", resume=False)

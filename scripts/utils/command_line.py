@@ -40,7 +40,9 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
         def note(*args, **kwargs):
             return [function, args, kwargs]
 
-        return note
+        annotations = {name: str(p.annotation) for name, p in inspect.signature(function).parameters.items()}
+        paths = [name for name, said in annotations.items() if "Path" in said and "Sequence" not in said]
+        return fire.decorators.SetParseFns(**dict.fromkeys(paths, _as_written))(note)
 
     check_options(commands, sys.argv[1:])
     named = {name: noted(f) for name, f in commands.items()} if isinstance(commands, dict) else noted(commands)
@@ -53,6 +55,11 @@ def run(program: str, commands: Callable | dict[str, Callable]) -> Any:
         if signature.parameters[name].annotation in (bool, "bool") and not isinstance(value, bool):
             raise InputError(f"{name} is {value!r}: it must be True or False.")  # any text would count as true
     return function(*args, **kwargs)
+
+
+def _as_written(path: str) -> str | None:
+    """A path, of which Fire would take ``2024_05`` for a number and cut ``run#2`` short."""
+    return None if path == "None" else path
 
 
 def check_options(commands: Callable | dict[str, Callable], words: Sequence[str]) -> None:

@@ -79,13 +79,15 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
 
     Raises:
         ValueError: the command line sets a key that no config file has (MONAI would add it, and nothing would happen),
-            gives a string instead of True or False, such as ``false``, which counts as true, or instead of a number or
-            list, or gives a value that makes no sense; or there is no such job.
+            gives a text that MONAI would read as something else, a string instead of True or False, such as ``false``,
+            which counts as true, or instead of a number or list, or gives a value that makes no sense; or there is no
+            such job.
     """
     arguments = bundle_words() if arguments is None else arguments
     options = _options(arguments)
     if "config_file" not in options:
         return {}
+    _check_reading("config_file", options["config_file"])
     config = _load(_literal(options["config_file"]))
     job = _named_job(config, arguments, options)
     for key, value in options.items():
@@ -100,7 +102,7 @@ def command_line_config(arguments: Sequence[str] | None = None) -> dict[str, Any
             raise InputError(
                 f"--{key} {value}: write {spelling}; on the command line '{value}' is a string, which counts as true."
             )
-        config[key] = _literal(value)
+        config[key] = _check_reading(key, value, top in config.get("paths", ()))
         if (key, value) != ("resume", "auto"):
             _check_type(key, before, config[key])
     _check_values(config)
@@ -244,6 +246,21 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
             value = arguments[index + 1] if index + 1 < len(arguments) else ""
         options[key] = value
     return options
+
+
+def _check_reading(key: str, text: str, is_path: bool = False) -> Any:
+    """A value as MONAI's command line reads it, which takes ``a,b`` for a list and cuts ``run#2`` short.
+
+    Raises:
+        InputError: that is not what was written; of a path, if it became another number, such as 1.1 of 1.10.
+    """
+    from fire.parser import DefaultParseValue  # MONAI's command line has it; programs of their own need it not
+
+    value = DefaultParseValue(text)
+    same = value == _literal(text) and not (is_path and isinstance(value, int | float) and str(value) != text)
+    if not same and (is_path or isinstance(value, str)):  # other lists of words need no quotes
+        raise InputError(f"--{key} {text} would be read as {value!r}: write it in two quotes, --{key} \"'{text}'\".")
+    return value
 
 
 def _literal(text: str) -> Any:
