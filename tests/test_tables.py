@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from scripts.inference.tables import ScanColumns
+from scripts.inference.tables import ScanColumns, list_coordinates
 from scripts.inference.training_run import TrainedScans, TrainingRun
 
 ITEMS = ("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz")
@@ -68,3 +69,9 @@ def test_scans_that_were_trained_on_are_marked(data_set, tmp_path):
     run.trained = TrainedScans(tmp_path / "datalist.json")
     columns = ScanColumns(items, root, training_run=run)
     assert [columns(item["image"])["trained_on"] for item in items] == ["yes", "no"]
+
+
+def test_coordinates_keep_the_folders_of_their_scans(tmp_path):
+    (tmp_path / "c.csv").write_text("image,c000\n101/T1.nii.gz,1\n102/T1.nii.gz,2\n../T1.nii.gz,3\n,4\n")
+    rows = list_coordinates(tmp_path / "c.csv", "out", SimpleNamespace(factors=1))
+    assert [row["image"] for row in rows] == ["out/101/T1.nii.gz", "out/102/T1.nii.gz", "out/T1.nii.gz", "out/unnamed"]

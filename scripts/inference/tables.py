@@ -189,8 +189,10 @@ def list_coordinates(
 
 
 def _row(row: Mapping[str, str], names: Sequence[str], path: str | os.PathLike, output_dir: str | os.PathLike) -> dict:
-    """A row as an item; of one that cannot be used, why."""
-    item = {"image": str(Path(output_dir) / (Path(row["image"]).name or "unnamed"))}
+    """A row as an item; of one that cannot be used, why. Results keep the folders of a relative path."""
+    name = Path(row["image"])
+    inside = name if not name.is_absolute() and ".." not in name.parts else name.name
+    item = {"image": str(Path(output_dir) / (inside if name.name else "unnamed"))}
     try:
         values = [float(row[name]) for name in names]
     except ValueError:
