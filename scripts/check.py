@@ -15,18 +15,19 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import delayed
-from scripts.data.datalist import session_name, subject_rule
-from scripts.data.find import bids_others, find_scans
+from scripts.data.datalist import list_sides
+from scripts.data.find import bids_others
 from scripts.utils.command_line import check_integer, run
 from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import as_folder, expand
-from scripts.utils.names import printable
+from scripts.utils.names import item_files, printable
 from scripts.utils.parallel import choose_workers, run_parallel
 
 # What reads scans takes 6 s to import, MONAI most of it: check imports it when its arguments have been understood.
@@ -57,7 +58,7 @@ def check(
     """Read every scan of a data set; write ``report.csv`` and ``contact_sheet.png``.
 
     Args:
-        dataset_dir: the folder that holds the scans. Nothing in it is changed.
+        dataset_dir: the folder that holds the scans, or a datalist. Nothing in it is changed.
         scan_pattern: a glob on the files' names, or a list of them, one per channel; see
             :py:func:`scripts.data.find.find_scans`.
         output_dir: folder for the report, created if needed; ``check`` in the current folder if not given.
@@ -66,7 +67,8 @@ def check(
             most of the cohort has if not given.
         field_of_view: the extent in mm that is expected, likewise.
         orientation: the stored axes that are expected, such as ``RAS``; what most of the cohort has if not given.
-        channels: how many channels a scan must have; as many as there are patterns if not given.
+        channels: how many channels a scan must have; as many as there are patterns, or files of a datalist's first
+            scan, if not given.
         spatial_dims: how many spatial axes a scan must have, 2 or 3.
         strict: whether something suspicious is a failure too.
         ckpt: weights, with the population prior beside them, which are asked about each scan; None: none are.
@@ -79,12 +81,14 @@ def check(
         ValueError: when an argument makes no sense.
         OSError: when a worker process was killed.
     """
-    if channels is None:
-        channels = 1 if isinstance(scan_pattern, str) else len(scan_pattern)
-    _check_arguments(scan_pattern, workers, spacing, field_of_view, orientation, channels, spatial_dims)
-    root = Path(expand(dataset_dir))
-    files = [[found] if isinstance(found, Path) else list(found) for found in find_scans(root, scan_pattern)]
-    output = _output_folder(output_dir, root)
+    patterns = 1 if isinstance(scan_pattern, str) else len(scan_pattern)
+    _check_arguments(scan_pattern, workers, spacing, field_of_view, orientation, channels or patterns, spatial_dims)
+    place = Path(expand(dataset_dir))
+    sides, _, root = list_sides(place, scan_pattern)
+    items = [item for side in sides.values() for item in side]
+    files = [list(map(Path, item_files(item))) for item in items]
+    channels = channels or len(files[0])
+    output = _output_folder(output_dir, place)
     examiner = None
     if ckpt is not None or run_dir is not None:  # first of all: of a large cohort reading takes long
         from scripts.inference.familiar import Examiner
@@ -96,12 +100,12 @@ def check(
     from scripts.data.transforms import CheckScand
     from scripts.utils.report import ShownTable, write_report
 
-    names = [[path.relative_to(root).as_posix() for path in paths] for paths in files]
-    suffixes, passed_over = find_unmatched(root, {name for scan in names for name in scan})
+    names = [[Path(os.path.relpath(path, root)).as_posix() for path in paths] for paths in files]
+    listed = {name for scan in names for name in scan}
+    suffixes, passed_over = find_unmatched(root, listed) if place.is_dir() else (Counter(), [])
     workers = workers or choose_workers(len(files))
     checks = CheckScand("image", channels, spatial_dims, spacing, field_of_view, orientation)
-    subjects, _ = subject_rule([scan[0] for scan in names])
-    scans = _inspect(files, names, subjects, checks, workers)
+    scans = _inspect(files, names, [item["subject"] for item in items], checks, workers)
     usable = [(scan, paths) for scan, paths in zip(scans, files, strict=True) if scan.verdict != "unusable"]
     if len(usable) >= MIN_COHORT:
         compare_geometry([scan for scan, _ in usable], spacing, field_of_view, orientation)
@@ -115,9 +119,10 @@ def check(
     table = ShownTable(output / "report.csv", ("verdict", "reasons", "familiar", "reason", "gain"))
     write_report(output, "check", lead, [table], sheets, {"dataset_dir": str(dataset_dir)})
     bad = {"unusable", "suspicious"} if strict else {"unusable"}
-    covariates = _covariates([scan[0] for scan in files], [scan[0] for scan in names], subjects, root)
+    covariates = _covariates(items, place)
     passed = not any(row.verdict in bad for row in rows)
-    left_out = sorted(bids_others(*([p.name for p in root.iterdir() if p.is_dir() == kind] for kind in (True, False))))
+    beside = list(root.iterdir()) if place.is_dir() else []
+    left_out = sorted(bids_others(*([path.name for path in beside if path.is_dir() == kind] for kind in (True, False))))
     return Report(scans, passed_over, suffixes, output, passed, covariates, left_out, pictures)
 
 
@@ -162,16 +167,12 @@ def _ask_network(examiner: Examiner, scans: Sequence[tuple[Scan, list[Path]]], p
     return [unfamiliar(picture, examiner.mean_scan, shown)] if shown else []
 
 
-def _covariates(paths: Sequence[Path], names: Sequence[str], subjects: Sequence[str], root: Path) -> list[str]:
+def _covariates(items: Sequence[Mapping[str, Any]], dataset_dir: Path) -> list[str]:
     """What tables such as ``participants.tsv`` say of the scans, a line per covariate, and what is wrong in them."""
     from scripts.data.covariate_tables import Covariates
 
-    items = [
-        {"image": str(path), "subject": subject, "session": session_name(name)}
-        for path, name, subject in zip(paths, names, subjects, strict=True)
-    ]
     try:
-        known = Covariates(items, root)
+        known = Covariates(items, dataset_dir)
     except InputError as error:
         return [str(error)]
     return [*known.describe(), *known.without_rows()]

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -314,6 +315,16 @@ def test_a_misspelt_option_is_another_exit_code(tmp_path):
     done = run_command("scripts.check", tmp_path, "--strikt", True, "--output_dir", tmp_path / "report")
     assert done.returncode == 2 and done.stderr == "Error: there is no option --strikt: did you mean --strict?\n"
     assert not (tmp_path / "report").exists()
+
+
+def test_a_datalist_may_name_the_scans(dataset, tmp_path):
+    listed = [str(dataset[0] / "mask.nii.gz"), "sub-1_T1w.nii.gz"]
+    shutil.copy(dataset[0] / "sub-0000_FLAIR.nii.gz", tmp_path / listed[1])
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"training": [{"image": listed[0], "subject": "x"}], "testing": [{"image": listed[1]}]}))
+    report = check(path, output_dir=tmp_path / "report", workers=1)
+    assert [scan.path for scan in report.scans] == [os.path.relpath(listed[0], tmp_path), listed[1]]
+    assert [scan.subject for scan in report.scans] == ["x", "sub-1"] and not report.suffixes
 
 
 def test_suspicious_scans_fail_only_a_strict_check(dataset, tmp_path):

@@ -67,9 +67,9 @@ def find_scans(
             f"dataset_dir '{root}' does not exist: set --dataset_dir to the folder that holds the scans."
         )
     if not root.is_dir():
+        datalist = "" if root.suffix == ".json" else ", or to a datalist that ends in .json"  # which is taken or not
         raise NotAFolderError(
-            f"dataset_dir '{root}' is not a folder: set --dataset_dir to the folder that holds the scans, "
-            "or to a datalist that ends in .json."
+            f"dataset_dir '{root}' is not a folder: set --dataset_dir to the folder that holds the scans{datalist}."
         )
     if isinstance(scan_pattern, str):
         return [root / name for name in find_by_wildcards(root, scan_pattern).values()]
