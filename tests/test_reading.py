@@ -136,21 +136,25 @@ def test_nan_around_the_brain_is_background_and_within_it_is_not(tmp_path, caplo
     caplog.set_level(logging.INFO)
     values = brain(16)[0].numpy() + 1
     values[values == 1] = np.nan
+    values[0, 0, 0], values[0, 0, 1], values[0, 1, 0], values[1, 0, 0] = np.nan, 2, 2, 2
+    values[1, 1, 1], values[:2, :2, 2], values[:2, 2, :2], values[2, :2, :2] = np.nan, 2, 2, 2  # joined by a corner
     image = read(save(tmp_path / "spm.nii", values))
     assert np.isfinite(image).all() and float(image.min()) == pytest.approx(np.nanmin(values))
     assert f"'{tmp_path / 'spm.nii'}': NaN in" in caplog.text and "is taken for background" in caplog.text
     values[8, 8, 8] = np.nan
-    with pytest.raises(ScanError, match="NaN or infinite"):
+    with pytest.raises(ScanError, match=r"has 1 NaN or infinite voxel\(s\) .* within the brain"):
         read(save(tmp_path / "hole.nii", values))
 
 
 def test_pointers_and_other_formats_are_said_by_name(tmp_path):
     (tmp_path / "lfs.nii.gz").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     (tmp_path / "annex.nii.gz").symlink_to("../.git/annex/objects/aa/bb/SHA256E-s3--c.nii.gz")
+    (tmp_path / "unlocked.nii.gz").write_bytes(b"/annex/objects/MD5E-s3--c.nii.gz\n")
     nib.save(nib.MGHImage(np.random.rand(8, 8, 8).astype(np.float32), np.eye(4)), tmp_path / "t1.mgz")
     for name, message in (
         ("lfs.nii.gz", "pointer of Git LFS, not the scan itself: fetch that by `git lfs pull`"),
         ("annex.nii.gz", "has not been fetched by git-annex: fetch it by `git annex get`"),
+        ("unlocked.nii.gz", "has not been fetched by git-annex: fetch it by `git annex get`"),
         ("t1.mgz", "is in FreeSurfer's format: convert it by `mri_convert t1.mgz t1.nii.gz`"),
     ):
         with pytest.raises(ScanError, match=message):

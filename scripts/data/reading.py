@@ -33,6 +33,7 @@ MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # by the names of NIfTI's unit
 POSITION, ORIENTATION = "0020|0032", "0020|0037"  # of a DICOM slice
 SAME_PLACE = 1e-3  # mm
 QUATERNION = "w2 should be positive"  # in nibabel's error of a qform that is no rotation
+ANNEX = b"/annex/objects/"  # how a pointer of git-annex begins where files are unlocked
 LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 
 
@@ -166,17 +167,18 @@ def _fill_nan(image: MetaTensor, name: str) -> None:
         return
     for channel in pixels:
         missing = channel.isnan().numpy()
-        if missing.all() or not (missing == reaching_border(missing)).all():
+        around = reaching_border(missing, diagonal=True)
+        if missing.all() or not around.any():
             continue
-        channel[torch.from_numpy(missing)] = channel[torch.from_numpy(~missing)].min()
+        channel[torch.from_numpy(around)] = channel[torch.from_numpy(~missing)].min()
         logger.info(
-            "'%s': NaN in %.0f %% of its voxels, around the brain, is taken for background.", name, 100 * missing.mean()
+            "'%s': NaN in %.0f %% of its voxels, around the brain, is taken for background.", name, 100 * around.mean()
         )
 
 
-def reaching_border(mask: np.ndarray) -> np.ndarray:
-    """The connected parts of a mask that touch the border of the volume."""
-    parts, count = ndimage.label(mask)
+def reaching_border(mask: np.ndarray, diagonal: bool = False) -> np.ndarray:
+    """The connected parts of a mask that touch the border of the volume; voxels may be joined by edges and corners."""
+    parts, count = ndimage.label(mask, ndimage.generate_binary_structure(mask.ndim, mask.ndim if diagonal else 1))
     touching = np.zeros(count + 1, dtype=bool)
     for axis in range(mask.ndim):
         for end in (0, -1):
@@ -288,9 +290,10 @@ def why_unreadable(paths: Sequence[Path], error: Exception) -> str:
     if isinstance(error, HeaderError):
         return f"{names} {error}: {ADVICE}."
     for path in paths:
+        unfetched = f"'{path}' has not been fetched by git-annex: fetch it by `git annex get`, or {ADVICE}."
         if path.is_symlink() and not path.exists():
             if "annex/objects" in str(path.readlink()):
-                return f"'{path}' has not been fetched by git-annex: fetch it by `git annex get`, or {ADVICE}."
+                return unfetched
             return f"'{path}' is a link to '{path.readlink()}', which does not exist: repair the link, or {ADVICE}."
         if not path.exists():
             return f"'{path}' does not exist: it was moved or deleted after the scans were listed."
@@ -300,8 +303,14 @@ def why_unreadable(paths: Sequence[Path], error: Exception) -> str:
             return f"'{path}' holds no readable DICOM series itself ({_reason(error)}): {ADVICE}."
         if isinstance(error, MemoryError):
             return f"'{path}' needs more memory than there is: it is damaged, or far too large; {ADVICE}."
-        if path.is_file() and path.open("rb").read(len(LFS)) == LFS:
+        start = b""
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(len(LFS))
+        if start == LFS:
             return f"'{path}' is a pointer of Git LFS, not the scan itself: fetch that by `git lfs pull`."
+        if start.startswith(ANNEX):
+            return unfetched
         if path.name.lower().endswith((".mgz", ".mgh")):
             return f"'{path}' is in FreeSurfer's format: convert it by `mri_convert {path.name} {path.stem}.nii.gz`."
         if path.stat().st_size == 0:
