@@ -61,7 +61,8 @@ def prepare(
 ) -> Prepared:
     """Align every scan under a folder to ICBM152, correct its bias field, strip its skull, resample it once.
 
-    Safe to call again: results of the same file with the same settings are kept.
+    Safe to call again: results of the same file with the same settings are kept, but for those of ``like``, which are
+    made again.
 
     Args:
         dataset_dir: the folder that holds the scans.
@@ -95,9 +96,10 @@ def prepare(
     names = [scan.relative_to(root).as_posix() for scan in scans]
     stems = _stems(names)
     if like is not None:
-        if mask_dir is not None or keep_skull or spacing != 1.0 or not bias_correction:
+        if mask_dir is not None or keep_skull or spacing != 1.0 or not bias_correction or workers is not None:
             raise InputError(
-                "like mends scans on their own grid: leave mask_dir, keep_skull, spacing and bias_correction out."
+                "like mends scans on their own grid, one by one: leave mask_dir, keep_skull, spacing, bias_correction "
+                "and workers out."
             )
         return _mend(dict(zip(names, scans, strict=True)), [folder / stem for stem in stems], folder, like, config_file)
 
@@ -113,7 +115,8 @@ def prepare(
     jobs, failures = [], {}
     for name, scan, stem, mask in zip(names, scans, stems, masks, strict=True):
         if mask_dir is not None and mask is None:
-            failures[name] = f"mask_dir '{mask_dir}' has no mask for it, or several: '{stem}' with an image's suffix"
+            sought = without_image_suffix(name)
+            failures[name] = f"mask_dir '{mask_dir}' has no mask for it, or several: '{sought}' with an image's suffix"
         else:
             jobs.append(Job(name, scan, mask, folder / stem, settings))
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +135,7 @@ def _mend(
     """See ``like``."""
     from scripts.inference.familiar import mend_scans
 
+    folder.mkdir(parents=True, exist_ok=True)
     results = dict(zip(scans, (stem.with_name(f"{stem.name}.nii.gz") for stem in stems), strict=True))
     mended, failed = mend_scans({path: results[name] for name, path in scans.items()}, ckpt, config_file)
     failures = {name: failed[path] for name, path in scans.items() if path in failed}

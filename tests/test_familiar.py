@@ -224,7 +224,9 @@ def damaged(known, number: int, fault: str) -> nib.Nifti1Image:
         image = image[:, ::-1]
     elif fault == "contrast":
         image[image > 0] = image.max() + 1 - image[image > 0]
-    return nib.Nifti1Image(image, scan.affine)
+    made = nib.Nifti1Image(image, scan.affine)
+    made.set_sform(scan.affine, 4)
+    return made
 
 
 def test_check_asks_the_network_and_says_why_not(known, tmp_path):
@@ -261,8 +263,12 @@ def test_prepare_mends_what_the_network_finds(known, tmp_path):
     assert np.array_equal(right.get_fdata(), wrong.get_fdata()[:, ::-1])  # turned, and moved by the header alone
     listed = json.loads((tmp_path / "out" / "datalist.json").read_text(encoding="utf-8"))["training"]
     assert {"image": "orientation/scan.nii.gz"} in listed and {"image": "contrast/scan.nii.gz"} not in listed
-    with pytest.raises(ValueError, match="like mends scans on their own grid"):
-        prepare(tmp_path / "scans", tmp_path / "out", keep_skull=True, **words)
+    assert [int(image.header["sform_code"]) for image in (wrong, right)] == [4, 4]
+    for more in ({"keep_skull": True}, {"workers": 1}):
+        with pytest.raises(ValueError, match="like mends scans on their own grid"):
+            prepare(tmp_path / "scans", tmp_path / "out", **more, **words)
+    done = prepare(tmp_path / "scans", tmp_path / "none" / "out", scan_pattern="broken*", **words)
+    assert not done.rows and (tmp_path / "none" / "out" / "failed.csv").is_file()
 
 
 @pytest.mark.parametrize("background", [-3.0, 0.0, 100.0])

@@ -407,16 +407,19 @@ def test_own_masks_say_what_is_brain(tmp_path, quick):
     image[shell] = 3 * image.max()
     save(tmp_path / "raw/sub-1/a.nii.gz", image, affine)
     save(tmp_path / "raw/sub-2/b.nii.gz", image, affine)
+    (tmp_path / "raw/sub-2/b.nii").touch()
     save(tmp_path / "masks/sub-1/a.mha", brain.astype(np.uint8), affine)
     done = prepare(
         tmp_path / "raw", tmp_path / "out", spacing=4.0, mask_dir=tmp_path / "masks", bias_correction=False, workers=1
     )
-    assert list(done.failures) == ["sub-2/b.nii.gz"]
-    assert "no mask" in done.failures["sub-2/b.nii.gz"]
+    assert sorted(done.failures) == ["sub-2/b.nii", "sub-2/b.nii.gz"]
+    assert "no mask for it, or several: 'sub-2/b' with an" in done.failures["sub-2/b.nii.gz"]
     prepared = np.asarray(nib.load(tmp_path / "out/sub-1/a.nii.gz").dataobj)
     litres = np.count_nonzero(prepared) * 4**3 / 1e6 / done.rows[0]["volume_ratio"]
     assert litres == pytest.approx(brain.sum() * 8**3 / 1e6, rel=0.03)
-    prepare(tmp_path / "raw", tmp_path / "skull", spacing=4.0, keep_skull=True, bias_correction=False, workers=1)
+    prepare(
+        tmp_path / "raw", tmp_path / "skull", "*.nii.gz", spacing=4.0, keep_skull=True, bias_correction=False, workers=1
+    )
     assert np.count_nonzero(nib.load(tmp_path / "skull/sub-1/a.nii.gz").dataobj) > 1.3 * np.count_nonzero(prepared)
 
 

@@ -24,7 +24,7 @@ from scripts.population.files import FIT_IT
 from scripts.population.prior import PopulationPrior
 from scripts.utils.errors import InputError, root_cause
 from scripts.utils.files import expand
-from scripts.utils.formats import save_nifti
+from scripts.utils.formats import SPACE_CODE, save_nifti
 from torch import Tensor
 from tqdm import tqdm
 
@@ -298,7 +298,7 @@ def mend_scans(
             if mended is not None:
                 image, after = mended, examiner.examine(mended)
             result.parent.mkdir(parents=True, exist_ok=True)
-            save_nifti(result, image.as_tensor(), image.affine)
+            save_nifti(result, image.as_tensor(), image.affine, image.meta.get(SPACE_CODE) or None)
         except Exception as error:  # one scan must not end the work on the others
             failures[path] = str(root_cause(error))
             continue
