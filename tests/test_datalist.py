@@ -84,9 +84,10 @@ def test_no_match_counts_the_files_and_shows_one(tmp_path):
         find_scans(tmp_path / "empty")
 
 
-def test_empty_pattern(tmp_path):
-    with pytest.raises(ValueError, match="scan_pattern '' names no file"):
-        find_scans(tmp_path, "")
+@pytest.mark.parametrize(("pattern", "said"), [("", "names no file"), ("a/**/*.nii", "has \\*\\* after a folder")])
+def test_patterns_that_mean_nothing(tmp_path, pattern, said):
+    with pytest.raises(ValueError, match=f"scan_pattern '.*' {said}"):
+        find_scans(tmp_path, pattern)
 
 
 SUBJECTS = [

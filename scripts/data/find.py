@@ -196,6 +196,11 @@ def compile_pattern(pattern: str, setting: str) -> Callable[[str], tuple[str, ..
         parts.pop(0)
     if not parts:
         raise InputError(f"{setting} '{pattern}' names no file: set --{setting} to one such as '*.nii.gz'.")
+    if "**" in parts:
+        raise InputError(
+            f"{setting} '{pattern}' has ** after a folder, where it would stand for one folder alone: write a * for "
+            "each folder in its place, or begin with what comes after it, since any depth is searched."
+        )
     expressions = [_expression(part) for part in parts]
     depth = len(parts)
 
