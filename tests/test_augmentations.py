@@ -205,8 +205,9 @@ def test_augment_switches_the_random_part_alone():
 def test_some_augmentations_are_chosen_by_name():
     names = names_in(parse(augment=["mirror", "blur"]))
     assert names == ["RandGaussianSmoothd", "RandLambdad", "ScaleIntensityRanged"]
-    for wrong in ("mirror", ["mirrors"]):
-        with pytest.raises(ValueError, match=r"augment has 'mirrors?': set it to True, False or a list of some of aff"):
+    assert chosen(CONFIG["augmentation"], None) == {}
+    for wrong in ("mirror", ["mirrors"], 3, {"mirror": True}, [["mirror"]]):
+        with pytest.raises(ValueError, match=r"augment has .*: set it to True, False or a list of some of aff"):
             chosen(CONFIG["augmentation"], wrong)
 
 

@@ -25,20 +25,21 @@ PUBLISHED = 128  # voxels along each axis of the grid
 RIM = 0.05
 
 
-def chosen(augmentation: Mapping[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:
+def chosen(augmentation: Mapping[str, Any], names: bool | Sequence[str] | None) -> dict[str, Any]:
     """The random transforms that a run applies.
 
     Args:
         augmentation: by name, in their order.
         names: of those that are wanted; True: of all but ``mirror``, which makes a cohort of few scans larger, and one
-            of many less certain; False: of none.
+            of many less certain; False or None: of none.
 
     Raises:
         InputError: there is no such transform.
     """
-    if isinstance(names, bool):
+    if names is None or isinstance(names, bool):
         return {name: transform for name, transform in augmentation.items() if names and name not in NAMED_ALONE}
-    unknown = [names] if isinstance(names, str) else [name for name in names if name not in augmentation]
+    is_list = isinstance(names, list | tuple)
+    unknown = [name for name in names if name not in list(augmentation)] if is_list else [names]
     if unknown:
         raise InputError(
             f"augment has {unknown[0]!r}: set it to True, False or a list of some of {', '.join(augmentation)}."
