@@ -62,7 +62,7 @@ def test_tables_of_bids_and_a_table_of_ones_own(tree):
     assert [row["age"] for row in Covariates(items, root, table).rows] == ["60.5", "62.5", "71"]
     datalist = root / "list.json"
     entries = [{"image": item["image"], "age": 50 + k} for k, item in enumerate(items)]
-    datalist.write_text(json.dumps({"training": entries}))
+    datalist.write_text(json.dumps({"training": entries}), encoding="utf-8-sig")  # with a mark, as Windows writes it
     assert [row["age"] for row in Covariates(items, datalist).rows] == [50, 51, 52]
 
 

@@ -302,7 +302,7 @@ def test_bids_entities_are_kept(tmp_path):
 def test_a_datalist_may_name_the_subjects_and_a_testing_side(tmp_path):
     path = tmp_path / "dataset.json"
     training = [{"image": f"{i}.nii", "subject": f"twin {i // 2}"} for i in range(8)]
-    path.write_text(json.dumps({"training": training, "testing": [{"image": "t.nii"}]}))
+    path.write_text(json.dumps({"training": training, "testing": [{"image": "t.nii"}]}), encoding="utf-8-sig")
     datalist = make_datalist(path, train_fraction=0.5)
     assert {len(datalist[side]) for side in ("training", "validation")} == {4}
     subjects = [{item["subject"] for item in datalist[side]} for side in ("training", "validation")]

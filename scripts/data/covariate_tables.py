@@ -421,7 +421,7 @@ def _datalist_fields(path: Path) -> dict[str, dict[str, Any]]:
     """What a datalist says of its scans beside their paths, by the absolute path of the first file."""
     if path.suffix != ".json" or not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     found = {}
     for side in content.values():
         for entry in side if isinstance(side, list) else ():

@@ -359,7 +359,7 @@ def _keep_both(training: list, validation: list, count: int | None, generator: r
 def _read_datalist(path: Path) -> dict[str, list[dict]]:
     """The sides of a Medical Decathlon datalist, with full paths."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"dataset_dir '{path}' is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not content.get("training"):

@@ -169,7 +169,7 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
         InputError: it holds no such.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged ({error}), or is not {what}: remove or replace it.") from error
     if not isinstance(content, dict):
