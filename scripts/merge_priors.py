@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scripts.utils.command_line import run
 from scripts.utils.errors import InputError
-from scripts.utils.files import as_folder, expand, write_csv
+from scripts.utils.files import absolute, as_folder, expand, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def merge_priors(*files: str, output: str | Path = "population_prior.pt", descri
         raise InputError("name the statistics.pt of one cohort or more.")
     cohorts: dict[str, CohortStatistics] = {}
     for path in map(Path, files):
-        name = path.absolute().parent.name if path.stem == "statistics" else path.stem
+        name = absolute(path).parent.name if path.stem == "statistics" else path.stem
         if name in cohorts:
             raise InputError(f"two files are of a cohort '{name}', after their folder or their name: rename one.")
         cohorts[name] = CohortStatistics.load(path)

@@ -252,7 +252,10 @@ def test_sites_merge_as_users_type_it(cohort, tmp_path):
     words = ("--ckpt", tmp_path / "m.pt", "--prior", output, "--output_dir", tmp_path / "samples")
     done = run_bundle(*words, "--samples", 1, run_id="sample", configs=INFERENCE)
     assert done.returncode == 0, done.stderr
-    twice = run_command("scripts.merge_priors", files[0], files[0], "--output", output)
+    (files[0].parent / "x").mkdir()
+    twice = run_command(
+        "scripts.merge_priors", files[0], "../statistics.pt", "--output", output, cwd=files[0].parent / "x"
+    )
     assert twice.returncode == 1 and "two files are of a cohort 'A'" in twice.stderr
 
 
