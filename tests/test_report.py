@@ -71,6 +71,8 @@ def test_the_worst_comes_first_beside_what_is_usual(tmp_path):
     assert median == ["median of these", "3.5", "-4.45", "2.5", ""]
     assert [row[0] for row in read_shown(ShownTable(path)).rows] == ["a", "b", "c", "d"]
     assert read_shown(ShownTable(path)).beside == []
+    path.write_text("image,session,bits\n1.10,2020.10,4.10\n")
+    assert read_shown(ShownTable(path)).rows == [["1.10", "2020.10", "4.1"]]
 
 
 def test_many_scans_are_folded_away_and_long_cells_are_wrapped(tmp_path):

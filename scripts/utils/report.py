@@ -26,6 +26,7 @@ __all__ = ["ShownTable", "ShownVolume", "read_shown", "write_report"]
 
 MOST_ROWS, MOST_COLUMNS = 500, 40  # of a table
 OF_EACH_LATENT = re.compile(r"kl_(per_dim_)?z\d+")  # columns that the file has, and the page has not
+NAMES = ("subject", "session")  # columns that stay as they are, as the first one does: 2020.10 is a name
 LONG = 40  # characters of a cell from which on it is wrapped
 MOST_PICTURES, MOST_BYTES = 40, 15_000_000  # of all pictures
 OPEN = 6  # pictures of scans that are not folded away
@@ -168,7 +169,9 @@ def read_shown(table: ShownTable) -> Table:
         (place for place, name in enumerate(columns) if not OF_EACH_LATENT.fullmatch(name)),
         key=lambda place: 0 if place == 0 else first.get(columns[place], len(columns) + 1),
     )[:MOST_COLUMNS]
-    names, rows = [columns[place] for place in order], [[_short(row[place]) for place in order] for row in cells]
+    kept = {0, *(place for place, name in enumerate(columns) if name in NAMES)}
+    names = [columns[place] for place in order]
+    rows = [[row[place] if place in kept else _short(row[place]) for place in order] for row in cells]
     left_out = len(columns) - len(order) + max(0, len(rows) - MOST_ROWS)
     return Table(table.path.name, names, rows[:MOST_ROWS], left_out, _beside(table, names, rows))
 
