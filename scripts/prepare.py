@@ -171,7 +171,7 @@ def _report(
     results = {name: job.result(".nii.gz") for name, job in jobs.items()}
     _report_failures(folder, failures, set(results.values()))
     if not rows:
-        for name in ("alignment.csv", "contact_sheet.png", "datalist.json"):
+        for name in ("alignment.csv", "contact_sheet.png", "datalist.json", "report.html"):
             (folder / name).unlink(missing_ok=True)
         return
     suspects = _report_rows(folder, "alignment.csv", rows, results)

@@ -2,7 +2,8 @@
 
     python -m scripts.release bundle --output_dir releases
     python -m scripts.release hf releases/hub
-    python -m scripts.release weights output/checkpoints/model.pt --output models/model.pt
+    python -m scripts.release weights output/checkpoints/model.pt --output models/model_lean_32.pt \\
+        --config_file "['configs/inference.json','configs/lean_32.json']"
 
 A release is checked before anything is written.
 """

@@ -426,7 +426,10 @@ def test_own_masks_say_what_is_brain(tmp_path, quick):
 def test_a_header_without_sense_is_refused(tmp_path):
     save(tmp_path / "raw/thin.nii.gz", np.random.default_rng(0).random((32, 32, 3)), np.diag([3.0, 3, 3, 1]))
     save(tmp_path / "raw/4d.nii.gz", np.random.default_rng(0).random((32, 32, 32, 2)), np.diag([3.0, 3, 3, 1]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").touch()
     failures = prepare(tmp_path / "raw", tmp_path / "out", workers=1).failures
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failed.csv"]
     assert "no scan of a whole brain" in failures["thin.nii.gz"]
     assert "2 channels" in failures["4d.nii.gz"]
 
