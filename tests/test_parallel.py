@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROCESS
-from joblib import delayed
+from joblib import cpu_count, delayed
 
 from scripts.utils.parallel import choose_workers, run_parallel
 
@@ -28,7 +28,7 @@ def test_results_come_in_the_order_of_the_jobs(capfd):
 
 def test_few_jobs_are_not_worth_a_process():
     assert choose_workers(10) == 1
-    assert choose_workers(10_000) == os.cpu_count()
+    assert choose_workers(10_000) == cpu_count()
     assert choose_workers(10_000, workers=1) == 1
 
 
