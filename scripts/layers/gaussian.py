@@ -3,7 +3,7 @@
 Without postponed annotations, since TorchScript reads those of a named tuple as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,6 +136,13 @@ class LatentSampler:
 
     generators: Sequence[torch.Generator] | None = None
     rule: Callable[[int, Posterior], Tensor] | None = None
+
+
+def seeded_sampler(
+    seeds: Iterable[int], device: torch.device | str, rule: Callable[[int, Posterior], Tensor] | None = None
+) -> LatentSampler:
+    """A sampler whose generators, one for each scan, begin at these seeds."""
+    return LatentSampler([torch.Generator(device).manual_seed(seed) for seed in seeds], rule)
 
 
 def with_rule(sampler: LatentSampler | None, rule: Callable[[int, Posterior], Tensor]) -> LatentSampler:

@@ -19,7 +19,7 @@ import torch
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import MOST_NAMED, Covariates
 from scripts.data.covariates import Categorical, CovariateCoding, missing
-from scripts.layers.gaussian import LatentSampler
+from scripts.layers.gaussian import LatentSampler, seeded_sampler
 from scripts.networks import VDVAE
 from scripts.population.familiarity import also_familiar
 from scripts.population.files import save_prior
@@ -323,7 +323,7 @@ class Adaptation:
             for items in tqdm(loader, f"{self.name} {self.category}", unit="batch", disable=idist.get_rank() > 0):
                 scans = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
                 batch = [next(indices) for _ in items]
-                sampler = LatentSampler([torch.Generator(self.device).manual_seed(self.seed + at) for at in batch])
+                sampler = seeded_sampler((self.seed + place for place in batch), self.device)
                 left = rest(scans.to(self.device), features[batch].to(self.device), sampler).flatten(1)
                 means = []
                 for place, row in zip(batch, left, strict=True):

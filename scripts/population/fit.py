@@ -19,7 +19,7 @@ from monai.data import DataLoader
 from monai.networks.utils import eval_mode
 from scripts.data.covariate_tables import CohortCovariates
 from scripts.data.datalist import spaced
-from scripts.layers.gaussian import LatentSampler, Posterior
+from scripts.layers.gaussian import LatentSampler, Posterior, seeded_sampler
 from scripts.layers.levels import grid_name
 from scripts.population.deviations import Deviations, deviations
 from scripts.population.effects import Effects
@@ -291,7 +291,7 @@ class PopulationFit:
     def _sampler(self, scans: Tensor, rule: Callable[[int, Posterior], Tensor] | None = None) -> LatentSampler:
         """Noise of each scan's own, by what it holds: it gives the same numbers in any cohort, batch and process."""
         seeds = (self.seed + zlib.crc32(scan.cpu().numpy().tobytes()) for scan in scans)
-        return LatentSampler([torch.Generator(self.device).manual_seed(seed) for seed in seeds], rule)
+        return seeded_sampler(seeds, self.device, rule)
 
     def _held_out(self, dataset: Dataset) -> HeldOut:
         """What is kept of held-out scans; of each its latents are drawn once."""
@@ -372,8 +372,8 @@ class PopulationFit:
                 features, drawn = self.training.features[batch], []
                 for told in (features, torch.zeros_like(features)):
                     # the same draws of both, whatever the batch and the process
-                    generators = [torch.Generator(self.device).manual_seed(self.seed + place) for place in batch]
-                    drawn.append(prior.sample(self.network, told, LatentSampler(generators))[0].cpu())
+                    sampler = seeded_sampler((self.seed + place for place in batch), self.device)
+                    drawn.append(prior.sample(self.network, told, sampler)[0].cpu())
                 responses.add(features, drawn[0] - drawn[1])
         return responses.fit()
 
